@@ -1,0 +1,103 @@
+//! How a verb ends when it does not end well.
+
+use std::{fmt::Write as _, io, process::ExitCode};
+
+use maskalign_core::{error::Error, run::RunError, weights::WeightsError};
+use maskalign_registry::{Loaded, Report};
+
+use crate::{output, render};
+
+/// Why a verb ended early, with all there is to tell about it.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Mistakes in a recipe, each at its place. Exit code 2.
+    Recipe(Report),
+    /// One line, the ways out, and the exit code.
+    Message { message: String, help: Vec<String>, code: u8 },
+    /// All is told already.
+    Told(u8),
+    /// Nobody reads the results any more: no failure.
+    Closed,
+}
+
+impl Failure {
+    /// The user can put it right: exit code 2.
+    pub fn mistake(message: impl Into<String>) -> Failure {
+        Failure::Message { message: message.into(), help: Vec::new(), code: 2 }
+    }
+
+    /// Something failed: exit code 1.
+    pub fn failed(message: impl Into<String>) -> Failure {
+        Failure::Message { message: message.into(), help: Vec::new(), code: 1 }
+    }
+
+    /// Adds a way out.
+    #[must_use]
+    pub fn help(mut self, text: impl Into<String>) -> Failure {
+        if let Failure::Message { help, .. } = &mut self {
+            help.push(text.into());
+        }
+        self
+    }
+
+    /// Puts a refusal that came after the recipe was accepted at its place in it.
+    pub fn located(error: Error, loaded: &Loaded) -> Failure {
+        match error {
+            Error::Refused(refusal) => Failure::Recipe(loaded.locate_all([&refusal])),
+            other => other.into(),
+        }
+    }
+
+    /// Tells the user and gives the exit code.
+    pub fn tell(self) -> ExitCode {
+        match self {
+            Failure::Recipe(report) => {
+                output::complain(&render::report(&report));
+                ExitCode::from(2)
+            }
+            Failure::Message { message, help, code } => {
+                let mut text = format!("{}: {message}\n", render::paint(render::ERROR, "error"));
+                for line in help {
+                    let _ = writeln!(text, "  {} {line}", render::paint(render::GUTTER, "= help:"));
+                }
+                output::complain(&text);
+                ExitCode::from(code)
+            }
+            Failure::Told(code) => ExitCode::from(code),
+            Failure::Closed => ExitCode::SUCCESS,
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        let code = match &error {
+            Error::Stopped { code, .. } => *code,
+            error if error.is_users() => 2,
+            _ => 1,
+        };
+        Failure::Message { message: error.to_string(), help: Vec::new(), code }
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Failure {
+        Error::from(error).into()
+    }
+}
+
+impl From<WeightsError> for Failure {
+    fn from(error: WeightsError) -> Failure {
+        Error::from(error).into()
+    }
+}
+
+/// An error of writing results.
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::Closed,
+            _ => Failure::failed(format!("cannot write to stdout: {error}")),
+        }
+    }
+}

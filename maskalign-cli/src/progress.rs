@@ -1,0 +1,272 @@
+//! What happens in a run: a bar on a terminal, a line every ten seconds elsewhere.
+
+use std::{
+    fmt::Write as _,
+    io::{self, IsTerminal},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use maskalign_core::stages::{Progress, StagePlan, StepReport};
+use serde_json::Value;
+
+use crate::{
+    output,
+    table::{clock, count, percent},
+};
+
+/// Time between two lines where there is no terminal.
+const BETWEEN_LINES: Duration = Duration::from_secs(10);
+/// Weight of the newest step in the rate that is shown.
+const NEWEST: f64 = 0.1;
+
+/// The stderr that bars and logs share.
+#[derive(Clone)]
+pub(crate) struct Screen(MultiProgress);
+
+impl Default for Screen {
+    fn default() -> Screen {
+        let target = match io::stderr().is_terminal() {
+            true => ProgressDrawTarget::stderr(),
+            false => ProgressDrawTarget::hidden(),
+        };
+        Screen(MultiProgress::with_draw_target(target))
+    }
+}
+
+impl Screen {
+    /// Runs what writes to stderr with the bars out of the way.
+    pub fn above<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.0.suspend(write)
+    }
+
+    fn line(&self, text: &str) {
+        self.above(|| output::complain(&format!("{text}\n")));
+    }
+}
+
+/// Draws a run.
+pub(crate) struct Reporter {
+    screen: Screen,
+    style: Style,
+    stage: String,
+    bar: ProgressBar,
+    /// What the bar counts; empty while it counts steps.
+    counting: String,
+    meter: Option<Meter>,
+    last_line: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Style {
+    Bars,
+    Lines,
+    Quiet,
+}
+
+/// The rate of the steps since this process began the stage.
+struct Meter {
+    since: Instant,
+    first_step: u64,
+    seconds_per_image: f64,
+}
+
+impl Meter {
+    fn new(report: &StepReport) -> Meter {
+        Meter { since: Instant::now(), first_step: report.step, seconds_per_image: 1.0 / report.images_per_s }
+    }
+
+    fn update(&mut self, report: &StepReport) {
+        self.seconds_per_image += NEWEST * (1.0 / report.images_per_s - self.seconds_per_image);
+    }
+
+    /// Seconds to the end of the stage; unknown after its first step, which warms up.
+    fn left(&self, report: &StepReport) -> Option<f64> {
+        let done = report.step - self.first_step;
+        let remaining = report.steps.saturating_sub(report.step + 1);
+        (done > 0).then(|| self.since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
+    }
+}
+
+impl Reporter {
+    /// Draws on the screen, or not at all.
+    pub fn new(screen: Screen, quiet: bool) -> Reporter {
+        let style = match (quiet, io::stderr().is_terminal()) {
+            (true, _) => Style::Quiet,
+            (false, true) => Style::Bars,
+            (false, false) => Style::Lines,
+        };
+        Reporter {
+            screen,
+            style,
+            stage: String::new(),
+            bar: ProgressBar::hidden(),
+            counting: String::new(),
+            meter: None,
+            last_line: Instant::now(),
+        }
+    }
+
+    /// Takes the bar off the screen.
+    pub fn clear(&mut self) {
+        self.bar.finish_and_clear();
+    }
+
+    fn line_is_due(&mut self, last: bool) -> bool {
+        let due = last || self.last_line.elapsed() >= BETWEEN_LINES;
+        if due {
+            self.last_line = Instant::now();
+        }
+        due
+    }
+
+    fn start_bar(&mut self, length: u64, counting: &str) {
+        self.clear();
+        self.counting = counting.to_string();
+        if self.style != Style::Bars {
+            return;
+        }
+        // The template is fixed and valid; the style that stands in for it shows the same numbers.
+        let style = ProgressStyle::with_template("{prefix:.bold} {wide_bar:.cyan/blue} {pos}/{len} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let prefix = match counting {
+            "" => self.stage.clone(),
+            counting => format!("{} {counting}", self.stage),
+        };
+        self.bar = self.screen.0.add(ProgressBar::new(length).with_style(style).with_prefix(prefix));
+    }
+}
+
+impl Progress for Reporter {
+    fn stage(&mut self, name: &str, plan: &StagePlan) {
+        self.clear();
+        self.stage = name.to_string();
+        self.meter = None;
+        if self.style == Style::Quiet {
+            return;
+        }
+        let mut parts = Vec::new();
+        if let Some(images) = plan.images {
+            parts.push(format!("{} images", count(images as u64)));
+        }
+        if let Some((seen, all)) = plan.tokens {
+            parts.push(format!("{seen} of {all} tokens"));
+        }
+        if plan.trainable > 0 {
+            parts.push(format!("{} parameters to train", count(plan.trainable as u64)));
+        }
+        if let Some(steps) = plan.steps {
+            parts.push(format!("{} steps", count(steps)));
+        }
+        self.screen.line(&format!("{name}: {}", parts.join(", ")));
+    }
+
+    fn step(&mut self, report: &StepReport) {
+        let meter = match &mut self.meter {
+            None => self.meter.insert(Meter::new(report)),
+            Some(meter) => {
+                meter.update(report);
+                meter
+            }
+        };
+        let left = meter.left(report).map(|seconds| format!(", {} left", clock(seconds))).unwrap_or_default();
+        let mut numbers = format!("loss {:.4}, {:.0} images/s{left}", report.loss, 1.0 / meter.seconds_per_image);
+        if report.skipped > 0 {
+            let _ = write!(numbers, ", {} images skipped", report.skipped);
+        }
+        let last = report.step + 1 == report.steps;
+        match self.style {
+            Style::Quiet => {}
+            Style::Bars => {
+                if self.bar.is_finished() || self.bar.length() != Some(report.steps) || !self.counting.is_empty() {
+                    self.start_bar(report.steps, "");
+                }
+                self.bar.set_position(report.step + 1);
+                self.bar.set_message(numbers);
+            }
+            Style::Lines => {
+                if self.line_is_due(last || left.is_empty()) {
+                    let StepReport { step, steps, epoch, lr, .. } = report;
+                    let at = format!("step {} of {steps}, epoch {epoch:.2}, lr {lr:.2e}", step + 1);
+                    self.screen.line(&format!("{}: {at}, {numbers}", self.stage));
+                }
+            }
+        }
+    }
+
+    fn count(&mut self, what: &str, done: u64, all: u64) {
+        match self.style {
+            Style::Quiet => {}
+            Style::Bars => {
+                if self.bar.is_finished() || self.bar.length() != Some(all) || self.counting != what {
+                    self.start_bar(all, what);
+                }
+                self.bar.set_position(done);
+                if done >= all {
+                    self.clear();
+                }
+            }
+            Style::Lines => {
+                if self.line_is_due(false) {
+                    self.screen.line(&format!("{}: {what} {} of {}", self.stage, count(done), count(all)));
+                }
+            }
+        }
+    }
+
+    fn saved(&mut self, path: &Path) {
+        tracing::debug!("saved {}", path.display());
+    }
+
+    fn result(&mut self, stage: &str, result: &Value) {
+        if self.style != Style::Quiet {
+            self.screen.line(&format!("{stage}: {}", sentence(result)));
+        }
+    }
+}
+
+/// A result in one line: `student accuracy 83.1 %`.
+fn sentence(result: &Value) -> String {
+    let mut parts = Vec::new();
+    let mut open = vec![(Vec::new(), result)];
+    while let Some((path, value)) = open.pop() {
+        match value {
+            Value::Object(map) => {
+                // The last one put in is taken out first.
+                for (key, value) in map.iter().rev() {
+                    open.push(([path.as_slice(), &[key.as_str()]].concat(), value));
+                }
+            }
+            value => parts.push(format!("{} {}", path.join(" "), number(&path.join("."), value))),
+        }
+    }
+    parts.join(", ")
+}
+
+/// A value of a result by its path: accuracies as per cent, other fractions with four digits.
+pub(crate) fn number(path: &str, value: &Value) -> String {
+    match value.as_f64() {
+        Some(share) if path.contains("accuracy") || path.contains("by_k.") => percent(share),
+        Some(number) if value.is_f64() && number.fract() != 0.0 => format!("{number:.4}"),
+        Some(number) if value.is_f64() => format!("{number}"),
+        _ => match value {
+            Value::String(text) => text.clone(),
+            Value::Number(number) => number.as_u64().map_or_else(|| number.to_string(), count),
+            other => other.to_string(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_result_is_a_sentence() {
+        assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
+        assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
+    }
+}

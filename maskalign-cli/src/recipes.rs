@@ -1,0 +1,60 @@
+//! Reading recipes: a file, or the name of one that is embedded.
+
+use std::path::Path;
+
+use maskalign_core::embedded;
+use maskalign_registry::{Input, LoadRequest, Loaded, Recipe, RecipeSource, Registry, Report};
+
+use crate::failure::Failure;
+
+/// The recipes inside the binary.
+pub(crate) struct Embedded;
+
+impl RecipeSource for Embedded {
+    fn builtin(&self, name: &str) -> Option<&str> {
+        embedded::RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+    }
+
+    fn names(&self) -> Vec<&str> {
+        embedded::RECIPES.iter().map(|(name, _)| *name).collect()
+    }
+}
+
+/// Values that replace those of a recipe.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub(crate) struct Sets {
+    /// Sets one value of the recipe, or removes it with `~PATH`; may be repeated
+    ///
+    /// The value is YAML: `--set stages.pretrain.masker.ratio=0.75`, `--set 'stages.pretrain.masker={type: random, ratio:
+    /// 0.5}'`, `--set ~stages.pretrain.knn`.
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub sets: Vec<String>,
+}
+
+/// Reads and checks a recipe.
+///
+/// # Errors
+/// Every mistake of its structure.
+pub(crate) fn load(registry: &Registry, recipe: &Path, sets: &[String]) -> Result<Loaded, Report> {
+    load_with(registry, recipe, sets, &|name| std::env::var(name).ok())
+}
+
+/// As [`load`], in a given environment.
+///
+/// # Errors
+/// As there.
+pub(crate) fn load_with(
+    registry: &Registry,
+    recipe: &Path,
+    sets: &[String],
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Loaded, Report> {
+    let request = LoadRequest { input: Input::Path(recipe.to_owned()), sets, env, builtins: &Embedded };
+    Recipe::load(&request, registry)
+}
+
+impl From<Report> for Failure {
+    fn from(report: Report) -> Failure {
+        Failure::Recipe(report)
+    }
+}

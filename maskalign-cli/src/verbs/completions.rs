@@ -1,0 +1,33 @@
+//! `maskalign completions`: what a shell completes.
+
+use std::path::Path;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use crate::{Cli, Session, failure::Failure, output};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign completions bash > ~/.local/share/bash-completion/completions/maskalign
+  maskalign completions zsh > ~/.zfunc/_maskalign
+  maskalign completions fish > ~/.config/fish/completions/maskalign.fish";
+
+/// Print the completions of a shell
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The shell
+    #[arg(value_enum)]
+    shell: Shell,
+}
+
+impl Args {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        // A plugin's own binary is completed under its own name.
+        let name = session.arguments.first().and_then(|path| Path::new(path).file_stem()?.to_str()).unwrap_or("maskalign");
+        let mut text = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), name, &mut text);
+        Ok(output::print(&String::from_utf8_lossy(&text))?)
+    }
+}

@@ -1,0 +1,83 @@
+//! `maskalign doctor`: what this binary and this machine have.
+
+use std::{collections::BTreeSet, path::Path};
+
+use maskalign_core::{
+    context::Context,
+    device::{DeviceChoice, Opened},
+    embedded,
+    weights::HubCache,
+};
+use serde_json::Value;
+
+use crate::{COMMIT, Session, failure::Failure, output, panics, recipes};
+
+/// Where Debian's package puts the images that `quickstart_teacher` was trained on.
+const FASHION_MNIST: &str = "/usr/share/datasets/fashion-mnist";
+
+/// Show version, devices, and which data and weights are there
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+impl Args {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        let mut lines = vec![
+            ("version", env!("CARGO_PKG_VERSION").to_string()),
+            ("commit", COMMIT.unwrap_or("unknown").to_string()),
+            ("cpu", cpu()?),
+            ("gpu", gpu()),
+            ("components", session.registry.entries().count().to_string()),
+        ];
+        let there = match Path::new(FASHION_MNIST).is_dir() {
+            true => "",
+            false => ": not there (Debian: apt install dataset-fashion-mnist); the embedded sample needs nothing",
+        };
+        lines.push(("fashion-mnist", format!("{FASHION_MNIST}{there}")));
+        let hub = HubCache::from_environment();
+        for address in hub_addresses(session) {
+            let found = hub.find(&address).map_or_else(|error| error.to_string(), |path| path.display().to_string());
+            lines.push(("weights", format!("{address}: {found}")));
+        }
+        let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<15}{value}\n")).collect();
+        Ok(output::print(&text.concat())?)
+    }
+}
+
+fn cpu() -> Result<String, Failure> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    match DeviceChoice::Cpu.open()? {
+        Opened::Cpu(dev) => {
+            let kernels = Context::new(dev, threads, false).kernels;
+            Ok(format!("{} kernels, {} threads", kernels.name(), kernels.threads()))
+        }
+        #[cfg(feature = "cuda")]
+        Opened::Cuda(..) => Ok("none".to_string()),
+    }
+}
+
+fn gpu() -> String {
+    match panics::expected(|| DeviceChoice::Cuda(0).open()) {
+        Ok(device) => device.name(),
+        Err(error) => format!("none: {error}"),
+    }
+}
+
+/// The weights that built-in recipes take from the hub.
+fn hub_addresses(session: &Session) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (name, _) in embedded::RECIPES {
+        let loaded = recipes::load_with(session.registry, Path::new(name), &[], &|_| Some("unset".into()));
+        let mut open: Vec<&Value> = loaded.iter().map(|loaded| loaded.resolved()).collect();
+        while let Some(value) = open.pop() {
+            match value {
+                Value::Object(map) => open.extend(map.values()),
+                Value::Array(items) => open.extend(items),
+                Value::String(text) if text.starts_with("hf://") => {
+                    found.insert(text.clone());
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,78 @@
+//! The verbs, one file each. A file's `Args` are its arguments, and `Args::run` is the verb.
+
+mod completions;
+mod cp;
+mod doctor;
+mod explain;
+mod export;
+mod list;
+mod machine;
+mod plugin;
+mod run;
+mod schema;
+mod show;
+mod validate;
+mod verify;
+
+use std::path::Path;
+
+use clap::{Subcommand, ValueEnum};
+
+use crate::{Session, failure::Failure};
+
+#[derive(Subcommand)]
+pub(crate) enum Verb {
+    Run(run::Args),
+    Validate(validate::Args),
+    Show(show::Args),
+    List(list::Args),
+    Explain(explain::Args),
+    Schema(schema::Args),
+    Cp(cp::Args),
+    New(plugin::Args),
+    Verify(verify::Args),
+    Export(export::Args),
+    Doctor(doctor::Args),
+    Completions(completions::Args),
+}
+
+impl Verb {
+    /// The trace file that was asked for.
+    pub fn trace(&self) -> Option<&Path> {
+        match self {
+            Verb::Run(args) => args.trace.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// Why it could not be done; nothing has been told about it yet.
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Verb::Run(args) => args.run(session),
+            Verb::Validate(args) => args.run(session),
+            Verb::Show(args) => args.run(session),
+            Verb::List(args) => args.run(session),
+            Verb::Explain(args) => args.run(session),
+            Verb::Schema(args) => args.run(session),
+            Verb::Cp(args) => args.run(),
+            Verb::New(args) => args.run(),
+            Verb::Verify(args) => args.run(session),
+            Verb::Export(args) => args.run(),
+            Verb::Doctor(args) => args.run(session),
+            Verb::Completions(args) => args.run(session),
+        }
+    }
+}
+
+/// The form of a result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}

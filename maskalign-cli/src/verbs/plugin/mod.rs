@@ -1,0 +1,181 @@
+//! `maskalign new plugin`: a crate with a component of its own, ready to train with.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::{failure::Failure, output};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign new plugin lattice
+  maskalign new plugin lattice --path ../maskalign     build against a checkout of MaskAlign";
+
+/// Start a crate with a component of your own
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    Plugin(Plugin),
+}
+
+/// Write a crate with a masker, a test, a recipe that trains with it, and a binary with every verb
+///
+/// The crate depends on maskalign-core and maskalign-cli alone. Its binary has every verb of this command and knows the
+/// new component in `list`, `explain`, `schema` and error messages.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+struct Plugin {
+    /// The crate's name: lower-case letters, digits, `-` and `_`; the folder and the component are named after it
+    name: String,
+    /// A checkout of MaskAlign to build against [default: the published crates of this version]
+    #[arg(long, value_name = "CHECKOUT")]
+    path: Option<PathBuf>,
+}
+
+/// The files, by path in the crate. `{{...}}` is replaced.
+const TEMPLATE: [(&str, &str); 7] = [
+    ("Cargo.toml", include_str!("template/Cargo.toml.txt")),
+    ("README.md", include_str!("template/README.md.txt")),
+    (".gitignore", "/target\n/runs\n"),
+    ("recipe.yaml", include_str!("template/recipe.yaml.txt")),
+    ("src/lib.rs", include_str!("template/lib.rs.txt")),
+    ("src/main.rs", include_str!("template/main.rs.txt")),
+    ("tests/plugin.rs", include_str!("template/test.rs.txt")),
+];
+
+impl Args {
+    pub fn run(self) -> Result<(), Failure> {
+        let What::Plugin(plugin) = self.what;
+        plugin.write(Path::new(""))
+    }
+}
+
+impl Plugin {
+    fn write(&self, parent: &Path) -> Result<(), Failure> {
+        let name = Name::parse(&self.name)?;
+        let folder = parent.join(&self.name);
+        let dependencies = self.dependencies()?;
+        if folder.symlink_metadata().is_ok() {
+            return Err(Failure::mistake(format!("{} is there already", folder.display()))
+                .help("choose another name, or remove it"));
+        }
+        for (path, text) in TEMPLATE {
+            let text = text
+                .replace("{{dependencies}}", &dependencies)
+                .replace("{{crate}}", &self.name)
+                .replace("{{library}}", &name.library())
+                .replace("{{component}}", &name.component())
+                .replace("{{Type}}", &name.type_name());
+            let path = folder.join(path);
+            let written = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&path, text));
+            written.map_err(|error| Failure::failed(format!("cannot write {}: {error}", path.display())))?;
+        }
+        let shown = folder.display();
+        Ok(output::print(&format!(
+            "wrote {shown}\n\nnext:\n  cd {shown}\n  cargo test\n  cargo run --release -- run recipe.yaml --steps 20\n"
+        ))?)
+    }
+
+    /// The two dependencies as TOML.
+    fn dependencies(&self) -> Result<String, Failure> {
+        let Some(checkout) = &self.path else {
+            let version = env!("CARGO_PKG_VERSION");
+            return Ok(format!("maskalign-cli = \"{version}\"\nmaskalign-core = \"{version}\""));
+        };
+        let not_a_checkout = || {
+            Failure::mistake(format!("{} is not a checkout of MaskAlign", checkout.display()))
+                .help("give the folder that holds `maskalign-core` and `maskalign-cli`")
+        };
+        // Absolute, so that the crate may be moved.
+        let root = checkout.canonicalize().map_err(|_| not_a_checkout())?;
+        let mut lines = Vec::new();
+        for name in ["maskalign-cli", "maskalign-core"] {
+            let path = root.join(name);
+            let path = path.to_str().filter(|_| path.join("Cargo.toml").is_file()).ok_or_else(not_a_checkout)?;
+            // A path as a TOML string: JSON escapes backslashes and quotes in the same way.
+            lines.push(format!("{name} = {{ path = {} }}", serde_json::Value::from(path)));
+        }
+        Ok(lines.join("\n"))
+    }
+}
+
+/// A name in its words.
+struct Name(Vec<String>);
+
+impl Name {
+    fn parse(name: &str) -> Result<Name, Failure> {
+        let refuse = |why: &str| Failure::mistake(format!("`{name}` cannot name a crate: {why}"));
+        if !name.starts_with(|c: char| c.is_ascii_lowercase()) {
+            return Err(refuse("it must begin with a lower-case letter"));
+        }
+        if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
+            return Err(refuse("use lower-case letters, digits, `-` and `_`"));
+        }
+        if name.len() > 64 {
+            return Err(refuse("it has more than 64 characters"));
+        }
+        if RESERVED.contains(&name) || name.starts_with("maskalign") {
+            return Err(refuse("the name is taken by Rust or by MaskAlign"));
+        }
+        let words: Vec<String> = name.split(['-', '_']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
+        Ok(Name(words))
+    }
+
+    fn library(&self) -> String {
+        self.0.join("_")
+    }
+
+    fn component(&self) -> String {
+        self.0.join("_")
+    }
+
+    fn type_name(&self) -> String {
+        let capital = |word: &String| {
+            let (first, rest) = word.split_at(1);
+            first.to_ascii_uppercase() + rest
+        };
+        self.0.iter().map(capital).collect()
+    }
+}
+
+/// Keywords, crates that every program has, names that the template uses, and folders that cargo makes.
+const RESERVED: [&str; 57] = [
+    "abstract", "alloc", "as", "async", "await", "become", "box", "break", "build", "const", "continue", "core", "crate",
+    "deps", "do", "dyn", "else", "enum", "examples", "extern", "false", "final", "fn", "for", "gen", "grid", "if", "impl",
+    "in", "incremental", "let", "loop", "macro", "mask", "masker", "match", "mod", "move", "mut", "override", "priv",
+    "proc_macro", "pub", "ref", "return", "static", "std", "stream", "struct", "test", "trait", "true", "try", "type",
+    "unsafe", "use", "where",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_cannot_be_crates_are_refused() {
+        for name in ["", "Lattice", "1st", "a b", "a/b", "..", "fn", "test", "maskalign-core", "-a", "\u{e4}"] {
+            assert!(Name::parse(name).is_err(), "{name}");
+        }
+        let name = Name::parse("my-second_mask2").unwrap();
+        assert_eq!((name.library(), name.type_name()), ("my_second_mask2".into(), "MySecondMask2".into()));
+    }
+
+    #[test]
+    fn nothing_of_the_template_is_left_to_replace() {
+        let folder = tempfile::tempdir().unwrap();
+        let plugin = Plugin { name: "my-mask".into(), path: None };
+        // Printing to a closed stdout is not this test's matter.
+        let _ = plugin.write(folder.path());
+        for (path, _) in TEMPLATE {
+            let text = fs::read_to_string(folder.path().join("my-mask").join(path)).unwrap();
+            assert!(!text.contains("{{"), "{path}");
+        }
+        assert!(plugin.write(folder.path()).is_err(), "a folder that is there is left alone");
+    }
+}

@@ -1,0 +1,260 @@
+//! `maskalign run`: from a recipe to a run directory.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use clap::ArgGroup;
+use maskalign_core::{
+    context::Context,
+    device::{Dev, Opened},
+    error::Result as CoreResult,
+    pipeline::{self, PlanOptions, Plans, RunOptions},
+    run::{Mode, RunDir, StopFlag},
+};
+use maskalign_registry::{Loaded, ShowOrigin, diff};
+use serde_json::{Map, Value};
+
+use super::machine::Machine;
+use crate::{
+    COMMIT, Session,
+    failure::Failure,
+    output,
+    progress::{Reporter, number},
+    recipes::{self, Sets},
+    render::{self, paint},
+    signals,
+    table::Table,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign run quickstart
+  maskalign run mine.yaml --set stages.pretrain.epochs=5 --out runs/short
+  maskalign run mine.yaml --steps 20              end each training stage after 20 steps
+  maskalign run --resume runs/short               go on after Ctrl-C, SIGTERM or a power cut
+  maskalign run mine.yaml --out runs/short --force
+
+Ctrl-C and SIGTERM save the state and exit with 130 and 143.";
+
+/// Run a recipe: train and evaluate what it says
+///
+/// Checks the recipe, makes a run directory (recipe, manifest, metrics, checkpoints, summary), runs the stages in order
+/// and prints their results.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("what").args(["recipe", "resume"]).multiple(true).required(true))]
+pub(crate) struct Args {
+    /// A recipe's file, or the name of a built-in recipe; may be left out with --resume
+    recipe: Option<PathBuf>,
+    #[command(flatten)]
+    sets: Sets,
+    /// The run directory to make [default: runs/NAME-TIME]
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    out: Option<PathBuf>,
+    /// Go on with the run in this directory, from its last checkpoint
+    ///
+    /// The recipe must be the one of that run; threads, device and the other flags may differ.
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+    /// Replace the run that is in the run directory; deletes only files that a run made
+    #[arg(long, conflicts_with = "resume", requires = "out")]
+    force: bool,
+    /// End each training stage after this many optimizer steps
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    steps: Option<u64>,
+    #[command(flatten)]
+    machine: Machine,
+    /// Threads that read images, 0 to read them between steps [default: 1, or 0 with one thread]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    workers: Option<usize>,
+    /// Write a trace of the run in Chrome's format, for chrome://tracing or ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
+}
+
+impl Args {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
+        let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
+        let loaded = match (&resumed, &self.recipe) {
+            (Some(dir), _) => self.resumed_recipe(session, dir)?,
+            (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
+            (None, None) => return Err(Failure::mistake("no recipe is named")),
+        };
+        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
+        let plans = pipeline::plan(loaded.recipe(), options)
+            .map_err(|refusals| Failure::Recipe(loaded.locate_all(&refusals)))?;
+        let device = self.machine.open()?;
+        let dir = match resumed {
+            Some(dir) => dir,
+            None => {
+                let name = &loaded.recipe().name;
+                let path = self.out.clone().unwrap_or_else(|| RunDir::default_path(name, SystemTime::now()));
+                RunDir::create(path, if self.force { Mode::Force } else { Mode::Fresh })?
+            }
+        };
+        let stop = StopFlag::new();
+        signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
+        let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
+        let job = Job { args: &self, loaded: &loaded, plans: &plans, dir: &dir, stop: &stop, arguments: session.arguments };
+        let device_name = device.name();
+        let outcome = match device {
+            Opened::Cpu(dev) => job.run_on(dev, device_name, &mut reporter),
+            #[cfg(feature = "cuda")]
+            Opened::Cuda(dev, _) => job.run_on(dev, device_name, &mut reporter),
+        };
+        reporter.clear();
+        let results = outcome.map_err(|error| Failure::located(error, &loaded))?;
+        output::print(&table_of_results(&results, dir.path()))?;
+        Ok(())
+    }
+
+    /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
+    fn resumed_recipe(&self, session: &Session, dir: &RunDir) -> Result<Loaded, Failure> {
+        let own = match dir.read_recipe()? {
+            None => None,
+            Some(_) => Some(recipes::load(session.registry, &dir.recipe_path(), &[])?),
+        };
+        let given = match (&self.recipe, &own) {
+            (Some(recipe), _) => recipes::load(session.registry, recipe, &self.sets.sets)?,
+            (None, Some(_)) => recipes::load(session.registry, &dir.recipe_path(), &self.sets.sets)?,
+            (None, None) => {
+                return Err(Failure::mistake(format!("the run in {} was ended before it wrote its recipe", dir.path().display()))
+                    .help(format!("name the recipe too: maskalign run RECIPE --resume {}", dir.path().display())));
+            }
+        };
+        match own {
+            Some(own) if own.fingerprint() != given.fingerprint() => {
+                let differences = diff(own.resolved(), given.resolved());
+                let shown: Vec<String> = differences.iter().map(|line| format!("\n  {line}")).collect();
+                let message = format!("the recipe differs from the one of the run in {}:{}", dir.path().display(), shown.concat());
+                Err(Failure::mistake(message)
+                    .help("leave the recipe out to go on with the run's own, or start a new run with `--out`"))
+            }
+            _ => Ok(given),
+        }
+    }
+}
+
+/// A run that only needs a device.
+struct Job<'a> {
+    args: &'a Args,
+    loaded: &'a Loaded,
+    plans: &'a Plans,
+    dir: &'a RunDir,
+    stop: &'a StopFlag,
+    arguments: &'a [OsString],
+}
+
+impl Job<'_> {
+    fn run_on<D: Dev>(&self, dev: D, device: String, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
+        let machine = &self.args.machine;
+        let cx = Context::new(dev, machine.threads(), machine.recompute);
+        let options = RunOptions {
+            resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
+            fingerprint: &self.loaded.fingerprint(),
+            step_limit: self.args.steps,
+            workers: self.args.workers.unwrap_or(usize::from(machine.threads() > 1)),
+            command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
+            commit: COMMIT.map(str::to_owned),
+            device,
+            stop: self.stop,
+            progress: reporter,
+        };
+        pipeline::run(&cx, self.loaded.recipe(), self.plans, self.dir, options)
+    }
+}
+
+fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
+    let mut out = String::new();
+    for (stage, result) in results {
+        out.push_str(&format!("{}\n{}\n", paint(render::STRONG, stage), table_of(result)));
+    }
+    out.push_str(&format!("run directory: {}\n", dir.display()));
+    out
+}
+
+/// A stage's results: named rows of the same numbers side by side, all else one number a line.
+fn table_of(result: &Value) -> String {
+    let Value::Object(entries) = result else {
+        return String::new();
+    };
+    let mut numbers = Table::default();
+    let mut lists = String::new();
+    let mut columns: Vec<String> = Vec::new();
+    let mut rows: Vec<(&str, Vec<(String, String)>)> = Vec::new();
+    for (name, value) in entries {
+        match value {
+            Value::Object(_) => {
+                let cells = leaves(value);
+                for (column, _) in &cells {
+                    if !columns.contains(column) {
+                        columns.push(column.clone());
+                    }
+                }
+                rows.push((name, cells));
+            }
+            Value::Array(items) => {
+                for item in items {
+                    let cells: Vec<String> = leaves(item).iter().map(|(name, value)| format!("{name} {value}")).collect();
+                    lists.push_str(&format!("  {name}: {}\n", cells.join(", ")));
+                }
+            }
+            value => numbers.row([name.clone(), number(name, value)]),
+        }
+    }
+    let mut side_by_side = Table::default();
+    if !rows.is_empty() {
+        side_by_side.row(std::iter::once(String::new()).chain(columns.iter().cloned()));
+    }
+    for (name, cells) in rows {
+        let cell = |column: &String| cells.iter().find(|(name, _)| name == column).map_or(String::new(), |(_, text)| text.clone());
+        side_by_side.row(std::iter::once(name.to_string()).chain(columns.iter().map(cell)));
+    }
+    numbers.render(2) + &lists + &side_by_side.render(2)
+}
+
+/// Every number under a value, with its path.
+fn leaves(value: &Value) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut open = vec![(String::new(), value)];
+    while let Some((path, value)) = open.pop() {
+        match value {
+            Value::Object(entries) => {
+                // The last one put in is taken out first.
+                for (key, value) in entries.iter().rev() {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    open.push((path, value));
+                }
+            }
+            value => found.push((path.clone(), number(&path, value))),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn accuracies_stand_side_by_side() {
+        let knn = json!({
+            "pixels": { "accuracy": 0.82, "by_k": { "5": 0.81 } },
+            "student": { "accuracy": 0.8312 },
+        });
+        assert_eq!(
+            table_of(&knn),
+            "           accuracy  by_k.5\n  pixels     82.0 %  81.0 %\n  student    83.1 %\n"
+        );
+        let pretrain = json!({ "steps": 1200, "epochs": 2.0, "loss": 0.123456, "knn": [{ "epoch": 1, "accuracy": 0.5 }] });
+        assert_eq!(
+            table_of(&pretrain),
+            "  steps    1,200\n  epochs       2\n  loss    0.1235\n  knn: epoch 1, accuracy 50.0 %\n"
+        );
+    }
+}

@@ -1,0 +1,115 @@
+//! `maskalign validate`: everything that can be known of recipes before the first step.
+
+use std::path::PathBuf;
+
+use maskalign_core::{
+    pipeline::{self, PlanOptions, Plans},
+    stages::StagePlan,
+};
+use maskalign_registry::Report;
+use serde_json::{Value, json};
+
+use super::Format;
+use crate::{
+    Session,
+    failure::Failure,
+    output,
+    recipes::{self, Sets},
+    render::{self, paint},
+    table::{Table, bytes, count},
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign validate mine.yaml
+  maskalign validate recipes/*.yaml --no-environment
+  maskalign validate mine.yaml --format json";
+
+/// Check recipes: all mistakes at once, each at its place
+///
+/// Checks structure, references, sizes, levels, files and weights. For a recipe without mistakes it prints what each
+/// stage will take: parameters, tokens, steps and memory. Exit code 2 if any recipe has a mistake.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Files, or names of built-in recipes
+    #[arg(required = true, value_name = "RECIPE")]
+    recipes: Vec<PathBuf>,
+    #[command(flatten)]
+    sets: Sets,
+    /// Leave out what depends on this machine: data, weight files and unset variables
+    #[arg(long)]
+    no_environment: bool,
+    /// Estimate memory for a run with --recompute
+    #[arg(long)]
+    recompute: bool,
+    /// How the results are written
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Args {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        let mut valid = true;
+        let mut records = Vec::new();
+        for path in &self.recipes {
+            let name = path.display().to_string();
+            let outcome = self.check(session, path);
+            valid &= outcome.is_ok();
+            match (self.format, outcome) {
+                (Format::Json, outcome) => records.push(record(&name, outcome)),
+                (Format::Text, Ok(plans)) => output::print(&table(&name, &plans))?,
+                (Format::Text, Err(report)) => output::complain(&format!("{}\n", render::report(&report))),
+            }
+        }
+        if self.format == Format::Json {
+            output::print_json(&json!({ "valid": valid, "recipes": records }))?;
+        }
+        match valid {
+            true => Ok(()),
+            false => Err(Failure::Told(2)),
+        }
+    }
+
+    fn check(&self, session: &Session, path: &std::path::Path) -> Result<Plans, Report> {
+        let environment = |name: &str| match std::env::var(name) {
+            Err(_) if self.no_environment => Some(format!("${name}")),
+            found => found.ok(),
+        };
+        let loaded = recipes::load_with(session.registry, path, &self.sets.sets, &environment)?;
+        let options =
+            PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
+        pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))
+    }
+}
+
+fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
+    match outcome {
+        Ok(plans) => {
+            let stages: serde_json::Map<String, Value> =
+                plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
+            json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages })
+        }
+        Err(report) => json!({ "recipe": recipe, "valid": false, "diagnostics": report.to_json() }),
+    }
+}
+
+fn table(recipe: &str, plans: &Plans) -> String {
+    type Column = (&'static str, fn(&StagePlan) -> Option<String>);
+    const COLUMNS: [Column; 7] = [
+        ("images", |plan| plan.images.map(|images| count(images as u64))),
+        ("parameters", |plan| (plan.parameters > 0).then(|| count(plan.parameters as u64))),
+        ("trained", |plan| (plan.trainable > 0).then(|| count(plan.trainable as u64))),
+        ("tokens", |plan| plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))),
+        ("epochs", |plan| plan.epochs.map(|epochs| epochs.to_string())),
+        ("steps", |plan| plan.steps.map(count)),
+        ("memory", |plan| (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))),
+    ];
+    let mut rows = Table::default();
+    rows.row(std::iter::once("stage").chain(COLUMNS.map(|(name, _)| name)));
+    for (name, plan) in plans {
+        let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
+        rows.row(std::iter::once(name.clone()).chain(cells));
+    }
+    format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2))
+}

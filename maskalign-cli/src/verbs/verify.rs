@@ -1,0 +1,121 @@
+//! `maskalign verify`: the numbers of another implementation, computed again.
+
+use std::path::{Path, PathBuf};
+
+use maskalign_core::{
+    context::Context,
+    device::{Dev, Opened},
+    error::Result as CoreResult,
+    verify::{Case, CaseReport},
+};
+use maskalign_registry::{Input, LoadRequest, Loaded, Recipe};
+use serde_json::{Value, json};
+
+use super::machine::Machine;
+use crate::{
+    Session,
+    failure::Failure,
+    output,
+    recipes::{Embedded, Sets},
+    render::{self, paint},
+    table::Table,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign verify tests/fixtures/cases/*.safetensors
+  maskalign verify mae.safetensors --tolerance 1e-5 --json
+  maskalign verify base.safetensors --set stages.pretrain.objectives.align.aligner.fusion=simple   (fails)";
+
+/// Replay steps that another implementation recorded, and compare
+///
+/// A case holds images, masks, starting weights and what the other implementation computed from them. It is turned into
+/// a recipe and run by the stage that `run` uses. Shown is the largest relative error of each kind of quantity: the norm
+/// of the difference over the norm of the recorded tensor. Exit code 1 where one is over the tolerance.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Case files (maskalign-case-v1, safetensors)
+    #[arg(required = true, value_name = "CASE")]
+    cases: Vec<PathBuf>,
+    #[command(flatten)]
+    sets: Sets,
+    /// The largest relative error that passes
+    #[arg(long, value_name = "ERROR", default_value_t = 1e-4)]
+    tolerance: f64,
+    /// Write the errors as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+impl Args {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        match self.machine.open()? {
+            Opened::Cpu(dev) => self.run_on(session, dev),
+            #[cfg(feature = "cuda")]
+            Opened::Cuda(dev, _) => self.run_on(session, dev),
+        }
+    }
+
+    fn run_on<D: Dev>(&self, session: &Session, dev: D) -> Result<(), Failure> {
+        let cx = Context::new(dev, self.machine.threads(), self.machine.recompute);
+        let mut passed = true;
+        let mut records = Vec::new();
+        for path in &self.cases {
+            let report = self.replay(session, &cx, path)?;
+            let agrees = report.error() <= self.tolerance;
+            passed &= agrees;
+            match self.json {
+                true => records.push(record(path, &report, agrees)),
+                false => output::print(&self.table(path, &report, agrees))?,
+            }
+        }
+        if self.json {
+            output::print_json(&json!({ "tolerance": self.tolerance, "passed": passed, "cases": records }))?;
+        }
+        match passed {
+            true => Ok(()),
+            false => Err(Failure::Told(1)),
+        }
+    }
+
+    fn replay<D: Dev>(&self, session: &Session, cx: &Context<D>, path: &Path) -> Result<CaseReport, Failure> {
+        let case = Case::read(path)?;
+        let scratch = tempfile::tempdir()
+            .map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
+        let teacher = scratch.path().join("teacher.safetensors");
+        case.write_teacher(&teacher)?;
+        let input = Input::Text { name: format!("{} as a recipe", path.display()), text: case.recipe(&teacher) };
+        let request = LoadRequest { input, sets: &self.sets.sets, env: &|_| None, builtins: &Embedded };
+        let loaded: Loaded = Recipe::load(&request, session.registry)?;
+        let replayed: CoreResult<CaseReport> = case.replay(cx, loaded.recipe());
+        replayed.map_err(|error| Failure::located(error, &loaded))
+    }
+
+    fn table(&self, path: &Path, report: &CaseReport, agrees: bool) -> String {
+        let (style, verdict) = match agrees {
+            true => (render::STRONG, "agrees"),
+            false => (render::ERROR, "differs"),
+        };
+        let mut rows = Table::default();
+        rows.row(["quantity", "tensors", "largest error", "in"]);
+        for quantity in &report.quantities {
+            let error = format!("{:.2e}", quantity.error);
+            rows.row([quantity.name.to_string(), quantity.tensors.to_string(), error, quantity.worst.clone()]);
+        }
+        let (case, error, tolerance) = (path.display(), report.error(), self.tolerance);
+        format!("{case}: {} ({error:.2e}, tolerance {tolerance:.0e})\n{}", paint(style, verdict), rows.render(2))
+    }
+}
+
+fn record(path: &Path, report: &CaseReport, agrees: bool) -> Value {
+    json!({
+        "case": path.display().to_string(),
+        "passed": agrees,
+        "error": report.error(),
+        "quantities": report.quantities,
+        "losses": report.losses,
+    })
+}

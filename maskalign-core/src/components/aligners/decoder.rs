@@ -1,0 +1,314 @@
+//! A transformer decoder over mask tokens.
+
+use maskalign_registry::{Levels, Refusal};
+
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin};
+use crate::{
+    component,
+    components::{
+        tokens::{Masks, Tokens},
+        towers::Tap,
+    },
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    kernels::{Act, AttentionShape, BlockRun},
+    nn::{Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
+    register,
+    tape::Recorder,
+};
+
+/// Who attends to whom in a decoder.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum DecoderAttention {
+    /// Every token to every token (MAE).
+    #[default]
+    Full,
+    /// Mask tokens to every token; the student's own stay as they were embedded (MILAN).
+    MaskedQueries,
+}
+
+fn last() -> Levels {
+    Levels::Last(1)
+}
+fn after_norm() -> Tap {
+    Tap::Norm
+}
+fn dim() -> usize {
+    512
+}
+fn depth() -> usize {
+    8
+}
+fn heads() -> usize {
+    16
+}
+fn eps() -> f64 {
+    1e-6
+}
+
+/// A decoder over the student's tokens and one learned mask token at each predicted patch (MAE, arXiv 2111.06377;
+/// MILAN, arXiv 2208.06049). Its parameters have MAE's names: `decoder_embed`, `mask_token`, `decoder_blocks.I`,
+/// `decoder_norm`, `decoder_pred`.
+#[component]
+pub struct Decoder {
+    /// The student's level that is decoded; one.
+    #[serde(default = "last")]
+    levels: Levels,
+    /// Where it is taken.
+    #[serde(default = "after_norm")]
+    tap: Tap,
+    /// Who attends to whom.
+    #[serde(default)]
+    attention: DecoderAttention,
+    /// Channels.
+    #[serde(default = "dim")]
+    #[schemars(range(min = 4))]
+    dim: usize,
+    /// Blocks.
+    #[serde(default = "depth")]
+    #[schemars(range(min = 1))]
+    depth: usize,
+    /// Attention heads; `dim` must be a multiple.
+    #[serde(default = "heads")]
+    #[schemars(range(min = 1))]
+    heads: usize,
+    /// Channels inside the MLPs; absent: four times `dim`.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    mlp: Option<usize>,
+    /// Added to the variance in LayerNorms.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+}
+
+impl AlignerPlugin for Decoder {
+    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+        let levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        if levels.len() != 1 {
+            return Err(Refusal::new("levels", format!("a decoder takes one level, not {}", levels.len())));
+        }
+        if self.tap == Tap::Projection {
+            return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
+        }
+        if plan.outputs != 1 {
+            return Err(Refusal::whole(format!("a decoder has one output, the target has {}", plan.outputs))
+                .help("choose one level of the target, or `combine: mean`"));
+        }
+        if self.dim % self.heads != 0 {
+            return Err(Refusal::new("heads", format!("{} does not divide dim {}", self.heads, self.dim)));
+        }
+        if self.dim % 4 != 0 {
+            return Err(Refusal::new("dim", "sin-cos positions need a multiple of 4"));
+        }
+        if plan.tokens.cls && !plan.student.cls_token {
+            return Err(Refusal::whole("the student has no class token to decode").help("leave `cls` out of `tokens`"));
+        }
+        if plan.counts.masked == 0 {
+            return Err(Refusal::whole("there is no masked patch to decode")
+                .help("give the stage a `masker`, or raise its ratio"));
+        }
+        Ok(AlignNeeds { levels, tap: self.tap })
+    }
+
+    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
+        let grid = plan.student.grid;
+        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
+        let mut positions = init.values(
+            "decoder_pos_embed",
+            &[1, 1 + grid.patches(), dim],
+            sincos_positions(dim, grid.rows, grid.columns),
+        )?;
+        positions.trainable = false;
+        let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
+        let name = |i: usize| format!("decoder_blocks.{i}");
+        let blocks = match self.attention {
+            DecoderAttention::Full => {
+                Blocks::Full((0..self.depth).map(|i| Block::new(init, &name(i), config)).collect::<Result<_>>()?)
+            }
+            DecoderAttention::MaskedQueries => Blocks::MaskedQueries(
+                (0..self.depth).map(|i| QueryBlock::new(init, &name(i), config)).collect::<Result<_>>()?,
+            ),
+        };
+        Ok(Box::new(DecoderModule {
+            embed: Linear::new(init, "decoder_embed", dim, plan.student.arch.dim, true)?,
+            mask_token: init.normal("mask_token", &[1, 1, dim], 0.02)?,
+            positions,
+            blocks,
+            norm: Norm::new(init, "decoder_norm", dim, self.eps)?,
+            pred: Linear::new(init, "decoder_pred", plan.width, dim, true)?,
+        }))
+    }
+}
+
+register!(aligner "decoder" => Decoder, "a transformer decoder over mask tokens",
+    example: "{ type: decoder, dim: 512, depth: 8, heads: 16 }", paper: "MAE, arXiv 2111.06377");
+
+/// A block whose queries are some of the tokens, and whose keys and values are all of them.
+struct QueryBlock<D: Dev> {
+    norm1: Norm<D>,
+    q: Linear<D>,
+    k: Linear<D>,
+    v: Linear<D>,
+    proj: Linear<D>,
+    norm2: Norm<D>,
+    fc1: Linear<D>,
+    fc2: Linear<D>,
+    heads: usize,
+}
+
+impl<D: Dev> QueryBlock<D> {
+    fn new(init: &Init<D>, name: &str, c: BlockConfig) -> Result<Self> {
+        let linear = |part: &str, outputs, inputs| Linear::new(init, &format!("{name}.{part}"), outputs, inputs, true);
+        Ok(QueryBlock {
+            norm1: Norm::new(init, &format!("{name}.norm1"), c.dim, c.eps)?,
+            q: linear("attn.q", c.dim, c.dim)?,
+            k: linear("attn.k", c.dim, c.dim)?,
+            v: linear("attn.v", c.dim, c.dim)?,
+            proj: linear("attn.proj", c.dim, c.dim)?,
+            norm2: Norm::new(init, &format!("{name}.norm2"), c.dim, c.eps)?,
+            fc1: linear("mlp.fc1", c.mlp, c.dim)?,
+            fc2: linear("mlp.fc2", c.dim, c.mlp)?,
+            heads: c.heads,
+        })
+    }
+
+    /// `x` are the queries' tokens; `context` those that stay, `order` the rows of both that are attended to and
+    /// `queries` the rows of `x` among them.
+    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>, context: &Matrix<D>, layout: &Layout) -> Result<Matrix<D>> {
+        let k = &cx.kernels;
+        let all = k.gather_rows(r, &[context.clone(), x.clone()], &layout.order)?;
+        let all = k.layer_norm(r, &all, &self.norm1)?;
+        let mine = k.gather_rows(r, std::slice::from_ref(&all), &layout.masked)?;
+        let q = k.linear(r, &mine, &self.q, Act::None)?;
+        let keys = k.linear(r, &all, &self.k, Act::None)?;
+        let values = k.linear(r, &all, &self.v, Act::None)?;
+        let shape = AttentionShape {
+            batch: layout.batch,
+            heads: self.heads,
+            queries: layout.masked.len() / layout.batch,
+            keys: layout.order.len() / layout.batch,
+        };
+        let y = k.attention(r, &q, &keys, &values, shape)?;
+        let y = k.linear(r, &y, &self.proj, Act::None)?;
+        let x = k.add(r, x, &y)?;
+        let y = k.layer_norm(r, &x, &self.norm2)?;
+        let y = k.linear(r, &y, &self.fc1, Act::Gelu)?;
+        let y = k.linear(r, &y, &self.fc2, Act::None)?;
+        k.add(r, &x, &y)
+    }
+
+    fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.norm1.each_mut(f);
+        for linear in [&mut self.q, &mut self.k, &mut self.v, &mut self.proj] {
+            linear.each_mut(f);
+        }
+        self.norm2.each_mut(f);
+        self.fc1.each_mut(f);
+        self.fc2.each_mut(f);
+    }
+}
+
+enum Blocks<D: Dev> {
+    Full(Vec<Block<D>>),
+    MaskedQueries(Vec<QueryBlock<D>>),
+}
+
+struct DecoderModule<D: Dev> {
+    embed: Linear<D>,
+    mask_token: Param<D>,
+    positions: Param<D>,
+    blocks: Blocks<D>,
+    norm: Norm<D>,
+    pred: Linear<D>,
+}
+
+/// Where tokens are among the rows of a decoder.
+struct Layout {
+    batch: usize,
+    /// Rows of (student's tokens, mask tokens) image by image: the student's first.
+    order: Vec<u32>,
+    /// Rows of the mask tokens in that order.
+    masked: Vec<u32>,
+}
+
+impl Layout {
+    fn new(masks: &Masks, held_each: usize) -> Self {
+        let (batch, masked_each) = (masks.batch, masks.masked_each());
+        let mut layout = Layout { batch, order: Vec::new(), masked: Vec::new() };
+        for image in 0..batch {
+            layout.order.extend((image * held_each..(image + 1) * held_each).map(|i| i as u32));
+            layout.masked.extend((0..masked_each).map(|i| (layout.order.len() + i) as u32));
+            let first = batch * held_each + image * masked_each;
+            layout.order.extend((first..first + masked_each).map(|i| i as u32));
+        }
+        layout
+    }
+}
+
+impl<D: Dev> Module<D> for DecoderModule<D> {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.embed.each_mut(f);
+        f(&mut self.mask_token);
+        f(&mut self.positions);
+        match &mut self.blocks {
+            Blocks::Full(blocks) => blocks.iter_mut().for_each(|b| b.each_mut(f)),
+            Blocks::MaskedQueries(blocks) => blocks.iter_mut().for_each(|b| b.each_mut(f)),
+        }
+        self.norm.each_mut(f);
+        self.pred.each_mut(f);
+    }
+}
+
+impl<D: Dev> Aligner<D> for DecoderModule<D> {
+    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, input: &AlignInput<D>) -> Result<Vec<Matrix<D>>> {
+        let (k, masks) = (&cx.kernels, input.masks);
+        let table = self.positions.matrix(self.positions.dims[1]);
+        let at = |rows: &[u32]| k.gather_rows(&mut Recorder::inference(), std::slice::from_ref(&table), rows);
+
+        let student = k.linear(r, &input.levels[0], &self.embed, Act::None)?;
+        let seen = positions_of(masks, input.held);
+        let student = k.add_constant(r, &student, &at(&seen)?)?;
+        let unseen = positions_of(masks, Tokens { masked: true, ..Tokens::default() });
+        let tokens = k.gather_rows(r, &[self.mask_token.matrix(1)], &vec![0; unseen.len()])?;
+        let tokens = k.add_constant(r, &tokens, &at(&unseen)?)?;
+
+        let layout = Layout::new(masks, input.held.count(masks.visible_each(), 0));
+        let all = match &self.blocks {
+            Blocks::Full(blocks) => {
+                let mut x = k.gather_rows(r, &[student, tokens], &layout.order)?;
+                let run = BlockRun {
+                    batch: masks.batch,
+                    tokens: layout.order.len() / masks.batch,
+                    branch_scale: None,
+                    recompute: cx.recompute,
+                };
+                for block in blocks {
+                    x = k.block(r, &x, block, &run)?;
+                }
+                x
+            }
+            Blocks::MaskedQueries(blocks) => {
+                let mut x = tokens;
+                for block in blocks {
+                    x = block.forward(cx, r, &x, &student, &layout)?;
+                }
+                k.gather_rows(r, &[student, x], &layout.order)?
+            }
+        };
+        let x = match masks.within(input.tokens, Tokens { masked: true, ..input.held }) {
+            Some(rows) => k.gather_rows(r, &[all], &rows)?,
+            None => all,
+        };
+        let x = k.layer_norm(r, &x, &self.norm)?;
+        Ok(vec![k.linear(r, &x, &self.pred, Act::None)?])
+    }
+}
+
+/// Rows of a table of positions, the class token's first, for some tokens of each image.
+fn positions_of(masks: &Masks, tokens: Tokens) -> Vec<u32> {
+    masks.rows(tokens, true)
+}

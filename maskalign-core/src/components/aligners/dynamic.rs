@@ -1,0 +1,223 @@
+//! Dynamic Alignment.
+
+use maskalign_registry::{Levels, Refusal};
+
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin};
+use crate::{
+    component,
+    components::{tokens::Tokens, towers::Tap},
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    kernels::Act,
+    nn::{Init, Linear, Module, Norm, Param},
+    register,
+    tape::Recorder,
+};
+
+/// How the student's levels are mixed for each level of the teacher.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Fusion {
+    /// No mixing: the student's level i feeds head i.
+    Simple,
+    /// A square matrix, at first the identity plus 0.01 in every entry; as many student as teacher levels.
+    #[default]
+    Linear,
+    /// A matrix of any shape, at first 1 / student levels.
+    Sum,
+}
+
+/// What maps a mixed level to the teacher's channels.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// A linear layer.
+    #[default]
+    Linear,
+    /// LayerNorm, then a linear layer.
+    NormLinear,
+    /// A linear layer, then LayerNorm.
+    LinearNorm,
+    /// Linear, GELU, linear.
+    Mlp,
+    /// Linear, LayerNorm, linear.
+    Mlp2,
+}
+
+/// The paper's Dynamic Alignment: a learned matrix mixes the student's levels, then one head for each level of the
+/// teacher (MaskAlign, arXiv 2211.08887, section 3.3).
+///
+/// The matrix `distill_weights` and the heads `distill_heads.I` are kept for every level, as in the official
+/// checkpoints; those of levels that are not compared stay as they are.
+#[component]
+pub struct Dynamic {
+    /// The student's levels: `all`, `{last: K}`, or a list; the matrix has one column for each.
+    #[serde(default)]
+    levels: Levels,
+    /// Where the student's levels are taken: after the block, or after the final norm too.
+    #[serde(default)]
+    tap: Tap,
+    /// How levels are mixed.
+    #[serde(default)]
+    fusion: Fusion,
+    /// What each mixed level goes through.
+    #[serde(default)]
+    head: Head,
+}
+
+impl AlignerPlugin for Dynamic {
+    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+        let all = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        if self.tap == Tap::Projection {
+            return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
+        }
+        if plan.tokens.masked {
+            return Err(Refusal::whole("the dynamic alignment has outputs for the student's tokens only")
+                .help("leave `masked` out of `tokens`, or use the aligner `decoder`"));
+        }
+        if plan.tokens.cls && !plan.student.cls_token {
+            return Err(Refusal::whole("the student has no class token to align")
+                .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
+        }
+        let unequal = |what: &str| {
+            Refusal::new("fusion", format!("`{what}` needs as many student levels as target levels, not {} and {}", all.len(), self.rows(plan)))
+                .help("use `fusion: sum` for unequal depths")
+        };
+        let needed = match self.fusion {
+            Fusion::Linear if all.len() != self.rows(plan) => return Err(unequal("linear")),
+            Fusion::Simple if all.len() != self.rows(plan) => return Err(unequal("simple")),
+            // Level i feeds head i: the other levels do not reach the loss.
+            Fusion::Simple => self.active(plan).into_iter().map(|row| all[row]).collect(),
+            _ => all,
+        };
+        Ok(AlignNeeds { levels: needed, tap: self.tap })
+    }
+
+    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
+        let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?.len();
+        let (rows, active) = (self.rows(plan), self.active(plan));
+        let matrix = match self.fusion {
+            Fusion::Simple => None,
+            Fusion::Linear => {
+                let values = (0..rows * rows).map(|i| if i % (rows + 1) == 0 { 1.01 } else { 0.01 }).collect();
+                Some(init.values("distill_weights", &[rows, rows], values)?)
+            }
+            Fusion::Sum => Some(init.constant("distill_weights", &[rows, student_levels], 1.0 / student_levels as f32)?),
+        };
+        let mut heads = (0..rows)
+            .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, plan.student.arch.dim, plan.width))
+            .collect::<Result<Vec<_>>>()?;
+        for (i, head) in heads.iter_mut().enumerate() {
+            head.visit(&mut |p| p.trainable = active.contains(&i));
+        }
+        Ok(Box::new(DynamicAlignment { matrix, heads, active, class_token: plan.student.cls_token }))
+    }
+}
+
+impl Dynamic {
+    /// Rows of the matrix: the teacher's depth, or the outputs where the levels of both towers are chosen one to one
+    /// (or combined), so that nothing is left of the depth.
+    fn rows(&self, plan: &AlignPlan) -> usize {
+        if self.one_to_one(plan) { plan.outputs } else { plan.target_depth }
+    }
+
+    /// The rows that are compared.
+    fn active(&self, plan: &AlignPlan) -> Vec<usize> {
+        match self.one_to_one(plan) {
+            true => plan.wanted.clone(),
+            false => plan.wanted.iter().map(|&i| plan.target_levels[i]).collect(),
+        }
+    }
+
+    fn one_to_one(&self, plan: &AlignPlan) -> bool {
+        self.levels != Levels::All || plan.outputs != plan.target_levels.len()
+    }
+}
+
+register!(aligner "dynamic" => Dynamic, "the paper's Dynamic Alignment: a learned mix of levels, then heads",
+    example: "{ type: dynamic, fusion: linear, head: linear }", paper: "MaskAlign, arXiv 2211.08887, section 3.3");
+
+/// One head; its parameters are named as the official `nn.Sequential` numbers them.
+enum Layer<D: Dev> {
+    Linear(Linear<D>),
+    LinearGelu(Linear<D>),
+    Norm(Norm<D>),
+}
+
+struct LevelHead<D: Dev>(Vec<Layer<D>>);
+
+impl<D: Dev> LevelHead<D> {
+    fn new(init: &Init<D>, name: &str, head: Head, from: usize, to: usize) -> Result<Self> {
+        let linear = |part: &str, outputs, inputs| Linear::new(init, &format!("{name}{part}"), outputs, inputs, true);
+        let norm = |part: &str, width| Norm::new(init, &format!("{name}{part}"), width, 1e-6);
+        Ok(LevelHead(match head {
+            Head::Linear => vec![Layer::Linear(linear("", to, from)?)],
+            Head::NormLinear => vec![Layer::Norm(norm(".0", from)?), Layer::Linear(linear(".1", to, from)?)],
+            Head::LinearNorm => vec![Layer::Linear(linear(".0", to, from)?), Layer::Norm(norm(".1", to)?)],
+            Head::Mlp => vec![Layer::LinearGelu(linear(".0", from, from)?), Layer::Linear(linear(".2", to, from)?)],
+            Head::Mlp2 => vec![
+                Layer::Linear(linear(".0", from, from)?),
+                Layer::Norm(norm(".1", from)?),
+                Layer::Linear(linear(".2", to, from)?),
+            ],
+        }))
+    }
+
+    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
+        let mut x = x.clone();
+        for layer in &self.0 {
+            x = match layer {
+                Layer::Linear(linear) => cx.kernels.linear(r, &x, linear, Act::None)?,
+                Layer::LinearGelu(linear) => cx.kernels.linear(r, &x, linear, Act::Gelu)?,
+                Layer::Norm(norm) => cx.kernels.layer_norm(r, &x, norm)?,
+            };
+        }
+        Ok(x)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        for layer in &mut self.0 {
+            match layer {
+                Layer::Linear(linear) | Layer::LinearGelu(linear) => linear.each_mut(f),
+                Layer::Norm(norm) => norm.each_mut(f),
+            }
+        }
+    }
+}
+
+struct DynamicAlignment<D: Dev> {
+    matrix: Option<Param<D>>,
+    heads: Vec<LevelHead<D>>,
+    active: Vec<usize>,
+    class_token: bool,
+}
+
+impl<D: Dev> Module<D> for DynamicAlignment<D> {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.matrix.iter_mut().for_each(&mut *f);
+        self.heads.iter_mut().for_each(|h| h.visit(f));
+    }
+}
+
+impl<D: Dev> Aligner<D> for DynamicAlignment<D> {
+    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, input: &AlignInput<D>) -> Result<Vec<Matrix<D>>> {
+        debug_assert_eq!(input.held, Tokens { cls: self.class_token, visible: true, masked: false });
+        let mixed = match &self.matrix {
+            Some(w) => cx.kernels.mix(r, input.levels, &w.matrix(w.dims[0]), &self.active)?,
+            None => input.levels.to_vec(),
+        };
+        let rows = input.masks.within(input.tokens, input.held);
+        let mut outputs = Vec::with_capacity(mixed.len());
+        for (x, &head) in mixed.into_iter().zip(&self.active) {
+            let x = match &rows {
+                Some(rows) => cx.kernels.gather_rows(r, &[x], rows)?,
+                None => x,
+            };
+            outputs.push(self.heads[head].forward(cx, r, &x)?);
+        }
+        Ok(outputs)
+    }
+}

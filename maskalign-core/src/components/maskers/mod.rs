@@ -1,0 +1,132 @@
+//! Which patches the student sees. Maskers live on the host and draw one image at a time from a keyed stream.
+
+mod attention;
+mod random;
+
+pub use attention::AttentionMasker;
+pub use random::RandomMasker;
+
+use maskalign_registry::Refusal;
+
+use crate::{nn::Grid, plugin::kind, random::Stream};
+
+/// How many patches a masker keeps and asks for: fixed for a run, so that a batch is one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Patches the student sees.
+    pub visible: usize,
+    /// Patches to be predicted.
+    pub masked: usize,
+}
+
+/// What a masker sees of an image.
+#[derive(Clone, Copy, Debug)]
+pub struct MaskInput<'a> {
+    /// The student's patches.
+    pub grid: Grid,
+    /// The teacher's attention from its class token to each patch, mean over heads, where [`Masker::teacher`] asks.
+    pub attention: Option<&'a [f32]>,
+}
+
+/// The patches of one image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mask {
+    /// What the student sees, in this order.
+    pub visible: Vec<u32>,
+    /// What is to be predicted.
+    pub masked: Vec<u32>,
+}
+
+/// Chooses patches.
+pub trait Masker: Send + Sync {
+    /// How many patches of each image stay visible and are predicted.
+    ///
+    /// # Errors
+    /// Which option does not fit the grid.
+    fn plan(&self, grid: Grid) -> Result<Counts, Refusal>;
+
+    /// The teacher whose attention is needed, by its name in the recipe.
+    fn teacher(&self) -> Option<&str> {
+        None
+    }
+
+    /// The mask of one image; the stream is keyed by seed, epoch and image.
+    fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask;
+}
+
+kind!(host MaskerTag, Masker, masker);
+
+/// The visible and predicted counts that `ratio`, `visible` and `predict_ratio` mean for `patches` patches.
+///
+/// A ratio keeps `floor(N (1 - r))` patches, computed in double precision as the official code does.
+fn counts(
+    patches: usize,
+    ratio: Option<f64>,
+    visible: Option<usize>,
+    masked: Option<usize>,
+    predict_ratio: Option<f64>,
+) -> Result<Counts, Refusal> {
+    let (option, visible) = match (ratio, visible, masked) {
+        (Some(ratio), None, None) => ("ratio", (patches as f64 * (1.0 - ratio)) as usize),
+        (None, Some(visible), None) => ("visible", visible),
+        (None, None, Some(masked)) => ("masked", patches.saturating_sub(masked)),
+        (None, None, None) => {
+            return Err(Refusal::new("ratio", "missing")
+                .help("give one of `ratio`, `visible` or `masked`"));
+        }
+        _ => {
+            let second = if visible.is_some() { "visible" } else { "masked" };
+            return Err(Refusal::new(second, "only one of `ratio`, `visible` and `masked` may be given"));
+        }
+    };
+    if visible == 0 {
+        return Err(Refusal::new(option, format!("keeps none of {patches} patches: the student would see nothing")));
+    }
+    if visible > patches {
+        return Err(Refusal::new(option, format!("{visible} visible patches, but an image has {patches}")));
+    }
+    let masked = match predict_ratio {
+        None => patches - visible,
+        Some(ratio) => (patches as f64 * ratio).round() as usize,
+    };
+    if masked > patches - visible {
+        return Err(Refusal::new(
+            "predict_ratio",
+            format!("{masked} patches to predict, but only {} of {patches} are masked", patches - visible),
+        ));
+    }
+    Ok(Counts { visible, masked })
+}
+
+/// An order of the patches as a mask: the first `visible` are seen, the next are predicted. The predicted ones are
+/// sorted, so that an order says no more than the choice.
+fn split(mut order: Vec<u32>, counts: Counts) -> Mask {
+    let mut masked = order.split_off(counts.visible);
+    masked.truncate(counts.masked);
+    masked.sort_unstable();
+    Mask { visible: order, masked }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers are torch's `int(N * (1 - ratio))`.
+    #[test]
+    fn ratios_keep_what_the_official_code_keeps() {
+        for (patches, ratio, kept) in [(196, 0.7, 58), (196, 0.75, 49), (36, 0.7, 10), (36, 0.25, 27), (196, 0.0, 196), (49, 0.9, 4)] {
+            let counts = counts(patches, Some(ratio), None, None, None).unwrap();
+            assert_eq!(counts.visible, kept, "{patches} patches at {ratio}");
+            assert_eq!(counts.masked, patches - kept);
+        }
+    }
+
+    #[test]
+    fn impossible_counts_name_the_option() {
+        assert_eq!(counts(49, Some(0.99), None, None, None).unwrap_err().path, ["ratio"]);
+        assert_eq!(counts(49, None, Some(50), None, None).unwrap_err().path, ["visible"]);
+        assert_eq!(counts(49, None, None, Some(49), None).unwrap_err().path, ["masked"]);
+        assert_eq!(counts(49, Some(0.5), None, None, Some(0.8)).unwrap_err().path, ["predict_ratio"]);
+        assert_eq!(counts(49, Some(0.5), Some(4), None, None).unwrap_err().path, ["visible"]);
+    }
+}

@@ -1,0 +1,41 @@
+//! A uniform choice of patches.
+
+use maskalign_registry::Refusal;
+
+use super::{Counts, Mask, MaskInput, Masker, counts, split};
+use crate::{component, nn::Grid, random::Stream, register};
+
+/// Keeps patches chosen uniformly, in random order (MAE, arXiv 2111.06377, section 3).
+#[component]
+pub struct RandomMasker {
+    /// Share of the patches that is masked; floor(N (1 - ratio)) stay visible.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    ratio: Option<f64>,
+    /// Number of patches that stay visible, instead of `ratio`.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    visible: Option<usize>,
+    /// Number of patches that are masked, instead of `ratio`.
+    #[serde(default)]
+    masked: Option<usize>,
+    /// Share of all patches that is predicted, of those masked; absent: all that are masked.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    predict_ratio: Option<f64>,
+}
+
+impl Masker for RandomMasker {
+    fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
+        counts(grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
+    }
+
+    fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask {
+        let counts = self.plan(input.grid).expect("planned before the first step");
+        let order = rng.permutation(input.grid.patches()).into_iter().map(|i| i as u32).collect();
+        split(order, counts)
+    }
+}
+
+register!(masker "random" => RandomMasker, "keeps patches chosen uniformly",
+    example: "{ type: random, ratio: 0.75 }", paper: "MAE, arXiv 2111.06377, section 3");

@@ -1,0 +1,107 @@
+//! AdamW.
+
+use dfdx::prelude::Gradients;
+use maskalign_registry::{Refusal, Scalar};
+
+use super::{OptimizerPlugin, Update};
+use crate::{
+    component,
+    context::Context,
+    device::{Dev, Vector},
+    error::Result,
+    kernels::AdamStep,
+    nn::Param,
+    register,
+};
+
+fn base_batch() -> usize {
+    256
+}
+fn betas() -> [f64; 2] {
+    [0.9, 0.999]
+}
+fn eps() -> f64 {
+    1e-8
+}
+fn no_weight_decay() -> Scalar {
+    Scalar::Constant(0.0)
+}
+
+/// Adam with decoupled weight decay (arXiv 1711.05101), in PyTorch's order of operations.
+///
+/// Tensors of rank 1 or less and biases never decay (the official rule).
+#[component]
+pub struct AdamW {
+    /// Peak learning rate for a batch of `base_batch`; the rate is base_lr * effective batch / base_batch.
+    #[schemars(range(min = 0.0))]
+    base_lr: f64,
+    /// Images that `base_lr` is meant for.
+    #[serde(default = "base_batch")]
+    #[schemars(range(min = 1))]
+    base_batch: usize,
+    /// Decoupled weight decay.
+    #[serde(default = "no_weight_decay")]
+    weight_decay: Scalar,
+    /// Decay rates of the first and second moment.
+    #[serde(default = "betas")]
+    betas: [f64; 2],
+    /// Added to the root of the second moment.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+    /// Largest norm of all gradients together; larger ones are scaled down. Absent: no clipping.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    clip_norm: Option<f64>,
+    /// Further parameters that do not decay: names, or beginnings or ends of names.
+    #[serde(default)]
+    no_decay: Vec<String>,
+}
+
+impl AdamW {
+    fn decays<D: Dev>(&self, parameter: &Param<D>) -> bool {
+        let name = &parameter.name;
+        let spared = parameter.dims.len() <= 1
+            || name.ends_with(".bias")
+            || self.no_decay.iter().any(|n| name == n || name.ends_with(n) || name.starts_with(n));
+        !spared
+    }
+}
+
+impl OptimizerPlugin for AdamW {
+    fn peak_lr(&self, effective_batch: usize) -> f64 {
+        self.base_lr * effective_batch as f64 / self.base_batch as f64
+    }
+
+    fn clip_norm(&self) -> Option<f64> {
+        self.clip_norm
+    }
+
+    fn state_names(&self) -> &'static [&'static str] {
+        &["exp_avg", "exp_avg_sq"]
+    }
+
+    fn check(&self) -> Result<(), Refusal> {
+        match self.betas.iter().position(|beta| !(0.0..1.0).contains(beta)) {
+            Some(i) => Err(Refusal::new(i.to_string(), "must be at least 0 and less than 1").under("betas")),
+            None => Ok(()),
+        }
+    }
+
+    fn update<D: Dev>(&self, cx: &Context<D>, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, state: &mut [Vector<D>], u: Update) -> Result<()> {
+        let [first, second] = state else { unreachable!("two names, two vectors") };
+        let weight_decay = if self.decays(parameter) { self.weight_decay.at(u.progress) } else { 0.0 };
+        let step = AdamStep {
+            lr: u.lr,
+            betas: (self.betas[0], self.betas[1]),
+            eps: self.eps,
+            weight_decay,
+            step: u.step,
+            gradient_scale: u.gradient_scale,
+        };
+        cx.kernels.adamw(parameter, gradients, first, second, step)
+    }
+}
+
+register!(optimizer "adamw" => AdamW, "Adam with decoupled weight decay",
+    example: "{ type: adamw, base_lr: 1.5e-4, weight_decay: 0.05, betas: [0.9, 0.95] }", paper: "arXiv 1711.05101");

@@ -1,0 +1,39 @@
+//! The learning rate over time, set at every optimizer step from the fractional epoch.
+
+mod constant;
+mod cosine;
+mod multistep;
+
+use maskalign_registry::Refusal;
+
+use crate::plugin::kind;
+
+/// A learning rate over time.
+pub trait Schedule: Send + Sync {
+    /// The rate at `epoch` (fractional, from 0) of `epochs`, for a peak rate of `peak`.
+    fn rate(&self, peak: f64, epoch: f64, epochs: f64) -> f64;
+
+    /// Refuses options that do not fit the stage's length.
+    ///
+    /// # Errors
+    /// Names the option.
+    fn check(&self, epochs: f64) -> Result<(), Refusal>;
+}
+
+kind!(host ScheduleTag, Schedule, schedule);
+
+/// A linear warm-up from `from` to `peak`, or `None` once it is over.
+fn warmup(from: f64, peak: f64, epoch: f64, warmup_epochs: f64) -> Option<f64> {
+    (epoch < warmup_epochs).then(|| from + (peak - from) * epoch / warmup_epochs)
+}
+
+/// Refuses a warm-up longer than the stage.
+fn check_warmup(warmup_epochs: f64, epochs: f64) -> Result<(), Refusal> {
+    if warmup_epochs > epochs {
+        return Err(Refusal::new(
+            "warmup_epochs",
+            format!("a warm-up of {warmup_epochs} epochs is longer than the schedule of {epochs}"),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! The vision transformer as a student.
+
+use maskalign_registry::{Refusal, Weights};
+
+use super::{Student, StudentPlugin};
+use crate::{
+    component,
+    components::towers::{self, PlanContext, TowerOptions, TowerShape, input},
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    images::ImageBatch,
+    kernels::Act,
+    nn::{Arch, BranchScales, Features, Init, Module, Param, Statistics, Vit, VitConfig},
+    register,
+    tape::Recorder,
+    weights::Family,
+};
+
+/// Positions of a student.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// Fixed two-dimensional sines and cosines.
+    #[default]
+    Sincos,
+    /// Learned, truncated normal .02 at first.
+    Learned,
+}
+
+fn yes() -> bool {
+    true
+}
+fn eps() -> f64 {
+    1e-6
+}
+
+/// A vision transformer with exact GELU, ImageNet statistics and Xavier-uniform initialisation (MAE's and
+/// MaskAlign's).
+#[component]
+pub struct VitStudent {
+    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
+    #[serde(default)]
+    arch: Option<Arch>,
+    /// Side in pixels of the image the tower runs at; absent: the data's.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    image_size: Option<usize>,
+    /// Weights to start from (the optimizer starts afresh): a file or an earlier stage's student. Absent: random.
+    #[serde(default)]
+    weights: Option<Weights>,
+    /// Kind of positions.
+    #[serde(default)]
+    positions: Positions,
+    /// Whether a class token leads the patches.
+    #[serde(default = "yes")]
+    cls_token: bool,
+    /// Stochastic depth: the rate of the last block; it grows linearly from 0 at the first.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    drop_path: f64,
+    /// Added to the variance in LayerNorms.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+}
+
+impl VitStudent {
+    fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
+        let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: self.weights.as_ref() };
+        let (arch, image_size) = options.resolve(cx)?;
+        if self.positions == Positions::Sincos && arch.dim % 4 != 0 {
+            return Err(Refusal::new("arch", format!("sin-cos positions need a dim that 4 divides, not {}", arch.dim)));
+        }
+        if self.drop_path >= 1.0 {
+            return Err(Refusal::new("drop_path", "a rate of 1 would drop the last block for good"));
+        }
+        Ok(VitConfig {
+            arch,
+            input: input(image_size, Statistics::IMAGENET),
+            cls_token: self.cls_token,
+            learned_positions: self.positions == Positions::Learned,
+            pre_norm: false,
+            patch_bias: true,
+            layer_scale: false,
+            act: Act::Gelu,
+            eps: self.eps,
+            projection: None,
+        })
+    }
+}
+
+impl StudentPlugin for VitStudent {
+    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
+        Ok(TowerShape::from(&self.config(cx)?))
+    }
+
+    fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
+        let mut vit = Vit::new(init, self.config(plan)?)?;
+        if let Some(weights) = self.weights.as_ref().filter(|_| init.draws() && !plan.random_weights) {
+            towers::load_tower(plan, &mut vit, weights, Family::Vit)?;
+        }
+        Ok(Box::new(Tower { vit, drop_path: self.drop_path }))
+    }
+}
+
+register!(student "vit" => VitStudent, "a vision transformer",
+    example: "{ type: vit, arch: base_16, drop_path: 0.1 }", paper: "arXiv 2010.11929; MAE's initialisation");
+
+struct Tower<D: Dev> {
+    vit: Vit<D>,
+    drop_path: f64,
+}
+
+impl<D: Dev> Module<D> for Tower<D> {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.vit.visit(f);
+    }
+}
+
+impl<D: Dev> Student<D> for Tower<D> {
+    fn shape(&self) -> TowerShape {
+        TowerShape::from(&self.vit.config)
+    }
+
+    fn drop_path(&self) -> f64 {
+        self.drop_path
+    }
+
+    fn set_reach(&mut self, blocks: usize, norm: bool) {
+        self.vit.set_reach(blocks, norm);
+    }
+
+    fn forward(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        images: &ImageBatch,
+        visible: Option<&[u32]>,
+        scales: Option<&BranchScales>,
+        keep: &dyn Fn(usize) -> bool,
+    ) -> Result<Features<D>> {
+        self.vit.forward(cx, r, images, visible, scales, keep)
+    }
+
+    fn norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
+        self.vit.final_norm(cx, r, x)
+    }
+}

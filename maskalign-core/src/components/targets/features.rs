@@ -1,0 +1,132 @@
+//! A teacher's hidden states.
+
+use maskalign_registry::{LevelRef, Levels, Refusal};
+
+use super::{Normalize, TargetContext, TargetInput, TargetPlan, TargetPlugin};
+use crate::{
+    component,
+    components::towers::Tap,
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    register,
+    tape::Recorder,
+};
+
+/// Whether levels stay apart.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Combine {
+    /// One output per level.
+    #[default]
+    None,
+    /// The mean of the levels, after normalising.
+    Mean,
+}
+
+/// The hidden states of a teacher (MaskAlign, arXiv 2211.08887, section 3).
+#[component]
+pub struct Features {
+    /// The teacher, by its name under `teachers`.
+    teacher: String,
+    /// Levels: `all`, `{last: K}`, or a list of 0-based blocks, negative from the end.
+    #[serde(default)]
+    levels: Levels,
+    /// Where the states are taken.
+    #[serde(default)]
+    tap: Tap,
+    /// How each level is normalised.
+    #[serde(default)]
+    normalize: Normalize,
+    /// Whether levels stay apart or are averaged.
+    #[serde(default)]
+    combine: Combine,
+}
+
+impl TargetPlugin for Features {
+    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
+        let teacher = cx.teachers.get(&self.teacher).ok_or_else(|| {
+            let known: Vec<&str> = cx.teachers.keys().map(String::as_str).collect();
+            Refusal::new("teacher", format!("no teacher is named `{}`", self.teacher)).help(match known.is_empty() {
+                true => "the stage has no `teachers`".to_string(),
+                false => format!("known teachers: {}", known.join(", ")),
+            })
+        })?;
+        let levels = self.levels.resolve(teacher.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        let levels: Vec<usize> = levels
+            .into_iter()
+            .map(|level| match level {
+                LevelRef::Block(i) => Ok(i),
+                LevelRef::Embed => Err(Refusal::new("levels", "a target is taken after a block; `embed` is the student's")),
+            })
+            .collect::<Result<_, _>>()?;
+        if teacher.grid != cx.student.grid {
+            return Err(Refusal::new(
+                "teacher",
+                format!(
+                    "`{}` has {} patches at {} pixels, the student {} at {}",
+                    self.teacher, teacher.grid, teacher.image_size, cx.student.grid, cx.student.image_size
+                ),
+            )
+            .help("set `image_size` of one of the towers so that the grids are equal"));
+        }
+        if cx.tokens.cls && !teacher.cls_token {
+            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher)));
+        }
+        let width = match (self.tap, teacher.projection) {
+            (Tap::Projection, Some(width)) => width,
+            (Tap::Projection, None) => {
+                return Err(Refusal::new("tap", format!("`{}` has no projection", self.teacher)));
+            }
+            _ => teacher.arch.dim,
+        };
+        Ok(TargetPlan {
+            teacher: Some(self.teacher.clone()),
+            outputs: if self.combine == Combine::Mean { 1 } else { levels.len() },
+            levels,
+            depth: teacher.arch.depth,
+            width,
+            tap: self.tap,
+            whole: self.normalize == Normalize::StandardizeBatch,
+        })
+    }
+
+    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
+        let (levels, teacher) = input.teacher.as_ref().expect("planned: a teacher");
+        let off = &mut Recorder::inference();
+        let mut outputs = Vec::with_capacity(plan.levels.len());
+        for index in &plan.levels {
+            let level = &levels[index];
+            let mut x = level.x.clone();
+            // Statistics of a token are its own: gathering first is the same and less work. Those of the batch are not.
+            if plan.whole {
+                x = self.normalize.apply(cx, &teacher.tap(cx, &x, self.tap)?)?;
+            }
+            let rows = match level.only {
+                Some(held) => input.masks.within(input.tokens, held),
+                None => {
+                    let shape = teacher.shape();
+                    let rows = input.masks.rows(input.tokens, shape.cls_token);
+                    Some(crate::kernels::composed::flat_rows(&rows, input.masks.batch, shape.tokens()))
+                }
+            };
+            if let Some(rows) = rows {
+                x = cx.kernels.gather_rows(off, &[x], &rows)?;
+            }
+            if !plan.whole {
+                x = self.normalize.apply(cx, &teacher.tap(cx, &x, self.tap)?)?;
+            }
+            outputs.push(x);
+        }
+        if self.combine == Combine::Mean {
+            let share = vec![1.0 / outputs.len() as f32; outputs.len()];
+            outputs = vec![cx.kernels.weighted_mean(&outputs, &share)?];
+        }
+        Ok(outputs)
+    }
+}
+
+register!(target "features" => Features, "the hidden states of a teacher",
+    example: "{ type: features, teacher: clip, levels: { last: 5 }, normalize: whiten }",
+    paper: "MaskAlign, arXiv 2211.08887, section 3");

@@ -1,0 +1,134 @@
+//! What the student is to match.
+
+mod features;
+mod pixels;
+
+use std::collections::BTreeMap;
+
+use maskalign_registry::Refusal;
+
+use crate::{
+    component,
+    components::{
+        teachers::{Level, Teacher},
+        tokens::{Masks, Tokens},
+        towers::{Tap, TowerShape},
+    },
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    images::ImageBatch,
+    plugin::kind,
+};
+
+/// What a target is asked before the first step.
+#[derive(Clone, Copy)]
+pub struct TargetContext<'a> {
+    /// The student.
+    pub student: TowerShape,
+    /// The teachers, by name.
+    pub teachers: &'a BTreeMap<String, TowerShape>,
+    /// The tokens of the objective.
+    pub tokens: Tokens,
+}
+
+/// What a target answers.
+#[derive(Clone, Debug)]
+pub struct TargetPlan {
+    /// The teacher it reads.
+    pub teacher: Option<String>,
+    /// Blocks of the teacher that it reads, in the order of its outputs.
+    pub levels: Vec<usize>,
+    /// Outputs: one per level, or one where levels are combined.
+    pub outputs: usize,
+    /// Depth of the tower that the levels belong to: alignments keep one head per level of it.
+    pub depth: usize,
+    /// Channels.
+    pub width: usize,
+    /// Where the teacher is read.
+    pub tap: Tap,
+    /// Whether every token is needed, not only those compared.
+    pub whole: bool,
+}
+
+/// What a target is computed from.
+pub struct TargetInput<'a, D: Dev> {
+    /// The images.
+    pub images: &'a ImageBatch,
+    /// The masks.
+    pub masks: &'a Masks,
+    /// The tokens of the objective.
+    pub tokens: Tokens,
+    /// The student, whose statistics and patches pixels are given in.
+    pub student: TowerShape,
+    /// The teacher's levels, and the teacher, where the plan names one.
+    pub teacher: Option<(&'a BTreeMap<usize, Level<D>>, &'a dyn Teacher<D>)>,
+}
+
+/// A target, as its author writes it: for any device.
+pub trait TargetPlugin: Send + Sync {
+    /// What it needs and gives.
+    ///
+    /// # Errors
+    /// Names the option that does not fit.
+    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
+    /// The targets, one matrix `[batch * tokens, width]` per output; the rows of an image are its class token, visible
+    /// and masked patches, as far as [`TargetInput::tokens`] has them.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
+}
+
+/// A target on one device, as stages call it; see [`TargetPlugin`].
+#[allow(missing_docs)]
+pub trait Target<D: Dev> {
+    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
+    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
+}
+
+impl<P: TargetPlugin, D: Dev> Target<D> for P {
+    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
+        TargetPlugin::plan(self, cx)
+    }
+    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
+        TargetPlugin::outputs(self, cx, plan, input)
+    }
+}
+
+kind!(device TargetTag, TargetPlugin, Target, target);
+
+/// How targets are normalised, before tokens are gathered.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalize {
+    /// Not at all.
+    #[default]
+    None,
+    /// To length 1, each token (eps 1e-12).
+    L2,
+    /// LayerNorm without affine parameters, each token: biased variance, eps 1e-5.
+    Whiten,
+    /// Each token by its mean and unbiased variance, eps 1e-6 (MAE's `norm_pix_loss`).
+    Standardize,
+    /// All tokens of the batch by one mean and one unbiased variance, eps 1e-6 (the official `bn`).
+    StandardizeBatch,
+}
+
+impl Normalize {
+    /// The normalised values, `[rows, channels]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn apply<D: Dev>(self, cx: &Context<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
+        use crate::{kernels::Standardize, nn::Norm, tape::Recorder};
+        match self {
+            Normalize::None => Ok(x.clone()),
+            Normalize::Whiten => cx.kernels.layer_norm(&mut Recorder::inference(), x, &Norm::plain(1e-5)),
+            Normalize::L2 => cx.kernels.standardize(x, Standardize::Length),
+            Normalize::Standardize => cx.kernels.standardize(x, Standardize::Rows),
+            Normalize::StandardizeBatch => cx.kernels.standardize(x, Standardize::All),
+        }
+    }
+}

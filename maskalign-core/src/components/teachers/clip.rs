@@ -1,0 +1,98 @@
+//! CLIP's image tower.
+
+use maskalign_registry::{Refusal, Weights};
+
+use super::{Teacher, TeacherPlugin, TowerTeacher};
+use crate::{
+    component,
+    components::towers::{PlanContext, TowerOptions, TowerShape, input},
+    context::Context,
+    device::Dev,
+    error::Result,
+    kernels::Act,
+    nn::{Arch, Statistics, VitConfig},
+    register,
+    weights::Family,
+};
+
+/// Activation of CLIP's MLPs; the weights do not tell.
+#[component]
+#[derive(Copy, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// x sigmoid(1.702 x): OpenAI's weights.
+    #[default]
+    QuickGelu,
+    /// The exact GELU: LAION's weights.
+    Gelu,
+}
+
+fn eps() -> f64 {
+    1e-5
+}
+
+/// CLIP's image tower (arXiv 2103.00020): OpenAI, open_clip, Hugging Face and timm files.
+#[component]
+pub struct Clip {
+    /// Sizes: a name such as `base_16`, or the numbers.
+    arch: Arch,
+    /// A file, or `hf://org/repo` in the local hub cache.
+    weights: Weights,
+    /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    image_size: Option<usize>,
+    /// Activation of the MLPs.
+    #[serde(default)]
+    activation: Activation,
+    /// Outputs of the projection; absent: 512 for tiny to base, 768 for large, 1024 for huge.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    projection: Option<usize>,
+    /// Added to the variance in LayerNorms.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+}
+
+impl Clip {
+    fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
+        let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
+        let (arch, image_size) = options.resolve(cx)?;
+        let projection = self.projection.unwrap_or(match arch.dim {
+            ..=768 => 512,
+            ..=1024 => 768,
+            _ => 1024,
+        });
+        Ok(VitConfig {
+            arch,
+            input: input(image_size, Statistics::CLIP),
+            cls_token: true,
+            learned_positions: true,
+            pre_norm: true,
+            patch_bias: false,
+            layer_scale: false,
+            act: match self.activation {
+                Activation::QuickGelu => Act::QuickGelu,
+                Activation::Gelu => Act::Gelu,
+            },
+            eps: self.eps,
+            projection: Some(projection),
+        })
+    }
+}
+
+impl TeacherPlugin for Clip {
+    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
+        Ok(TowerShape::from(&self.config(cx)?))
+    }
+
+    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+        let config = self.config(plan)?;
+        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Clip)?))
+    }
+}
+
+register!(teacher "clip" => Clip, "CLIP's image tower",
+    example: r#"{ type: clip, arch: base_16, weights: "hf://openai/clip-vit-base-patch16" }"#,
+    paper: "CLIP, arXiv 2103.00020");

@@ -1,0 +1,71 @@
+//! DINO's tower.
+
+use maskalign_registry::{Refusal, Weights};
+
+use super::{Teacher, TeacherPlugin, TowerTeacher};
+use crate::{
+    component,
+    components::towers::{PlanContext, TowerOptions, TowerShape, input},
+    context::Context,
+    device::Dev,
+    error::Result,
+    kernels::Act,
+    nn::{Arch, Statistics, VitConfig},
+    register,
+    weights::Family,
+};
+
+fn eps() -> f64 {
+    1e-6
+}
+
+/// DINO's tower. Original files (arXiv 2104.14294), timm's and Hugging Face's, whose configuration has `eps` 1e-12.
+#[component]
+pub struct Dino {
+    /// Sizes: a name such as `base_16`, or the numbers.
+    arch: Arch,
+    /// A file, or `hf://org/repo` in the local hub cache.
+    weights: Weights,
+    /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    image_size: Option<usize>,
+    /// Added to the variance in LayerNorms.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+}
+
+impl Dino {
+    fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
+        let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
+        let (arch, image_size) = options.resolve(cx)?;
+        Ok(VitConfig {
+            arch,
+            input: input(image_size, Statistics::IMAGENET),
+            cls_token: true,
+            learned_positions: true,
+            pre_norm: false,
+            patch_bias: true,
+            layer_scale: false,
+            act: Act::Gelu,
+            eps: self.eps,
+            projection: None,
+        })
+    }
+}
+
+impl TeacherPlugin for Dino {
+    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
+        Ok(TowerShape::from(&self.config(cx)?))
+    }
+
+    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+        let config = self.config(plan)?;
+        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Dino)?))
+    }
+}
+
+register!(teacher "dino" => Dino, "DINO's tower",
+    example: r#"{ type: dino, arch: base_16, weights: "hf://facebook/dino-vitb16", eps: 1.0e-12 }"#,
+    paper: "DINO, arXiv 2104.14294");

@@ -1,0 +1,76 @@
+//! A plain vision transformer under timm's names.
+
+use maskalign_registry::{Refusal, Weights};
+
+use super::{Teacher, TeacherPlugin, TowerTeacher};
+use crate::{
+    component,
+    components::towers::{PlanContext, TowerOptions, TowerShape, input},
+    context::Context,
+    device::Dev,
+    error::Result,
+    kernels::Act,
+    nn::{Arch, Statistics, VitConfig},
+    register,
+    weights::Family,
+};
+
+fn eps() -> f64 {
+    1e-6
+}
+
+/// A plain vision transformer under timm's names. It may be the student of an earlier stage.
+#[component]
+pub struct VitTeacher {
+    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
+    #[serde(default)]
+    arch: Option<Arch>,
+    /// A file, `hf://org/repo` in the local hub cache, `embedded://NAME`, or `{stage: NAME}`: an earlier stage's student.
+    weights: Weights,
+    /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    image_size: Option<usize>,
+    /// Added to the variance in LayerNorms.
+    #[serde(default = "eps")]
+    #[schemars(range(min = 0.0))]
+    eps: f64,
+}
+
+impl VitTeacher {
+    fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
+        let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: Some(&self.weights) };
+        let (arch, image_size) = options.resolve(cx)?;
+        let cls_token = match &self.weights {
+            Weights::Stage(stage) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.cls_token,
+            _ => true,
+        };
+        Ok(VitConfig {
+            arch,
+            input: input(image_size, Statistics::IMAGENET),
+            cls_token,
+            learned_positions: true,
+            pre_norm: false,
+            patch_bias: true,
+            layer_scale: false,
+            act: Act::Gelu,
+            eps: self.eps,
+            projection: None,
+        })
+    }
+}
+
+impl TeacherPlugin for VitTeacher {
+    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
+        Ok(TowerShape::from(&self.config(cx)?))
+    }
+
+    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+        let config = self.config(plan)?;
+        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Vit)?))
+    }
+}
+
+register!(teacher "vit" => VitTeacher, "a plain vision transformer, or an earlier stage's student",
+    example: r#"{ type: vit, arch: small_16, weights: teacher.safetensors }"#,
+    paper: "arXiv 2010.11929");

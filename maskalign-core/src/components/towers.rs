@@ -1,0 +1,224 @@
+//! What teachers and students have in common: shapes, taps, and where their weights come from.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use maskalign_registry::{Refusal, Slot, StudentTag, Weights};
+
+use crate::{
+    component,
+    context::Context,
+    device::{Dev, Matrix},
+    error::Result,
+    nn::{Arch, Grid, Module, Statistics, TowerInput, Vit, VitConfig},
+    tape::Recorder,
+    weights::{self, Family, TensorMap},
+};
+
+/// The shape of a tower, as far as other components need it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TowerShape {
+    /// Channels, blocks, heads, patch.
+    pub arch: Arch,
+    /// Patches of the image at the size the tower runs at.
+    pub grid: Grid,
+    /// That size, in pixels.
+    pub image_size: usize,
+    /// Whether a class token leads the patches.
+    pub cls_token: bool,
+    /// Outputs of the projection after the final norm, where there is one.
+    pub projection: Option<usize>,
+    /// What the tower's input is normalised by.
+    pub statistics: Statistics,
+}
+
+impl From<&VitConfig> for TowerShape {
+    fn from(config: &VitConfig) -> Self {
+        TowerShape {
+            arch: config.arch,
+            grid: config.grid(),
+            image_size: config.input.image_size,
+            cls_token: config.cls_token,
+            projection: config.projection,
+            statistics: config.input.statistics,
+        }
+    }
+}
+
+impl TowerShape {
+    /// Tokens of an image with every patch visible.
+    pub fn tokens(&self) -> usize {
+        self.grid.patches() + usize::from(self.cls_token)
+    }
+}
+
+/// Where a tower's hidden states are taken.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Tap {
+    /// The residual stream after the block.
+    #[default]
+    Block,
+    /// After the final norm.
+    Norm,
+    /// After the final norm and the projection.
+    Projection,
+}
+
+/// The student that an earlier stage leaves.
+#[derive(Clone, Debug)]
+pub struct StudentRecord {
+    /// The component that made it.
+    pub slot: Slot<StudentTag>,
+    /// Its shape.
+    pub shape: TowerShape,
+    /// Its parameters; absent while a recipe is only planned.
+    pub weights: Option<Arc<TensorMap>>,
+    /// Which of equally named initial values are its own: with the seed, this rebuilds the untrained student.
+    pub init_scope: String,
+}
+
+/// What is known before the first step.
+#[derive(Clone, Copy)]
+pub struct PlanContext<'a> {
+    /// Side of the square images that the stage's data yields.
+    pub data_size: usize,
+    /// The students of earlier stages, by stage.
+    pub students: &'a BTreeMap<String, StudentRecord>,
+    /// Whether files may be looked at.
+    pub environment: bool,
+    /// Whether a tower whose weights cannot be found gets random ones (timings alone).
+    pub random_weights: bool,
+}
+
+impl<'a> PlanContext<'a> {
+    /// The student of an earlier stage.
+    ///
+    /// # Errors
+    /// There is none of that name; the known ones are listed.
+    pub fn student(&self, stage: &str) -> Result<&'a StudentRecord, Refusal> {
+        self.students.get(stage).ok_or_else(|| {
+            let known: Vec<&str> = self.students.keys().map(String::as_str).collect();
+            let refusal = Refusal::new("stage", format!("no earlier stage `{stage}` leaves a student"));
+            match known.is_empty() {
+                true => refusal.help("no earlier stage trains one"),
+                false => refusal.help(format!("earlier stages with a student: {}", known.join(", "))),
+            }
+        })
+    }
+}
+
+/// A tower's options that every kind of tower has: sizes, resolution and weights.
+pub(crate) struct TowerOptions<'a> {
+    pub arch: Option<Arch>,
+    pub image_size: Option<usize>,
+    pub weights: Option<&'a Weights>,
+}
+
+impl TowerOptions<'_> {
+    /// The sizes and the resolution, taken from an earlier stage's student where its weights are used.
+    pub fn resolve(&self, cx: &PlanContext) -> Result<(Arch, usize), Refusal> {
+        let arch = match (self.arch, self.weights) {
+            (Some(arch), Some(Weights::Stage(stage))) => {
+                let record = cx.student(stage).map_err(|r| r.under("weights"))?;
+                if record.shape.arch != arch {
+                    return Err(Refusal::new("arch", format!("differs from that of the student of stage `{stage}`"))
+                        .help("leave `arch` out: it follows from `weights`"));
+                }
+                arch
+            }
+            (Some(arch), _) => arch,
+            (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.arch,
+            (None, _) => {
+                return Err(Refusal::new("arch", "missing").help("give a name such as base_16, or the sizes"));
+            }
+        };
+        arch.check()?;
+        let image_size = self.image_size.unwrap_or(cx.data_size);
+        arch.grid(image_size).map_err(|refusal| match self.image_size {
+            Some(_) => refusal,
+            None => refusal.help(format!(
+                "the data yields {image_size} pixels; set `image_size` or change the transforms"
+            )),
+        })?;
+        if let (Some(weights), true, false) = (self.weights, cx.environment, cx.random_weights) {
+            locate(weights)?;
+        }
+        Ok((arch, image_size))
+    }
+}
+
+/// The file that `weights` names; `None` for a stage's student or embedded weights.
+fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
+    match weights {
+        Weights::Stage(_) | Weights::Embedded(_) => Ok(None),
+        file => match weights::locate(&file.to_string()) {
+            Ok(path) => Ok(Some(path)),
+            Err(error) => Err(Refusal::new("weights", error.to_string())),
+        },
+    }
+}
+
+/// Reads a tower's weights under canonical names, positions resized to its grid, checked against its parameters.
+pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &Weights, family: Family) -> Result<()> {
+    let at = |error: weights::WeightsError| Refusal::new("weights", error.to_string());
+    let mut tensors: TensorMap = match source {
+        Weights::Stage(stage) => {
+            let record = cx.student(stage).map_err(|r| r.under("weights"))?;
+            let weights = record.weights.as_ref().expect("a stage that ran leaves its student's weights");
+            TensorMap::clone(weights)
+        }
+        Weights::Embedded(name) => {
+            let tensors = crate::embedded::weights(name)
+                .ok_or_else(|| Refusal::new("weights", format!("no weights named `{name}` are embedded")))?;
+            weights::to_canonical(tensors, family).map_err(at)?.tensors
+        }
+        file => {
+            let path = locate(file)?.expect("a file");
+            tracing::info!("reading {}", path.display());
+            weights::to_canonical(weights::read(&path).map_err(at)?, family).map_err(at)?.tensors
+        }
+    };
+    let side = tower.config.grid().rows;
+    if let Some(positions) = tensors.get("pos_embed")
+        && positions.shape.len() == 3
+        && positions.shape[1] != 1 + side * side
+    {
+        let resized = weights::resize_positions(positions, side).map_err(at)?;
+        tracing::info!("positions resized from {} to {side}x{side}", positions.shape[1] - 1);
+        tensors.insert("pos_embed".into(), resized);
+    }
+    if !tensors.contains_key("head.weight") {
+        // CLIP files come with and without the projection; a target that taps it is refused where it is built.
+        tower.head = None;
+        tower.config.projection = None;
+    }
+    if tower.head.is_none() {
+        tensors.retain(|name, _| !name.starts_with("head."));
+    }
+    if !tower.config.cls_token {
+        tensors.remove("cls_token");
+    }
+    let expected = tower.shapes();
+    let tensors = weights::check_against(&expected, tensors, &source.to_string()).map_err(at)?;
+    tower.load(&tensors);
+    Ok(())
+}
+
+/// The tapped states of a tower.
+pub(crate) fn tap<D: Dev>(cx: &Context<D>, r: &mut Recorder<D>, tower: &Vit<D>, x: &Matrix<D>, tap: Tap) -> Result<Matrix<D>> {
+    match tap {
+        Tap::Block => Ok(x.clone()),
+        Tap::Norm => tower.final_norm(cx, r, x),
+        Tap::Projection => {
+            let x = tower.final_norm(cx, r, x)?;
+            let head = tower.head.as_ref().expect("planned: a tower with a projection");
+            cx.kernels.linear(r, &x, head, crate::kernels::Act::None)
+        }
+    }
+}
+
+/// An input of the given size with the given statistics.
+pub(crate) fn input(image_size: usize, statistics: Statistics) -> TowerInput {
+    TowerInput { image_size, statistics }
+}

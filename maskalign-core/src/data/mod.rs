@@ -1,0 +1,173 @@
+//! Images: where they come from, what is done to each, and how batches of them reach the towers.
+//!
+//! All of it works on host memory, one image at a time, with a random stream keyed by the image
+//! ([`Stream`]): no tensors, and nothing depends on threads or batches. What leaves is RGB in
+//! [0, 1]; each tower resizes and normalises for itself.
+
+use std::path::PathBuf;
+
+use crate::Refusal;
+use crate::random::Stream;
+
+pub mod datasets;
+pub mod decode;
+pub mod image;
+pub mod loader;
+pub mod resample;
+pub mod size;
+pub mod transforms;
+
+#[cfg(test)]
+mod tests;
+
+pub use self::image::{Crop, RgbImage};
+pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position};
+pub use self::resample::Interpolation;
+pub use self::size::Size;
+
+/// Where images come from: the options of a dataset component.
+pub trait Dataset: Send + Sync {
+    /// Opens the data: reads lists and headers, not images.
+    ///
+    /// # Errors
+    /// The option that names something missing, unreadable or malformed, with the place and the way out.
+    fn open(&self) -> Result<Box<dyn Images>, Refusal>;
+
+    /// Whether it reads files that a recipe has to name. `validate --no-environment` does not open such a dataset.
+    fn needs_files(&self) -> bool;
+}
+
+/// A dataset that is open: images by index.
+pub trait Images: Send + Sync {
+    /// Number of images.
+    fn len(&self) -> usize;
+
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads one image; `index` is less than [`len`](Images::len).
+    ///
+    /// # Errors
+    /// Names the image and what is wrong with it.
+    fn image(&self, index: usize) -> Result<RgbImage, DataError>;
+
+    /// The class of an image, counted from 0, where it has one.
+    fn label(&self, index: usize) -> Option<u32>;
+
+    /// The names of the classes by label, where they are known.
+    fn classes(&self) -> Option<Vec<String>>;
+
+    /// What messages call an image: its path, or its number and where it is.
+    fn name(&self, index: usize) -> String;
+
+    /// `(width, height)` of every image in pixels, where one size holds for all and is known before reading.
+    fn size(&self) -> Option<(usize, usize)>;
+
+    /// BLAKE3 in hexadecimal of the list: names, labels and sizes, not pixels of files.
+    fn fingerprint(&self) -> String;
+}
+
+/// Changes one image: the options of a transform component.
+pub trait Transform: Send + Sync {
+    /// The changed image. Draws from `rng` alone, which is keyed by the image and the epoch.
+    fn apply(&self, image: RgbImage, rng: &mut Stream) -> RgbImage;
+
+    /// `(width, height)` after it, given the size before it; `None` where that depends on the image.
+    fn output_size(&self, input: Option<(usize, usize)>) -> Option<(usize, usize)>;
+
+    /// Whether the options make sense together.
+    ///
+    /// # Errors
+    /// The option at fault and what it may be.
+    fn check(&self) -> Result<(), Refusal>;
+}
+
+/// `(width, height)` in pixels after a chain of transforms, `None` where it depends on the image.
+pub fn output_size(
+    transforms: &[Box<dyn Transform>],
+    input: Option<(usize, usize)>,
+) -> Option<(usize, usize)> {
+    transforms
+        .iter()
+        .fold(input, |size, transform| transform.output_size(size))
+}
+
+/// Why an image, or a batch of them, is not to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The file is not there or cannot be read.
+    #[error("cannot read {path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The file ends too early.
+    #[error("{path} is truncated: {message}; get the file again, or set `on_error: skip`", path = path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// What is missing.
+        message: String,
+    },
+    /// The file is not an image, or a broken one.
+    #[error("{path} is not an image that can be read: {message}; remove it, or set `on_error: skip`", path = path.display())]
+    Decode {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        message: String,
+    },
+    /// The image is larger than [`decode::MAX_PIXELS`].
+    #[error(
+        "{path} is too large: {width} x {height} pixels, where {limit} are the limit; make it smaller, or set `on_error: skip`",
+        path = path.display(), limit = decode::MAX_PIXELS
+    )]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Columns.
+        width: usize,
+        /// Rows.
+        height: usize,
+    },
+    /// The images of one batch have different sizes.
+    #[error(
+        "{name} is {} x {} pixels after the transforms, where {} x {} was expected; end `transforms` with one that fixes the size, such as `center_crop`",
+        got.0, got.1, expected.0, expected.1
+    )]
+    SizeDiffers {
+        /// The image.
+        name: String,
+        /// Its width and height.
+        got: (usize, usize),
+        /// The width and height of the batch.
+        expected: (usize, usize),
+    },
+    /// A dataset or a transform panicked: a bug in that component.
+    #[error(
+        "a dataset or transform panicked on {name}: {message}; this is a bug in that component"
+    )]
+    Panicked {
+        /// The image.
+        name: String,
+        /// The panic's message.
+        message: String,
+    },
+    /// With `on_error: skip`, too many images in a row cannot be read.
+    #[error("{count} images in a row cannot be read, {name} the last of them: {source}")]
+    NothingReadable {
+        /// How many were tried.
+        count: usize,
+        /// The last image tried.
+        name: String,
+        /// What was wrong with it.
+        source: Box<DataError>,
+    },
+    /// A dataset's own failure that fits none of the above; the message names the image.
+    #[error("{0}")]
+    Other(String),
+}

@@ -1,0 +1,11 @@
+//! What is done to an image between the dataset and the towers. One component a file.
+
+pub mod center_crop;
+pub mod horizontal_flip;
+pub mod random_resized_crop;
+pub mod resize;
+
+pub use self::center_crop::CenterCrop;
+pub use self::horizontal_flip::HorizontalFlip;
+pub use self::random_resized_crop::RandomResizedCrop;
+pub use self::resize::Resize;

@@ -1,0 +1,21 @@
+//! What travels inside the binary: the shipped recipes and the quickstart's teacher.
+
+use crate::weights::{HostTensor, TensorMap};
+
+/// The shipped recipes, by name, as YAML.
+pub const RECIPES: &[(&str, &str)] = &[
+    ("maskalign_vitb_clip", include_str!("../../recipes/maskalign_vitb_clip.yaml")),
+];
+
+/// Small weights that recipes name as `embedded://NAME`.
+pub fn weights(name: &str) -> Option<TensorMap> {
+    let (_, bytes) = WEIGHTS.iter().find(|(known, _)| *known == name)?;
+    let file = safetensors::SafeTensors::deserialize(bytes).expect("an embedded file was written by this program");
+    let tensor = |view: safetensors::tensor::TensorView| HostTensor {
+        shape: view.shape().to_vec(),
+        data: view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+    };
+    Some(file.tensors().into_iter().map(|(name, view)| (name, tensor(view))).collect())
+}
+
+const WEIGHTS: &[(&str, &[u8])] = &[];

@@ -1,0 +1,529 @@
+//! The vision transformer, student and teacher alike. timm's names; "An Image is Worth 16x16 Words", arXiv 2010.11929.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use maskalign_registry::Refusal;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::{Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
+use crate::{
+    context::Context,
+    device::{Dev, Matrix},
+    error::{Result, device},
+    images::ImageBatch,
+    kernels::{Act, Begun, BlockRun},
+    tape::Recorder,
+    weights::resize_images_bicubic,
+};
+
+/// Sizes of a tower: a name such as `base_16` or the numbers themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arch {
+    /// Channels.
+    pub dim: usize,
+    /// Blocks.
+    pub depth: usize,
+    /// Attention heads; `dim` is a multiple.
+    pub heads: usize,
+    /// Channels inside the MLP.
+    pub mlp: usize,
+    /// Side of a patch in pixels.
+    pub patch: usize,
+}
+
+/// (name without the patch, dim, depth, heads); the MLP is four times as wide.
+const NAMED: [(&str, usize, usize, usize); 5] = [
+    ("tiny", 192, 12, 3),
+    ("small", 384, 12, 6),
+    ("base", 768, 12, 12),
+    ("large", 1024, 24, 16),
+    ("huge", 1280, 32, 16),
+];
+const PATCHES: [usize; 4] = [8, 14, 16, 32];
+
+impl Arch {
+    /// The sizes behind a name such as `large_14`.
+    pub fn named(name: &str) -> Option<Self> {
+        let (size, patch) = name.rsplit_once('_')?;
+        let patch = patch.parse().ok().filter(|p| PATCHES.contains(p))?;
+        let &(_, dim, depth, heads) = NAMED.iter().find(|named| named.0 == size)?;
+        Some(Arch { dim, depth, heads, mlp: 4 * dim, patch })
+    }
+
+    /// All names.
+    pub fn names() -> Vec<String> {
+        NAMED.iter().flat_map(|n| PATCHES.map(|p| format!("{}_{p}", n.0))).collect()
+    }
+
+    /// The name, where the sizes have one.
+    pub fn name(&self) -> Option<String> {
+        Self::names().into_iter().find(|name| Self::named(name).as_ref() == Some(self))
+    }
+
+    /// Refuses sizes that no tower can have.
+    ///
+    /// # Errors
+    /// Names `arch` and the size at fault.
+    pub fn check(&self) -> Result<(), Refusal> {
+        if self.dim % self.heads != 0 {
+            return Err(Refusal::new(
+                "arch",
+                format!("dim {} is not a multiple of heads {}", self.dim, self.heads),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Patches along a side of a square image.
+    ///
+    /// # Errors
+    /// The image's side is no multiple of the patch's.
+    pub fn grid(&self, image_size: usize) -> Result<Grid, Refusal> {
+        if image_size == 0 || image_size % self.patch != 0 {
+            return Err(Refusal::new(
+                "image_size",
+                format!("{image_size} pixels are not a whole number of patches of {}", self.patch),
+            ));
+        }
+        let side = image_size / self.patch;
+        Ok(Grid { rows: side, columns: side })
+    }
+}
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(inline)]
+struct Sizes {
+    /// Channels of a token.
+    #[schemars(range(min = 4))]
+    dim: usize,
+    /// Transformer blocks.
+    #[schemars(range(min = 1))]
+    depth: usize,
+    /// Attention heads; `dim` must be a multiple.
+    #[schemars(range(min = 1))]
+    heads: usize,
+    /// Channels inside the MLP; absent: four times `dim`.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    mlp: Option<usize>,
+    /// Side of a patch in pixels.
+    #[schemars(range(min = 1))]
+    patch: usize,
+}
+
+impl Serialize for Arch {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self.name() {
+            Some(name) => name.serialize(s),
+            None => {
+                let Arch { dim, depth, heads, mlp, patch } = *self;
+                Sizes { dim, depth, heads, mlp: Some(mlp), patch }.serialize(s)
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Arch {
+    fn deserialize<De: Deserializer<'de>>(d: De) -> Result<Self, De::Error> {
+        match serde_json::Value::deserialize(d)? {
+            serde_json::Value::String(name) => Arch::named(&name).ok_or_else(|| {
+                serde::de::Error::custom(format!("unknown architecture `{name}`"))
+            }),
+            sizes => {
+                let s: Sizes = serde_json::from_value(sizes).map_err(serde::de::Error::custom)?;
+                let Sizes { dim, depth, heads, mlp, patch } = s;
+                Ok(Arch { dim, depth, heads, mlp: mlp.unwrap_or(4 * dim), patch })
+            }
+        }
+    }
+}
+
+impl JsonSchema for Arch {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Arch".into()
+    }
+    fn inline_schema() -> bool {
+        true
+    }
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let sizes = Sizes::json_schema(generator);
+        json_schema!({
+            "x-expected": "an architecture's name such as `base_16`, or {dim, depth, heads, patch}",
+            "anyOf": [{ "type": "string", "enum": Arch::names() }, sizes],
+        })
+    }
+}
+
+/// Patches of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Patches from top to bottom.
+    pub rows: usize,
+    /// Patches from left to right.
+    pub columns: usize,
+}
+
+impl Grid {
+    /// All of them.
+    pub fn patches(&self) -> usize {
+        self.rows * self.columns
+    }
+}
+
+impl std::fmt::Display for Grid {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}x{}", self.rows, self.columns)
+    }
+}
+
+/// Mean and standard deviation of each colour channel, for values in [0, 1].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Statistics {
+    /// Red, green, blue.
+    pub mean: [f32; 3],
+    /// Red, green, blue.
+    pub std: [f32; 3],
+}
+
+impl Statistics {
+    /// Of ImageNet, used by DINO, MAE and every student.
+    pub const IMAGENET: Self = Statistics { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
+    /// Of CLIP's training images.
+    pub const CLIP: Self = Statistics {
+        mean: [0.48145466, 0.4578275, 0.40821073],
+        std: [0.26862954, 0.261_302_6, 0.275_777_1],
+    };
+}
+
+/// What a tower makes of an image before it sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct TowerInput {
+    /// Side of the square image the tower runs at; another size is resized bicubically, without antialiasing.
+    pub image_size: usize,
+    /// Subtracted and divided by.
+    pub statistics: Statistics,
+}
+
+impl TowerInput {
+    /// Normalised patches as rows of channel, row, column: `[batch * K, 3 * patch * patch]`. `patches` holds the K
+    /// wanted patch indices of each image; `None` takes all in order.
+    pub fn patchify(&self, images: &ImageBatch, patch: usize, patches: Option<&[u32]>) -> Vec<f32> {
+        let resized;
+        let (size, pixels) = if images.size == self.image_size {
+            (images.size, &images.pixels)
+        } else {
+            resized = {
+                let (from, to) = (images.size, self.image_size);
+                resize_images_bicubic(&images.pixels, [images.batch, 3, from, from], [to, to])
+            };
+            (self.image_size, &resized)
+        };
+        let side = size / patch;
+        let all: Vec<u32>;
+        let wanted = match patches {
+            Some(wanted) => wanted,
+            None => {
+                all = (0..images.batch).flat_map(|_| 0..(side * side) as u32).collect();
+                &all
+            }
+        };
+        let each = wanted.len() / images.batch;
+        let mut out = Vec::with_capacity(wanted.len() * 3 * patch * patch);
+        for (i, &index) in wanted.iter().enumerate() {
+            let (top, left) = (index as usize / side * patch, index as usize % side * patch);
+            for channel in 0..3 {
+                let (mean, std) = (self.statistics.mean[channel], self.statistics.std[channel]);
+                let plane = &pixels[(i / each * 3 + channel) * size * size..][..size * size];
+                for row in top..top + patch {
+                    let line = &plane[row * size + left..][..patch];
+                    out.extend(line.iter().map(|v| (v - mean) / std));
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Everything that fixes a tower's parameters and arithmetic.
+#[derive(Clone, Copy, Debug)]
+pub struct VitConfig {
+    /// Sizes.
+    pub arch: Arch,
+    /// Resolution and normalisation.
+    pub input: TowerInput,
+    /// Whether a class token leads.
+    pub cls_token: bool,
+    /// Whether positions are learned (else fixed sin-cos).
+    pub learned_positions: bool,
+    /// LayerNorm before the first block (CLIP).
+    pub pre_norm: bool,
+    /// Bias of the patch embedding (all but CLIP).
+    pub patch_bias: bool,
+    /// Learned scales of the branches (DINOv2).
+    pub layer_scale: bool,
+    /// Of the MLPs.
+    pub act: Act,
+    /// Of the LayerNorms.
+    pub eps: f64,
+    /// Outputs of the projection after the final norm (CLIP).
+    pub projection: Option<usize>,
+}
+
+impl VitConfig {
+    /// Patches of the square image the tower runs at.
+    pub fn grid(&self) -> Grid {
+        let side = self.input.image_size / self.arch.patch;
+        Grid { rows: side, columns: side }
+    }
+}
+
+/// The outputs of a tower.
+pub struct Features<D: Dev> {
+    /// Images.
+    pub batch: usize,
+    /// Tokens of an image, the class token included.
+    pub tokens: usize,
+    /// The embedded tokens before the first block, `[batch * tokens, dim]`.
+    pub embed: Matrix<D>,
+    /// The residual stream after the last block that ran, `[batch * tokens, dim]`; no final norm.
+    pub last: Matrix<D>,
+    /// The same after each block that was to be kept, by index.
+    pub hidden: BTreeMap<usize, Matrix<D>>,
+}
+
+/// Factors of stochastic depth: for each block, of each sample, on the attention and on the MLP branch.
+pub type BranchScales = Vec<(std::sync::Arc<[f32]>, std::sync::Arc<[f32]>)>;
+
+/// A vision transformer.
+pub struct Vit<D: Dev> {
+    /// What it was built from.
+    pub config: VitConfig,
+    /// `cls_token`, `[1, 1, C]`.
+    pub cls_token: Option<Param<D>>,
+    /// `pos_embed`, `[1, 1 + N, C]`; without a class token its first row is unused.
+    pub pos_embed: Param<D>,
+    /// `patch_embed.proj`, `[C, 3, p, p]`.
+    pub patch_embed: Linear<D>,
+    /// `norm_pre` (CLIP's `pre_layrnorm`).
+    pub norm_pre: Option<Norm<D>>,
+    /// `blocks.I`.
+    pub blocks: Vec<Block<D>>,
+    /// `norm`; not applied to hidden states.
+    pub norm: Norm<D>,
+    /// `head`: CLIP's projection, without bias.
+    pub head: Option<Linear<D>>,
+    /// Blocks that run: the loss may not need the last ones.
+    reach: usize,
+}
+
+impl<D: Dev> Vit<D> {
+    /// A tower with its initial values: Xavier-uniform for every linear layer and for the patch embedding as a
+    /// matrix, zero biases, class token normal .02, norms 1 and 0.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(init: &Init<D>, config: VitConfig) -> Result<Self> {
+        let Arch { dim, depth, heads, mlp, patch } = config.arch;
+        let grid = config.grid();
+        let patch_weight = init.xavier("patch_embed.proj.weight", &[dim, 3, patch, patch])?;
+        let mut pos_embed = if config.learned_positions {
+            init.truncated_normal("pos_embed", &[1, 1 + grid.patches(), dim], 0.02)?
+        } else {
+            let values = sincos_positions(dim, grid.rows, grid.columns);
+            init.values("pos_embed", &[1, 1 + grid.patches(), dim], values)?
+        };
+        pos_embed.trainable = config.learned_positions;
+        let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };
+        Ok(Vit {
+            cls_token: config
+                .cls_token
+                .then(|| init.normal("cls_token", &[1, 1, dim], 0.02))
+                .transpose()?,
+            pos_embed,
+            patch_embed: Linear::from_weight(init, "patch_embed.proj", patch_weight, config.patch_bias)?,
+            norm_pre: config.pre_norm.then(|| Norm::new(init, "norm_pre", dim, config.eps)).transpose()?,
+            blocks: (0..depth)
+                .map(|i| Block::new(init, &format!("blocks.{i}"), block))
+                .collect::<Result<_>>()?,
+            norm: Norm::new(init, "norm", dim, config.eps)?,
+            head: config
+                .projection
+                .map(|outputs| Linear::new(init, "head", outputs, dim, false))
+                .transpose()?,
+            reach: depth,
+            config,
+        })
+    }
+
+    /// Leaves out what the loss does not need: blocks after the first `blocks`, and the final norm unless `norm`.
+    /// Their parameters stay as they are: no gradient, no update, no decay.
+    pub fn set_reach(&mut self, blocks: usize, norm: bool) {
+        self.reach = blocks;
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            block.each_mut(&mut |p| p.trainable = i < blocks);
+        }
+        self.norm.each_mut(&mut |p| p.trainable = norm);
+    }
+
+    /// Blocks that run.
+    pub fn reach(&self) -> usize {
+        self.reach
+    }
+
+    /// Freezes the tower and packs its weights.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pack(&mut self, cx: &Context<D>) -> Result<()> {
+        self.freeze();
+        self.patch_embed.pack(&*cx.kernels)?;
+        self.head.as_mut().map_or(Ok(()), |head| head.pack(&*cx.kernels))?;
+        let (last, before) = self.blocks.split_last_mut().expect("a tower has at least one block");
+        before.iter_mut().try_for_each(|block| block.pack(&*cx.kernels))?;
+        last.pack_split(&*cx.kernels)
+    }
+
+    /// Tokens before the first block: `[batch * tokens, C]`. `visible` holds the K patch indices of each image, in the
+    /// order in which the tower is to see them; `None` takes all.
+    ///
+    /// # Errors
+    /// Out of memory on the device, as below.
+    pub fn embed(&self, cx: &Context<D>, r: &mut Recorder<D>, images: &ImageBatch, visible: Option<&[u32]>) -> Result<Features<D>> {
+        let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
+        let batch = images.batch;
+        let each = visible.map_or(patches, |v| v.len() / batch);
+        let pixels = self.config.input.patchify(images, self.config.arch.patch, visible);
+        let columns = pixels.len() / (batch * each);
+        let pixels: Matrix<D> = cx.dev.try_tensor_from_vec(pixels, (batch * each, columns)).map_err(device)?;
+        let x = cx.kernels.embed(r, &pixels, &self.patch_embed)?;
+
+        let table = self.pos_embed.matrix(1 + patches);
+        let rows: Vec<u32> = match visible {
+            Some(visible) => visible.iter().map(|i| i + 1).collect(),
+            None => (0..batch).flat_map(|_| 1..=patches as u32).collect(),
+        };
+        let add_positions = |r: &mut Recorder<D>, x: &Matrix<D>, rows: &[u32]| {
+            let table = std::slice::from_ref(&table);
+            match self.pos_embed.trainable {
+                true => {
+                    let positions = cx.kernels.gather_rows(r, table, rows)?;
+                    cx.kernels.add(r, x, &positions)
+                }
+                false => {
+                    let positions = cx.kernels.gather_rows(&mut Recorder::inference(), table, rows)?;
+                    cx.kernels.add_constant(r, x, &positions)
+                }
+            }
+        };
+        let mut x = add_positions(r, &x, &rows)?;
+        let mut tokens = each;
+        if let Some(cls) = &self.cls_token {
+            let cls = add_positions(r, &cls.matrix(1), &[0])?;
+            let order: Vec<u32> = (0..batch as u32)
+                .flat_map(|image| {
+                    let start = 1 + image * each as u32;
+                    std::iter::once(0).chain(start..start + each as u32)
+                })
+                .collect();
+            x = cx.kernels.gather_rows(r, &[cls, x], &order)?;
+            tokens += 1;
+        }
+        if let Some(norm) = &self.norm_pre {
+            x = cx.kernels.layer_norm(r, &x, norm)?;
+        }
+        debug_assert_eq!(dim, dfdx::prelude::HasShape::shape(&x).1);
+        Ok(Features { batch, tokens, last: x.clone(), embed: x, hidden: BTreeMap::new() })
+    }
+
+    /// The whole tower, up to the blocks that the loss needs; `keep` says whose outputs are wanted.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        images: &ImageBatch,
+        visible: Option<&[u32]>,
+        scales: Option<&BranchScales>,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<Features<D>> {
+        let mut features = self.embed(cx, r, images, visible)?;
+        self.run_blocks(cx, r, &mut features, 0..self.reach, scales, keep)?;
+        Ok(features)
+    }
+
+    /// Runs some blocks on from where `features` are.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn run_blocks(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        features: &mut Features<D>,
+        blocks: Range<usize>,
+        scales: Option<&BranchScales>,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<()> {
+        for i in blocks {
+            let run = BlockRun {
+                batch: features.batch,
+                tokens: features.tokens,
+                branch_scale: scales.map(|scales| scales[i].clone()),
+                recompute: cx.recompute,
+            };
+            features.last = cx.kernels.block(r, &features.last, &self.blocks[i], &run)?;
+            if keep(i) {
+                features.hidden.insert(i, features.last.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// A frozen tower up to its last block, whose attention is wanted before its rows are; `keep` as above.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn begin(&self, cx: &Context<D>, images: &ImageBatch, keep: impl Fn(usize) -> bool) -> Result<(Features<D>, Begun<D>)> {
+        let mut r = Recorder::inference();
+        let mut features = self.embed(cx, &mut r, images, None)?;
+        let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
+        let (last, before) = self.blocks.split_last().expect("a tower has at least one block");
+        self.run_blocks(cx, &mut r, &mut features, 0..before.len(), None, keep)?;
+        let begun = cx.kernels.begin_block(&features.last, last, &run)?;
+        Ok((features, begun))
+    }
+
+    /// The rest of [`Vit::begin`]: the last block's output for the wanted token rows of each image.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn finish(&self, cx: &Context<D>, features: &Features<D>, begun: Begun<D>, rows: Option<&[u32]>) -> Result<Matrix<D>> {
+        let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
+        let last = self.blocks.last().expect("a tower has at least one block");
+        cx.kernels.finish_block(&features.last, last, &run, begun, rows)
+    }
+
+    /// The final norm.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn final_norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
+        cx.kernels.layer_norm(r, x, &self.norm)
+    }
+}
+
+impl<D: Dev> Module<D> for Vit<D> {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.cls_token.iter_mut().for_each(&mut *f);
+        f(&mut self.pos_embed);
+        self.patch_embed.each_mut(f);
+        self.norm_pre.iter_mut().for_each(|n| n.each_mut(f));
+        self.blocks.iter_mut().for_each(|b| b.each_mut(f));
+        self.norm.each_mut(f);
+        self.head.iter_mut().for_each(|h| h.each_mut(f));
+    }
+}

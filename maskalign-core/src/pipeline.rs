@@ -1,0 +1,202 @@
+//! A recipe's stages, one after another, in a run directory.
+
+use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
+
+use maskalign_registry::{Recipe, Refusal};
+
+use crate::{
+    components::towers::StudentRecord,
+    context::Context,
+    device::Dev,
+    error::{Error, Result},
+    plugin::Build,
+    run::{CheckpointHeader, DataRecord, FileRecord, Manifest, RunDir, StopFlag, fail_point, rfc3339},
+    stages::{Progress, StageContext, StagePlan, StageRun},
+    weights::TensorMap,
+};
+
+/// What is known of every stage before the first step, by name in order.
+pub type Plans = Vec<(String, StagePlan)>;
+
+/// How a recipe is planned.
+#[derive(Clone, Copy, Debug)]
+pub struct PlanOptions {
+    /// Whether files may be looked at.
+    pub environment: bool,
+    /// Whether towers get random weights where theirs cannot be found (timings alone).
+    pub random_weights: bool,
+    /// Whether blocks are recomputed, for the memory estimate.
+    pub recompute: bool,
+}
+
+/// Checks all that can be known before the first step.
+///
+/// # Errors
+/// Every refusal of every stage, with its path from the recipe's root.
+pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plans, Vec<Refusal>> {
+    let mut students = BTreeMap::new();
+    let mut failed = Vec::new();
+    let mut plans = Vec::new();
+    let mut refusals = Vec::new();
+    for (name, slot) in &recipe.stages {
+        let cx = StageContext {
+            name,
+            seed: recipe.seed,
+            students: &students,
+            environment: options.environment,
+            random_weights: options.random_weights,
+            recompute: options.recompute,
+        };
+        let planned = match Build::build::<dfdx::prelude::Cpu>(slot) {
+            Ok(stage) => stage.plan(&cx),
+            Err(refusal) => Err(vec![refusal]),
+        };
+        match planned {
+            Ok(plan) => {
+                if let Some(student) = &plan.student {
+                    students.insert(name.clone(), student.clone());
+                }
+                plans.push((name.clone(), plan));
+            }
+            Err(more) => {
+                // A stage that builds on one that was refused is not blamed for that.
+                let follows = |r: &Refusal| failed.iter().any(|f: &String| r.message.contains(&format!("`{f}`")));
+                refusals.extend(more.into_iter().filter(|r| !follows(r)).map(|r| r.under(name).under("stages")));
+                failed.push(name.clone());
+            }
+        }
+    }
+    match refusals.is_empty() {
+        true => Ok(plans),
+        false => Err(refusals),
+    }
+}
+
+/// What a run is told besides its recipe.
+pub struct RunOptions<'a> {
+    /// The recipe with every default, as YAML, for the run directory.
+    pub resolved: &'a str,
+    /// Its fingerprint.
+    pub fingerprint: &'a str,
+    /// Ends each training stage after this many steps.
+    pub step_limit: Option<u64>,
+    /// Threads that read images.
+    pub workers: usize,
+    /// For the manifest.
+    pub command_line: Vec<String>,
+    /// The commit the binary was built from, where known.
+    pub commit: Option<String>,
+    /// Name of the device.
+    pub device: String,
+    /// Set by Ctrl-C and SIGTERM.
+    pub stop: &'a StopFlag,
+    /// Told of what happens.
+    pub progress: &'a mut dyn Progress,
+}
+
+/// Runs the stages in order, skipping those that an interrupted run finished. Gives each stage's results.
+///
+/// # Errors
+/// Whatever ends a run early.
+pub fn run<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDir, options: RunOptions) -> Result<serde_json::Map<String, serde_json::Value>> {
+    let mut manifest = manifest(cx, recipe, plans, dir, &options)?;
+    dir.write_recipe(options.resolved)?;
+    dir.write_manifest(&manifest)?;
+    let mut students: BTreeMap<String, StudentRecord> = BTreeMap::new();
+    let mut results = serde_json::Map::new();
+    let mut metric_records = 0;
+    for ((name, plan), slot) in plans.iter().zip(recipe.stages.values()) {
+        if let Some(finished) = dir.finished_stage(name)? {
+            if finished.fingerprint != options.fingerprint {
+                return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
+            }
+            tracing::info!("stage `{name}` is finished already");
+            metric_records = finished.metrics_records;
+            if let Some(record) = &plan.student {
+                let weights = dir.load_final(name)?.tensors;
+                students.insert(name.clone(), with_weights(record, weights));
+            }
+            results.insert(name.clone(), finished.results);
+            continue;
+        }
+        options.progress.stage(name, plan);
+        let stage = StageContext {
+            name,
+            seed: recipe.seed,
+            students: &students,
+            environment: true,
+            random_weights: false,
+            recompute: cx.recompute,
+        };
+        let run = StageRun {
+            cx: cx.clone(),
+            stage,
+            dir,
+            fingerprint: options.fingerprint,
+            stop: options.stop,
+            progress: &mut *options.progress,
+            step_limit: options.step_limit,
+            workers: options.workers,
+            metric_records,
+        };
+        let located = |error| match error {
+            Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
+            other => other,
+        };
+        let outcome = Build::build::<D>(slot).map_err(Error::from).and_then(|s| s.run(run)).map_err(located)?;
+        metric_records = outcome.metric_records;
+        if dir.finished_stage(name)?.is_none() {
+            let header = CheckpointHeader {
+                stage: name.clone(),
+                step: 0,
+                fingerprint: options.fingerprint.to_string(),
+                metrics_records: metric_records,
+                meta: serde_json::Value::Null,
+            };
+            dir.finish_stage(&header, &[], outcome.results.clone())?;
+        }
+        fail_point("stage", "after");
+        results.insert(name.clone(), outcome.results);
+        students.extend(outcome.student.map(|student| (name.clone(), student)));
+    }
+    manifest.ended = Some(rfc3339(SystemTime::now()));
+    dir.write_manifest(&manifest)?;
+    Ok(results)
+}
+
+fn with_weights(record: &StudentRecord, weights: TensorMap) -> StudentRecord {
+    let tower = weights.into_iter().filter(|(name, _)| crate::stages::is_tower(name)).collect();
+    StudentRecord { weights: Some(std::sync::Arc::new(tower)), ..record.clone() }
+}
+
+fn manifest<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDir, options: &RunOptions) -> Result<Manifest> {
+    let now = rfc3339(SystemTime::now());
+    let earlier = dir.read_manifest()?;
+    let mut files: Vec<&PathBuf> = plans.iter().flat_map(|(_, plan)| &plan.files).collect();
+    files.sort();
+    files.dedup();
+    let data = plans.iter().flat_map(|(_, plan)| &plan.data);
+    Ok(Manifest {
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        commit: options.commit.clone(),
+        command_line: options.command_line.clone(),
+        seed: recipe.seed,
+        device: options.device.clone(),
+        threads: cx.kernels.threads(),
+        isa: cx.kernels.name(),
+        weights: files.into_iter().map(|path| FileRecord::of(path)).collect::<Result<_, _>>()?,
+        data: data
+            .map(|(stage, images, fingerprint)| DataRecord {
+                stage: stage.clone(),
+                images: *images as u64,
+                fingerprint: fingerprint.clone(),
+            })
+            .collect(),
+        started: earlier.as_ref().map_or(now.clone(), |m| m.started.clone()),
+        ended: None,
+        resumed_at: match earlier {
+            Some(m) => m.resumed_at.into_iter().chain([now]).collect(),
+            None => Vec::new(),
+        },
+    })
+}

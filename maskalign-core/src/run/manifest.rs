@@ -1,0 +1,102 @@
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::RunError;
+
+/// `manifest.json`: with what, where and when a run was made. Times are RFC 3339 in UTC ([`super::rfc3339`]).
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Manifest {
+    /// Version of MaskAlign.
+    pub version: String,
+    /// Commit that the binary was built from, where known.
+    pub commit: Option<String>,
+    /// The command line, one argument an entry.
+    pub command_line: Vec<String>,
+    /// The recipe's seed.
+    pub seed: u64,
+    /// The device in words, as in `cpu` or `cuda:0`.
+    pub device: String,
+    /// Worker threads.
+    pub threads: usize,
+    /// Instruction set of the CPU kernels, as in `avx2`.
+    pub isa: String,
+    /// The weights that the recipe names.
+    pub weights: Vec<FileRecord>,
+    /// The data of each stage.
+    pub data: Vec<DataRecord>,
+    /// When the run began.
+    pub started: String,
+    /// When it ended; absent while it runs, and after a kill.
+    pub ended: Option<String>,
+    /// When it was resumed, in order.
+    pub resumed_at: Vec<String>,
+}
+
+/// A file that a run read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Where it was.
+    pub path: PathBuf,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of its content, in hexadecimal.
+    pub blake3: String,
+}
+
+impl FileRecord {
+    /// Measures a file: one pass over its content, no copy in memory.
+    pub fn of(path: &Path) -> Result<FileRecord, RunError> {
+        let reading = |source| RunError::reading("file", path, source);
+        let file = File::open(path).map_err(reading)?;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(file).map_err(reading)?;
+        Ok(FileRecord {
+            path: path.to_owned(),
+            bytes: hasher.count(),
+            blake3: hasher.finalize().to_hex().to_string(),
+        })
+    }
+}
+
+/// What a stage trained or was measured on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataRecord {
+    /// The stage's name.
+    pub stage: String,
+    /// Number of images.
+    pub images: u64,
+    /// BLAKE3 of the list of images, in hexadecimal.
+    pub fingerprint: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_record_holds_size_and_blake3() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("w");
+        std::fs::write(&path, "abc").unwrap();
+        let record = FileRecord::of(&path).unwrap();
+        assert_eq!(record.bytes, 3);
+        // b3sum of "abc", from BLAKE3's published examples.
+        assert_eq!(
+            record.blake3,
+            "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+        );
+    }
+
+    #[test]
+    fn a_manifest_of_an_older_version_still_reads() {
+        let manifest: Manifest =
+            serde_json::from_str(r#"{ "version": "0.0.1", "seed": 3 }"#).unwrap();
+        assert_eq!(
+            (manifest.version.as_str(), manifest.seed, manifest.threads),
+            ("0.0.1", 3, 0)
+        );
+    }
+}

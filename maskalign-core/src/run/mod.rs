@@ -1,0 +1,37 @@
+//! A run's directory: what was asked, what was measured, and where to go on.
+//!
+//! ```text
+//! DIR/
+//!   .maskalign-run                         marks the folder, holds the lock, lists extra files of the run
+//!   recipe.resolved.yaml                   the recipe with every default
+//!   manifest.json                          where, when and with what the run was made
+//!   metrics.jsonl                          one record a line, appended
+//!   summary.json                           each finished stage's results under its name
+//!   checkpoints/STAGE/step-00001234.safetensors
+//!   checkpoints/STAGE/final.safetensors    the stage's outcome
+//!   checkpoints/STAGE/done.json            the stage is finished; its results
+//! ```
+//!
+//! Every file but `metrics.jsonl` appears whole or not at all ([`atomic_write`]); `metrics.jsonl` is cut back to the
+//! checkpoint's position on resume. So a process may be killed at any moment, and the run goes on from its last
+//! checkpoint. Nothing here knows tensors of a device: weights pass as `f32` slices.
+
+mod atomic;
+mod checkpoint;
+mod clock;
+mod directory;
+mod error;
+mod fail_point;
+mod manifest;
+mod metrics;
+mod stop;
+
+pub use atomic::atomic_write;
+pub use checkpoint::{Checkpoint, CheckpointHeader, Latest, Retention};
+pub use clock::rfc3339;
+pub use directory::{FinishedStage, Mode, RunDir};
+pub use error::RunError;
+pub use fail_point::fail_point;
+pub use manifest::{DataRecord, FileRecord, Manifest};
+pub use metrics::Metrics;
+pub use stop::{Stop, StopFlag};

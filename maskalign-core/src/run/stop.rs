@@ -1,0 +1,66 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Why a run is asked to end early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Ctrl-C.
+    Interrupt,
+    /// SIGTERM.
+    Terminate,
+}
+
+impl Stop {
+    /// The exit code of a process that saved its state and ended for this reason.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Stop::Interrupt => 130,
+            Stop::Terminate => 143,
+        }
+    }
+}
+
+/// A request to end that a signal handler raises and that stages look at between steps. Clones share the request.
+#[derive(Debug, Clone, Default)]
+pub struct StopFlag(Arc<AtomicU8>);
+
+impl StopFlag {
+    /// A flag that nobody raised.
+    pub fn new() -> StopFlag {
+        StopFlag::default()
+    }
+
+    /// Raises the flag; a single atomic store, so a signal handler may call it. The last request counts.
+    pub fn request(&self, stop: Stop) {
+        let value = match stop {
+            Stop::Interrupt => 1,
+            Stop::Terminate => 2,
+        };
+        self.0.store(value, Ordering::SeqCst);
+    }
+
+    /// The request, if there is one.
+    pub fn get(&self) -> Option<Stop> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => None,
+            1 => Some(Stop::Interrupt),
+            _ => Some(Stop::Terminate),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clones_share_the_request_and_its_exit_code() {
+        let flag = StopFlag::new();
+        let seen = flag.clone();
+        assert_eq!(seen.get(), None);
+        flag.request(Stop::Interrupt);
+        assert_eq!(seen.get().map(Stop::exit_code), Some(130));
+        flag.request(Stop::Terminate);
+        assert_eq!(seen.get().map(Stop::exit_code), Some(143));
+    }
+}

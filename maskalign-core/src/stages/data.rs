@@ -1,0 +1,118 @@
+//! The data of a stage: a dataset and what is done to its images.
+
+use std::sync::Arc;
+
+use dfdx::prelude::Cpu;
+use maskalign_registry::{DatasetTag, Refusal, Slot, TransformTag};
+
+use crate::{
+    component,
+    data::{Images, Loader, LoaderConfig, OnError, Order, Transform, output_size},
+    images::ImageBatch,
+    plugin::Build,
+};
+
+/// A dataset, and what is done to each of its images. It yields RGB in [0, 1]: towers normalise for themselves.
+#[component]
+pub struct Data {
+    /// Where the images come from.
+    pub dataset: Slot<DatasetTag>,
+    /// What is done to each image, in order; the last must fix the size.
+    #[serde(default)]
+    pub transforms: Vec<Slot<TransformTag>>,
+    /// What to do with an image that cannot be read.
+    #[serde(default)]
+    pub on_error: OnError,
+}
+
+/// Data that is open, with its transforms built.
+pub struct OpenData {
+    /// The images.
+    pub images: Arc<dyn Images>,
+    transforms: Arc<[Box<dyn Transform>]>,
+    on_error: OnError,
+    /// Side of the square images in pixels.
+    pub size: usize,
+}
+
+impl Data {
+    fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Refusal> {
+        let build = |(i, slot): (usize, &Slot<TransformTag>)| {
+            let built = Build::build::<Cpu>(slot).and_then(|t| t.check().map(|()| t));
+            built.map_err(|r| r.under(i.to_string()).under("transforms"))
+        };
+        self.transforms.iter().enumerate().map(build).collect()
+    }
+
+    /// Side of the square images it yields, without opening files unless that is the only way to know and allowed.
+    ///
+    /// # Errors
+    /// The size is not known or not square.
+    pub fn size(&self, environment: bool) -> Result<usize, Refusal> {
+        let transforms = self.transforms()?;
+        let known = output_size(&transforms, None);
+        let size = match known {
+            Some(size) => Some(size),
+            None => {
+                let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
+                if dataset.needs_files() && !environment {
+                    return Err(Refusal::new("transforms", "the size of the images cannot be known without the data")
+                        .help("end with a transform that fixes it, such as `center_crop`"));
+                }
+                let images = dataset.open().map_err(|r| r.under("dataset"))?;
+                output_size(&transforms, images.size())
+            }
+        };
+        match size {
+            Some((width, height)) if width == height => Ok(width),
+            Some((width, height)) => Err(Refusal::new("transforms", format!("the images are {width} x {height} pixels after the transforms; towers take squares"))
+                .help("end with a transform such as `center_crop`")),
+            None => Err(Refusal::new("transforms", "the images have different sizes after the transforms")
+                .help("end with one that fixes the size: `random_resized_crop`, `center_crop`, or `resize` with [height, width]")),
+        }
+    }
+
+    /// Opens the dataset.
+    ///
+    /// # Errors
+    /// Names the option that names something missing.
+    pub fn open(&self) -> Result<OpenData, Refusal> {
+        let size = self.size(true)?;
+        let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
+        let images = dataset.open().map_err(|r| r.under("dataset"))?;
+        Ok(OpenData { images: Arc::from(images), transforms: self.transforms()?.into(), on_error: self.on_error, size })
+    }
+
+    /// Whether it can be opened: it needs no files, or they may be looked at.
+    pub fn may_open(&self, environment: bool) -> bool {
+        environment || Build::build::<Cpu>(&self.dataset).is_ok_and(|d| !d.needs_files())
+    }
+}
+
+impl OpenData {
+    /// Batches for training: `batch` images an optimizer step in micro-batches of `micro`.
+    ///
+    /// # Errors
+    /// The batch does not fit the dataset.
+    pub fn training(&self, seed: u64, batch: usize, micro: usize, workers: usize) -> Result<Loader, Refusal> {
+        self.loader(seed, batch, micro, workers, Order::Shuffled)
+    }
+
+    /// One pass in order.
+    ///
+    /// # Errors
+    /// There are no images.
+    pub fn pass(&self, batch: usize, workers: usize) -> Result<Loader, Refusal> {
+        self.loader(0, batch, batch, workers, Order::Sequential)
+    }
+
+    fn loader(&self, seed: u64, batch: usize, micro: usize, workers: usize, order: Order) -> Result<Loader, Refusal> {
+        let config = LoaderConfig { seed, batch, micro, order, on_error: self.on_error, workers, prefetch: 2 };
+        Loader::new(Arc::clone(&self.images), Arc::clone(&self.transforms), config)
+    }
+}
+
+/// The images of a loader's batch as towers take them.
+pub(crate) fn image_batch(batch: &mut crate::data::Batch) -> ImageBatch {
+    ImageBatch { batch: batch.len(), size: batch.size.0, pixels: std::mem::take(&mut batch.images) }
+}

@@ -1,0 +1,385 @@
+//! Weighted k-nearest-neighbour classification of frozen features (DINO's protocol, arXiv 2104.14294, section 4.1).
+
+use dfdx::prelude::HasShape;
+use indexmap::IndexMap;
+use maskalign_registry::{Refusal, Slot, TeacherTag, Weights};
+use serde_json::{Value, json};
+
+use super::{
+    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
+    data::image_batch,
+    memory,
+    pretrain::{keep, under},
+};
+use crate::{
+    component,
+    components::{
+        students::Student,
+        teachers::{Teacher, Wants},
+        tokens::Masks,
+        towers::TowerShape,
+    },
+    context::Context,
+    device::{Dev, Matrix},
+    error::{Result, device},
+    images::ImageBatch,
+    kernels::Act,
+    nn::{Init, Linear},
+    plugin::Build,
+    register,
+    tape::Recorder,
+};
+
+/// Divisor of similarities before they are exponentiated into votes.
+const TEMPERATURE: f64 = 0.07;
+
+/// What k-NN is measured on besides towers.
+#[component]
+#[derive(Copy, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Baseline {
+    /// The raw pixels.
+    Pixels,
+    /// The student before training.
+    Untrained,
+}
+
+/// How a tower's tokens become one feature.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// The mean of the patches' tokens after the last block.
+    #[default]
+    Mean,
+    /// The class token after the last block.
+    Cls,
+}
+
+fn neighbours() -> Vec<usize> {
+    vec![20]
+}
+fn batch() -> usize {
+    64
+}
+
+/// k-NN accuracy of a student, of teachers, and of what they are compared with: features of length 1, cosine
+/// similarity, votes weighted by exp(similarity / 0.07).
+#[component]
+pub struct Knn {
+    /// Labelled images that neighbours are taken from.
+    train: Data,
+    /// Labelled images that are classified.
+    test: Data,
+    /// The student of an earlier stage, as `{stage: NAME}`.
+    #[serde(default)]
+    student: Option<Weights>,
+    /// What the student is compared with.
+    #[serde(default)]
+    baselines: Vec<Baseline>,
+    /// Towers that are measured too, by name.
+    #[serde(default)]
+    teachers: IndexMap<String, Slot<TeacherTag>>,
+    /// Numbers of neighbours; `accuracy` is that of the first.
+    #[serde(default = "neighbours")]
+    #[schemars(length(min = 1), inner(range(min = 1)))]
+    k: Vec<usize>,
+    /// How a tower's tokens become one feature.
+    #[serde(default)]
+    pooling: Pooling,
+    /// Images that go through a tower together.
+    #[serde(default = "batch")]
+    #[schemars(range(min = 1))]
+    batch: usize,
+}
+
+/// k-NN of the student in the course of pre-training.
+#[component]
+pub struct PeriodicKnn {
+    /// Epochs between measurements.
+    #[schemars(range(min = 1))]
+    pub every_epochs: u64,
+    /// Labelled images that neighbours are taken from.
+    train: Data,
+    /// Labelled images that are classified.
+    test: Data,
+    /// Number of neighbours.
+    #[serde(default = "twenty")]
+    #[schemars(range(min = 1))]
+    k: usize,
+}
+
+fn twenty() -> usize {
+    20
+}
+
+/// Data of a periodic measurement.
+pub(super) struct OpenKnn {
+    pub every_epochs: u64,
+    train: OpenData,
+    test: OpenData,
+    k: usize,
+}
+
+impl PeriodicKnn {
+    /// Refuses data that cannot be opened or has no labels.
+    pub(super) fn check(&self, environment: bool) -> Result<(), Refusal> {
+        check_data(&self.train, "train", environment)?;
+        check_data(&self.test, "test", environment).map(drop)
+    }
+
+    pub(super) fn open(&self) -> Result<OpenKnn, Refusal> {
+        Ok(OpenKnn {
+            every_epochs: self.every_epochs,
+            train: self.train.open().map_err(|r| r.under("train"))?,
+            test: self.test.open().map_err(|r| r.under("test"))?,
+            k: self.k,
+        })
+    }
+}
+
+impl OpenKnn {
+    /// The accuracy of a student in training.
+    pub(super) fn measure<D: Dev>(&self, run: &mut StageRun<D>, student: &dyn Student<D>, epochs: u64) -> Result<Value> {
+        let tower = Tower::Student(student);
+        let train = extract(run, &tower, &self.train, Pooling::Mean, batch())?;
+        let test = extract(run, &tower, &self.test, Pooling::Mean, batch())?;
+        let accuracy = accuracy(&run.cx, &train, &test, &[self.k])?;
+        Ok(json!({ "epoch": epochs, "accuracy": accuracy[0] }))
+    }
+}
+
+/// Opens data where that is allowed and refuses it without labels. Gives the number of images.
+fn check_data(data: &Data, name: &str, environment: bool) -> Result<Option<(usize, String)>, Refusal> {
+    data.size(environment).map_err(|r| r.under(name))?;
+    if !data.may_open(environment) {
+        return Ok(None);
+    }
+    let open = data.open().map_err(|r| r.under(name))?;
+    if open.images.label(0).is_none() {
+        return Err(Refusal::new("dataset", "the images have no labels, which k-NN needs").under(name));
+    }
+    Ok(Some((open.images.len(), open.images.fingerprint())))
+}
+
+/// What features are taken from.
+enum Tower<'a, D: Dev> {
+    Pixels,
+    Student(&'a dyn Student<D>),
+    Teacher(&'a dyn Teacher<D>),
+}
+
+impl<D: Dev> Tower<'_, D> {
+    /// One feature an image, `[batch, width]`.
+    fn features(&self, cx: &Context<D>, images: ImageBatch, pooling: Pooling) -> Result<Matrix<D>> {
+        let batch = images.batch;
+        let off = &mut Recorder::inference();
+        let (x, shape): (Matrix<D>, TowerShape) = match self {
+            Tower::Pixels => {
+                let width = images.pixels.len() / batch;
+                return cx.dev.try_tensor_from_vec(images.pixels, (batch, width)).map_err(device);
+            }
+            Tower::Student(student) => {
+                let features = student.forward(cx, off, &images, None, None, &|_| false)?;
+                (features.last, student.shape())
+            }
+            Tower::Teacher(teacher) => {
+                let last = teacher.shape().arch.depth - 1;
+                let wants = Wants { levels: [last].into(), whole: true, ..Wants::default() };
+                let pass = teacher.begin(cx, &images, &wants)?;
+                let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
+                let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
+                (levels.remove(&last).expect("wanted").x, teacher.shape())
+            }
+        };
+        match pooling {
+            Pooling::Mean => cx.kernels.mean_tokens(off, &x, batch, usize::from(shape.cls_token)),
+            Pooling::Cls => {
+                let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
+                cx.kernels.gather_rows(off, &[x], &rows)
+            }
+        }
+    }
+}
+
+/// Features of length 1 with their labels.
+pub(crate) struct Bank {
+    features: Vec<f32>,
+    width: usize,
+    labels: Vec<u32>,
+}
+
+fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, pooling: Pooling, batch: usize) -> Result<Bank> {
+    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new() };
+    let all = data.images.len() as u64;
+    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
+        let mut batch = batch?;
+        for (label, index) in batch.labels.iter().zip(&batch.indices) {
+            let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
+            bank.labels.push(label);
+        }
+        let x = tower.features(&run.cx, image_batch(&mut batch), pooling)?;
+        bank.width = x.shape().1;
+        bank.features.extend(x.as_vec());
+        run.progress.count("features", bank.labels.len() as u64, all);
+        if let Some(stop) = run.stop.get() {
+            return Err(super::train::stopped(run, stop));
+        }
+    }
+    for row in bank.features.chunks_exact_mut(bank.width) {
+        let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
+        row.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
+    }
+    Ok(bank)
+}
+
+/// Share of `test` that each number of neighbours in `train` classifies rightly.
+pub(crate) fn accuracy<D: Dev>(cx: &Context<D>, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
+    let init = Init::blank(&cx.dev);
+    let weight = init.values("bank", &[train.labels.len(), train.width], train.features.clone())?;
+    let bank = Linear { weight, bias: None, packed: None };
+    let classes = 1 + train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0) as usize;
+    let most = ks.iter().copied().max().unwrap_or(1).min(train.labels.len());
+    let mut right = vec![0usize; ks.len()];
+    const CHUNK: usize = 256;
+    for (features, labels) in test.features.chunks(CHUNK * test.width).zip(test.labels.chunks(CHUNK)) {
+        let x = cx.dev.try_tensor_from_vec(features.to_vec(), (labels.len(), test.width)).map_err(device)?;
+        let similarity = cx.kernels.linear(&mut Recorder::inference(), &x, &bank, Act::None)?.as_vec();
+        for (row, &label) in similarity.chunks_exact(train.labels.len()).zip(labels) {
+            let mut order: Vec<u32> = (0..row.len() as u32).collect();
+            let nearer = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+            if most < order.len() {
+                order.select_nth_unstable_by(most, nearer);
+                order.truncate(most);
+            }
+            order.sort_unstable_by(nearer);
+            for (right, &k) in right.iter_mut().zip(ks) {
+                let mut votes = vec![0f64; classes];
+                for &i in order.iter().take(k) {
+                    votes[train.labels[i as usize] as usize] += (f64::from(row[i as usize]) / TEMPERATURE).exp();
+                }
+                let best = (0..classes).max_by(|&a, &b| votes[a].total_cmp(&votes[b]).then(b.cmp(&a)));
+                *right += usize::from(best == Some(label as usize));
+            }
+        }
+    }
+    Ok(right.into_iter().map(|r| r as f64 / test.labels.len() as f64).collect())
+}
+
+impl Knn {
+    fn report(&self, accuracies: &[f64]) -> Value {
+        let mut report = json!({ "accuracy": accuracies[0] });
+        if self.k.len() > 1 {
+            report["by_k"] = self.k.iter().zip(accuracies).map(|(k, a)| (k.to_string(), json!(a))).collect();
+        }
+        report
+    }
+
+    fn stage(&self) -> Result<Option<&str>, Refusal> {
+        match &self.student {
+            None => Ok(None),
+            Some(Weights::Stage(stage)) => Ok(Some(stage)),
+            Some(_) => Err(Refusal::new("student", "expected the student of an earlier stage, as `{stage: NAME}`")
+                .help("a tower from a file goes under `teachers`")),
+        }
+    }
+}
+
+impl StagePlugin for Knn {
+    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        let mut plan = StagePlan::default();
+        for (data, name) in [(&self.train, "train"), (&self.test, "test")] {
+            if let Some(Some((images, fingerprint))) = keep(&mut refusals, check_data(data, name, cx.environment)) {
+                plan.images = Some(plan.images.unwrap_or(0) + images);
+                plan.data.push((format!("{}.{name}", cx.name), images, fingerprint));
+            }
+        }
+        let sizes = (self.train.size(cx.environment), self.test.size(cx.environment));
+        if let (Ok(train), Ok(test)) = &sizes
+            && train != test
+        {
+            refusals.push(Refusal::new("test", format!("images of {test} pixels, those of `train` have {train}")));
+        }
+        let towers = cx.towers(sizes.0.unwrap_or(0));
+        if let Some(stage) = keep(&mut refusals, self.stage()).flatten() {
+            keep(&mut refusals, towers.student(stage).map_err(|r| r.under("student")));
+        }
+        if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
+            refusals.push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
+        }
+        if refusals.is_empty() {
+            for (name, slot) in &self.teachers {
+                let planned = Build::build::<dfdx::prelude::Cpu>(slot).and_then(|t| t.plan(&towers));
+                if let Some(shape) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
+                    plan.memory = plan.memory.max(memory::frozen(&shape, self.batch));
+                }
+            }
+        }
+        match refusals.is_empty() {
+            true => Ok(plan),
+            false => Err(refusals),
+        }
+    }
+
+    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
+        let run = &mut run;
+        let train = self.train.open().map_err(|r| r.under("train"))?;
+        let test = self.test.open().map_err(|r| r.under("test"))?;
+        let towers = run.stage.towers(train.size);
+        let mut results = serde_json::Map::new();
+        let mut measure = |run: &mut StageRun<D>, name: &str, tower: &Tower<D>| -> Result<()> {
+            let near = extract(run, tower, &train, self.pooling, self.batch)?;
+            let far = extract(run, tower, &test, self.pooling, self.batch)?;
+            let report = self.report(&accuracy(&run.cx, &near, &far, &self.k)?);
+            run.progress.result(run.stage.name, &json!({ name: report }));
+            results.insert(name.to_string(), report);
+            Ok(())
+        };
+        if self.baselines.contains(&Baseline::Pixels) {
+            measure(run, "pixels", &Tower::Pixels)?;
+        }
+        if let Some(stage) = self.stage()? {
+            let record = towers.student(stage).map_err(|r| r.under("student"))?;
+            let dev = run.cx.dev.clone();
+            let init = Init::new(&dev, run.stage.seed, &*record.init_scope);
+            let mut student = Build::build::<D>(&record.slot)?.build(&towers, &init).map_err(|e| under(e, "student"))?;
+            student.set_reach(record.shape.arch.depth, false);
+            if self.baselines.contains(&Baseline::Untrained) {
+                measure(run, "untrained", &Tower::Student(&*student))?;
+            }
+            student.load(record.weights.as_ref().expect("a stage that ran leaves its student's weights"));
+            measure(run, "student", &Tower::Student(&*student))?;
+        }
+        for (name, slot) in &self.teachers {
+            let teacher = Build::build::<D>(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
+            measure(run, name, &Tower::Teacher(&*teacher))?;
+        }
+        Ok(Outcome { results: Value::Object(results), student: None, metric_records: run.metric_records })
+    }
+}
+
+register!(stage "knn" => Knn, "measures frozen features by weighted k nearest neighbours",
+    example: "{ type: knn, train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } }, baselines: [pixels] }",
+    paper: "DINO, arXiv 2104.14294, section 4.1");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dfdx::prelude::Cpu;
+
+    /// Votes are exp(similarity / 0.07): one very near neighbour outweighs two that are farther.
+    #[test]
+    fn votes_are_weighted_by_similarity() {
+        let cx = Context::new(Cpu::default(), 1, false);
+        let angle = |degrees: f64| [degrees.to_radians().cos() as f32, degrees.to_radians().sin() as f32];
+        let bank = |angles: &[f64], labels: &[u32]| Bank {
+            features: angles.iter().flat_map(|&a| angle(a)).collect(),
+            width: 2,
+            labels: labels.to_vec(),
+        };
+        let train = bank(&[5.0, 40.0, 42.0], &[0, 1, 1]);
+        let test = bank(&[0.0, 41.0], &[0, 1]);
+        assert_eq!(accuracy(&cx, &train, &test, &[1, 3]).unwrap(), [1.0, 1.0]);
+    }
+}

@@ -1,0 +1,595 @@
+//! What training stages share: optimizer steps, checkpoints, and the loop.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use dfdx::prelude::Gradients;
+use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot};
+use serde::Serialize;
+
+use super::{OpenData, StageRun, data::image_batch};
+use crate::{
+    component,
+    components::{
+        optimizers::{Optimizer, Update},
+        schedules::Schedule,
+    },
+    context::Context,
+    data::{Batch, Position},
+    device::{Dev, Scalar, Vector},
+    error::{Error, Result, device},
+    images::ImageBatch,
+    nn::Param,
+    plugin::Build,
+    random::Stream,
+    run::{CheckpointHeader, Metrics, Retention, Stop},
+    tape::{Recorder, swap_gradient},
+    weights::{HostTensor, TensorMap, TensorRef},
+};
+
+/// Images of an optimizer step.
+#[component]
+#[derive(Copy)]
+pub struct BatchSize {
+    /// Images that one update is computed from.
+    #[schemars(range(min = 1))]
+    pub effective: usize,
+    /// Images that go through the model together; effective / micro gradients are accumulated. Absent: all.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub micro: Option<usize>,
+}
+
+impl BatchSize {
+    /// Images that go through the model together.
+    pub fn micro(&self) -> usize {
+        self.micro.unwrap_or(self.effective)
+    }
+
+    /// Refuses a micro-batch that does not divide the batch.
+    ///
+    /// # Errors
+    /// Names `batch.micro`.
+    pub fn check(&self) -> Result<(), Refusal> {
+        if self.effective % self.micro() != 0 {
+            return Err(Refusal::new("micro", format!("{} does not divide the effective batch {}", self.micro(), self.effective))
+                .under("batch"));
+        }
+        Ok(())
+    }
+}
+
+/// Numbers that a stage computes with.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// Single precision throughout; the only one for now.
+    #[default]
+    F32,
+}
+
+fn keep_last() -> usize {
+    2
+}
+
+/// When checkpoints are written and which are kept.
+#[component]
+pub struct Checkpoints {
+    /// Epochs between checkpoints; absent: one epoch, or `every_steps` where that is given.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub every_epochs: Option<f64>,
+    /// Optimizer steps between checkpoints, instead of `every_epochs`.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub every_steps: Option<u64>,
+    /// How many of the newest are kept.
+    #[serde(default = "keep_last")]
+    #[schemars(range(min = 1))]
+    pub keep_last: usize,
+    /// Checkpoints at multiples of this many steps are kept for good.
+    #[serde(default)]
+    #[schemars(range(min = 1))]
+    pub keep_every_steps: Option<u64>,
+}
+
+impl Default for Checkpoints {
+    fn default() -> Self {
+        Checkpoints { every_epochs: None, every_steps: None, keep_last: keep_last(), keep_every_steps: None }
+    }
+}
+
+impl Checkpoints {
+    fn interval(&self, steps_per_epoch: u64) -> u64 {
+        let epochs = self.every_epochs.unwrap_or(1.0);
+        self.every_steps.unwrap_or(((epochs * steps_per_epoch as f64) as u64).max(1))
+    }
+}
+
+/// The length of a training stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Length {
+    /// Epochs, fractional.
+    pub epochs: f64,
+    /// Optimizer steps of an epoch: floor(images / effective).
+    pub steps_per_epoch: u64,
+}
+
+impl Length {
+    /// Optimizer steps of the stage.
+    pub fn steps(&self) -> u64 {
+        ((self.epochs * self.steps_per_epoch as f64).round() as u64).max(1)
+    }
+
+    /// The epoch and the step in it after so many steps.
+    pub fn position(&self, steps: u64) -> Position {
+        Position { epoch: steps / self.steps_per_epoch, step: steps % self.steps_per_epoch }
+    }
+}
+
+/// A micro-batch with what keys its random streams.
+pub struct MicroBatch {
+    /// The images.
+    pub images: ImageBatch,
+    /// Classes, where the data has them.
+    pub labels: Vec<Option<u32>>,
+    /// Places of the images in the dataset.
+    pub indices: Vec<usize>,
+    /// Epoch.
+    pub epoch: u64,
+    /// Share of the stage that is done.
+    pub progress: f64,
+}
+
+/// What is trained: parameters, and a loss of a micro-batch.
+pub trait Task<D: Dev> {
+    /// Calls `f` on every parameter that checkpoints hold.
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>));
+    /// The loss of a micro-batch, averaged over its images.
+    ///
+    /// # Errors
+    /// Out of memory on the device, or data that does not fit.
+    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>>;
+    /// What the learning rate of a parameter is multiplied by (layer decay).
+    fn lr_scale(&self, _parameter: &str) -> f64 {
+        1.0
+    }
+}
+
+/// One optimizer step, as metrics and progress bars show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepReport {
+    /// The stage.
+    pub stage: String,
+    /// The step, from 0.
+    pub step: u64,
+    /// Steps of the stage.
+    #[serde(skip)]
+    pub steps: u64,
+    /// The fractional epoch at which the step began.
+    pub epoch: f64,
+    /// The loss, averaged over the effective batch.
+    pub loss: f32,
+    /// The learning rate.
+    pub lr: f64,
+    /// Norm of all gradients together, before clipping.
+    pub gradient_norm: f64,
+    /// Images of the effective batch per second.
+    pub images_per_s: f64,
+    /// Images that could not be read so far, where they are skipped.
+    pub skipped: usize,
+}
+
+/// An optimizer with its state, gradient buffers and schedule.
+pub struct Trainer<D: Dev> {
+    optimizer: Box<dyn Optimizer<D>>,
+    schedule: Box<dyn Schedule>,
+    state: BTreeMap<String, Vec<Vector<D>>>,
+    gradients: Option<Gradients<f32, D>>,
+    length: Length,
+    peak_lr: f64,
+    /// Updates so far.
+    pub updates: u64,
+}
+
+/// Time spent in the phases of a step, in seconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Phases {
+    /// Forward pass: student, alignments, losses; and the teacher and the mask.
+    pub forward: f64,
+    /// Backward pass.
+    pub backward: f64,
+    /// Gradient norm and update.
+    pub optimizer: f64,
+}
+
+impl<D: Dev> Trainer<D> {
+    /// An optimizer before its first step.
+    ///
+    /// # Errors
+    /// A component refuses its options.
+    pub fn new(optimizer: &Slot<OptimizerTag>, schedule: &Slot<ScheduleTag>, effective: usize, length: Length) -> Result<Self, Refusal> {
+        let optimizer = Build::build::<D>(optimizer).map_err(|r| r.under("optimizer"))?;
+        let schedule = Build::build::<D>(schedule).map_err(|r| r.under("schedule"))?;
+        optimizer.check().map_err(|r| r.under("optimizer"))?;
+        schedule.check(length.epochs).map_err(|r| r.under("schedule"))?;
+        let peak_lr = optimizer.peak_lr(effective);
+        Ok(Trainer { optimizer, schedule, state: BTreeMap::new(), gradients: None, length, peak_lr, updates: 0 })
+    }
+
+    /// The learning rate of the next step.
+    pub fn lr(&self) -> f64 {
+        self.schedule.rate(self.peak_lr, self.updates as f64 / self.length.steps_per_epoch as f64, self.length.epochs)
+    }
+
+    /// Share of the stage that is done.
+    pub fn progress(&self) -> f64 {
+        (self.updates as f64 / self.length.steps() as f64).min(1.0)
+    }
+
+    /// One optimizer step over `parts` micro-batches, which must be all of an effective batch. Gives the loss, the
+    /// gradient norm, the learning rate and the time of each phase.
+    ///
+    /// # Errors
+    /// What the micro-batches and the task answer; a loss that is not finite (nothing is updated then).
+    pub fn step(
+        &mut self,
+        cx: &Context<D>,
+        task: &mut dyn Task<D>,
+        parts: usize,
+        micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
+    ) -> Result<(f32, f64, f64, Phases)> {
+        self.step_at(cx, task, parts, micro_batches, self.lr())
+    }
+
+    /// As [`Trainer::step`], at a given learning rate.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step_at(
+        &mut self,
+        cx: &Context<D>,
+        task: &mut dyn Task<D>,
+        parts: usize,
+        micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
+        lr: f64,
+    ) -> Result<(f32, f64, f64, Phases)> {
+        let mut gradients = self.zeroed(cx, task)?;
+        let (mut total, mut phases) = (0.0f64, Phases::default());
+        for _ in 0..parts {
+            let batch = micro_batches()?;
+            let started = Instant::now();
+            let mut r = Recorder::onto(&cx.dev, gradients);
+            let loss = task.loss(cx, &mut r, &batch)?;
+            let value = loss.as_vec()[0];
+            if !value.is_finite() {
+                return Err(Error::NonFinite { loss: value, step: self.updates, lr, advice: String::new() });
+            }
+            total += f64::from(value) / parts as f64;
+            let share = 1.0 / parts as f32;
+            let loss = match parts {
+                1 => loss,
+                _ => r.run(&loss, |loss| {
+                    use dfdx::prelude::TryMul;
+                    loss.try_mul(share)
+                })?,
+            };
+            let forward = started.elapsed();
+            let mut all = r.backward(&loss)?;
+            // The parameters' buffers alone go on; everything else the pass needed dies here.
+            gradients = Gradients::leaky();
+            let mut outcome = Ok(());
+            task.visit(&mut |p| {
+                if p.trainable && outcome.is_ok() {
+                    outcome = swap_gradient(&mut gradients, &mut all, &p.value);
+                }
+            });
+            outcome?;
+            phases.forward += forward.as_secs_f64();
+            phases.backward += (started.elapsed() - forward).as_secs_f64();
+        }
+        let started = Instant::now();
+        let norm = self.update(cx, task, &mut gradients, lr)?;
+        self.gradients = Some(gradients);
+        self.updates += 1;
+        phases.optimizer = started.elapsed().as_secs_f64();
+        Ok((total as f32, norm, lr, phases))
+    }
+
+    /// The gradients of the last step, before clipping.
+    pub fn gradients(&mut self) -> Option<&mut Gradients<f32, D>> {
+        self.gradients.as_mut()
+    }
+
+    fn zeroed(&mut self, cx: &Context<D>, task: &mut dyn Task<D>) -> Result<Gradients<f32, D>> {
+        let mut gradients = self.gradients.take().unwrap_or_else(Gradients::leaky);
+        let mut outcome = Ok(());
+        task.visit(&mut |p| {
+            if p.trainable && outcome.is_ok() {
+                outcome = match gradients.get_or_alloc_mut(&p.value).map_err(device) {
+                    Ok(buffer) => cx.dev.zero(buffer),
+                    Err(error) => Err(error),
+                };
+            }
+        });
+        outcome.map(|()| gradients)
+    }
+
+    fn update(&mut self, cx: &Context<D>, task: &mut dyn Task<D>, gradients: &mut Gradients<f32, D>, lr: f64) -> Result<f64> {
+        let norm = {
+            let mut parameters = Vec::new();
+            task.visit(&mut |p| if p.trainable { parameters.push(p.vector()) });
+            cx.kernels.square_sum(gradients, &parameters)?.sqrt()
+        };
+        let gradient_scale = match self.optimizer.clip_norm() {
+            // PyTorch's `clip_grad_norm_` adds 1e-6.
+            Some(limit) if norm > limit => (limit / (norm + 1e-6)) as f32,
+            _ => 1.0,
+        };
+        let (progress, step) = (self.progress(), self.updates + 1);
+        let mut scales = BTreeMap::new();
+        task.visit(&mut |p| {
+            scales.insert(p.name.clone(), 0.0);
+        });
+        for (name, scale) in &mut scales {
+            *scale = task.lr_scale(name);
+        }
+        let (optimizer, state) = (&self.optimizer, &mut self.state);
+        let mut outcome = Ok(());
+        task.visit(&mut |p| {
+            if !p.trainable || outcome.is_err() {
+                return;
+            }
+            outcome = (|| {
+                if !state.contains_key(&p.name) {
+                    let zeros = || cx.dev.try_tensor_from_vec(vec![0.0; p.len()], (p.len(),)).map_err(device);
+                    let fresh = optimizer.state_names().iter().map(|_| zeros()).collect::<Result<_>>()?;
+                    state.insert(p.name.clone(), fresh);
+                }
+                let state = state.get_mut(&p.name).expect("made above");
+                let update = Update { lr: lr * scales[&p.name], progress, step, gradient_scale };
+                optimizer.update(cx, p, gradients, state, update)
+            })();
+        });
+        outcome.map(|()| norm)
+    }
+
+    /// Parameters and optimizer state as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`.
+    pub fn tensors(&self, task: &mut dyn Task<D>) -> TensorMap {
+        let mut all = TensorMap::new();
+        task.visit(&mut |p| {
+            all.insert(format!("model.{}", p.name), p.to_host());
+        });
+        for (name, vectors) in &self.state {
+            let shape = all[&format!("model.{name}")].shape.clone();
+            for (kind, vector) in self.optimizer.state_names().iter().zip(vectors) {
+                let tensor = HostTensor { shape: shape.clone(), data: vector.as_vec() };
+                all.insert(format!("optimizer.{kind}.{name}"), tensor);
+            }
+        }
+        all
+    }
+
+    /// Takes up the state of a checkpoint.
+    ///
+    /// # Errors
+    /// Tensors that are missing or do not fit (a checkpoint of another recipe); out of memory on the device.
+    pub fn restore(&mut self, cx: &Context<D>, task: &mut dyn Task<D>, tensors: &TensorMap, updates: u64) -> Result<()> {
+        let mut missing = BTreeSet::new();
+        task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
+            Some(tensor) if tensor.shape == p.dims => p.load(&tensor.data),
+            _ => {
+                missing.insert(p.name.clone());
+            }
+        });
+        if let Some(name) = missing.first() {
+            return Err(Error::Usage(format!("the checkpoint has no `{name}` of the model's shape: it is of another recipe")));
+        }
+        let mut state = BTreeMap::new();
+        let mut outcome = Ok(());
+        let names = self.optimizer.state_names();
+        task.visit(&mut |p| {
+            let found: Option<Vec<&HostTensor>> =
+                names.iter().map(|kind| tensors.get(&format!("optimizer.{kind}.{}", p.name))).collect();
+            if let (Some(found), true, true) = (found, p.trainable, outcome.is_ok()) {
+                let vectors: Result<Vec<Vector<D>>> = found
+                    .into_iter()
+                    .map(|t| cx.dev.try_tensor_from_vec(t.data.clone(), (t.data.len(),)).map_err(device))
+                    .collect();
+                match vectors {
+                    Ok(vectors) => {
+                        state.insert(p.name.clone(), vectors);
+                    }
+                    Err(error) => outcome = Err(error),
+                }
+            }
+        });
+        outcome?;
+        (self.state, self.updates, self.gradients) = (state, updates, None);
+        Ok(())
+    }
+}
+
+/// What a training loop is told besides the run.
+pub(crate) struct Loop<'a, D: Dev, T> {
+    pub data: &'a OpenData,
+    pub batch: BatchSize,
+    pub length: Length,
+    pub checkpoints: &'a Checkpoints,
+    /// Called after every epoch's last step, with the number of epochs done.
+    pub after_epoch: &'a mut dyn FnMut(&mut StageRun<D>, &mut T, u64) -> Result<()>,
+}
+
+/// What a training loop leaves besides the task.
+pub(crate) struct Trained {
+    /// Whole lines in the metrics file.
+    pub metric_records: u64,
+    /// The last step, unless there was none to do.
+    pub last: Option<StepReport>,
+}
+
+/// Trains to the end of the stage, from its last checkpoint where there is one.
+pub(crate) fn train<D: Dev, T: Task<D>>(
+    run: &mut StageRun<D>,
+    task: &mut T,
+    trainer: &mut Trainer<D>,
+    plan: Loop<D, T>,
+) -> Result<Trained> {
+    let Loop { data, batch, length, checkpoints, after_epoch } = plan;
+    let name = run.stage.name;
+    let latest = run.dir.latest_checkpoint(name)?;
+    for (path, error) in &latest.refused {
+        tracing::warn!("{} cannot be used: {error}", path.display());
+    }
+    let mut records = run.metric_records;
+    if let Some(checkpoint) = latest.checkpoint {
+        let header = &checkpoint.header;
+        if header.fingerprint != run.fingerprint {
+            return Err(Error::Usage(format!("the checkpoints of stage `{name}` are of another recipe")));
+        }
+        trainer.restore(&run.cx, task, &checkpoint.tensors, header.step)?;
+        records = header.metrics_records;
+        tracing::info!("stage `{name}` goes on from step {}", header.step);
+    }
+    let mut metrics = run.dir.metrics(records)?;
+    let all = length.steps();
+    let end = run.step_limit.map_or(all, |limit| all.min(limit));
+    let loader = data.training(run.stage.seed, batch.effective, batch.micro(), run.workers)?;
+    let start = trainer.updates;
+    let mut batches = loader.batches(length.position(start), Some(end.saturating_sub(start)));
+    let parts = batch.effective / batch.micro();
+    let interval = checkpoints.interval(length.steps_per_epoch);
+    let mut last = None;
+    let mut last_saved = (start > 0).then_some(start);
+    while trainer.updates < end {
+        let began = Instant::now();
+        let step = trainer.updates;
+        let progress = trainer.progress();
+        let mut skipped = 0;
+        let stepped = trainer.step(&run.cx, task, parts, &mut || {
+            let mut batch: Batch = batches.next().expect("batches for every step")?;
+            skipped = batch.skipped;
+            Ok(MicroBatch {
+                images: image_batch(&mut batch),
+                labels: batch.labels,
+                indices: batch.indices,
+                epoch: batch.at.epoch,
+                progress,
+            })
+        });
+        let (loss, gradient_norm, lr, _) = stepped.map_err(|error| match error {
+            Error::NonFinite { loss, step, lr, .. } => Error::NonFinite { loss, step, lr, advice: advice(run, last_saved) },
+            other => other,
+        })?;
+        let report = StepReport {
+            stage: name.to_string(),
+            step,
+            steps: end,
+            epoch: step as f64 / length.steps_per_epoch as f64,
+            loss,
+            lr,
+            gradient_norm,
+            images_per_s: batch.effective as f64 / began.elapsed().as_secs_f64(),
+            skipped,
+        };
+        metrics.append(&report)?;
+        run.progress.step(&report);
+        last = Some(report);
+        let done = trainer.updates;
+        if done % length.steps_per_epoch == 0 {
+            after_epoch(run, task, done / length.steps_per_epoch)?;
+        }
+        let stop = run.stop.get();
+        if done < end && (done % interval == 0 || stop.is_some()) {
+            save(run, task, trainer, &mut metrics)?;
+            run.dir.prune_checkpoints(
+                name,
+                Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps },
+            )?;
+            last_saved = Some(done);
+        }
+        if let Some(stop) = stop
+            && done < end
+        {
+            return Err(stopped(run, stop));
+        }
+    }
+    metrics.sync()?;
+    Ok(Trained { metric_records: metrics.records(), last })
+}
+
+/// The end of a run that the user asked for.
+pub(crate) fn stopped<D: Dev>(run: &StageRun<D>, stop: Stop) -> Error {
+    let signal = match stop {
+        Stop::Interrupt => "Ctrl-C",
+        Stop::Terminate => "SIGTERM",
+    };
+    Error::Stopped { signal, code: stop.exit_code(), dir: run.dir.path().display().to_string() }
+}
+
+fn advice<D: Dev>(run: &StageRun<D>, last_saved: Option<u64>) -> String {
+    let checkpoint = match last_saved.and_then(|step| run.dir.checkpoint_path(run.stage.name, step).ok()) {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "no checkpoint was written yet".to_string(),
+    };
+    format!("{checkpoint}; lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`")
+}
+
+fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metrics: &mut Metrics) -> Result<()> {
+    metrics.sync()?;
+    let tensors = trainer.tensors(task);
+    let header = CheckpointHeader {
+        stage: run.stage.name.to_string(),
+        step: trainer.updates,
+        fingerprint: run.fingerprint.to_string(),
+        metrics_records: metrics.records(),
+        meta: serde_json::Value::Null,
+    };
+    let path = run.dir.save_checkpoint(&header, &refs(&tensors))?;
+    run.progress.saved(&path);
+    Ok(())
+}
+
+/// Writes what a finished training stage leaves, and gives its parameters by name.
+pub(crate) fn finish<D: Dev>(run: &StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metric_records: u64, results: &serde_json::Value) -> Result<TensorMap> {
+    let mut weights = TensorMap::new();
+    task.visit(&mut |p| {
+        weights.insert(p.name.clone(), p.to_host());
+    });
+    let header = CheckpointHeader {
+        stage: run.stage.name.to_string(),
+        step: trainer.updates,
+        fingerprint: run.fingerprint.to_string(),
+        metrics_records: metric_records,
+        meta: serde_json::Value::Null,
+    };
+    run.dir.finish_stage(&header, &refs(&weights), results.clone())?;
+    Ok(weights)
+}
+
+/// Borrowed tensors, as the run directory writes them.
+pub(crate) fn refs(tensors: &TensorMap) -> Vec<TensorRef<'_>> {
+    TensorRef::all_of(tensors)
+}
+
+/// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and
+/// epoch, so that no order of arrival changes them.
+pub(crate) fn branch_scales(rate: f64, depth: usize, seed: u64, epoch: u64, indices: &[usize]) -> Option<crate::nn::BranchScales> {
+    if rate == 0.0 {
+        return None;
+    }
+    let mut scales = vec![(Vec::new(), Vec::new()); depth];
+    for &index in indices {
+        let mut stream = Stream::new(seed, "drop path", epoch, index as u64);
+        for (block, (attention, mlp)) in scales.iter_mut().enumerate() {
+            let rate = rate * block as f64 / (depth - 1).max(1) as f64;
+            let mut draw = || if stream.uniform() < rate { 0.0 } else { (1.0 / (1.0 - rate)) as f32 };
+            attention.push(draw());
+            mlp.push(draw());
+        }
+    }
+    Some(scales.into_iter().map(|(a, m)| (a.into(), m.into())).collect())
+}

@@ -1,0 +1,149 @@
+//! Bicubic resizing as PyTorch's `F.interpolate(mode="bicubic", align_corners=False)` does it: a = -0.75, half-pixel
+//! centres, the border repeated, no antialiasing, all in `f32`.
+
+use super::{HostTensor, WeightsError};
+
+/// For each output position four input positions and their weights.
+struct Taps(Vec<[(usize, f32); 4]>);
+
+impl Taps {
+    fn new(from: usize, to: usize) -> Taps {
+        let scale = from as f32 / to as f32;
+        let taps = |output: usize| {
+            let centre = scale * (output as f32 + 0.5) - 0.5;
+            let first = centre.floor();
+            let weights = cubic_weights(centre - first);
+            std::array::from_fn(|i| {
+                let position = first as isize - 1 + i as isize;
+                (position.clamp(0, from as isize - 1) as usize, weights[i])
+            })
+        };
+        Taps((0..to).map(taps).collect())
+    }
+}
+
+/// Weights of the samples at -1, 0, 1 and 2 for a point at `t` in 0..1 (Keys' kernel).
+fn cubic_weights(t: f32) -> [f32; 4] {
+    const A: f32 = -0.75;
+    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
+    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
+    let rest = 1.0 - t;
+    [far(t + 1.0), near(t), near(rest), far(rest + 1.0)]
+}
+
+/// Resizes a batch of float images `[B,C,H,W]` to `[B,C,to[0],to[1]]`.
+///
+/// Each side of the input must be at least one. Where the sizes are equal the values come back as they are.
+///
+/// # Panics
+/// If `data` is not as long as the product of `shape`.
+pub fn resize_images_bicubic(data: &[f32], shape: [usize; 4], to: [usize; 2]) -> Vec<f32> {
+    let [batch, channels, height, width] = shape;
+    assert_eq!(
+        data.len(),
+        shape.iter().product::<usize>(),
+        "data and shape disagree"
+    );
+    if [height, width] == to {
+        return data.to_vec();
+    }
+    let [to_height, to_width] = to;
+    let (columns, rows) = (Taps::new(width, to_width), Taps::new(height, to_height));
+    let mut wide = vec![0.0; height * to_width];
+    let mut out = Vec::with_capacity(batch * channels * to_height * to_width);
+    for image in data.chunks_exact(height * width) {
+        for (line, resized) in image
+            .chunks_exact(width)
+            .zip(wide.chunks_exact_mut(to_width))
+        {
+            for (value, taps) in resized.iter_mut().zip(&columns.0) {
+                let [a, b, c, d] = taps.map(|(x, weight)| line[x] * weight);
+                *value = a + b + c + d;
+            }
+        }
+        for taps in &rows.0 {
+            let [a, b, c, d] = taps.map(|(y, _)| &wide[y * to_width..(y + 1) * to_width]);
+            let [wa, wb, wc, wd] = taps.map(|(_, weight)| weight);
+            out.extend((0..to_width).map(|x| a[x] * wa + b[x] * wb + c[x] * wc + d[x] * wd));
+        }
+    }
+    out
+}
+
+/// Resizes learned positions `[1,1+n*n,C]` to `[1,1+grid*grid,C]`; the first row, that of the class token, is kept.
+///
+/// CLIP-L/14 at 196 (MaskAlign's third published model) and DINOv2 at 224 resize alike: to the size, without the offset
+/// of 0.1 that DINOv2's own code adds by default (the recorded outputs agree with this form alone).
+pub fn resize_positions(positions: &HostTensor, grid: usize) -> Result<HostTensor, WeightsError> {
+    let refuse = |reason: &str| WeightsError::Positions {
+        shape: positions.shape.clone(),
+        grid,
+        reason: reason.to_owned(),
+    };
+    let &[1, rows, channels] = positions.shape.as_slice() else {
+        return Err(refuse("expected [1, 1 + n * n, channels]"));
+    };
+    let side = rows.saturating_sub(1).isqrt();
+    if side == 0
+        || channels == 0
+        || side * side + 1 != rows
+        || positions.data.len() != rows * channels
+    {
+        return Err(refuse("they are not one class row and a square grid"));
+    }
+    if grid == 0 || grid > 4096 {
+        return Err(refuse("the grid's side must be 1 to 4096"));
+    }
+    if side == grid {
+        return Ok(positions.clone());
+    }
+    let (class, patches) = positions.data.split_at(channels);
+    let planes = transposed(patches, side * side, channels);
+    let resized = resize_images_bicubic(&planes, [1, channels, side, side], [grid, grid]);
+    let mut data = class.to_vec();
+    data.extend(transposed(&resized, channels, grid * grid));
+    Ok(HostTensor {
+        shape: vec![1, 1 + grid * grid, channels],
+        data,
+    })
+}
+
+/// `[rows, columns]` -> `[columns, rows]`.
+pub(super) fn transposed(data: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns)
+        .flat_map(|column| (0..rows).map(move |row| data[row * columns + column]))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_equal_size_changes_nothing() {
+        let positions = HostTensor {
+            shape: vec![1, 10, 2],
+            data: (0..20).map(|v| v as f32).collect(),
+        };
+        assert_eq!(resize_positions(&positions, 3).unwrap(), positions);
+    }
+
+    #[test]
+    fn positions_that_are_no_square_are_refused() {
+        for shape in [
+            vec![1, 9, 2],
+            vec![1, 1, 2],
+            vec![10, 2],
+            vec![2, 10, 2],
+            vec![1, 0, 2],
+            vec![1, 10, 0],
+        ] {
+            let positions = HostTensor {
+                data: vec![0.0; shape.iter().product()],
+                shape,
+            };
+            let error = resize_positions(&positions, 4).unwrap_err().to_string();
+            assert!(error.contains("to a grid of 4 x 4"), "{error}");
+        }
+    }
+}

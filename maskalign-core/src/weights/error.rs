@@ -1,0 +1,116 @@
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::mismatch::Mismatch;
+
+/// Why weights cannot be found, read or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WeightsError {
+    /// The file cannot be opened or read.
+    #[error("cannot read the weights {path}: {source}", path = .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The file's content is not what it should be.
+    #[error("cannot use the weights {path}: {reason}", path = .path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and the way out where there is one.
+        reason: String,
+    },
+    /// An `hf://` address that does not parse.
+    #[error("`{spec}` is not a hub address: {reason}; expected `hf://ORG/REPO[@REVISION][/FILE]`")]
+    Address {
+        /// The address.
+        spec: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An `hf://` address whose file is not in the local cache.
+    #[error("{message}")]
+    NotInCache {
+        /// What was looked for and where, and the command that gets it.
+        message: String,
+    },
+    /// The names are of no family that is known, or of another than was asked for.
+    #[error("{what}: {reason}")]
+    Layout {
+        /// Whose weights.
+        what: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
+    /// Names, shapes or values do not fit.
+    #[error("{what} {mismatch}")]
+    Mismatch {
+        /// Whose weights.
+        what: String,
+        /// All that does not fit.
+        mismatch: Box<Mismatch>,
+    },
+    /// Positions that cannot be resized.
+    #[error("cannot resize positions of shape {shape:?} to a grid of {grid} x {grid}: {reason}")]
+    Positions {
+        /// Their shape.
+        shape: Vec<usize>,
+        /// The side that was asked for, in patches.
+        grid: usize,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl WeightsError {
+    /// Puts `what` (a file, "teacher `clip`") before a refusal of names, shapes or values; other errors name their
+    /// file already.
+    #[must_use]
+    pub fn of(self, whose: &str) -> WeightsError {
+        match self {
+            WeightsError::Layout { what, reason } => WeightsError::Layout {
+                what: format!("{whose}: {what}"),
+                reason,
+            },
+            WeightsError::Mismatch { what, mismatch } => WeightsError::Mismatch {
+                what: format!("{whose}: {what}"),
+                mismatch,
+            },
+            other => other,
+        }
+    }
+
+    /// Whether the user can put it right by naming or getting other weights (exit code 2); else it is a failure of the
+    /// machine (exit code 1).
+    pub fn is_user_mistake(&self) -> bool {
+        match self {
+            WeightsError::Io { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::IsADirectory
+            ),
+            _ => true,
+        }
+    }
+
+    pub(super) fn io(path: &Path, source: io::Error) -> WeightsError {
+        if source.kind() == io::ErrorKind::UnexpectedEof {
+            return WeightsError::format(path, "the file is truncated");
+        }
+        WeightsError::Io {
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    pub(super) fn format(path: &Path, reason: impl Into<String>) -> WeightsError {
+        WeightsError::Format {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
+    }
+}

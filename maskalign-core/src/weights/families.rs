@@ -1,0 +1,877 @@
+//! The names that each family of checkpoints uses, and one naming for all: timm's, which MAE, DINO and the official
+//! MaskAlign student share.
+//!
+//! ```text
+//! cls_token [1,1,C]   pos_embed [1,1+N,C]   patch_embed.proj.{weight [C,3,p,p], bias [C]}   norm_pre.{weight,bias}
+//! blocks.I.norm1.*  blocks.I.attn.qkv.{weight [3C,C], bias}  blocks.I.attn.proj.*  blocks.I.ls1.gamma
+//! blocks.I.norm2.*  blocks.I.mlp.fc1.{weight [M,C], bias}    blocks.I.mlp.fc2.*    blocks.I.ls2.gamma
+//! norm.*   head.weight [E,C] (CLIP's projection)
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::bicubic::transposed;
+use super::element::element_count;
+use super::mismatch::Mismatch;
+use super::{HostTensor, TensorMap, WeightsError};
+
+/// A family of vision towers, as far as weights are concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// CLIP: no patch bias, a norm before the blocks, a projection.
+    Clip,
+    /// DINO's first version: a plain ViT.
+    Dino,
+    /// DINOv2: a ViT with LayerScale.
+    Dinov2,
+    /// A plain ViT: timm's, MAE's, a MaskAlign student's.
+    Vit,
+}
+
+impl Family {
+    /// The family's name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Family::Clip => "clip",
+            Family::Dino => "dino",
+            Family::Dinov2 => "dinov2",
+            Family::Vit => "vit",
+        }
+    }
+}
+
+/// Weights under the one naming, with an account of all the rest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Canonical {
+    /// The tower's tensors.
+    pub tensors: TensorMap,
+    /// What is no part of the tower but may start another part of a model, under these names: `distill_weights` and
+    /// `distill_heads.*` (the official MaskAlign aligner), `decoder_*` and a plain ViT's `mask_token` (MAE's decoder),
+    /// `head.*` and `fc_norm.*` (a classifier).
+    pub extra: TensorMap,
+    /// The naming that was found.
+    pub layout: &'static str,
+    /// Tensors left out, each with the rule that says so, sorted by name.
+    pub ignored: Vec<(String, &'static str)>,
+}
+
+/// A naming to write weights in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Export {
+    /// The canonical naming itself.
+    Timm,
+    /// Hugging Face's `ViTModel`.
+    HfVit,
+    /// Hugging Face's `Dinov2Model`.
+    HfDinov2,
+    /// The vision part of Hugging Face's `CLIPModel`.
+    HfClip,
+    /// The vision part of OpenAI's and open_clip's models (`visual.`).
+    OpenAi,
+}
+
+/// What becomes of a tensor's values and shape between two namings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Same,
+    /// Dimensions of length one are put in front, up to this rank.
+    ToRank(usize),
+    /// `[A,B]` -> `[B,A]`.
+    Transposed,
+    /// A third of a tensor: 0 query, 1 key, 2 value, one after the other along the first dimension.
+    Third(usize),
+}
+use Change::{Same, Third, ToRank, Transposed};
+
+/// One row of a naming: theirs, ours, and what changes. A final `*` stands for both `weight` and `bias`.
+type Row = (&'static str, &'static str, Change);
+
+/// A naming.
+struct Layout {
+    name: &'static str,
+    families: &'static [Family],
+    /// A name that, with names of blocks, tells this naming.
+    mark: &'static str,
+    /// Another one, where namings share the first.
+    second_mark: Option<&'static str>,
+    tower: &'static [Row],
+    /// What comes before a block's number.
+    blocks: &'static str,
+    block: &'static [Row],
+}
+
+const OPENAI: Layout = Layout {
+    name: "OpenAI / open_clip",
+    families: &[Family::Clip],
+    mark: "conv1.weight",
+    second_mark: None,
+    tower: &[
+        ("conv1.*", "patch_embed.proj.*", Same),
+        ("class_embedding", "cls_token", ToRank(3)),
+        ("positional_embedding", "pos_embed", ToRank(3)),
+        ("ln_pre.*", "norm_pre.*", Same),
+        ("ln_post.*", "norm.*", Same),
+        ("proj", "head.weight", Transposed),
+    ],
+    blocks: "transformer.resblocks.",
+    block: &[
+        ("ln_1.*", "norm1.*", Same),
+        ("attn.in_proj_weight", "attn.qkv.weight", Same),
+        ("attn.in_proj_bias", "attn.qkv.bias", Same),
+        ("attn.out_proj.*", "attn.proj.*", Same),
+        ("ls_1.gamma", "ls1.gamma", Same),
+        ("ln_2.*", "norm2.*", Same),
+        ("mlp.c_fc.*", "mlp.fc1.*", Same),
+        ("mlp.c_proj.*", "mlp.fc2.*", Same),
+        ("ls_2.gamma", "ls2.gamma", Same),
+    ],
+};
+
+const HF_CLIP: Layout = Layout {
+    name: "Hugging Face CLIP",
+    families: &[Family::Clip],
+    mark: "embeddings.patch_embedding.weight",
+    second_mark: None,
+    tower: &[
+        ("embeddings.patch_embedding.*", "patch_embed.proj.*", Same),
+        ("embeddings.class_embedding", "cls_token", ToRank(3)),
+        (
+            "embeddings.position_embedding.weight",
+            "pos_embed",
+            ToRank(3),
+        ),
+        // The misspelling is theirs.
+        ("pre_layrnorm.*", "norm_pre.*", Same),
+        ("post_layernorm.*", "norm.*", Same),
+        ("visual_projection.weight", "head.weight", Same),
+    ],
+    blocks: "encoder.layers.",
+    block: &[
+        ("layer_norm1.*", "norm1.*", Same),
+        ("self_attn.q_proj.*", "attn.qkv.*", Third(0)),
+        ("self_attn.k_proj.*", "attn.qkv.*", Third(1)),
+        ("self_attn.v_proj.*", "attn.qkv.*", Third(2)),
+        ("self_attn.out_proj.*", "attn.proj.*", Same),
+        ("layer_norm2.*", "norm2.*", Same),
+        ("mlp.fc1.*", "mlp.fc1.*", Same),
+        ("mlp.fc2.*", "mlp.fc2.*", Same),
+    ],
+};
+
+const TIMM: Layout = Layout {
+    name: "timm",
+    families: &[Family::Clip, Family::Dino, Family::Dinov2, Family::Vit],
+    mark: "patch_embed.proj.weight",
+    second_mark: None,
+    tower: &[
+        ("patch_embed.proj.*", "patch_embed.proj.*", Same),
+        ("cls_token", "cls_token", Same),
+        ("pos_embed", "pos_embed", Same),
+        ("norm_pre.*", "norm_pre.*", Same),
+        ("norm.*", "norm.*", Same),
+    ],
+    blocks: "blocks.",
+    block: &[
+        ("norm1.*", "norm1.*", Same),
+        ("attn.qkv.*", "attn.qkv.*", Same),
+        ("attn.proj.*", "attn.proj.*", Same),
+        ("ls1.gamma", "ls1.gamma", Same),
+        ("norm2.*", "norm2.*", Same),
+        ("mlp.fc1.*", "mlp.fc1.*", Same),
+        ("mlp.fc2.*", "mlp.fc2.*", Same),
+        ("ls2.gamma", "ls2.gamma", Same),
+    ],
+};
+
+const HF_TOWER: &[Row] = &[
+    (
+        "embeddings.patch_embeddings.projection.*",
+        "patch_embed.proj.*",
+        Same,
+    ),
+    ("embeddings.cls_token", "cls_token", Same),
+    ("embeddings.position_embeddings", "pos_embed", Same),
+    ("layernorm.*", "norm.*", Same),
+];
+
+const HF_VIT: Layout = Layout {
+    name: "Hugging Face ViT",
+    families: &[Family::Dino, Family::Vit],
+    mark: "embeddings.patch_embeddings.projection.weight",
+    second_mark: None,
+    tower: HF_TOWER,
+    blocks: "encoder.layer.",
+    block: &[
+        ("layernorm_before.*", "norm1.*", Same),
+        ("attention.attention.query.*", "attn.qkv.*", Third(0)),
+        ("attention.attention.key.*", "attn.qkv.*", Third(1)),
+        ("attention.attention.value.*", "attn.qkv.*", Third(2)),
+        ("attention.output.dense.*", "attn.proj.*", Same),
+        ("layernorm_after.*", "norm2.*", Same),
+        ("intermediate.dense.*", "mlp.fc1.*", Same),
+        ("output.dense.*", "mlp.fc2.*", Same),
+    ],
+};
+
+const HF_DINOV2: Layout = Layout {
+    name: "Hugging Face DINOv2",
+    families: &[Family::Dinov2],
+    mark: "embeddings.patch_embeddings.projection.weight",
+    second_mark: Some("encoder.layer.0.layer_scale1.lambda1"),
+    tower: HF_TOWER,
+    blocks: "encoder.layer.",
+    block: &[
+        ("norm1.*", "norm1.*", Same),
+        ("attention.attention.query.*", "attn.qkv.*", Third(0)),
+        ("attention.attention.key.*", "attn.qkv.*", Third(1)),
+        ("attention.attention.value.*", "attn.qkv.*", Third(2)),
+        ("attention.output.dense.*", "attn.proj.*", Same),
+        ("layer_scale1.lambda1", "ls1.gamma", Same),
+        ("norm2.*", "norm2.*", Same),
+        ("mlp.fc1.*", "mlp.fc1.*", Same),
+        ("mlp.fc2.*", "mlp.fc2.*", Same),
+        ("layer_scale2.lambda1", "ls2.gamma", Same),
+    ],
+};
+
+/// Where two fit, the first counts.
+const LAYOUTS: [&Layout; 5] = [&OPENAI, &HF_CLIP, &HF_DINOV2, &HF_VIT, &TIMM];
+
+/// What may stand before a tower's names, part by part.
+const WRAPPERS: [&str; 13] = [
+    "model",
+    "state_dict",
+    "teacher",
+    "student",
+    "module",
+    "backbone",
+    "visual",
+    "trunk",
+    "vision_model",
+    "clip",
+    "vit",
+    "dinov2",
+    "base_model",
+];
+
+/// What a tensor outside the tower is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outside {
+    /// Left out by this rule.
+    Ignored(&'static str),
+    /// Kept under `Canonical::extra`.
+    Extra,
+}
+use Outside::{Extra, Ignored};
+
+/// Rules for tensors beside a tower. A name that ends in `.` or `_` stands for all that begin with it; the first row that
+/// fits counts.
+const OUTSIDE: &[(&str, Outside)] = &[
+    ("text_model.", Ignored("text tower")),
+    ("text.", Ignored("text tower")),
+    ("text_projection", Ignored("text tower")),
+    ("text_projection.", Ignored("text tower")),
+    ("token_embedding.", Ignored("text tower")),
+    ("ln_final.", Ignored("text tower")),
+    ("attn_mask", Ignored("text tower")),
+    ("logit_scale", Ignored("contrastive loss")),
+    ("logit_bias", Ignored("contrastive loss")),
+    ("input_resolution", Ignored("sizes stored as numbers")),
+    ("context_length", Ignored("sizes stored as numbers")),
+    ("vocab_size", Ignored("sizes stored as numbers")),
+    ("embeddings.position_ids", Ignored("position ids")),
+    (
+        "embeddings.mask_token",
+        Ignored("mask token of the pre-training"),
+    ),
+    ("mask_token", Ignored("mask token of the pre-training")),
+    ("decoder_", Extra),
+    ("decoder.", Ignored("decoder of the pre-training")),
+    ("head.mlp.", Ignored("head of the self-distillation")),
+    ("head.last_layer.", Ignored("head of the self-distillation")),
+    ("dino_head.", Ignored("head of the self-distillation")),
+    ("ibot_head.", Ignored("head of the self-distillation")),
+    ("pooler.", Ignored("pooler")),
+    ("classifier.", Ignored("classifier")),
+    ("clip_model.", Ignored("frozen teacher")),
+    ("dino_model.", Ignored("frozen teacher")),
+    ("distill_weights", Extra),
+    ("distill_heads.", Extra),
+    ("fc_norm.", Extra),
+    ("head.", Extra),
+];
+
+/// As [`OUTSIDE`], for names beside a `visual.` tower, where the text tower has names that a vision tower has too.
+const BESIDE_VISUAL: &[(&str, Outside)] = &[
+    ("transformer.", Ignored("text tower")),
+    ("positional_embedding", Ignored("text tower")),
+    ("cls_emb", Ignored("text tower")),
+];
+
+/// Blocks beyond this number are taken for names that are not understood.
+const MAX_BLOCKS: usize = 1024;
+
+/// Renames a file's tensors to the one naming, fuses query, key and value, and turns what is stored turned.
+///
+/// The naming is found by its marks, after wrappers such as `model.`, `module.`, `backbone.`, `visual.` or `vision_model.`;
+/// of a DINO file that holds both networks the teacher is taken. `family` says what is expected: a file of another family is
+/// refused with the name it goes by.
+///
+/// # Errors
+/// One error with every tensor that is missing, not understood, misshapen (against the file's own width) or not finite.
+/// The final norm and the projection are not required here: [`super::check_against`] knows what a model needs.
+pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, WeightsError> {
+    let what = format!("weights of family {}", family.name());
+    let (layout, prefix) = detect(&map, family, &what)?;
+    let what = format!("{what} (in {} naming)", layout.name);
+
+    let mut canonical = Canonical {
+        tensors: TensorMap::new(),
+        extra: TensorMap::new(),
+        layout: layout.name,
+        ignored: Vec::new(),
+    };
+    let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
+    let mut mismatch = Mismatch::default();
+    for (name, tensor) in map {
+        match fate(&name, layout, &prefix, family) {
+            Fate::Tower(ours, Third(part)) => thirds.entry(ours).or_default()[part] = Some(tensor),
+            Fate::Tower(ours, change) => match changed(tensor, change) {
+                Ok(tensor) => {
+                    canonical.tensors.insert(ours, tensor);
+                }
+                Err(shape) => mismatch
+                    .misshapen
+                    .push((name, shape, "another rank".into())),
+            },
+            Fate::Extra(ours) => {
+                canonical.extra.insert(ours, tensor);
+            }
+            Fate::Ignored(rule) => canonical.ignored.push((name, rule)),
+            Fate::Unknown => mismatch.extra.push(name),
+        }
+    }
+    for (ours, parts) in thirds {
+        fuse(
+            ours,
+            parts,
+            layout,
+            &prefix,
+            &mut canonical.tensors,
+            &mut mismatch,
+        );
+    }
+    leave_out_zero_biases(&mut canonical, family);
+    look_for_missing(&canonical.tensors, family, layout, &prefix, &mut mismatch);
+    // A tensor goes by the file's name for it; one fused from three by ours.
+    let file_name = |ours: &str| match their_names(ours, layout).as_slice() {
+        [(theirs, _)] => format!("{prefix}{theirs}"),
+        _ => ours.to_owned(),
+    };
+    look_at_shapes(&canonical.tensors, file_name, &mut mismatch);
+    for (ours, tensor) in canonical.tensors.iter().chain(&canonical.extra) {
+        mismatch.look_for_non_finite(&file_name(ours), tensor);
+    }
+    mismatch.into_result(&what)?;
+    Ok(canonical)
+}
+
+/// The naming and what stands before it.
+fn detect(
+    map: &TensorMap,
+    family: Family,
+    what: &str,
+) -> Result<(&'static Layout, String), WeightsError> {
+    let is_wrapper = |prefix: &str| {
+        prefix
+            .split_terminator('.')
+            .all(|part| WRAPPERS.contains(&part))
+    };
+    let mut found: Vec<(&'static Layout, &str)> = Vec::new();
+    for layout in LAYOUTS {
+        let has_blocks = |prefix: &str| {
+            let start = format!("{prefix}{}", layout.blocks);
+            map.range(start.clone()..)
+                .next()
+                .is_some_and(|(name, _)| name.starts_with(&start))
+        };
+        let has_second = |prefix: &str| match layout.second_mark {
+            Some(mark) => map.contains_key(&format!("{prefix}{mark}")),
+            None => true,
+        };
+        let prefixes = map.keys().filter_map(|name| name.strip_suffix(layout.mark));
+        found.extend(
+            prefixes
+                .filter(|prefix| (prefix.is_empty() || prefix.ends_with('.')) && is_wrapper(prefix))
+                .filter(|prefix| has_blocks(prefix) && has_second(prefix))
+                .map(|prefix| (layout, prefix)),
+        );
+    }
+    let refuse = |reason: String| WeightsError::Layout {
+        what: what.to_owned(),
+        reason,
+    };
+    // The student of a self-distillation is worth less than its teacher.
+    let best = found
+        .into_iter()
+        .min_by_key(|(_, prefix)| (prefix.contains("student"), prefix.len()));
+    let Some((layout, prefix)) = best else {
+        let known = LAYOUTS
+            .map(|layout| format!("{} (has `{}`)", layout.name, layout.mark))
+            .join(", ");
+        let there: Vec<_> = map.keys().take(5).map(|name| format!("`{name}`")).collect();
+        let there = if there.is_empty() {
+            "nothing".to_owned()
+        } else {
+            there.join(", ")
+        };
+        return Err(refuse(format!(
+            "no vision transformer is found among {} tensors ({there}, ...); known namings: {known}",
+            map.len()
+        )));
+    };
+    let is_clip = !layout.families.contains(&Family::Vit)
+        && layout.families.contains(&Family::Clip)
+        || map.contains_key(&format!("{prefix}norm_pre.weight"));
+    let has_scale = layout.families == [Family::Dinov2]
+        || map.contains_key(&format!("{prefix}blocks.0.ls1.gamma"));
+    let actual = match (is_clip, has_scale) {
+        (true, _) => "clip",
+        (false, true) => "dinov2",
+        (false, false) => "vit` or `dino",
+    };
+    let fits = match family {
+        Family::Clip => is_clip,
+        Family::Dinov2 => !is_clip && has_scale,
+        Family::Dino | Family::Vit => !is_clip && !has_scale,
+    };
+    if !fits {
+        let reason = format!(
+            "the file holds a tower of another family ({} naming); use `type: {actual}`",
+            layout.name
+        );
+        return Err(refuse(reason));
+    }
+    if [
+        format!("{prefix}reg_token"),
+        format!("{prefix}embeddings.register_tokens"),
+    ]
+    .iter()
+    .any(|k| map.contains_key(k))
+    {
+        return Err(refuse(
+            "the tower has register tokens, which are not supported; use weights without them"
+                .into(),
+        ));
+    }
+    Ok((layout, prefix.to_owned()))
+}
+
+/// What becomes of a tensor.
+enum Fate {
+    Tower(String, Change),
+    Extra(String),
+    Ignored(&'static str),
+    Unknown,
+}
+
+fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
+    if let Some(inner) = name.strip_prefix(prefix)
+        && let Some((ours, change)) = tower_name(inner, layout)
+    {
+        return Fate::Tower(ours, change);
+    }
+    // What is beside the tower may stand under any part of the prefix.
+    let ends = std::iter::once(0).chain(prefix.match_indices('.').map(|(at, _)| at + 1));
+    let inner_first: Vec<&str> = ends
+        .filter_map(|end| name.strip_prefix(&prefix[..end]))
+        .collect();
+    for inner in inner_first.into_iter().rev() {
+        if family == Family::Clip
+            && matches!(
+                inner,
+                "head.weight" | "head.proj.weight" | "visual_projection.weight"
+            )
+        {
+            return Fate::Tower("head.weight".into(), Same);
+        }
+        if family == Family::Clip && inner == "head.bias" {
+            return Fate::Tower("head.bias".into(), Same);
+        }
+        if family == Family::Vit && inner == "mask_token" {
+            return Fate::Extra(inner.to_owned());
+        }
+        let fits = |pattern: &str| match pattern.ends_with(['.', '_']) {
+            true => inner.starts_with(pattern),
+            false => inner == pattern,
+        };
+        match OUTSIDE.iter().find(|(pattern, _)| fits(pattern)) {
+            Some((_, Ignored(rule))) => return Fate::Ignored(rule),
+            Some((_, Extra)) => return Fate::Extra(inner.to_owned()),
+            None => {}
+        }
+        let beside_visual = prefix.contains("visual.") && !name.starts_with(prefix);
+        if beside_visual
+            && let Some((_, Ignored(rule))) =
+                BESIDE_VISUAL.iter().find(|(pattern, _)| fits(pattern))
+        {
+            return Fate::Ignored(rule);
+        }
+    }
+    let of_student = |name: &str| name.split('.').any(|part| part == "student");
+    if of_student(name) && !of_student(prefix) && !prefix.is_empty() {
+        return Fate::Ignored("student of the self-distillation");
+    }
+    Fate::Unknown
+}
+
+/// Our name of a tower's tensor, given what stands behind the prefix.
+fn tower_name(name: &str, layout: &Layout) -> Option<(String, Change)> {
+    if let Some(found) = rename(name, layout.tower) {
+        return Some(found);
+    }
+    let (number, rest) = name.strip_prefix(layout.blocks)?.split_once('.')?;
+    let number: usize = number.parse().ok().filter(|number| *number < MAX_BLOCKS)?;
+    let (ours, change) = rename(rest, layout.block)?;
+    Some((format!("blocks.{number}.{ours}"), change))
+}
+
+fn rename(name: &str, rows: &[Row]) -> Option<(String, Change)> {
+    rows.iter()
+        .find_map(|(theirs, ours, change)| match theirs.strip_suffix('*') {
+            None => (name == *theirs).then(|| ((*ours).to_owned(), *change)),
+            Some(stem) => {
+                let kind = name
+                    .strip_prefix(stem)
+                    .filter(|kind| ["weight", "bias"].contains(kind))?;
+                Some((ours.replace('*', kind), *change))
+            }
+        })
+}
+
+/// Their names of a tensor of ours; three where it is in thirds there, none where they have no such tensor.
+fn their_names(ours: &str, layout: &Layout) -> Vec<(String, Change)> {
+    let (stem, rest, rows) = match ours
+        .strip_prefix("blocks.")
+        .and_then(|rest| rest.split_once('.'))
+    {
+        Some((number, rest)) => (format!("{}{number}.", layout.blocks), rest, layout.block),
+        None => (String::new(), ours, layout.tower),
+    };
+    rows.iter()
+        .filter_map(|(theirs, ours, change)| {
+            let theirs = match ours.strip_suffix('*') {
+                None => (rest == *ours).then(|| (*theirs).to_owned())?,
+                Some(ours) => {
+                    let kind = rest
+                        .strip_prefix(ours)
+                        .filter(|kind| ["weight", "bias"].contains(kind))?;
+                    theirs.replace('*', kind)
+                }
+            };
+            Some((format!("{stem}{theirs}"), *change))
+        })
+        .collect()
+}
+
+/// Applies a change of one tensor; its shape comes back where that cannot be.
+fn changed(mut tensor: HostTensor, change: Change) -> Result<HostTensor, Vec<usize>> {
+    match change {
+        Same | Third(_) => Ok(tensor),
+        ToRank(rank) => {
+            if tensor.shape.len() > rank {
+                return Err(tensor.shape);
+            }
+            tensor
+                .shape
+                .splice(0..0, std::iter::repeat_n(1, rank - tensor.shape.len()));
+            Ok(tensor)
+        }
+        Transposed => {
+            let &[rows, columns] = tensor.shape.as_slice() else {
+                return Err(tensor.shape);
+            };
+            Ok(HostTensor {
+                shape: vec![columns, rows],
+                data: transposed(&tensor.data, rows, columns),
+            })
+        }
+    }
+}
+
+/// Puts query, key and value one after the other.
+fn fuse(
+    ours: String,
+    parts: [Option<HostTensor>; 3],
+    layout: &Layout,
+    prefix: &str,
+    tensors: &mut TensorMap,
+    mismatch: &mut Mismatch,
+) {
+    let names: Vec<_> = their_names(&ours, layout)
+        .into_iter()
+        .map(|(name, _)| format!("{prefix}{name}"))
+        .collect();
+    let shape = parts
+        .iter()
+        .flatten()
+        .next()
+        .map(|part| part.shape.clone())
+        .unwrap_or_default();
+    let mut data = Vec::with_capacity(parts.iter().flatten().map(|part| part.data.len()).sum());
+    let mut whole = !shape.is_empty();
+    for (part, name) in parts.into_iter().zip(names) {
+        match part {
+            None => {
+                mismatch.missing.push(name);
+                whole = false;
+            }
+            Some(part) if part.shape != shape => {
+                mismatch
+                    .misshapen
+                    .push((name, part.shape, format!("{shape:?}")));
+                whole = false;
+            }
+            Some(part) => data.extend(part.data),
+        }
+    }
+    if whole {
+        let mut shape = shape;
+        shape[0] *= 3;
+        tensors.insert(ours, HostTensor { shape, data });
+    }
+}
+
+/// timm gives CLIP a projection's bias that CLIP does not have, full of zeros.
+fn leave_out_zero_biases(canonical: &mut Canonical, family: Family) {
+    if family != Family::Clip {
+        return;
+    }
+    for name in ["head.bias", "patch_embed.proj.bias"] {
+        if canonical
+            .tensors
+            .get(name)
+            .is_some_and(|bias| bias.data.iter().all(|value| *value == 0.0))
+        {
+            canonical.tensors.remove(name);
+            canonical
+                .ignored
+                .push((name.to_owned(), "bias that CLIP does not have, all zero"));
+        }
+    }
+    canonical.ignored.sort();
+}
+
+/// The tensors each block of a tower has.
+fn block_names(family: Family) -> impl Iterator<Item = String> {
+    let pairs = [
+        "norm1",
+        "attn.qkv",
+        "attn.proj",
+        "norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+    ];
+    let scales: &[&str] = if family == Family::Dinov2 {
+        &["ls1.gamma", "ls2.gamma"]
+    } else {
+        &[]
+    };
+    pairs
+        .into_iter()
+        .flat_map(|stem| [format!("{stem}.weight"), format!("{stem}.bias")])
+        .chain(scales.iter().map(|name| (*name).to_owned()))
+}
+
+fn look_for_missing(
+    tensors: &TensorMap,
+    family: Family,
+    layout: &Layout,
+    prefix: &str,
+    mismatch: &mut Mismatch,
+) {
+    let depth = tensors
+        .keys()
+        .filter_map(|name| block_number(name))
+        .max()
+        .map_or(1, |last| last + 1);
+    let mut needed = vec!["patch_embed.proj.weight".to_owned(), "pos_embed".to_owned()];
+    match family {
+        Family::Clip => {
+            needed.extend(["cls_token", "norm_pre.weight", "norm_pre.bias"].map(str::to_owned))
+        }
+        Family::Dino | Family::Dinov2 => {
+            needed.extend(["cls_token", "patch_embed.proj.bias"].map(str::to_owned))
+        }
+        Family::Vit => needed.push("patch_embed.proj.bias".to_owned()),
+    }
+    needed.extend(
+        (0..depth).flat_map(|block| {
+            block_names(family).map(move |name| format!("blocks.{block}.{name}"))
+        }),
+    );
+    let already: BTreeSet<String> = mismatch.missing.iter().cloned().collect();
+    let misshapen: BTreeSet<String> = mismatch
+        .misshapen
+        .iter()
+        .map(|(name, ..)| name.clone())
+        .collect();
+    for ours in needed.iter().filter(|name| !tensors.contains_key(*name)) {
+        let theirs: Vec<_> = their_names(ours, layout)
+            .into_iter()
+            .map(|(name, _)| format!("{prefix}{name}"))
+            .collect();
+        if theirs
+            .iter()
+            .any(|name| already.contains(name) || misshapen.contains(name))
+        {
+            continue;
+        }
+        mismatch.missing.extend(theirs);
+    }
+}
+
+fn block_number(name: &str) -> Option<usize> {
+    name.strip_prefix("blocks.")?
+        .split_once('.')?
+        .0
+        .parse()
+        .ok()
+}
+
+/// Holds shapes against the width that the patch embedding gives and the first block's hidden width.
+fn look_at_shapes(
+    tensors: &TensorMap,
+    file_name: impl Fn(&str) -> String,
+    mismatch: &mut Mismatch,
+) {
+    let mut refuse = |name: &str, shape: &[usize], needed: String| {
+        mismatch
+            .misshapen
+            .push((file_name(name), shape.to_vec(), needed));
+    };
+    let Some(patch) = tensors.get("patch_embed.proj.weight") else {
+        return;
+    };
+    let &[width, _, side, other_side] = patch.shape.as_slice() else {
+        return refuse(
+            "patch_embed.proj.weight",
+            &patch.shape,
+            "[width, 3, patch, patch]".into(),
+        );
+    };
+    if width == 0 || side != other_side {
+        return refuse(
+            "patch_embed.proj.weight",
+            &patch.shape,
+            "[width, 3, patch, patch]".into(),
+        );
+    }
+    let hidden = tensors
+        .get("blocks.0.mlp.fc1.weight")
+        .and_then(|tensor| tensor.shape.first().copied());
+    for (name, tensor) in tensors {
+        let shape = tensor.shape.as_slice();
+        let inner = match name
+            .strip_prefix("blocks.")
+            .and_then(|rest| rest.split_once('.'))
+        {
+            Some((_, inner)) => inner,
+            None => name,
+        };
+        let hidden = hidden.unwrap_or_default();
+        let needed = match inner {
+            "patch_embed.proj.weight" | "head.bias" => continue,
+            "cls_token" => vec![1, 1, width],
+            "pos_embed" => {
+                let rows = element_count(shape).map_or(0, |count| count / width);
+                vec![1, rows, width]
+            }
+            "head.weight" => vec![shape.first().copied().unwrap_or_default(), width],
+            "attn.qkv.weight" => vec![3 * width, width],
+            "attn.qkv.bias" => vec![3 * width],
+            "attn.proj.weight" => vec![width, width],
+            "mlp.fc1.weight" => vec![hidden, width],
+            "mlp.fc1.bias" => vec![hidden],
+            "mlp.fc2.weight" => vec![width, hidden],
+            _ => vec![width],
+        };
+        if shape != needed {
+            refuse(name, shape, format!("{needed:?}"));
+        }
+    }
+}
+
+/// Renames canonical tensors to another naming, the inverse of [`to_canonical`].
+///
+/// # Errors
+/// Tensors that the naming has no place for, all named.
+pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsError> {
+    let (layout, prefix) = match export {
+        Export::Timm => (&TIMM, ""),
+        Export::HfVit => (&HF_VIT, ""),
+        Export::HfDinov2 => (&HF_DINOV2, ""),
+        Export::HfClip => (&HF_CLIP, "vision_model."),
+        Export::OpenAi => (&OPENAI, "visual."),
+    };
+    let mut renamed = TensorMap::new();
+    let mut mismatch = Mismatch::default();
+    for (ours, tensor) in map {
+        let theirs = match ours.as_str() {
+            "head.weight" if export == Export::Timm => vec![(ours.clone(), Same)],
+            _ => their_names(ours, layout),
+        };
+        if theirs.is_empty() {
+            mismatch.extra.push(ours.clone());
+        }
+        for (name, change) in theirs {
+            // The projection is beside Hugging Face's vision tower, not in it.
+            let name = if name == "visual_projection.weight" {
+                name
+            } else {
+                format!("{prefix}{name}")
+            };
+            match reverted(tensor, change) {
+                Some(tensor) => {
+                    renamed.insert(name, tensor);
+                }
+                None => mismatch.misshapen.push((
+                    ours.clone(),
+                    tensor.shape.clone(),
+                    "another rank".into(),
+                )),
+            }
+        }
+    }
+    mismatch.into_result(&format!("tensors to be written in {} naming", layout.name))?;
+    Ok(renamed)
+}
+
+/// Undoes a change; `None` where the shape does not allow it.
+fn reverted(tensor: &HostTensor, change: Change) -> Option<HostTensor> {
+    match change {
+        Same => Some(tensor.clone()),
+        ToRank(_) => {
+            let ones = tensor
+                .shape
+                .iter()
+                .take_while(|length| **length == 1)
+                .count();
+            Some(HostTensor {
+                shape: tensor.shape[ones..].to_vec(),
+                data: tensor.data.clone(),
+            })
+        }
+        Transposed => changed(tensor.clone(), Transposed).ok(),
+        Third(part) => {
+            let rows = tensor.shape.first().copied().filter(|rows| rows % 3 == 0)?;
+            let mut shape = tensor.shape.clone();
+            shape[0] = rows / 3;
+            let length = tensor.data.len() / 3;
+            Some(HostTensor {
+                shape,
+                data: tensor.data[part * length..(part + 1) * length].to_vec(),
+            })
+        }
+    }
+}

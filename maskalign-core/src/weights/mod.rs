@@ -1,0 +1,40 @@
+//! Weights of others: files, the local hub cache, and the names each family uses.
+//!
+//! A teacher's weights take three steps: [`locate`] turns a recipe's `weights:` into a path, [`read`] turns the file into
+//! `f32` tensors by name, [`to_canonical`] gives them one naming (timm's, which is also the official MaskAlign student's).
+//! [`check_against`] then holds them against the tensors a model needs. Every tensor of a file is accounted for: used,
+//! left out by a rule that has a name, or an error that names it.
+
+mod bicubic;
+mod element;
+mod error;
+mod families;
+mod hub;
+mod mismatch;
+mod pickle;
+mod read;
+mod tensor_file;
+mod torch_file;
+
+use std::collections::BTreeMap;
+
+pub use bicubic::{resize_images_bicubic, resize_positions};
+pub use error::WeightsError;
+pub use families::{Canonical, Export, Family, to_canonical, to_family};
+pub use hub::{HubCache, locate};
+pub use mismatch::{Mismatch, check_against};
+pub use read::{files_of, read};
+pub use tensor_file::{TensorFile, TensorRef, write_safetensors};
+pub(crate) use tensor_file::{digest, write_tensors};
+
+/// A tensor in host memory: row-major, its `data` as long as the product of its `shape`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    /// Length of each dimension; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The values.
+    pub data: Vec<f32>,
+}
+
+/// Tensors by name.
+pub type TensorMap = BTreeMap<String, HostTensor>;

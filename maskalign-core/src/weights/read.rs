@@ -1,0 +1,172 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Component, Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::hub::WEIGHT_FILES;
+use super::tensor_file::TensorFile;
+use super::{TensorMap, WeightsError, torch_file};
+
+/// An index of shards names files and tensors only.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// Reads all tensors of a weights file as `f32`, by the names they have there.
+///
+/// Known by their content: safetensors; PyTorch's zip files (`.pth`, `.pt`, `.bin`, TorchScript too), read without running
+/// anything in them and unwrapped where a training script put the weights under `model`, `state_dict`, `teacher` or the
+/// like; and the `*.index.json` of a file in shards. A folder stands for the weights file in it.
+///
+/// Half, brain, double and integer numbers become `f32`. Memory is bounded by a small multiple of the file's size, whatever
+/// it claims.
+///
+/// # Errors
+/// A file that is missing, truncated, damaged or of another kind, with the way out where there is one.
+pub fn read(path: &Path) -> Result<TensorMap, WeightsError> {
+    let path = weights_file(path)?;
+    match kind_of(&path)? {
+        Kind::Index => read_shards(&path),
+        Kind::Safetensors => TensorFile::open(&path)?.read_all(),
+        Kind::Torch => torch_file::read(&path),
+    }
+}
+
+/// The files that [`read`] opens for `path`: itself, or an index and its shards. Sorted.
+pub fn files_of(path: &Path) -> Result<Vec<PathBuf>, WeightsError> {
+    let path = weights_file(path)?;
+    match kind_of(&path)? {
+        Kind::Index => {
+            let mut files: Vec<_> = Index::read(&path)?.shards(&path)?.into_keys().collect();
+            files.push(path);
+            files.sort();
+            Ok(files)
+        }
+        Kind::Safetensors | Kind::Torch => Ok(vec![path]),
+    }
+}
+
+enum Kind {
+    Safetensors,
+    Torch,
+    Index,
+}
+
+/// A folder's weights file, or the path itself.
+fn weights_file(path: &Path) -> Result<PathBuf, WeightsError> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let found = WEIGHT_FILES
+        .iter()
+        .map(|name| path.join(name))
+        .find(|file| file.is_file());
+    found.ok_or_else(|| {
+        let names = WEIGHT_FILES.join(", ");
+        WeightsError::format(
+            path,
+            format!("it is a folder that holds none of {names}; name the file"),
+        )
+    })
+}
+
+fn kind_of(path: &Path) -> Result<Kind, WeightsError> {
+    let mut start = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(64).read_to_end(&mut start))
+        .map_err(|error| WeightsError::io(path, error))?;
+    let reason = match start.as_slice() {
+        [] => "the file is empty",
+        // First, since the header's length may look like anything; no text has zero bytes.
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] => return Ok(Kind::Safetensors),
+        [b'P', b'K', 3 | 5, ..] => return Ok(Kind::Torch),
+        [b'{', ..] => return Ok(Kind::Index),
+        [0x80, 2..=5, ..] => {
+            "it is in PyTorch's format of before 1.6, which is not read; save it anew: \
+             `torch.save(torch.load(FILE, map_location=\"cpu\"), NEW_FILE)`"
+        }
+        start if start.starts_with(b"version https://git-lfs") => {
+            "it is a Git LFS pointer, not the file itself; get the file with `git lfs pull`"
+        }
+        start if start.trim_ascii_start().starts_with(b"<") => {
+            "it is a web page, not weights; download the file itself"
+        }
+        start if start.len() < 9 => "the file is truncated",
+        _ => {
+            "it is neither safetensors nor a PyTorch zip file (.pth, .pt, .bin) nor an index of shards"
+        }
+    };
+    Err(WeightsError::format(path, reason))
+}
+
+/// `model.safetensors.index.json`.
+#[derive(Deserialize)]
+struct Index {
+    /// Tensor's name to shard's file.
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Index {
+    fn read(path: &Path) -> Result<Index, WeightsError> {
+        let io = |error| WeightsError::io(path, error);
+        if fs::metadata(path).map_err(io)?.len() > MAX_INDEX_BYTES {
+            return Err(WeightsError::format(
+                path,
+                "it is too large for an index of shards",
+            ));
+        }
+        let text = fs::read(path).map_err(io)?;
+        serde_json::from_slice(&text).map_err(|error| {
+            WeightsError::format(
+                path,
+                format!("it is not a readable index of shards: {error}"),
+            )
+        })
+    }
+
+    /// The tensors of each shard, by its path.
+    fn shards(self, index: &Path) -> Result<BTreeMap<PathBuf, BTreeSet<String>>, WeightsError> {
+        let mut shards: BTreeMap<PathBuf, BTreeSet<String>> = BTreeMap::new();
+        for (tensor, file) in self.weight_map {
+            let mut parts = Path::new(&file).components();
+            if !matches!(
+                (parts.next(), parts.next()),
+                (Some(Component::Normal(_)), None)
+            ) {
+                return Err(WeightsError::format(
+                    index,
+                    format!("it names a shard `{file}` outside its folder"),
+                ));
+            }
+            shards
+                .entry(index.with_file_name(file))
+                .or_default()
+                .insert(tensor);
+        }
+        Ok(shards)
+    }
+}
+
+fn read_shards(index: &Path) -> Result<TensorMap, WeightsError> {
+    let mut tensors = TensorMap::new();
+    for (shard, expected) in Index::read(index)?.shards(index)? {
+        let read = match kind_of(&shard)? {
+            Kind::Safetensors => TensorFile::open(&shard)?.read_all()?,
+            Kind::Torch => torch_file::read(&shard)?,
+            Kind::Index => {
+                return Err(WeightsError::format(
+                    &shard,
+                    "it is an index where a shard is expected",
+                ));
+            }
+        };
+        if let Some(missing) = expected.iter().find(|name| !read.contains_key(*name)) {
+            return Err(WeightsError::format(
+                &shard,
+                format!("it lacks `{missing}`, which the index places there"),
+            ));
+        }
+        tensors.extend(read);
+    }
+    Ok(tensors)
+}

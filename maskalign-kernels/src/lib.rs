@@ -1,0 +1,24 @@
+//! Fused single-precision CPU kernels for transformer training.
+//!
+//! Plain `f32` slices, no tensor library. Every kernel picks its instruction set once at run time
+//! ([`arch`]) and shares work through one thread pool ([`pool`]); for a given instruction set the
+//! result has the same bits for any number of threads. This is the only crate of the workspace that
+//! contains `unsafe` code.
+
+pub mod arch;
+pub mod arena;
+pub mod attention;
+pub mod block;
+pub mod elementwise;
+pub mod gemm;
+pub mod loss;
+pub mod norm;
+pub mod optim;
+pub mod pool;
+mod share;
+pub mod vmath;
+
+pub use arch::{Isa, isa};
+pub use arena::{Arena, Buf};
+pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm, gemm_st};
+pub use pool::Pool;
