@@ -15,27 +15,40 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::{failure::Failure, progress::Screen};
+use crate::{failure::Failure, output, progress::Screen};
 
 /// How much is told on stderr.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Verbosity {
     /// No progress, and no logs but warnings and errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        conflicts_with = "verbose",
+        help_heading = "Logging"
+    )]
     pub quiet: bool,
     /// More logs: -v for details, -vv for everything; `RUST_LOG` chooses by module
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Logging")]
     pub verbose: u8,
 }
 
 /// What must live as long as the trace is written.
-pub(crate) struct Trace(#[expect(dead_code, reason = "flushes the trace when dropped")] Option<FlushGuard>);
+pub(crate) struct Trace(
+    #[expect(dead_code, reason = "flushes the trace when dropped")] Option<FlushGuard>,
+);
 
-/// Sends logs to stderr and spans to the trace file, where there is to be one.
+/// Sends logs to stderr and spans to the trace file, where there is to be one. `usual` is the level without any flag.
 ///
 /// # Errors
 /// `RUST_LOG` cannot be understood; the trace file cannot be made.
-pub(crate) fn start(verbosity: &Verbosity, trace: Option<&Path>, screen: &Screen) -> Result<Trace, Failure> {
+pub(crate) fn start(
+    verbosity: &Verbosity,
+    usual: LevelFilter,
+    trace: Option<&Path>,
+    screen: &Screen,
+) -> Result<Trace, Failure> {
     let colours = anstream::AutoStream::choice(&io::stderr()) != anstream::ColorChoice::Never;
     let logs = tracing_subscriber::fmt::layer()
         .compact()
@@ -44,13 +57,20 @@ pub(crate) fn start(verbosity: &Verbosity, trace: Option<&Path>, screen: &Screen
         .with_ansi(colours)
         .log_internal_errors(false)
         .with_writer(screen.clone())
-        .with_filter(filter(verbosity)?);
+        .with_filter(filter(verbosity, usual)?);
     let (spans, guard) = match trace {
         None => (None, None),
         Some(path) => {
-            let file = File::create(path)
-                .map_err(|error| Failure::mistake(format!("cannot write the trace {}: {error}", path.display())))?;
-            let (layer, guard) = ChromeLayerBuilder::new().writer(BufWriter::new(file)).include_args(true).build();
+            let file = File::create(path).map_err(|error| {
+                Failure::mistake(format!(
+                    "cannot write the trace {}: {error}",
+                    path.display()
+                ))
+            })?;
+            let (layer, guard) = ChromeLayerBuilder::new()
+                .writer(TraceFile::Open(BufWriter::new(file)))
+                .include_args(true)
+                .build();
             // Dependencies trace too, but not what takes the time.
             let ours = Targets::new().with_target("maskalign", LevelFilter::TRACE);
             (Some(layer.with_filter(ours)), Some(guard))
@@ -60,17 +80,53 @@ pub(crate) fn start(verbosity: &Verbosity, trace: Option<&Path>, screen: &Screen
     Ok(Trace(guard))
 }
 
-fn filter(verbosity: &Verbosity) -> Result<EnvFilter, Failure> {
+fn filter(verbosity: &Verbosity, usual: LevelFilter) -> Result<EnvFilter, Failure> {
     let level = match (verbosity.quiet, verbosity.verbose) {
         (true, _) => LevelFilter::WARN,
-        (_, 0) => LevelFilter::INFO,
+        (_, 0) => usual,
         (_, 1) => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
     match std::env::var(EnvFilter::DEFAULT_ENV) {
-        Ok(directives) if !directives.is_empty() && level == LevelFilter::INFO => EnvFilter::try_new(&directives)
-            .map_err(|error| Failure::mistake(format!("RUST_LOG is `{directives}`: {error}"))),
+        Ok(directives) if !directives.is_empty() && level == usual => {
+            EnvFilter::try_new(&directives)
+                .map_err(|error| Failure::mistake(format!("RUST_LOG is `{directives}`: {error}")))
+        }
         _ => Ok(EnvFilter::default().add_directive(level.into())),
+    }
+}
+
+/// The trace file. A full disk ends the trace, not the run.
+enum TraceFile {
+    Open(BufWriter<File>),
+    Failed,
+}
+
+impl TraceFile {
+    fn attempt<T>(
+        &mut self,
+        otherwise: T,
+        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let TraceFile::Open(file) = self else {
+            return Ok(otherwise);
+        };
+        let outcome = write(file);
+        if let Err(error) = &outcome {
+            output::complain(&format!("the trace ends here: {error}\n"));
+            *self = TraceFile::Failed;
+        }
+        Ok(outcome.unwrap_or(otherwise))
+    }
+}
+
+impl Write for TraceFile {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.attempt(buffer.len(), |file| file.write(buffer))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.attempt((), BufWriter::flush)
     }
 }
 

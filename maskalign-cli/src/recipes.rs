@@ -12,7 +12,10 @@ pub(crate) struct Embedded;
 
 impl RecipeSource for Embedded {
     fn builtin(&self, name: &str) -> Option<&str> {
-        embedded::RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+        embedded::RECIPES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, text)| *text)
     }
 
     fn names(&self) -> Vec<&str> {
@@ -49,7 +52,12 @@ pub(crate) fn load_with(
     sets: &[String],
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, Report> {
-    let request = LoadRequest { input: Input::Path(recipe.to_owned()), sets, env, builtins: &Embedded };
+    let request = LoadRequest {
+        input: Input::Path(recipe.to_owned()),
+        sets,
+        env,
+        builtins: &Embedded,
+    };
     Recipe::load(&request, registry)
 }
 

@@ -67,7 +67,7 @@ fn a_wrong_recipe_fails() {
     for set in [
         "stages.pretrain.objectives.align.aligner.fusion=simple",
         "stages.pretrain.objectives.align.target.normalize=none",
-        "stages.pretrain.optimizer.weight_decay=0.04",
+        "stages.pretrain.optimizer.weight_decay=0.0",
         "stages.pretrain.optimizer.no_decay=[]",
         "stages.pretrain.optimizer.eps=1e-6",
         "stages.pretrain.teachers.teacher.activation=gelu",

@@ -1,6 +1,9 @@
-//! Matrix products of a training step against the arithmetic peak and against other crates:
-//! `cargo bench -p maskalign-kernels --bench gemm`. Prints the best and the median rate in 10^9
-//! floating-point operations a second and the best as a share of the peak measured beside it.
+//! Matrix products of a training step against the arithmetic peak and against other crates.
+//!
+//! `cargo bench -p maskalign-kernels --bench gemm -- [FILTER] [peers]` prints for each shape and one
+//! and two threads the best and the median rate in 10^9 floating-point operations a second, and the
+//! best as a share of the peak measured in between. `peers` adds other crates. The filter is a part of
+//! the line's beginning, such as `teacher`; `""` is everything.
 
 use maskalign_kernels::{
     Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm, gemm_st,
@@ -21,7 +24,10 @@ enum Kind {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with("--"))
+        .collect();
     let filter = arguments.first().map_or("", String::as_str);
     let seconds = 0.25;
     let mut cases = Vec::new();
@@ -63,22 +69,62 @@ fn main() {
         for pool in &pools {
             report(pool, 2 * m * n * k, seconds, &mut || match kind {
                 Kind::Teacher => {
-                    let ep = Epilogue { bias: Some(&bias), act: Act::QuickGelu, ..Default::default() };
-                    gemm(pool, m, n, k, MatRef::row_major(&a, k), Rhs::Packed(&packed), &mut c, n, ep);
+                    let ep = Epilogue {
+                        bias: Some(&bias),
+                        act: Act::QuickGelu,
+                        ..Default::default()
+                    };
+                    gemm(
+                        pool,
+                        m,
+                        n,
+                        k,
+                        MatRef::row_major(&a, k),
+                        Rhs::Packed(&packed),
+                        &mut c,
+                        n,
+                        ep,
+                    );
                 }
                 Kind::Forward => {
-                    let ep = Epilogue { bias: Some(&bias), ..Default::default() };
+                    let ep = Epilogue {
+                        bias: Some(&bias),
+                        ..Default::default()
+                    };
                     let b = Rhs::Strided(MatRef::row_major(&b, k).t());
                     gemm(pool, m, n, k, MatRef::row_major(&a, k), b, &mut c, n, ep);
                 }
                 Kind::GradInput => {
                     let b = Rhs::Strided(MatRef::row_major(&b, n));
-                    gemm(pool, m, n, k, MatRef::row_major(&a, k), b, &mut c, n, Epilogue::default());
+                    gemm(
+                        pool,
+                        m,
+                        n,
+                        k,
+                        MatRef::row_major(&a, k),
+                        b,
+                        &mut c,
+                        n,
+                        Epilogue::default(),
+                    );
                 }
                 Kind::GradWeight => {
-                    let ep = Epilogue { accumulate: true, ..Default::default() };
+                    let ep = Epilogue {
+                        accumulate: true,
+                        ..Default::default()
+                    };
                     let b = Rhs::Strided(MatRef::row_major(&b, n));
-                    gemm(pool, m, n, k, MatRef::row_major(&a, m).t(), b, &mut c, n, ep);
+                    gemm(
+                        pool,
+                        m,
+                        n,
+                        k,
+                        MatRef::row_major(&a, m).t(),
+                        b,
+                        &mut c,
+                        n,
+                        ep,
+                    );
                 }
             });
         }
@@ -90,22 +136,41 @@ fn main() {
                     ::gemm::Parallelism::Rayon(2)
                 };
                 print!("| gemm ");
-                report(&pools[threads - 1], 2 * m * n * k, seconds, &mut || peer(m, n, k, &a, &b, &mut c, parallelism));
+                report(&pools[threads - 1], 2 * m * n * k, seconds, &mut || {
+                    peer(m, n, k, &a, &b, &mut c, parallelism)
+                });
             }
             print!("| matrixmultiply ");
             report(&pools[1], 2 * m * n * k, seconds, &mut || {
                 // SAFETY: the slices have the shapes given.
                 unsafe {
                     matrixmultiply::sgemm(
-                        m, k, n, 1.0, a.as_ptr(), k as isize, 1, b.as_ptr(), 1, k as isize, 0.0,
-                        c.as_mut_ptr(), n as isize, 1,
+                        m,
+                        k,
+                        n,
+                        1.0,
+                        a.as_ptr(),
+                        k as isize,
+                        1,
+                        b.as_ptr(),
+                        1,
+                        k as isize,
+                        0.0,
+                        c.as_mut_ptr(),
+                        n as isize,
+                        1,
                     );
                 }
             });
         }
         println!();
     }
-    for (name, m, n, k) in [("scores", 197, 197, 64), ("values", 197, 64, 197), ("scores", 59, 59, 64), ("values", 59, 64, 59)] {
+    for (name, m, n, k) in [
+        ("scores", 197, 197, 64),
+        ("values", 197, 64, 197),
+        ("scores", 59, 59, 64),
+        ("values", 59, 64, 59),
+    ] {
         let line = format!("{name:12} {m:5} {n:5} {k:5}");
         if !line.contains(filter) {
             continue;
@@ -115,11 +180,25 @@ fn main() {
         let scores = random(m * m, 5);
         let mut c = vec![0.0; m * n];
         report(&pools[0], 2 * m * n * k, seconds, &mut || {
-            let rows = |begin: usize| MatRef { data: &qkv[begin..], rs: 2304, cs: 1 };
+            let rows = |begin: usize| MatRef {
+                data: &qkv[begin..],
+                rs: 2304,
+                cs: 1,
+            };
             if name == "scores" {
                 gemm_st(m, n, k, 0.125, rows(0), rows(768).t(), &mut c, n, false);
             } else {
-                gemm_st(m, n, k, 1.0, MatRef::row_major(&scores, m), rows(1536), &mut c, n, false);
+                gemm_st(
+                    m,
+                    n,
+                    k,
+                    1.0,
+                    MatRef::row_major(&scores, m),
+                    rows(1536),
+                    &mut c,
+                    n,
+                    false,
+                );
             }
         });
         println!();
@@ -131,8 +210,25 @@ fn peer(m: usize, n: usize, k: usize, a: &[f32], b: &[f32], c: &mut [f32], p: ::
     // SAFETY: the slices have the shapes given.
     unsafe {
         ::gemm::gemm(
-            m, n, k, c.as_mut_ptr(), 1, n as isize, false, a.as_ptr(), 1, k as isize, b.as_ptr(),
-            k as isize, 1, 0.0, 1.0, false, false, false, p,
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            a.as_ptr(),
+            1,
+            k as isize,
+            b.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            p,
         );
     }
 }
@@ -171,7 +267,9 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1 << 23) as f32 - 1.0
         })
         .collect()

@@ -59,7 +59,13 @@ impl Arena {
 
     /// A buffer of `len` floats with unspecified contents (old values, never uninitialised memory).
     pub fn take(&self, len: usize) -> Buf {
-        let class = size_class(len);
+        self.take_for(len, len)
+    }
+
+    /// A buffer of `len` floats out of those for `capacity` floats. Where lengths vary from step to
+    /// step the store stays small if all of them ask for the same capacity.
+    pub fn take_for(&self, len: usize, capacity: usize) -> Buf {
+        let class = size_class(capacity.max(len));
         let reused = {
             let mut idle = self.store.lock();
             idle.live_floats += class;

@@ -363,6 +363,29 @@ struct MlpSaved {
     pre: Buf,
 }
 
+/// Memory for a branch in which some samples take part. Buffers have room for all of them: how many
+/// are dropped changes from step to step, and sizes that change would leave unused buffers behind.
+#[derive(Clone, Copy)]
+struct Room<'a> {
+    arena: &'a Arena,
+    kept: usize,
+    all: usize,
+}
+
+impl<'a> Room<'a> {
+    fn exact(arena: &'a Arena) -> Self {
+        Self {
+            arena,
+            kept: 1,
+            all: 1,
+        }
+    }
+
+    fn take(&self, len: usize) -> Buf {
+        self.arena.take_for(len, len / self.kept * self.all)
+    }
+}
+
 /// The samples that take part in a branch.
 enum Kept<'a> {
     All(Option<&'a [f32]>),
@@ -414,11 +437,16 @@ pub fn block_forward(
     if save == Save::Nothing && all_kept && weights.are_packed() {
         for images in groups(shape) {
             let at = elements(shape, &images);
+            let room = Room {
+                arena,
+                kept: images.len(),
+                all: largest_group(shape),
+            };
             let shape = shape.with_batch(images.len());
-            let mut x1 = arena.take(at.len());
+            let mut x1 = room.take(at.len());
             attention_forward(
                 pool,
-                arena,
+                room,
                 shape,
                 weights,
                 None,
@@ -426,7 +454,7 @@ pub fn block_forward(
                 &mut x1,
                 save,
             );
-            mlp_forward(pool, arena, shape, weights, None, &x1, &mut y[at], save);
+            mlp_forward(pool, room, shape, weights, None, &x1, &mut y[at], save);
         }
         return None;
     }
@@ -438,8 +466,8 @@ pub fn block_forward(
         drop_path.attention,
         x,
         &mut x1,
-        |shape, factors, x, x1| {
-            attention_forward(pool, arena, shape, weights, factors, x, x1, save)
+        |room, shape, factors, x, x1| {
+            attention_forward(pool, room, shape, weights, factors, x, x1, save)
         },
     );
     let mlp = branch(
@@ -449,7 +477,7 @@ pub fn block_forward(
         drop_path.mlp,
         &x1,
         y,
-        |shape, factors, x1, y| mlp_forward(pool, arena, shape, weights, factors, x1, y, save),
+        |room, shape, factors, x1, y| mlp_forward(pool, room, shape, weights, factors, x1, y, save),
     );
     (save == Save::ForBackward).then_some(BlockSaved { x1, attention, mlp })
 }
@@ -464,6 +492,11 @@ fn groups(shape: BlockShape) -> impl Iterator<Item = Range<usize>> {
     // Equal groups: a small last one would be slow.
     let count = shape.batch.div_ceil(most).max(1);
     (0..count).map(move |i| i * shape.batch / count..(i + 1) * shape.batch / count)
+}
+
+/// Images in the largest of [`groups`].
+fn largest_group(shape: BlockShape) -> usize {
+    groups(shape).map(|images| images.len()).max().unwrap_or(1)
 }
 
 /// Where the rows of these images lie.
@@ -486,11 +519,16 @@ pub fn block_forward_in_place(
     assert_eq!(x.len(), shape.rows() * shape.dim, "input of the block");
     for images in groups(shape) {
         let at = elements(shape, &images);
+        let room = Room {
+            arena,
+            kept: images.len(),
+            all: largest_group(shape),
+        };
         let shape = shape.with_batch(images.len());
-        let mut x1 = arena.take(at.len());
+        let mut x1 = room.take(at.len());
         attention_forward(
             pool,
-            arena,
+            room,
             shape,
             weights,
             None,
@@ -500,7 +538,7 @@ pub fn block_forward_in_place(
         );
         mlp_forward(
             pool,
-            arena,
+            room,
             shape,
             weights,
             None,
@@ -511,7 +549,7 @@ pub fn block_forward_in_place(
     }
 }
 
-/// Runs a branch, `run(shape, factors, input, output)`, on the samples that are kept; the others'
+/// Runs a branch, `run(room, shape, factors, input, output)`, on the samples that are kept; the others'
 /// rows pass through.
 fn branch<S>(
     pool: &Pool,
@@ -520,31 +558,32 @@ fn branch<S>(
     factors: Option<&[f32]>,
     input: &[f32],
     output: &mut [f32],
-    run: impl FnOnce(BlockShape, Option<&[f32]>, &[f32], &mut [f32]) -> Option<S>,
+    run: impl FnOnce(Room<'_>, BlockShape, Option<&[f32]>, &[f32], &mut [f32]) -> Option<S>,
 ) -> Option<S> {
     match Kept::new(&shape, factors) {
-        Kept::All(factors) => run(shape, factors, input, output),
+        Kept::All(factors) => run(Room::exact(arena), shape, factors, input, output),
         Kept::Some { rows, factors } => {
             output.copy_from_slice(input);
             if rows.is_empty() {
                 return None;
             }
-            let mut some = arena.take(rows.len() * shape.dim);
+            let room = Room {
+                arena,
+                kept: factors.len(),
+                all: shape.batch,
+            };
+            let shape = shape.with_batch(factors.len());
+            let mut some = room.take(rows.len() * shape.dim);
             gather_rows(pool, &[input], shape.dim, &rows, &mut some);
-            let mut result = arena.take(some.len());
-            let saved = run(
-                shape.with_batch(factors.len()),
-                Some(&factors),
-                &some,
-                &mut result,
-            );
+            let mut result = room.take(some.len());
+            let saved = run(room, shape, Some(&factors), &some, &mut result);
             put_rows(pool, &result, shape.dim, &rows, output);
             saved
         }
     }
 }
 
-/// The gradient through a branch, `run(shape, factors, input, gradient)` in place of the gradient.
+/// The gradient through a branch, `run(room, shape, factors, input, saved, gradient)` in place of the gradient.
 fn branch_backward<S>(
     pool: &Pool,
     arena: &Arena,
@@ -553,19 +592,24 @@ fn branch_backward<S>(
     input: &[f32],
     dy: &mut [f32],
     saved: Option<S>,
-    run: impl FnOnce(BlockShape, Option<&[f32]>, &[f32], S, &mut [f32]),
+    run: impl FnOnce(Room<'_>, BlockShape, Option<&[f32]>, &[f32], S, &mut [f32]),
 ) {
     // Nothing was kept where all samples were dropped.
     let Some(saved) = saved else { return };
     match Kept::new(&shape, factors) {
-        Kept::All(factors) => run(shape, factors, input, saved, dy),
+        Kept::All(factors) => run(Room::exact(arena), shape, factors, input, saved, dy),
         Kept::Some { rows, factors } => {
-            let mut some = arena.take(rows.len() * shape.dim);
+            let room = Room {
+                arena,
+                kept: factors.len(),
+                all: shape.batch,
+            };
+            let shape = shape.with_batch(factors.len());
+            let mut some = room.take(rows.len() * shape.dim);
             gather_rows(pool, &[input], shape.dim, &rows, &mut some);
-            let mut gradient = arena.take(some.len());
+            let mut gradient = room.take(some.len());
             gather_rows(pool, &[dy], shape.dim, &rows, &mut gradient);
-            let shape_of_some = shape.with_batch(factors.len());
-            run(shape_of_some, Some(&factors), &some, saved, &mut gradient);
+            run(room, shape, Some(&factors), &some, saved, &mut gradient);
             put_rows(pool, &gradient, shape.dim, &rows, dy);
         }
     }
@@ -585,7 +629,7 @@ fn put_rows(pool: &Pool, from: &[f32], cols: usize, rows: &[u32], to: &mut [f32]
 
 fn attention_forward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     shape: BlockShape,
     weights: &BlockWeights<'_>,
     factors: Option<&[f32]>,
@@ -594,10 +638,10 @@ fn attention_forward(
     save: Save,
 ) -> Option<AttentionSaved> {
     let (rows, dim) = (shape.rows(), shape.dim);
-    let mut stats = arena.take(2 * rows);
-    let mut qkv = arena.take(rows * 3 * dim);
+    let mut stats = room.take(2 * rows);
+    let mut qkv = room.take(rows * 3 * dim);
     // The normalised input, and later the attention's output.
-    let mut out = arena.take(rows * dim);
+    let mut out = room.take(rows * dim);
     let (gamma, beta) = (weights.norm1_gamma, weights.norm1_beta);
     layer_norm(
         pool,
@@ -620,9 +664,9 @@ fn attention_forward(
         Epilogue::default(),
     );
     let sizes = shape.attention();
-    let mut lse = arena.take(sizes.lse_len());
+    let mut lse = room.take(sizes.lse_len());
     let [q, k, v] = Heads::fused(&qkv, dim);
-    attention(pool, arena, sizes, q, k, v, &mut out, Some(&mut lse));
+    attention(pool, room.arena, sizes, q, k, v, &mut out, Some(&mut lse));
     let saved = (save == Save::ForBackward).then_some((stats, qkv, lse));
     let epilogue = Epilogue {
         col_scale: weights.ls1,
@@ -641,7 +685,7 @@ fn attention_forward(
 
 fn mlp_forward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     shape: BlockShape,
     weights: &BlockWeights<'_>,
     factors: Option<&[f32]>,
@@ -652,11 +696,11 @@ fn mlp_forward(
     let (rows, dim, hidden) = (shape.rows(), shape.dim, shape.hidden);
     let (gamma, beta) = (weights.norm2_gamma, weights.norm2_beta);
     let saving = save == Save::ForBackward;
-    let mut stats = saving.then(|| arena.take(2 * rows));
-    let mut pre = saving.then(|| arena.take(rows * hidden));
-    let mut inner = arena.take(rows * hidden);
+    let mut stats = saving.then(|| room.take(2 * rows));
+    let mut pre = saving.then(|| room.take(rows * hidden));
+    let mut inner = room.take(rows * hidden);
     {
-        let mut normed = arena.take(rows * dim);
+        let mut normed = room.take(rows * dim);
         layer_norm(
             pool,
             x1,
@@ -735,8 +779,8 @@ pub fn block_backward(
         &x1,
         dy,
         mlp,
-        |shape, f, x1, saved, dy| {
-            mlp_backward(pool, arena, shape, weights, f, x1, saved, dy, mlp_grads);
+        |room, shape, f, x1, saved, dy| {
+            mlp_backward(pool, room, shape, weights, f, x1, saved, dy, mlp_grads);
         },
     );
     drop(x1);
@@ -754,18 +798,8 @@ pub fn block_backward(
         x,
         dy,
         attention,
-        |shape, f, x, saved, dy| {
-            attention_branch_backward(
-                pool,
-                arena,
-                shape,
-                weights,
-                f,
-                x,
-                saved,
-                dy,
-                attention_grads,
-            );
+        |room, shape, f, x, saved, dy| {
+            attention_branch_backward(pool, room, shape, weights, f, x, saved, dy, attention_grads);
         },
     );
     if let Some(dx) = dx {
@@ -791,18 +825,23 @@ fn again(
         drop_path.attention,
         x,
         &mut x1,
-        |shape, factors, x, x1| {
-            attention_forward(pool, arena, shape, weights, factors, x, x1, save)
+        |room, shape, factors, x, x1| {
+            attention_forward(pool, room, shape, weights, factors, x, x1, save)
         },
     );
     let mlp = match Kept::new(&shape, drop_path.mlp) {
-        Kept::All(_) => Some(mlp_again(pool, arena, shape, weights, &x1)),
+        Kept::All(_) => Some(mlp_again(pool, Room::exact(arena), shape, weights, &x1)),
         Kept::Some { rows, .. } if rows.is_empty() => None,
         Kept::Some { rows, factors } => {
-            let mut some = arena.take(rows.len() * shape.dim);
-            gather_rows(pool, &[&x1], shape.dim, &rows, &mut some);
+            let room = Room {
+                arena,
+                kept: factors.len(),
+                all: shape.batch,
+            };
             let shape = shape.with_batch(factors.len());
-            Some(mlp_again(pool, arena, shape, weights, &some))
+            let mut some = room.take(rows.len() * shape.dim);
+            gather_rows(pool, &[&x1], shape.dim, &rows, &mut some);
+            Some(mlp_again(pool, room, shape, weights, &some))
         }
     };
     BlockSaved { x1, attention, mlp }
@@ -810,16 +849,16 @@ fn again(
 
 fn mlp_again(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     shape: BlockShape,
     weights: &BlockWeights<'_>,
     x1: &[f32],
 ) -> MlpSaved {
     let (rows, dim, hidden) = (shape.rows(), shape.dim, shape.hidden);
     let (gamma, beta) = (weights.norm2_gamma, weights.norm2_beta);
-    let mut stats = arena.take(2 * rows);
-    let mut pre = arena.take(rows * hidden);
-    let mut normed = arena.take(rows * dim);
+    let mut stats = room.take(2 * rows);
+    let mut pre = room.take(rows * hidden);
+    let mut normed = room.take(rows * dim);
     layer_norm(
         pool,
         x1,
@@ -862,7 +901,7 @@ struct AttentionGrads<'a> {
 /// `dy` is the gradient of the branch's sum with its input, and becomes that of the input.
 fn mlp_backward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     shape: BlockShape,
     weights: &BlockWeights<'_>,
     factors: Option<&[f32]>,
@@ -877,11 +916,11 @@ fn mlp_backward(
         pre: mut slope,
     } = saved;
     // In turn the activation, its gradient, and the gradient before it.
-    let mut inner = arena.take(rows * hidden);
+    let mut inner = room.take(rows * hidden);
     activation_and_slope(pool, shape.act, &mut slope, &mut inner);
     output_layer_backward(
         pool,
-        arena,
+        room,
         &OutputLayer {
             shape,
             layer: weights.fc2,
@@ -896,14 +935,14 @@ fn mlp_backward(
     );
     match grads.fc1.1 {
         Some(dbias) => {
-            multiply_and_add_column_sums(pool, arena, &slope, &mut inner, hidden, dbias);
+            multiply_and_add_column_sums(pool, room.arena, &slope, &mut inner, hidden, dbias);
         }
         None => multiply(pool, &slope, &mut inner),
     }
     drop(slope);
     input_layer_backward(
         pool,
-        arena,
+        room,
         &InputLayer {
             shape,
             layer: weights.fc1,
@@ -922,7 +961,7 @@ fn mlp_backward(
 
 fn attention_branch_backward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     shape: BlockShape,
     weights: &BlockWeights<'_>,
     factors: Option<&[f32]>,
@@ -938,10 +977,11 @@ fn attention_branch_backward(
         out,
         lse,
     } = saved;
-    let mut dout = arena.take_copy(&out);
+    let mut dout = room.take(out.len());
+    dout.copy_from_slice(&out);
     output_layer_backward(
         pool,
-        arena,
+        room,
         &OutputLayer {
             shape,
             layer: weights.proj,
@@ -954,12 +994,12 @@ fn attention_branch_backward(
         grads.proj,
         grads.ls,
     );
-    let mut dqkv = arena.take(rows * 3 * dim);
+    let mut dqkv = room.take(rows * 3 * dim);
     let [q, k, v] = Heads::fused(&qkv, dim);
     let into = QkvGrad::Fused(&mut dqkv);
     attention_backward(
         pool,
-        arena,
+        room.arena,
         shape.attention(),
         q,
         k,
@@ -973,7 +1013,7 @@ fn attention_branch_backward(
     drop((qkv, out, lse, dout));
     input_layer_backward(
         pool,
-        arena,
+        room,
         &InputLayer {
             shape,
             layer: weights.qkv,
@@ -1002,7 +1042,7 @@ struct OutputLayer<'a> {
 /// Takes the layer's input in `inner` and leaves the gradient of it there.
 fn output_layer_backward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     layer: &OutputLayer<'_>,
     dy: &[f32],
     inner: &mut [f32],
@@ -1013,8 +1053,8 @@ fn output_layer_backward(
     let weight = layer.layer.dense_weight(inputs * outputs);
     let groups = layer.factors.map(|f| (f, layer.shape.tokens));
     if let (Some(dls), Some(ls)) = (dls, layer.ls) {
-        layer_scale_backward(pool, arena, layer, ls, dy, inner, dweight, dbias, dls);
-        let mut scaled = arena.take(dy.len());
+        layer_scale_backward(pool, room, layer, ls, dy, inner, dweight, dbias, dls);
+        let mut scaled = room.take(dy.len());
         scale_rows(pool, dy, outputs, layer.ls, groups, &mut scaled);
         linear_backward_input(
             pool,
@@ -1029,13 +1069,13 @@ fn output_layer_backward(
         return;
     }
     let scaled = (layer.ls.is_some() || groups.is_some()).then(|| {
-        let mut scaled = arena.take(dy.len());
+        let mut scaled = room.take(dy.len());
         scale_rows(pool, dy, outputs, layer.ls, groups, &mut scaled);
         scaled
     });
     let dz = scaled.as_deref().unwrap_or(dy);
     linear_backward_params(
-        pool, arena, rows, inputs, outputs, inner, dz, dweight, dbias,
+        pool, room.arena, rows, inputs, outputs, inner, dz, dweight, dbias,
     );
     linear_backward_input(pool, weight, rows, inputs, outputs, dz, inner, Write::Set);
 }
@@ -1045,7 +1085,7 @@ fn output_layer_backward(
 /// the gradient is `sum_k weight[c, k] M[c, k] + bias[c] s[c]`.
 fn layer_scale_backward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     layer: &OutputLayer<'_>,
     ls: &[f32],
     dy: &[f32],
@@ -1057,9 +1097,9 @@ fn layer_scale_backward(
     let (rows, inputs, outputs) = (layer.shape.rows(), layer.inputs, layer.shape.dim);
     let weight = layer.layer.dense_weight(inputs * outputs);
     let groups = layer.factors.map(|f| (f, layer.shape.tokens));
-    let mut dropped = arena.take(dy.len());
+    let mut dropped = room.take(dy.len());
     scale_rows(pool, dy, outputs, None, groups, &mut dropped);
-    let mut product = arena.take(outputs * inputs);
+    let mut product = room.arena.take(outputs * inputs);
     weight_product(
         pool,
         rows,
@@ -1070,8 +1110,8 @@ fn layer_scale_backward(
         &mut product,
         Write::Set,
     );
-    let mut sums = arena.take_zeroed(outputs);
-    add_column_sums(pool, arena, &dropped, outputs, &mut sums);
+    let mut sums = room.arena.take_zeroed(outputs);
+    add_column_sums(pool, room.arena, &dropped, outputs, &mut sums);
     for c in 0..outputs {
         let at = c * inputs..(c + 1) * inputs;
         let bias = layer.layer.bias.map_or(0.0, |b| b[c] * sums[c]);
@@ -1111,7 +1151,7 @@ struct InputLayer<'a> {
 /// From the gradient `dz` of the layer's output to that of `x`, which is added to `dx`.
 fn input_layer_backward(
     pool: &Pool,
-    arena: &Arena,
+    room: Room<'_>,
     layer: &InputLayer<'_>,
     x: &[f32],
     stats: &[f32],
@@ -1123,10 +1163,10 @@ fn input_layer_backward(
     let (rows, dim, outputs) = (layer.shape.rows(), layer.shape.dim, layer.outputs);
     let weight = layer.layer.dense_weight(dim * outputs);
     // The normalised input, then its gradient.
-    let mut normed = arena.take(rows * dim);
+    let mut normed = room.take(rows * dim);
     layer_norm_again(pool, x, dim, layer.gamma, layer.beta, stats, &mut normed);
     linear_backward_params(
-        pool, arena, rows, dim, outputs, &normed, &dz, dweight, dbias,
+        pool, room.arena, rows, dim, outputs, &normed, &dz, dweight, dbias,
     );
     linear_backward_input(
         pool,
@@ -1141,7 +1181,7 @@ fn input_layer_backward(
     drop(dz);
     layer_norm_backward(
         pool,
-        arena,
+        room.arena,
         x,
         dim,
         stats,
@@ -1334,7 +1374,7 @@ impl LastBlock {
         };
         mlp_forward(
             pool,
-            arena,
+            Room::exact(arena),
             shape,
             &weights.block,
             None,

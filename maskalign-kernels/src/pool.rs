@@ -85,7 +85,11 @@ impl Pool {
                     .ok()
             })
             .collect();
-        Arc::new(Pool { shared, turn: Mutex::new(()), workers })
+        Arc::new(Pool {
+            shared,
+            turn: Mutex::new(()),
+            workers,
+        })
     }
 
     /// The number of threads, at least 1. Worker indices lie below it.
@@ -192,7 +196,10 @@ impl Shared {
                 && (self.gate.load(Ordering::SeqCst) & OPEN == 0
                     || self.epoch.load(Ordering::Relaxed) == *seen)
             {
-                sleep = self.wake.wait(sleep).unwrap_or_else(PoisonError::into_inner);
+                sleep = self
+                    .wake
+                    .wait(sleep)
+                    .unwrap_or_else(PoisonError::into_inner);
             }
             drop(sleep);
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -302,7 +309,9 @@ mod tests {
                 pool.run(20, &|task, _| assert_ne!(task, bad, "task {task} fails"));
             }));
             let payload = result.expect_err("the panic is passed on");
-            let message = payload.downcast_ref::<String>().expect("a formatted message");
+            let message = payload
+                .downcast_ref::<String>()
+                .expect("a formatted message");
             assert!(message.contains(&format!("task {bad} fails")), "{message}");
         }
         let sum = AtomicUsize::new(0);

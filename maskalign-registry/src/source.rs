@@ -880,3 +880,79 @@ fn bad_merge(at: Place) -> Diagnostic {
     )
     .help("write `<<: *name` or `<<: [*first, *second]`")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// What the `yaml` package of yaml-language-server makes of the same texts in its 1.2 core
+    /// schema.
+    #[test]
+    fn plain_scalars_follow_the_core_schema() {
+        for (text, expected) in [
+            ("", json!(null)),
+            ("~", json!(null)),
+            ("NULL", json!(null)),
+            ("nULL", json!("nULL")),
+            ("True", json!(true)),
+            ("yes", json!("yes")),
+            ("off", json!("off")),
+            ("007", json!(7)),
+            ("+12", json!(12)),
+            ("-0", json!(0)),
+            ("0o17", json!(15)),
+            ("0x1F", json!(31)),
+            ("-0x1F", json!("-0x1F")),
+            ("1_000", json!("1_000")),
+            ("18446744073709551615", json!(u64::MAX)),
+            ("1e-3", json!(1e-3)),
+            ("1.5e-4", json!(1.5e-4)),
+            (".75", json!(0.75)),
+            ("-.5", json!(-0.5)),
+            ("3.", json!(3.0)),
+            ("1.0E+2", json!(100.0)),
+            (".", json!(".")),
+            ("e5", json!("e5")),
+            ("1e", json!("1e")),
+            ("1.2.3", json!("1.2.3")),
+            ("12:30", json!("12:30")),
+            ("2020-01-01", json!("2020-01-01")),
+        ] {
+            let content = resolve_plain(text);
+            let node = Node {
+                content,
+                origin: Origin::Default,
+                typing: Typing::Text,
+            };
+            assert_eq!(node.to_json(), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn quotes_and_tags_decide_before_the_text_does() {
+        for (text, expected) in [
+            ("'3'", json!("3")),
+            ("\"true\"", json!("true")),
+            ("!!str 3", json!("3")),
+            ("!!int 3", json!(3)),
+            ("|\n  3\n", json!("3\n")),
+            ("{ 1: a, true: b }", json!({ "1": "a", "true": "b" })),
+        ] {
+            assert_eq!(parse_value(text), Ok(expected), "{text:?}");
+        }
+        assert!(parse_value("!!int x").is_err());
+        assert!(parse_value("!!python/object x").is_err());
+        assert!(parse_value("{ [1]: a }").is_err());
+    }
+
+    #[test]
+    fn an_alias_is_a_copy_and_cannot_hold_itself() {
+        assert_eq!(
+            parse_value("[&a { x: 1 }, *a]"),
+            Ok(json!([{ "x": 1 }, { "x": 1 }]))
+        );
+        let refusal = parse_value("&a [*a]").expect_err("a circle");
+        assert!(refusal.contains("contains it"), "{refusal}");
+    }
+}

@@ -30,15 +30,29 @@ impl Args {
         ];
         let there = match Path::new(FASHION_MNIST).is_dir() {
             true => "",
-            false => ": not there (Debian: apt install dataset-fashion-mnist); the embedded sample needs nothing",
+            false => {
+                ": not there (Debian: apt install dataset-fashion-mnist); the embedded sample needs nothing"
+            }
         };
         lines.push(("fashion-mnist", format!("{FASHION_MNIST}{there}")));
         let hub = HubCache::from_environment();
         for address in hub_addresses(session) {
-            let found = hub.find(&address).map_or_else(|error| error.to_string(), |path| path.display().to_string());
-            lines.push(("weights", format!("{address}: {found}")));
+            let found = match hub.find(&address) {
+                Ok(path) => format!("{address} is {}", path.display()),
+                // The lines after the first say how to get them, which a run that needs them says too.
+                Err(error) => error
+                    .to_string()
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .to_string(),
+            };
+            lines.push(("weights", found));
         }
-        let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<15}{value}\n")).collect();
+        let text: Vec<String> = lines
+            .iter()
+            .map(|(name, value)| format!("{name:<15}{value}\n"))
+            .collect();
         Ok(output::print(&text.concat())?)
     }
 }
@@ -48,7 +62,11 @@ fn cpu() -> Result<String, Failure> {
     match DeviceChoice::Cpu.open()? {
         Opened::Cpu(dev) => {
             let kernels = Context::new(dev, threads, false).kernels;
-            Ok(format!("{} kernels, {} threads", kernels.name(), kernels.threads()))
+            Ok(format!(
+                "{} kernels, {} threads",
+                kernels.name(),
+                kernels.threads()
+            ))
         }
         #[cfg(feature = "cuda")]
         Opened::Cuda(..) => Ok("none".to_string()),
@@ -66,7 +84,9 @@ fn gpu() -> String {
 fn hub_addresses(session: &Session) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (name, _) in embedded::RECIPES {
-        let loaded = recipes::load_with(session.registry, Path::new(name), &[], &|_| Some("unset".into()));
+        let loaded = recipes::load_with(session.registry, Path::new(name), &[], &|_| {
+            Some("unset".into())
+        });
         let mut open: Vec<&Value> = loaded.iter().map(|loaded| loaded.resolved()).collect();
         while let Some(value) = open.pop() {
             match value {

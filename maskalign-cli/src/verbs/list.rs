@@ -42,15 +42,19 @@ enum What {
 
 impl What {
     fn parse(name: &str) -> Result<What, Failure> {
-        let kind = Kind::ALL.into_iter().find(|kind| [kind.name(), kind.plural()].contains(&name));
+        let kind = Kind::ALL
+            .into_iter()
+            .find(|kind| [kind.name(), kind.plural()].contains(&name));
         match (name, kind) {
             ("recipes", _) => Ok(What::Recipes),
             ("kinds", _) => Ok(What::Kinds),
             ("components", _) => Ok(What::Components),
             (_, Some(kind)) => Ok(What::Of(kind)),
             _ => {
-                let known: Vec<&str> =
-                    ["recipes", "components", "kinds"].into_iter().chain(Kind::ALL.map(Kind::name)).collect();
+                let known: Vec<&str> = ["recipes", "components", "kinds"]
+                    .into_iter()
+                    .chain(Kind::ALL.map(Kind::name))
+                    .collect();
                 let mut failure = Failure::mistake(format!("there is no list of `{name}`"));
                 if let Some(near) = nearest(name, known.iter().copied()).first() {
                     failure = failure.help(format!("did you mean `{near}`?"));
@@ -77,7 +81,10 @@ fn text(what: &What, entries: &[&Entry]) -> String {
     match what {
         What::All => format!("{}\n{}", recipes(), components(entries)),
         What::Recipes => recipes(),
-        What::Kinds => section("kinds", &Kind::ALL.map(|kind| (kind.name().to_string(), kind.description().to_string()))),
+        What::Kinds => section(
+            "kinds",
+            &Kind::ALL.map(|kind| (kind.name().to_string(), kind.description().to_string())),
+        ),
         What::Components => components(entries),
         What::Of(kind) => of_kind(entries, *kind),
     }
@@ -91,7 +98,12 @@ fn of_kind(entries: &[&Entry], kind: Kind) -> String {
     let lines: Vec<(String, String)> = entries
         .iter()
         .filter(|entry| entry.kind == kind)
-        .map(|entry| (entry.name.to_string(), format!("{}{}", entry.summary, from_plugin(entry))))
+        .map(|entry| {
+            (
+                entry.name.to_string(),
+                format!("{}{}", entry.summary, from_plugin(entry)),
+            )
+        })
         .collect();
     section(kind.plural(), &lines)
 }
@@ -105,8 +117,10 @@ pub(super) fn from_plugin(entry: &Entry) -> String {
 }
 
 fn recipes() -> String {
-    let lines: Vec<(String, String)> =
-        embedded::RECIPES.iter().map(|(name, text)| (name.to_string(), summary(text).to_string())).collect();
+    let lines: Vec<(String, String)> = embedded::RECIPES
+        .iter()
+        .map(|(name, text)| (name.to_string(), summary(text).to_string()))
+        .collect();
     section("recipes", &lines)
 }
 
@@ -120,7 +134,11 @@ fn summary(text: &str) -> &str {
 }
 
 fn section(title: &str, lines: &[(String, String)]) -> String {
-    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    let width = lines
+        .iter()
+        .map(|(name, _)| name.chars().count())
+        .max()
+        .unwrap_or(0);
     let mut out = format!("{}\n", paint(render::STRONG, title));
     for (name, summary) in lines {
         out.push_str(format!("  {name:<width$}  {summary}").trim_end());
@@ -131,9 +149,13 @@ fn section(title: &str, lines: &[(String, String)]) -> String {
 
 fn data(what: &What, entries: &[&Entry]) -> Value {
     let recipes = || -> Vec<Value> {
-        embedded::RECIPES.iter().map(|(name, text)| json!({ "name": name, "summary": summary(text) })).collect()
+        embedded::RECIPES
+            .iter()
+            .map(|(name, text)| json!({ "name": name, "summary": summary(text) }))
+            .collect()
     };
-    let kinds = || Kind::ALL.map(|kind| json!({ "name": kind.name(), "description": kind.description() }));
+    let kinds =
+        || Kind::ALL.map(|kind| json!({ "name": kind.name(), "description": kind.description() }));
     let components = |wanted: Option<Kind>| -> Vec<Value> {
         entries
             .iter()
@@ -151,7 +173,9 @@ fn data(what: &What, entries: &[&Entry]) -> Value {
             .collect()
     };
     match what {
-        What::All => json!({ "recipes": recipes(), "kinds": kinds(), "components": components(None) }),
+        What::All => {
+            json!({ "recipes": recipes(), "kinds": kinds(), "components": components(None) })
+        }
         What::Recipes => json!(recipes()),
         What::Kinds => json!(kinds()),
         What::Components => json!(components(None)),

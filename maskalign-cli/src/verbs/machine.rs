@@ -1,6 +1,6 @@
 //! What changes how fast a run is and how much memory it takes, and not its results.
 
-use std::num::NonZeroUsize;
+use std::{num::NonZeroUsize, str::FromStr};
 
 use maskalign_core::device::{DeviceChoice, Opened};
 
@@ -8,22 +8,29 @@ use crate::{failure::Failure, panics};
 
 /// Device, threads and memory.
 #[derive(clap::Args, Clone, Debug)]
-#[command(next_help_heading = "Machine")]
 pub(crate) struct Machine {
     /// auto, cpu, cuda or cuda:N; auto takes a GPU that works
-    #[arg(long, default_value = "auto", value_parser = str::parse::<DeviceChoice>)]
+    #[arg(long, default_value = "auto", value_parser = str::parse::<DeviceChoice>, help_heading = "Machine")]
     device: DeviceChoice,
     /// Threads that compute [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<NonZeroUsize>, help_heading = "Machine")]
     threads: Option<NonZeroUsize>,
     /// Compute blocks again in the backward pass in place of keeping what they need: less memory, the same results
-    #[arg(long)]
+    #[arg(long, help_heading = "Machine")]
     pub recompute: bool,
+}
+
+/// A number that is not 0.
+pub(crate) fn at_least_one<T: FromStr>(text: &str) -> Result<T, &'static str> {
+    text.parse()
+        .map_err(|_| "expected a whole number of at least 1")
 }
 
 impl Machine {
     pub fn threads(&self) -> usize {
-        self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
+        self.threads
+            .or_else(|| std::thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get)
     }
 
     /// Opens the device.

@@ -17,6 +17,7 @@ mod verify;
 use std::path::Path;
 
 use clap::{Subcommand, ValueEnum};
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::{Session, failure::Failure};
 
@@ -37,6 +38,14 @@ pub(crate) enum Verb {
 }
 
 impl Verb {
+    /// What is logged without any flag: what goes on in a run, and of the short verbs only what is wrong.
+    pub fn log_level(&self) -> LevelFilter {
+        match self {
+            Verb::Run(_) => LevelFilter::INFO,
+            _ => LevelFilter::WARN,
+        }
+    }
+
     /// The trace file that was asked for.
     pub fn trace(&self) -> Option<&Path> {
         match self {

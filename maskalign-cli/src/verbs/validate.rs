@@ -52,6 +52,7 @@ impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         let mut valid = true;
         let mut records = Vec::new();
+        let mut blank = "";
         for path in &self.recipes {
             let name = path.display().to_string();
             let outcome = self.check(session, path);
@@ -59,7 +60,10 @@ impl Args {
             match (self.format, outcome) {
                 (Format::Json, outcome) => records.push(record(&name, outcome)),
                 (Format::Text, Ok(plans)) => output::print(&table(&name, &plans))?,
-                (Format::Text, Err(report)) => output::complain(&format!("{}\n", render::report(&report))),
+                (Format::Text, Err(report)) => {
+                    output::complain(&format!("{blank}{}", render::report(&report)));
+                    blank = "\n";
+                }
             }
         }
         if self.format == Format::Json {
@@ -77,8 +81,11 @@ impl Args {
             found => found.ok(),
         };
         let loaded = recipes::load_with(session.registry, path, &self.sets.sets, &environment)?;
-        let options =
-            PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
+        let options = PlanOptions {
+            environment: !self.no_environment,
+            random_weights: false,
+            recompute: self.recompute,
+        };
         pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))
     }
 }
@@ -86,8 +93,10 @@ impl Args {
 fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
     match outcome {
         Ok(plans) => {
-            let stages: serde_json::Map<String, Value> =
-                plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
+            let stages: serde_json::Map<String, Value> = plans
+                .iter()
+                .map(|(name, plan)| (name.clone(), json!(plan)))
+                .collect();
             json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages })
         }
         Err(report) => json!({ "recipe": recipe, "valid": false, "diagnostics": report.to_json() }),
@@ -97,13 +106,25 @@ fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
 fn table(recipe: &str, plans: &Plans) -> String {
     type Column = (&'static str, fn(&StagePlan) -> Option<String>);
     const COLUMNS: [Column; 7] = [
-        ("images", |plan| plan.images.map(|images| count(images as u64))),
-        ("parameters", |plan| (plan.parameters > 0).then(|| count(plan.parameters as u64))),
-        ("trained", |plan| (plan.trainable > 0).then(|| count(plan.trainable as u64))),
-        ("tokens", |plan| plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))),
-        ("epochs", |plan| plan.epochs.map(|epochs| epochs.to_string())),
+        ("images", |plan| {
+            plan.images.map(|images| count(images as u64))
+        }),
+        ("parameters", |plan| {
+            (plan.parameters > 0).then(|| count(plan.parameters as u64))
+        }),
+        ("trained", |plan| {
+            (plan.trainable > 0).then(|| count(plan.trainable as u64))
+        }),
+        ("tokens", |plan| {
+            plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))
+        }),
+        ("epochs", |plan| {
+            plan.epochs.map(|epochs| epochs.to_string())
+        }),
         ("steps", |plan| plan.steps.map(count)),
-        ("memory", |plan| (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))),
+        ("memory", |plan| {
+            (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))
+        }),
     ];
     let mut rows = Table::default();
     rows.row(std::iter::once("stage").chain(COLUMNS.map(|(name, _)| name)));
@@ -111,5 +132,9 @@ fn table(recipe: &str, plans: &Plans) -> String {
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
-    format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2))
+    format!(
+        "{}: no mistakes\n{}",
+        paint(render::STRONG, recipe),
+        rows.render(2)
+    )
 }

@@ -9,7 +9,9 @@ pub(super) struct Buffer(Vec<Line>);
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([f32; 16]);
+struct Line {
+    _elements: [f32; 16],
+}
 
 impl Buffer {
     /// At least `len` elements of unspecified content.
@@ -18,7 +20,12 @@ impl Buffer {
         if self.0.len() < lines {
             // The old content need not be copied.
             self.0 = Vec::new();
-            self.0.resize(lines, Line([0.0; 16]));
+            self.0.resize(
+                lines,
+                Line {
+                    _elements: [0.0; 16],
+                },
+            );
         }
         let data = self.0.as_mut_ptr().cast::<f32>();
         // SAFETY: a line is 16 elements without padding.
@@ -49,14 +56,13 @@ pub(super) struct Part {
 /// # Safety
 /// The part lies inside `b`, no other thread uses the elements of `dst` named above, and the machine
 /// has the instruction set.
-pub(super) unsafe fn panels(
-    isa: Isa,
-    b: MatRef,
-    width: usize,
-    part: Part,
-    dst: *mut f32,
-) {
-    let Part { p0, count, j0, cols } = part;
+pub(super) unsafe fn panels(isa: Isa, b: MatRef, width: usize, part: Part, dst: *mut f32) {
+    let Part {
+        p0,
+        count,
+        j0,
+        cols,
+    } = part;
     let stride = count * width;
     for (panel, j) in (0..cols).step_by(width).enumerate() {
         let live = (cols - j).min(width);
@@ -109,12 +115,23 @@ fn rows_avx2<const W: usize, const R: usize>(src: &[f32], stride: usize, dst: &m
     let count = dst.len() / W;
     let readable = (src.len() + stride).saturating_sub(R) / stride.max(1);
     let writable = (dst.len() + W).saturating_sub(R) / W;
-    let wide = if stride == 0 { 0 } else { count.min(readable).min(writable) };
+    let wide = if stride == 0 {
+        0
+    } else {
+        count.min(readable).min(writable)
+    };
     for p in 0..wide {
         // SAFETY: `p < wide`, so `p * stride + R <= src.len()` and `p * W + R <= dst.len()`.
         unsafe {
-            let row = src.as_ptr().add(p * stride).cast::<[f32; R]>().read_unaligned();
-            dst.as_mut_ptr().add(p * W).cast::<[f32; R]>().write_unaligned(row);
+            let row = src
+                .as_ptr()
+                .add(p * stride)
+                .cast::<[f32; R]>()
+                .read_unaligned();
+            dst.as_mut_ptr()
+                .add(p * W)
+                .cast::<[f32; R]>()
+                .write_unaligned(row);
         }
     }
     for p in wide..count {
@@ -169,8 +186,8 @@ fn columns_avx2(
         return 0;
     }
     assert!(src.len() >= (whole - 1) * stride + kc && dst.len() >= kc * width);
-    for j in (0..whole).step_by(8) {
-        for p in (0..kc / 8 * 8).step_by(8) {
+    for p in (0..kc / 8 * 8).step_by(8) {
+        for j in (0..whole).step_by(8) {
             // SAFETY: rows j..j + 8 of `src` hold at least p + 8 elements and rows p..p + 8 of
             // `dst` at least j + 8, by the assertion.
             unsafe {
@@ -205,10 +222,10 @@ fn columns_avx2(
                 }
             }
         }
-        for p in kc / 8 * 8..kc {
-            for j in j..j + 8 {
-                dst[p * width + j] = src[j * stride + p];
-            }
+    }
+    for p in kc / 8 * 8..kc {
+        for j in 0..whole {
+            dst[p * width + j] = src[j * stride + p];
         }
     }
     whole
