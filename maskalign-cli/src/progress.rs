@@ -85,11 +85,12 @@ impl Meter {
         self.seconds_per_image += NEWEST * (1.0 / report.images_per_s - self.seconds_per_image);
     }
 
-    /// Seconds to the end of the stage; unknown after its first step, which warms up.
+    /// Seconds to the end of the stage; unknown after its first step, which warms up, and nothing to say after the last.
     fn left(&self, report: &StepReport) -> Option<f64> {
         let done = report.step - self.first_step;
         let remaining = report.steps.saturating_sub(report.step + 1);
-        (done > 0).then(|| self.since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
+        (done > 0 && remaining > 0)
+            .then(|| self.since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
     }
 }
 
@@ -194,7 +195,6 @@ impl Progress for Reporter {
         if report.skipped > 0 {
             let _ = write!(numbers, ", {} images skipped", report.skipped);
         }
-        let last = report.step + 1 == report.steps;
         match self.style {
             Style::Quiet => {}
             Style::Bars => {
@@ -208,7 +208,7 @@ impl Progress for Reporter {
                 self.bar.set_message(numbers);
             }
             Style::Lines => {
-                if self.line_is_due(last || left.is_empty()) {
+                if self.line_is_due(left.is_empty()) {
                     let StepReport {
                         step,
                         steps,

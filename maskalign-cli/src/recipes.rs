@@ -42,11 +42,25 @@ pub(crate) fn load(registry: &Registry, recipe: &Path, sets: &[String]) -> Resul
     load_with(registry, recipe, sets, &|name| std::env::var(name).ok())
 }
 
+/// As [`load`], for what does not look at data and weights: a variable that is not set stands for itself.
+///
+/// # Errors
+/// As there.
+pub(crate) fn load_anywhere(
+    registry: &Registry,
+    recipe: &Path,
+    sets: &[String],
+) -> Result<Loaded, Report> {
+    load_with(registry, recipe, sets, &|name| {
+        Some(std::env::var(name).unwrap_or_else(|_| format!("${name}")))
+    })
+}
+
 /// As [`load`], in a given environment.
 ///
 /// # Errors
 /// As there.
-pub(crate) fn load_with(
+fn load_with(
     registry: &Registry,
     recipe: &Path,
     sets: &[String],

@@ -4,7 +4,16 @@ use crate::weights::{HostTensor, TensorMap};
 
 /// The shipped recipes, by name, as YAML.
 pub const RECIPES: &[(&str, &str)] = &[
+    ("bench_vitti", include_str!("../../recipes/bench_vitti.yaml")),
+    ("mae_vitb", include_str!("../../recipes/mae_vitb.yaml")),
     ("maskalign_vitb_clip", include_str!("../../recipes/maskalign_vitb_clip.yaml")),
+    ("maskalign_vitb_dino", include_str!("../../recipes/maskalign_vitb_dino.yaml")),
+    ("maskalign_vitl_clip_b", include_str!("../../recipes/maskalign_vitl_clip_b.yaml")),
+    ("maskalign_vitl_clip_l", include_str!("../../recipes/maskalign_vitl_clip_l.yaml")),
+    ("milan_vitb", include_str!("../../recipes/milan_vitb.yaml")),
+    ("quickstart", include_str!("../../recipes/quickstart.yaml")),
+    ("quickstart_teacher", include_str!("../../recipes/quickstart_teacher.yaml")),
+    ("umt_image_vitb", include_str!("../../recipes/umt_image_vitb.yaml")),
 ];
 
 /// Small weights that recipes name as `embedded://NAME`.

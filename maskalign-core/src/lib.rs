@@ -6,7 +6,9 @@
 // `#[component]` and `register!` name this crate by its path, here as in a plugin.
 extern crate self as maskalign_core;
 
+pub mod bench;
 pub mod components;
+pub mod conformance;
 pub mod context;
 pub mod data;
 pub mod device;
@@ -34,7 +36,10 @@ pub mod prelude {
             aligners::{AlignInput, AlignPlan, Aligner, AlignerPlugin},
             losses::LossPlugin,
             maskers::{Counts, Mask, MaskInput, Masker},
-            tokens::{TokenKind, Tokens},
+            optimizers::{OptimizerPlugin, Update},
+            schedules::Schedule,
+            tokens::{Masks, TokenKind, Tokens},
+            towers::{Tap, TowerShape},
         },
         context::Context,
         data::{DataError, Dataset, Images, RgbImage, Transform},
@@ -46,8 +51,9 @@ pub mod prelude {
         register,
         tape::Recorder,
     };
+    pub use dfdx::prelude::Gradients;
     pub use maskalign_macros::component;
-    pub use maskalign_registry::Refusal;
+    pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp};
 }
 
 /// What the macros expand to; not for use by hand.

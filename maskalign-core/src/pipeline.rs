@@ -12,7 +12,7 @@ use crate::{
     plugin::Build,
     run::{CheckpointHeader, DataRecord, FileRecord, Manifest, RunDir, StopFlag, fail_point, rfc3339},
     stages::{Progress, StageContext, StagePlan, StageRun},
-    weights::TensorMap,
+    weights::{self, TensorMap},
 };
 
 /// What is known of every stage before the first step, by name in order.
@@ -169,10 +169,35 @@ fn with_weights(record: &StudentRecord, weights: TensorMap) -> StudentRecord {
     StudentRecord { weights: Some(std::sync::Arc::new(tower)), ..record.clone() }
 }
 
+/// The files that the `weights` of a resolved recipe name, wherever a component has such an option.
+fn weight_files(resolved: &str) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut open: Vec<serde_json::Value> = serde_yaml::from_str(resolved).into_iter().collect();
+    while let Some(value) = open.pop() {
+        match value {
+            serde_json::Value::Array(items) => open.extend(items),
+            serde_json::Value::Object(entries) => {
+                for (key, value) in entries {
+                    match value.as_str() {
+                        Some(spec) if key == "weights" => {
+                            let found = weights::locate(spec).ok().filter(|path| path.exists());
+                            files.extend(found.and_then(|path| weights::files_of(&path).ok()).into_iter().flatten());
+                        }
+                        _ => open.push(value),
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    files
+}
+
 fn manifest<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDir, options: &RunOptions) -> Result<Manifest> {
     let now = rfc3339(SystemTime::now());
     let earlier = dir.read_manifest()?;
-    let mut files: Vec<&PathBuf> = plans.iter().flat_map(|(_, plan)| &plan.files).collect();
+    let mut files: Vec<PathBuf> = plans.iter().flat_map(|(_, plan)| plan.files.clone()).collect();
+    files.extend(weight_files(options.resolved));
     files.sort();
     files.dedup();
     let data = plans.iter().flat_map(|(_, plan)| &plan.data);
@@ -184,7 +209,7 @@ fn manifest<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDi
         device: options.device.clone(),
         threads: cx.kernels.threads(),
         isa: cx.kernels.name(),
-        weights: files.into_iter().map(|path| FileRecord::of(path)).collect::<Result<_, _>>()?,
+        weights: files.iter().map(|path| FileRecord::of(path)).collect::<Result<_, _>>()?,
         data: data
             .map(|(stage, images, fingerprint)| DataRecord {
                 stage: stage.clone(),

@@ -248,7 +248,7 @@ impl Diagnostic {
             "{}[{}]: {}\n",
             self.severity.name(),
             self.code,
-            visible(&self.message)
+            visible_lines(&self.message)
         ));
         let gutter = self
             .labels
@@ -361,6 +361,12 @@ pub(crate) fn list(names: &[String], word: &str) -> String {
 pub(crate) fn visible(text: &str) -> String {
     let show = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().map(show).collect()
+}
+
+/// As [`visible`], for a message of several lines, such as a list of all that does not fit.
+fn visible_lines(text: &str) -> String {
+    let lines: Vec<String> = text.lines().map(visible).collect();
+    lines.join("\n")
 }
 
 /// User text for a message: in backticks, without control characters, cut when long.

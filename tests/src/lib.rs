@@ -1,11 +1,13 @@
 //! What the end-to-end tests share: the command in a folder of its own, and files that tests compare and rewrite.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 /// Set to rewrite what snapshot tests compare with.
@@ -81,6 +83,84 @@ impl Sandbox {
         let folder = self.folder.path().display().to_string();
         text.replace(&folder, "[DIR]")
             .replace(env!("CARGO_PKG_VERSION"), "[VERSION]")
+    }
+}
+
+/// What must be equal between runs of one recipe.
+#[derive(Debug)]
+pub struct RunRecord {
+    /// The bytes of each stage's `final.safetensors`, by stage.
+    pub finals: BTreeMap<String, Vec<u8>>,
+    /// The records of `metrics.jsonl` without timings, in order.
+    pub steps: Vec<Value>,
+    /// `summary.json` without timings.
+    pub summary: Value,
+}
+
+/// Reads a run directory.
+///
+/// # Panics
+/// A file is missing, or a line of the metrics is torn.
+pub fn run_record(dir: &Path) -> RunRecord {
+    let read = |path: &Path| {
+        fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    };
+    let parse = |text: &str| -> Value {
+        let mut value =
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        drop_timings(&mut value);
+        value
+    };
+    let summary = parse(&read(&dir.join("summary.json")));
+    let metrics = read(&dir.join("metrics.jsonl"));
+    assert!(
+        metrics.is_empty() || metrics.ends_with('\n'),
+        "a torn line at the end of the metrics"
+    );
+    let finals = summary.as_object().expect("an object").keys().map(|stage| {
+        let path = dir
+            .join("checkpoints")
+            .join(stage)
+            .join("final.safetensors");
+        (
+            stage.clone(),
+            fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
+        )
+    });
+    RunRecord {
+        finals: finals.collect(),
+        steps: metrics.lines().map(parse).collect(),
+        summary,
+    }
+}
+
+/// Takes what a clock gave out of a record.
+fn drop_timings(value: &mut Value) {
+    let mut open = vec![value];
+    while let Some(value) = open.pop() {
+        if let Value::Object(entries) = value {
+            entries.retain(|name, _| !name.contains("seconds") && !name.ends_with("_per_s"));
+            open.extend(entries.values_mut());
+        }
+    }
+}
+
+impl RunRecord {
+    /// Holds another run against this one.
+    ///
+    /// # Panics
+    /// They differ.
+    pub fn assert_same(&self, other: &RunRecord, what: &str) {
+        assert_eq!(other.steps, self.steps, "{what}: the metrics differ");
+        assert_eq!(other.summary, self.summary, "{what}: the summaries differ");
+        let stages = |record: &RunRecord| record.finals.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(stages(other), stages(self), "{what}: other stages");
+        for (stage, bytes) in &self.finals {
+            assert!(
+                other.finals[stage] == *bytes,
+                "{what}: the final weights of `{stage}` differ"
+            );
+        }
     }
 }
 

@@ -84,9 +84,7 @@ fn gpu() -> String {
 fn hub_addresses(session: &Session) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (name, _) in embedded::RECIPES {
-        let loaded = recipes::load_with(session.registry, Path::new(name), &[], &|_| {
-            Some("unset".into())
-        });
+        let loaded = recipes::load_anywhere(session.registry, Path::new(name), &[]);
         let mut open: Vec<&Value> = loaded.iter().map(|loaded| loaded.resolved()).collect();
         while let Some(value) = open.pop() {
             match value {

@@ -1,5 +1,6 @@
 //! The verbs, one file each. A file's `Args` are its arguments, and `Args::run` is the verb.
 
+mod bench;
 mod completions;
 mod cp;
 mod doctor;
@@ -32,6 +33,7 @@ pub(crate) enum Verb {
     Cp(cp::Args),
     New(plugin::Args),
     Verify(verify::Args),
+    Bench(bench::Args),
     Export(export::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
@@ -50,6 +52,7 @@ impl Verb {
     pub fn trace(&self) -> Option<&Path> {
         match self {
             Verb::Run(args) => args.trace.as_deref(),
+            Verb::Bench(args) => args.trace.as_deref(),
             _ => None,
         }
     }
@@ -69,6 +72,7 @@ impl Verb {
             Verb::Cp(args) => args.run(),
             Verb::New(args) => args.run(),
             Verb::Verify(args) => args.run(session),
+            Verb::Bench(args) => args.run(session),
             Verb::Export(args) => args.run(),
             Verb::Doctor(args) => args.run(session),
             Verb::Completions(args) => args.run(session),

@@ -76,11 +76,11 @@ impl Args {
     }
 
     fn check(&self, session: &Session, path: &std::path::Path) -> Result<Plans, Report> {
-        let environment = |name: &str| match std::env::var(name) {
-            Err(_) if self.no_environment => Some(format!("${name}")),
-            found => found.ok(),
+        let load = match self.no_environment {
+            true => recipes::load_anywhere,
+            false => recipes::load,
         };
-        let loaded = recipes::load_with(session.registry, path, &self.sets.sets, &environment)?;
+        let loaded = load(session.registry, path, &self.sets.sets)?;
         let options = PlanOptions {
             environment: !self.no_environment,
             random_weights: false,

@@ -153,7 +153,9 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
     match weights {
         Weights::Stage(_) | Weights::Embedded(_) => Ok(None),
         file => match weights::locate(&file.to_string()) {
-            Ok(path) => Ok(Some(path)),
+            Ok(path) if path.exists() => Ok(Some(path)),
+            Ok(path) => Err(Refusal::new("weights", format!("there is no file `{}`", path.display()))
+                .help("a path starts from the current folder; `hf://ORG/REPO` names a model in the local hub cache")),
             Err(error) => Err(Refusal::new("weights", error.to_string())),
         },
     }

@@ -105,10 +105,11 @@ fn probabilities<E: Float, D: Device<E>>(
         k.try_reshape_like(&(s.batch, s.keys, s.heads, width))?.try_permute::<_, Axes4<0, 2, 3, 1>>()
     })?;
     r.run(q, |q| {
-        q.try_reshape_like(&(s.batch, s.queries, s.heads, width))?
+        // Scaled first: what is multiplied is then another tensor than the keys even where queries and keys are one.
+        q.try_mul(E::of(1.0 / (width as f64).sqrt()))?
+            .try_reshape_like(&(s.batch, s.queries, s.heads, width))?
             .try_permute::<(usize, usize, usize, usize), Axes4<0, 2, 1, 3>>()?
             .try_matmul(k)?
-            .try_mul(E::of(1.0 / (width as f64).sqrt()))?
             .try_softmax::<Axis<3>>()
     })
 }
@@ -146,7 +147,7 @@ fn part<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, x: &Matrix<D, E>, part: 
     })
 }
 
-/// The value of `x` with no gradient through it.
+/// Indices as a tensor.
 fn index<D: Storage<usize> + TensorFromVec<usize>>(dev: &D, index: impl Iterator<Item = usize>) -> Result<Tensor<(usize,), usize, D>> {
     let index: Vec<usize> = index.collect();
     let len = index.len();
@@ -213,6 +214,11 @@ fn mean<E: Float, D: Device<E>>(x: Taped<(usize, usize), D, E>) -> Result<Taped<
     x.try_reshape_like(&(rows * columns,))?.try_mean::<(), Axis<0>>()
 }
 
+/// The gradient that dfdx has of the maximum in it is wrong for values that do not lie row by row.
+fn log_softmax<E: Float, D: Device<E>>(x: Taped<(usize, usize), D, E>) -> Result<Taped<(usize, usize), D, E>, D::Err> {
+    x.try_contiguous()?.try_log_softmax::<Axis<1>>()
+}
+
 /// Distance of `x` from `target`, averaged as PyTorch's `reduction="mean"`; the target takes no gradient.
 pub fn distance<E: Float, D: Device<E>>(
     r: &mut Recorder<D, E>,
@@ -247,7 +253,7 @@ pub fn distance<E: Float, D: Device<E>>(
             let mut off = Recorder::inference();
             let log_p = off.run(&y, |y| y.try_log_softmax::<Axis<1>>())?;
             let p = off.run(&log_p, |y| y.try_exp())?;
-            let log_q = r.run(x, |x| x.try_log_softmax::<Axis<1>>())?;
+            let log_q = r.run(x, log_softmax)?;
             r.run(&log_q, |q| mean(q.try_negate()?.try_add(log_p)?.try_mul(p)?))
         }
     }
@@ -257,7 +263,7 @@ pub fn distance<E: Float, D: Device<E>>(
 pub fn cross_entropy<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, logits: &Matrix<D, E>, targets: &Matrix<D, E>) -> Result<Scalar<D, E>> {
     let classes = logits.shape().1 as f64;
     r.run(logits, |x| {
-        mean(x.try_log_softmax::<Axis<1>>()?.try_mul(targets.clone())?)?.try_mul(E::of(-classes))
+        mean(log_softmax(x)?.try_mul(targets.clone())?)?.try_mul(E::of(-classes))
     })
 }
 

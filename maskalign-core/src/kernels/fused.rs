@@ -10,7 +10,7 @@ use maskalign_kernels::{
     Arena, Buf, Epilogue, Pool, attention as attn,
     block::{self as blk, BlockGrads, BlockShape, BlockWeights, DropPath, LastBlock, Save, SplitWeights},
     elementwise::{self as ew, Write},
-    isa, loss, norm, optim,
+    fma_peak_gflops, isa, loss, norm, optim,
 };
 
 use super::{
@@ -30,6 +30,28 @@ macro_rules! take {
     ($gradients:ident, $of:expr) => {
         mem::take(&mut **$gradients.get_or_alloc_mut($of)?)
     };
+}
+
+/// Borrows the gradient buffer of an input by taking it out; [`restore!`] returns it. Where two inputs are one tensor,
+/// the second borrower gets zeros, and what it leaves there is added in the end.
+macro_rules! lend {
+    ($gradients:ident, $of:expr) => {{
+        let buffer = take!($gradients, $of);
+        let (rows, columns) = *$of.shape();
+        let len = rows * columns;
+        if buffer.len() == len { buffer } else { vec![0.0; len] }
+    }};
+}
+
+/// Returns what [`lend!`] took.
+macro_rules! restore {
+    ($gradients:ident, $of:expr, $buffer:expr) => {{
+        let (there, buffer) = (&mut **$gradients.get_or_alloc_mut($of)?, $buffer);
+        match there.is_empty() {
+            true => *there = buffer,
+            false => there.iter_mut().zip(buffer).for_each(|(sum, more)| *sum += more),
+        }
+    }};
 }
 
 type M = Matrix<Cpu>;
@@ -230,6 +252,10 @@ impl Kernels<Cpu> for Fused {
         self.pool.threads()
     }
 
+    fn peak_gflops(&self) -> Option<f64> {
+        Some(fma_peak_gflops(self.pool.threads(), &self.pool))
+    }
+
     fn pack(&self, weight: &M) -> Option<Packed> {
         let (outputs, inputs) = *weight.shape();
         Some(Packed(Arc::new(blk::pack_weight(view(weight), outputs, inputs))))
@@ -291,15 +317,14 @@ impl Kernels<Cpu> for Fused {
         r.record(move |g| {
             let dy = take!(g, &out);
             let (y, lse) = (kept.expect("kept while recording"), lse.expect("kept while recording"));
-            let mut gradient = |x: &M| -> Result<Vec<f32>, CpuError> { Ok(mem::take(&mut **g.get_or_alloc_mut(x)?)) };
-            let (mut dq, mut dk, mut dv) = (gradient(&q)?, gradient(&k)?, gradient(&v)?);
+            let (mut dq, mut dk, mut dv) = (lend!(g, &q), lend!(g, &k), lend!(g, &v));
             attn::attention_backward(
                 &pool, &arena, shape, heads(&q), heads(&k), heads(&v), view(&y), &lse, &dy,
                 attn::QkvGrad::Separate { q: &mut dq, k: &mut dk, v: &mut dv },
                 Write::Add,
             );
             for (x, dx) in [(&q, dq), (&k, dk), (&v, dv)] {
-                **g.get_or_alloc_mut(x)? = dx;
+                restore!(g, x, dx);
             }
             Ok(())
         });
@@ -343,6 +368,7 @@ impl Kernels<Cpu> for Fused {
     }
 
     fn begin_block(&self, x: &M, block: &Block<Cpu>, run: &BlockRun) -> Result<Begun<Cpu>> {
+        let x = &contiguous(&mut Recorder::inference(), x)?;
         let shape = kernel_shape(block, run);
         let mut attention = vec![0.0; run.batch * (run.tokens - 1)];
         let last = LastBlock::begin(&self.pool, &self.arena, shape, &split_weights(block), view(x), &mut attention);
@@ -354,6 +380,7 @@ impl Kernels<Cpu> for Fused {
             unreachable!("a block is finished by the kernels that began it")
         };
         let last: Box<LastBlock> = last.downcast().expect("made by `begin_block`");
+        let x = &contiguous(&mut Recorder::inference(), x)?;
         let shape = kernel_shape(block, run);
         let all: Vec<u32>;
         let rows = match rows {
@@ -386,10 +413,10 @@ impl Kernels<Cpu> for Fused {
     }
 
     fn add_constant(&self, r: &mut R, x: &M, constant: &M) -> Result<M> {
-        let x = contiguous(r, x)?;
+        let (x, constant) = (contiguous(r, x)?, contiguous(&mut Recorder::inference(), constant)?);
         let (rows, columns) = *x.shape();
         let mut sum = vec![0.0; rows * columns];
-        ew::add(&self.pool, view(&x), view(constant), &mut sum);
+        ew::add(&self.pool, view(&x), view(&constant), &mut sum);
         let sum = matrix(&x, sum, rows, columns)?;
         let (pool, out, x) = (Arc::clone(&self.pool), sum.ghost(), x.ghost());
         r.record(move |g| {
@@ -416,12 +443,12 @@ impl Kernels<Cpu> for Fused {
             let dy = take!(g, &out);
             let mut buffers = Vec::with_capacity(sources.len());
             for source in &sources {
-                buffers.push(take!(g, source));
+                buffers.push(lend!(g, source));
             }
             let mut targets: Vec<&mut [f32]> = buffers.iter_mut().map(|b| b.as_mut_slice()).collect();
             ew::scatter_add_rows(&pool, &dy, columns, &index, &mut targets);
             for (source, buffer) in sources.iter().zip(buffers) {
-                **g.get_or_alloc_mut(source)? = buffer;
+                restore!(g, source, buffer);
             }
             Ok(())
         });
@@ -485,12 +512,12 @@ impl Kernels<Cpu> for Fused {
             }
             let mut buffers = Vec::with_capacity(levels);
             for x in &x {
-                buffers.push(take!(g, x));
+                buffers.push(lend!(g, x));
             }
             let mut dinputs: Vec<&mut [f32]> = buffers.iter_mut().map(|b| b.as_mut_slice()).collect();
             ew::mix_backward_inputs(&pool, &part, &doutputs, &mut dinputs, Write::Add);
             for (x, buffer) in x.iter().zip(buffers) {
-                **g.get_or_alloc_mut(x)? = buffer;
+                restore!(g, x, buffer);
             }
             Ok(())
         });
@@ -515,7 +542,8 @@ impl Kernels<Cpu> for Fused {
         let (rows, columns) = *x[0].shape();
         let mut mean = vec![0.0; rows * columns];
         for (x, &weight) in x.iter().zip(weights) {
-            ew::axpy(&self.pool, weight, view(x), &mut mean);
+            let x = contiguous(&mut Recorder::inference(), x)?;
+            ew::axpy(&self.pool, weight, view(&x), &mut mean);
         }
         matrix(&x[0], mean, rows, columns)
     }

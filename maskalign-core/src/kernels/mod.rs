@@ -114,12 +114,17 @@ pub(crate) enum BegunState<D: Dev> {
 /// The operators of a device.
 ///
 /// Matrices are `[rows, columns]` with rows = images x tokens; every operator records its gradient on the recorder
-/// it is given. Errors are the device's: out of memory.
+/// it is given. Those that take several matrices with a gradient want different ones (dfdx has no gradient for a tensor
+/// that an operator takes twice), but for [`Kernels::attention`]. Errors are the device's: out of memory.
 pub trait Kernels<D: Dev> {
     /// Name for manifests: `composed`, or `fused` with its instruction set.
     fn name(&self) -> String;
     /// Threads the operators run on.
     fn threads(&self) -> usize;
+    /// The machine's peak of fused multiply-adds in GFLOP/s, measured now on these threads.
+    fn peak_gflops(&self) -> Option<f64> {
+        None
+    }
     /// The fastest form of a frozen weight `[out, in]`, where this device has one.
     fn pack(&self, weight: &Matrix<D>) -> Option<Packed>;
     /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.

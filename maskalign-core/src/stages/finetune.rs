@@ -123,6 +123,11 @@ pub struct Classifier<D: Dev> {
 }
 
 impl<D: Dev> Classifier<D> {
+    /// The tower.
+    pub fn student(&self) -> &dyn Student<D> {
+        &*self.student
+    }
+
     fn logits(&self, cx: &Context<D>, r: &mut Recorder<D>, images: &ImageBatch, scales: Option<&crate::nn::BranchScales>) -> Result<Matrix<D>> {
         let shape = self.student.shape();
         let features = self.student.forward(cx, r, images, None, scales, &|_| false)?;
@@ -333,7 +338,7 @@ impl StagePlugin for Finetune {
         let init = Init::new(&run.cx.dev, stage.seed, stage.name);
         let mut model = self.build(&towers, &init, stage.seed, self.classes_of(&data)?)?;
         let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
-        let plan = Loop { data: &data, batch: self.batch, length, checkpoints: &self.checkpoints, after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(()) };
+        let plan = Loop { data: &data, batch: self.batch, length, checkpoints: &self.checkpoints, after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None) };
         let trained = train(&mut run, &mut model, &mut trainer, plan)?;
         let mut results = json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
         if let Some(report) = &trained.last {

@@ -1,6 +1,9 @@
 //! Pre-training: a student's features of the visible patches against targets of the intact image.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
 
 use dfdx::prelude::Cpu;
 use indexmap::IndexMap;
@@ -19,6 +22,7 @@ use super::{
     },
 };
 use crate::{
+    bench::ForwardTimes,
     component,
     components::{
         aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner},
@@ -317,6 +321,7 @@ pub struct PretrainModel<D: Dev> {
     seed: u64,
     grid: Grid,
     kept: BTreeSet<usize>,
+    times: ForwardTimes,
     /// Masks to use in place of the masker's, one micro-batch each, first to last (replayed steps).
     pub given_masks: std::collections::VecDeque<Masks>,
 }
@@ -411,6 +416,7 @@ impl<D: Dev> PretrainModel<D> {
             objectives,
             seed: cx.seed,
             kept,
+            times: ForwardTimes::default(),
             given_masks: Default::default(),
         })
     }
@@ -440,6 +446,23 @@ impl<D: Dev> PretrainModel<D> {
         // Every patch in order needs no gathering; a masker that keeps all of them still chooses the order.
         let visible = (self.masker.is_some() || !self.given_masks.is_empty()).then_some(masks.visible.as_slice());
         self.student.forward(cx, r, images, visible, scales, &|i| self.kept.contains(&i))
+    }
+
+    /// Visible patches of an image.
+    pub fn visible(&self) -> usize {
+        self.counts.visible
+    }
+
+    /// The teachers that run.
+    pub fn teacher_shapes(&self) -> Vec<TowerShape> {
+        self.teachers.values().map(|(teacher, _)| teacher.shape()).collect()
+    }
+
+    /// Multiplications and additions of the alignments' linear outputs for one image of so many tokens.
+    pub fn heads_flop(&self, tokens: usize) -> f64 {
+        let dim = self.student.shape().arch.dim as f64;
+        let outputs = |o: &BuiltObjective<D>| (o.shape.align.width * o.shape.align.wanted.len()) as f64;
+        self.objectives.iter().map(|o| 2.0 * tokens as f64 * dim * outputs(o)).sum()
     }
 
     /// Attention and hidden states for the given masks, for comparison with another implementation's.
@@ -483,8 +506,13 @@ impl<D: Dev> Task<D> for PretrainModel<D> {
         self.objectives.iter_mut().for_each(|o| o.aligner.visit(f));
     }
 
+    fn take_times(&mut self) -> ForwardTimes {
+        std::mem::take(&mut self.times)
+    }
+
     fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
         let images = &batch.images;
+        let started = Instant::now();
         let mut passes = BTreeMap::new();
         {
             let _span = tracing::info_span!("teacher").entered();
@@ -492,11 +520,13 @@ impl<D: Dev> Task<D> for PretrainModel<D> {
                 passes.insert(name.clone(), teacher.begin(cx, images, wants)?);
             }
         }
+        let attended = started.elapsed().as_secs_f64();
         let masks = {
             let _span = tracing::info_span!("mask").entered();
             let attention = self.masker.as_ref().and_then(|m| m.teacher()).map(|name| std::mem::take(&mut passes.get_mut(name).expect("planned").attention));
             self.draw(batch, attention.as_deref())
         };
+        let drawn = started.elapsed().as_secs_f64();
         let targets: Vec<Vec<Matrix<D>>> = {
             let _span = tracing::info_span!("teacher").entered();
             let mut levels = BTreeMap::new();
@@ -514,6 +544,8 @@ impl<D: Dev> Task<D> for PretrainModel<D> {
                 })
                 .collect::<Result<_>>()?
         };
+        self.times.mask += drawn - attended;
+        self.times.teacher += started.elapsed().as_secs_f64() - (drawn - attended);
         let _span = tracing::info_span!("student").entered();
         let shape = self.student.shape();
         let scales = branch_scales(self.student.drop_path(), shape.arch.depth, self.seed, batch.epoch, &batch.indices);
@@ -629,7 +661,6 @@ impl StagePlugin for Pretrain {
         let mut model = PretrainModel::build(self, &stage, shape, &run.cx, &towers, &init)?;
         let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
         let knn = self.knn.as_ref().map(|knn| knn.open().map_err(|r| r.under("knn"))).transpose()?;
-        let mut measured = Vec::new();
         let trained = train(
             &mut run,
             &mut model,
@@ -640,12 +671,10 @@ impl StagePlugin for Pretrain {
                 length,
                 checkpoints: &self.checkpoints,
                 after_epoch: &mut |run, model: &mut PretrainModel<D>, epochs| {
-                    if let Some(knn) = knn.as_ref().filter(|knn| epochs % knn.every_epochs == 0) {
-                        let result = knn.measure(run, &*model.student, epochs)?;
-                        run.progress.result(run.stage.name, &result);
-                        measured.push(result);
-                    }
-                    Ok(())
+                    let Some(knn) = knn.as_ref().filter(|knn| epochs % knn.every_epochs == 0) else { return Ok(None) };
+                    let result = knn.measure(run, &*model.student, epochs)?;
+                    run.progress.result(run.stage.name, &result);
+                    Ok(Some(result))
                 },
             },
         )?;
@@ -653,8 +682,8 @@ impl StagePlugin for Pretrain {
         if let Some(report) = &trained.last {
             results["loss"] = json!(report.loss);
         }
-        if !measured.is_empty() {
-            results["knn"] = json!(measured);
+        if !trained.measured.is_empty() {
+            results["knn"] = json!(trained.measured);
         }
         let weights = finish(&run, &mut model, &trainer, trained.metric_records, &results)?;
         let record = StudentRecord {
@@ -690,6 +719,16 @@ impl Pretrain {
     /// Images of an update.
     pub fn batch(&self) -> BatchSize {
         self.batch
+    }
+
+    /// The images.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+
+    /// The tower that is trained.
+    pub fn student(&self) -> &Slot<StudentTag> {
+        &self.student
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::{OpenData, StageRun, data::image_batch};
 use crate::{
+    bench::ForwardTimes,
     component,
     components::{
         optimizers::{Optimizer, Update},
@@ -153,6 +154,10 @@ pub trait Task<D: Dev> {
     /// # Errors
     /// Out of memory on the device, or data that does not fit.
     fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>>;
+    /// Where forward passes went since this was last asked.
+    fn take_times(&mut self) -> ForwardTimes {
+        ForwardTimes::default()
+    }
     /// What the learning rate of a parameter is multiplied by (layer decay).
     fn lr_scale(&self, _parameter: &str) -> f64 {
         1.0
@@ -419,9 +424,12 @@ pub(crate) struct Loop<'a, D: Dev, T> {
     pub batch: BatchSize,
     pub length: Length,
     pub checkpoints: &'a Checkpoints,
-    /// Called after every epoch's last step, with the number of epochs done.
-    pub after_epoch: &'a mut dyn FnMut(&mut StageRun<D>, &mut T, u64) -> Result<()>,
+    /// Called after every epoch's last step, with the number of epochs done. What it measures is kept in checkpoints.
+    pub after_epoch: &'a mut dyn FnMut(&mut StageRun<D>, &mut T, u64) -> Result<Option<serde_json::Value>>,
 }
+
+/// Where a checkpoint's notes hold what was measured after epochs.
+const MEASURED: &str = "measured";
 
 /// What a training loop leaves besides the task.
 pub(crate) struct Trained {
@@ -429,6 +437,8 @@ pub(crate) struct Trained {
     pub metric_records: u64,
     /// The last step, unless there was none to do.
     pub last: Option<StepReport>,
+    /// What was measured after epochs, in order.
+    pub measured: Vec<serde_json::Value>,
 }
 
 /// Trains to the end of the stage, from its last checkpoint where there is one.
@@ -445,6 +455,7 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         tracing::warn!("{} cannot be used: {error}", path.display());
     }
     let mut records = run.metric_records;
+    let mut measured = Vec::new();
     if let Some(checkpoint) = latest.checkpoint {
         let header = &checkpoint.header;
         if header.fingerprint != run.fingerprint {
@@ -452,8 +463,12 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         }
         trainer.restore(&run.cx, task, &checkpoint.tensors, header.step)?;
         records = header.metrics_records;
+        measured = header.meta[MEASURED].as_array().cloned().unwrap_or_default();
         tracing::info!("stage `{name}` goes on from step {}", header.step);
     }
+    // A kill may have come between a checkpoint and the deletion of those that it replaces.
+    let retention = Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps };
+    run.dir.prune_checkpoints(name, retention)?;
     let mut metrics = run.dir.metrics(records)?;
     let all = length.steps();
     let end = run.step_limit.map_or(all, |limit| all.min(limit));
@@ -464,6 +479,8 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
     let interval = checkpoints.interval(length.steps_per_epoch);
     let mut last = None;
     let mut last_saved = (start > 0).then_some(start);
+    // A checkpoint is known to be good once a loss computed from it is finite.
+    let mut last_good = None;
     while trainer.updates < end {
         let began = Instant::now();
         let step = trainer.updates;
@@ -481,9 +498,10 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
             })
         });
         let (loss, gradient_norm, lr, _) = stepped.map_err(|error| match error {
-            Error::NonFinite { loss, step, lr, .. } => Error::NonFinite { loss, step, lr, advice: advice(run, last_saved) },
+            Error::NonFinite { loss, step, lr, .. } => Error::NonFinite { loss, step, lr, advice: advice(run, last_good) },
             other => other,
         })?;
+        last_good = last_saved;
         let report = StepReport {
             stage: name.to_string(),
             step,
@@ -500,15 +518,12 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         last = Some(report);
         let done = trainer.updates;
         if done % length.steps_per_epoch == 0 {
-            after_epoch(run, task, done / length.steps_per_epoch)?;
+            measured.extend(after_epoch(run, task, done / length.steps_per_epoch)?);
         }
         let stop = run.stop.get();
         if done < end && (done % interval == 0 || stop.is_some()) {
-            save(run, task, trainer, &mut metrics)?;
-            run.dir.prune_checkpoints(
-                name,
-                Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps },
-            )?;
+            save(run, task, trainer, &mut metrics, &measured)?;
+            run.dir.prune_checkpoints(name, retention)?;
             last_saved = Some(done);
         }
         if let Some(stop) = stop
@@ -518,7 +533,7 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         }
     }
     metrics.sync()?;
-    Ok(Trained { metric_records: metrics.records(), last })
+    Ok(Trained { metric_records: metrics.records(), last, measured })
 }
 
 /// The end of a run that the user asked for.
@@ -530,15 +545,16 @@ pub(crate) fn stopped<D: Dev>(run: &StageRun<D>, stop: Stop) -> Error {
     Error::Stopped { signal, code: stop.exit_code(), dir: run.dir.path().display().to_string() }
 }
 
-fn advice<D: Dev>(run: &StageRun<D>, last_saved: Option<u64>) -> String {
-    let checkpoint = match last_saved.and_then(|step| run.dir.checkpoint_path(run.stage.name, step).ok()) {
+fn advice<D: Dev>(run: &StageRun<D>, last_good: Option<u64>) -> String {
+    let path = last_good.and_then(|step| run.dir.checkpoint_path(run.stage.name, step).ok());
+    let checkpoint = match path.filter(|path| path.is_file()) {
         Some(path) => format!("the last good checkpoint is {}", path.display()),
-        None => "no checkpoint was written yet".to_string(),
+        None => "no checkpoint is good".to_string(),
     };
     format!("{checkpoint}; lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`")
 }
 
-fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metrics: &mut Metrics) -> Result<()> {
+fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metrics: &mut Metrics, measured: &[serde_json::Value]) -> Result<()> {
     metrics.sync()?;
     let tensors = trainer.tensors(task);
     let header = CheckpointHeader {
@@ -546,7 +562,7 @@ fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer
         step: trainer.updates,
         fingerprint: run.fingerprint.to_string(),
         metrics_records: metrics.records(),
-        meta: serde_json::Value::Null,
+        meta: serde_json::json!({ MEASURED: measured }),
     };
     let path = run.dir.save_checkpoint(&header, &refs(&tensors))?;
     run.progress.saved(&path);

@@ -71,7 +71,7 @@ impl Plugin {
             let text = text
                 .replace("{{dependencies}}", &dependencies)
                 .replace("{{crate}}", &self.name)
-                .replace("{{library}}", &name.library())
+                .replace("{{library}}", &self.name.replace('-', "_"))
                 .replace("{{component}}", &name.component())
                 .replace("{{Type}}", &name.type_name());
             let path = folder.join(path);
@@ -150,10 +150,6 @@ impl Name {
             .map(str::to_owned)
             .collect();
         Ok(Name(words))
-    }
-
-    fn library(&self) -> String {
-        self.0.join("_")
     }
 
     fn component(&self) -> String {
@@ -253,7 +249,7 @@ mod tests {
         }
         let name = Name::parse("my-second_mask2").unwrap();
         assert_eq!(
-            (name.library(), name.type_name()),
+            (name.component(), name.type_name()),
             ("my_second_mask2".into(), "MySecondMask2".into())
         );
     }

@@ -1,0 +1,80 @@
+//! An aligner.
+
+use maskalign_core::prelude::*;
+
+/// One linear layer from the student's last level to the target, with LayerNorm before it.
+#[component]
+pub struct Pointwise {
+    /// Whether LayerNorm comes first.
+    #[serde(default)]
+    norm: bool,
+}
+
+impl AlignerPlugin for Pointwise {
+    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+        if plan.tokens.masked {
+            return Err(
+                Refusal::whole("there are outputs for the student's tokens only")
+                    .help("leave `masked` out of `tokens`"),
+            );
+        }
+        if plan.tokens.cls && !plan.student.cls_token {
+            return Err(Refusal::whole("the student has no class token")
+                .help("leave `cls` out of `tokens`"));
+        }
+        if plan.outputs != 1 {
+            return Err(Refusal::whole(format!(
+                "there is one output, the target has {}",
+                plan.outputs
+            ))
+            .help("choose one level of the target, or `combine: mean`"));
+        }
+        Ok(AlignNeeds {
+            levels: vec![LevelRef::Block(plan.student.arch.depth - 1)],
+            tap: Tap::Block,
+        })
+    }
+
+    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
+        let norm = match self.norm {
+            true => Some(Norm::new(init, "norm", plan.student.arch.dim, 1e-6)?),
+            false => None,
+        };
+        let linear = Linear::new(init, "linear", plan.width, plan.student.arch.dim, true)?;
+        Ok(Box::new(Layers { norm, linear }))
+    }
+}
+
+/// What is trained.
+struct Layers<D: Dev> {
+    norm: Option<Norm<D>>,
+    linear: Linear<D>,
+}
+
+impl<D: Dev> Module<D> for Layers<D> {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+        self.norm.iter_mut().for_each(|norm| norm.each_mut(f));
+        self.linear.each_mut(f);
+    }
+}
+
+impl<D: Dev> Aligner<D> for Layers<D> {
+    fn forward(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        input: &AlignInput<D>,
+    ) -> Result<Vec<Matrix<D>>> {
+        let mut x = input.levels[0].clone();
+        if let Some(rows) = input.masks.within(input.tokens, input.held) {
+            x = cx.kernels.gather_rows(r, &[x], &rows)?;
+        }
+        if let Some(norm) = &self.norm {
+            x = cx.kernels.layer_norm(r, &x, norm)?;
+        }
+        Ok(vec![cx.kernels.linear(r, &x, &self.linear, Act::None)?])
+    }
+}
+
+register!(aligner "pointwise" => Pointwise, "one linear layer from the last level",
+    example: "{ type: pointwise, norm: true }");
