@@ -22,11 +22,7 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
         "maskalign_vitb_clip",
         &[
             (("name: maskalign_vitb_clip", "name: 3"), WRONG_TYPE, "3"),
-            (
-                ("name: maskalign_vitb_clip", "name: a b"),
-                OUT_OF_RANGE,
-                "a b",
-            ),
+            (("name: maskalign_vitb_clip", "name: a b"), OUT_OF_RANGE, "a b"),
             (("name: maskalign_vitb_clip\n", ""), MISSING_KEY, "seed"),
             (("name: maskalign_vitb_clip", "nam: x"), UNKNOWN_KEY, "nam"),
             (("seed: 0", "seed: -1"), OUT_OF_RANGE, "-1"),
@@ -34,132 +30,41 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
             (("seed: 0", "seed: 0\nsteps: 3"), UNKNOWN_KEY, "steps"),
             (("stages:\n", "stages:\n  other: 3\n"), WRONG_TYPE, "3"),
             (("    type: pretrain\n", ""), MISSING_KEY, "pretrain"),
-            (
-                ("    type: pretrain\n", "    type: pretain\n"),
-                UNKNOWN_TYPE,
-                "pretain",
-            ),
+            (("    type: pretrain\n", "    type: pretain\n"), UNKNOWN_TYPE, "pretain"),
             (("    epochs: 200\n", ""), MISSING_KEY, "pretrain"),
             (("    epochs: 200\n", "    epochs: 0\n"), OUT_OF_RANGE, "0"),
-            (
-                ("    epochs: 200\n", "    epochs: true\n"),
-                WRONG_TYPE,
-                "true",
-            ),
-            (
-                (
-                    "    epochs: 200\n",
-                    "    epochs: 200\n    warmup_epochs: 3\n",
-                ),
-                UNKNOWN_KEY,
-                "warmup_epochs",
-            ),
-            (
-                ("    epochs: 200\n", "    epochs: 200\n    precision: f8\n"),
-                UNKNOWN_VALUE,
-                "f8",
-            ),
-            (
-                ("type: image_folder", "type: image_foldr"),
-                UNKNOWN_TYPE,
-                "image_foldr",
-            ),
+            (("    epochs: 200\n", "    epochs: true\n"), WRONG_TYPE, "true"),
+            (("    epochs: 200\n", "    epochs: 200\n    warmup_epochs: 3\n"), UNKNOWN_KEY, "warmup_epochs"),
+            (("    epochs: 200\n", "    epochs: 200\n    precision: f8\n"), UNKNOWN_VALUE, "f8"),
+            (("type: image_folder", "type: image_foldr"), UNKNOWN_TYPE, "image_foldr"),
             (("type: image_folder, ", ""), MISSING_KEY, "dataset"),
-            (
-                ("root: \"${IMAGENET_DIR}/train\"", "root: 3"),
-                WRONG_TYPE,
-                "3",
-            ),
-            (
-                ("root: \"${IMAGENET_DIR}/train\"", "root: a, extensions: []"),
-                OUT_OF_RANGE,
-                "[]",
-            ),
-            (
-                (", root: \"${IMAGENET_DIR}/train\"", ""),
-                MISSING_KEY,
-                "dataset",
-            ),
+            (("root: \"${IMAGENET_DIR}/train\"", "root: 3"), WRONG_TYPE, "3"),
+            (("root: \"${IMAGENET_DIR}/train\"", "root: a, extensions: []"), OUT_OF_RANGE, "[]"),
+            ((", root: \"${IMAGENET_DIR}/train\"", ""), MISSING_KEY, "dataset"),
             (("size: 224", "size: 0"), OUT_OF_RANGE, "0"),
             (("size: 224", "size: big"), WRONG_TYPE, "big"),
             (("scale: [0.2, 1.0]", "scale: [0.2]"), OUT_OF_RANGE, "[0.2]"),
-            (
-                ("scale: [0.2, 1.0]", "scale: [0.2, 1.5]"),
-                OUT_OF_RANGE,
-                "1.5",
-            ),
-            (
-                ("scale: [0.2, 1.0]", "scales: [0.2, 1.0]"),
-                UNKNOWN_KEY,
-                "scales",
-            ),
-            (
-                ("- { type: horizontal_flip }", "- horizontal_flip"),
-                WRONG_TYPE,
-                "horizontal_flip",
-            ),
-            (
-                ("- { type: horizontal_flip }", "- { type: vertical_flip }"),
-                UNKNOWN_TYPE,
-                "vertical_flip",
-            ),
+            (("scale: [0.2, 1.0]", "scale: [0.2, 1.5]"), OUT_OF_RANGE, "1.5"),
+            (("scale: [0.2, 1.0]", "scales: [0.2, 1.0]"), UNKNOWN_KEY, "scales"),
+            (("- { type: horizontal_flip }", "- horizontal_flip"), WRONG_TYPE, "horizontal_flip"),
+            (("- { type: horizontal_flip }", "- { type: vertical_flip }"), UNKNOWN_TYPE, "vertical_flip"),
             (("drop_path: 0.1", "drop_path: -0.1"), OUT_OF_RANGE, "-0.1"),
             (("drop_path: 0.1", "drop_path: [0.1]"), WRONG_TYPE, "[0.1]"),
             (("drop_path: 0.1", "cls_token: 1"), WRONG_TYPE, "1"),
+            (("drop_path: 0.1", "positions: sinus"), UNKNOWN_VALUE, "sinus"),
+            (("{ type: vit, arch: base_16, drop", "{ type: vit, arch: base_17, drop"), UNKNOWN_VALUE, "base_17"),
+            (("{ type: vit, arch: base_16, drop", "{ type: vit, arch: { dim: 96 }, drop"), MISSING_KEY, "arch"),
+            (("{ type: clip, arch", "{ type: clipp, arch"), UNKNOWN_TYPE, "clipp"),
+            ((", weights: \"hf://openai/clip-vit-base-patch16\"", ""), MISSING_KEY, "clip"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{ stage: 3 }"), WRONG_TYPE, "3"),
+            (("{ type: attention, teacher: clip, ratio: 0.7 }", "random"), WRONG_TYPE, "random"),
             (
-                ("drop_path: 0.1", "positions: sinus"),
-                UNKNOWN_VALUE,
-                "sinus",
-            ),
-            (
-                (
-                    "{ type: vit, arch: base_16, drop",
-                    "{ type: vit, arch: base_17, drop",
-                ),
-                UNKNOWN_VALUE,
-                "base_17",
-            ),
-            (
-                (
-                    "{ type: vit, arch: base_16, drop",
-                    "{ type: vit, arch: { dim: 96 }, drop",
-                ),
-                MISSING_KEY,
-                "arch",
-            ),
-            (
-                ("{ type: clip, arch", "{ type: clipp, arch"),
-                UNKNOWN_TYPE,
-                "clipp",
-            ),
-            (
-                (", weights: \"hf://openai/clip-vit-base-patch16\"", ""),
-                MISSING_KEY,
-                "clip",
-            ),
-            (
-                ("\"hf://openai/clip-vit-base-patch16\"", "{ stage: 3 }"),
-                WRONG_TYPE,
-                "3",
-            ),
-            (
-                ("{ type: attention, teacher: clip, ratio: 0.7 }", "random"),
-                WRONG_TYPE,
-                "random",
-            ),
-            (
-                (
-                    "{ type: attention, teacher: clip, ratio: 0.7 }",
-                    "{ type: attention, ratio: 0.7 }",
-                ),
+                ("{ type: attention, teacher: clip, ratio: 0.7 }", "{ type: attention, ratio: 0.7 }"),
                 MISSING_KEY,
                 "masker",
             ),
             (
-                (
-                    "{ type: attention, teacher: clip, ratio: 0.7 }",
-                    "{ type: random, teacher: clip }",
-                ),
+                ("{ type: attention, teacher: clip, ratio: 0.7 }", "{ type: random, teacher: clip }"),
                 UNKNOWN_KEY,
                 "teacher",
             ),
@@ -167,127 +72,40 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
             (("ratio: 0.7", "ratio: most"), WRONG_TYPE, "most"),
             (("ratio: 0.7", "visible: 0"), OUT_OF_RANGE, "0"),
             (("type: features", "type: feature"), UNKNOWN_TYPE, "feature"),
-            (
-                ("levels: { last: 5 }", "levels: { last: 0 }"),
-                OUT_OF_RANGE,
-                "0",
-            ),
-            (
-                ("levels: { last: 5 }", "levels: { first: 5 }"),
-                UNKNOWN_KEY,
-                "first",
-            ),
+            (("levels: { last: 5 }", "levels: { last: 0 }"), OUT_OF_RANGE, "0"),
+            (("levels: { last: 5 }", "levels: { first: 5 }"), UNKNOWN_KEY, "first"),
             (("levels: { last: 5 }", "levels: []"), OUT_OF_RANGE, "[]"),
-            (
-                ("levels: { last: 5 }", "levels: some"),
-                UNKNOWN_VALUE,
-                "some",
-            ),
-            (
-                ("normalize: whiten", "normalize: white"),
-                UNKNOWN_VALUE,
-                "white",
-            ),
+            (("levels: { last: 5 }", "levels: some"), OUT_OF_RANGE, "some"),
+            (("normalize: whiten", "normalize: white"), UNKNOWN_VALUE, "white"),
             (("tokens: [cls, visible]", "tokens: []"), OUT_OF_RANGE, "[]"),
-            (
-                ("tokens: [cls, visible]", "tokens: [cls, seen]"),
-                UNKNOWN_VALUE,
-                "seen",
-            ),
-            (
-                ("        tokens: [cls, visible]\n", ""),
-                MISSING_KEY,
-                "align",
-            ),
+            (("tokens: [cls, visible]", "tokens: [cls, seen]"), UNKNOWN_VALUE, "seen"),
+            (("        tokens: [cls, visible]\n", ""), MISSING_KEY, "align"),
             (("fusion: linear", "fusion: liner"), UNKNOWN_VALUE, "liner"),
-            (
-                ("type: smooth_l1", "type: smooth_l1, beta: one"),
-                WRONG_TYPE,
-                "one",
-            ),
-            (
-                ("type: smooth_l1", "type: mse, beta: 1"),
-                UNKNOWN_KEY,
-                "beta",
-            ),
-            (
-                ("        weight: 2.0\n", "        weight: heavy\n"),
-                WRONG_TYPE,
-                "heavy",
-            ),
-            (
-                ("        weight: 2.0\n", "        weigth: 2.0\n"),
-                UNKNOWN_KEY,
-                "weigth",
-            ),
-            (
-                ("        weight: 2.0\n", "        ratio: 0.7\n"),
-                UNKNOWN_KEY,
-                "ratio",
-            ),
-            (
-                ("betas: [0.9, 0.95]", "betas: [0.9]"),
-                OUT_OF_RANGE,
-                "[0.9]",
-            ),
-            (
-                ("no_decay: [distill_weights]", "no_decay: [3]"),
-                WRONG_TYPE,
-                "3",
-            ),
+            (("type: smooth_l1", "type: smooth_l1, beta: one"), WRONG_TYPE, "one"),
+            (("type: smooth_l1", "type: mse, beta: 1"), UNKNOWN_KEY, "beta"),
+            (("        weight: 2.0\n", "        weight: heavy\n"), WRONG_TYPE, "heavy"),
+            (("        weight: 2.0\n", "        weigth: 2.0\n"), UNKNOWN_KEY, "weigth"),
+            (("        weight: 2.0\n", "        ratio: 0.7\n"), UNKNOWN_KEY, "ratio"),
+            (("betas: [0.9, 0.95]", "betas: [0.9]"), OUT_OF_RANGE, "[0.9]"),
+            (("no_decay: [distill_weights]", "no_decay: [3]"), WRONG_TYPE, "3"),
             (("base_lr: 1.5e-4", "lr: 1.5e-4"), UNKNOWN_KEY, "lr"),
             (("min_lr: 1.0e-5", "min_lr: -1"), OUT_OF_RANGE, "-1"),
-            (
-                ("type: cosine, warmup", "type: cosin, warmup"),
-                UNKNOWN_TYPE,
-                "cosin",
-            ),
-            (
-                ("batch: { effective: 1024, micro: 128 }", "batch: 1024"),
-                WRONG_TYPE,
-                "1024",
-            ),
+            (("type: cosine, warmup", "type: cosin, warmup"), UNKNOWN_TYPE, "cosin"),
+            (("batch: { effective: 1024, micro: 128 }", "batch: 1024"), WRONG_TYPE, "1024"),
             (("effective: 1024, ", ""), MISSING_KEY, "batch"),
         ],
     ),
     (
         "quickstart",
         &[
-            (
-                (
-                    "split: train }\n      transforms",
-                    "split: trian }\n      transforms",
-                ),
-                UNKNOWN_VALUE,
-                "trian",
-            ),
-            (
-                ("{ stage: pretrain }", "{ stag: pretrain }"),
-                UNKNOWN_KEY,
-                "stag",
-            ),
+            (("split: train }\n      transforms", "split: trian }\n      transforms"), UNKNOWN_VALUE, "trian"),
+            (("{ stage: pretrain }", "{ stag: pretrain }"), UNKNOWN_KEY, "stag"),
             (("[pixels, untrained]", "[pixel]"), UNKNOWN_VALUE, "pixel"),
             (("[pixels, untrained]", "pixels"), WRONG_TYPE, "pixels"),
-            (
-                ("    baselines: [pixels, untrained]\n", "    k: [0]\n"),
-                OUT_OF_RANGE,
-                "0",
-            ),
-            (
-                ("    test: { dataset: { type: sample, split: test } }\n", ""),
-                MISSING_KEY,
-                "knn",
-            ),
-            (
-                ("dim: 96, depth: 4", "dim: 96, depth: 0"),
-                OUT_OF_RANGE,
-                "0",
-            ),
-            (
-                ("dim: 96, depth: 4", "dim: wide, depth: 4"),
-                WRONG_TYPE,
-                "wide",
-            ),
+            (("    baselines: [pixels, untrained]\n", "    k: [0]\n"), OUT_OF_RANGE, "0"),
+            (("    test: { dataset: { type: sample, split: test } }\n", ""), MISSING_KEY, "knn"),
+            (("dim: 96, depth: 4", "dim: 96, depth: 0"), OUT_OF_RANGE, "0"),
+            (("dim: 96, depth: 4", "dim: wide, depth: 4"), WRONG_TYPE, "wide"),
         ],
     ),
 ];
@@ -297,57 +115,23 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
     (
         "maskalign_vitb_clip",
         &[
-            (
-                (
-                    "masker: { type: attention, teacher: clip",
-                    "masker: { type: attention, teacher: clop",
-                ),
-                REFUSED,
-                "clop",
-            ),
-            (
-                ("features, teacher: clip", "features, teacher: dino"),
-                REFUSED,
-                "dino",
-            ),
-            (
-                ("levels: { last: 5 }", "levels: { last: 13 }"),
-                REFUSED,
-                "{ last: 13 }",
-            ),
-            (("levels: { last: 5 }", "levels: [12]"), REFUSED, "[12]"),
-            (("size: 224", "size: 225"), REFUSED, "base_16"),
+            (("masker: { type: attention, teacher: clip", "masker: { type: attention, teacher: clop"), REFUSED, "clop"),
+            (("features, teacher: clip", "features, teacher: dino"), REFUSED, "dino"),
+            (("levels: { last: 5 }", "levels: { last: 13 }"), REFUSED, "levels"),
+            (("levels: { last: 5 }", "levels: [embed, -1]"), REFUSED, "levels"),
+            (("levels: { last: 5 }", "levels: [12]"), REFUSED, "levels"),
+            (("size: 224", "size: 225"), REFUSED, "student"),
             (("ratio: 0.7", "visible: 197"), REFUSED, "197"),
-            (
-                ("tokens: [cls, visible]", "tokens: [cls, visible, masked]"),
-                REFUSED,
-                "[cls, visible, masked]",
-            ),
+            (("tokens: [cls, visible]", "tokens: [cls, visible, masked]"), REFUSED, "aligner"),
             (("micro: 128", "micro: 100"), REFUSED, "100"),
-            (("fusion: linear", "fusion: simple"), REFUSED, "simple"),
-            (
-                (
-                    "type: clip, arch: base_16",
-                    "type: clip, arch: base_16, image_size: 448",
-                ),
-                REFUSED,
-                "clip",
-            ),
+            (("type: clip, arch: base_16", "type: clip, arch: base_16, image_size: 448"), REFUSED, "clip"),
         ],
     ),
     (
         "quickstart",
         &[
-            (
-                ("{ stage: pretrain }", "{ stage: pretrian }"),
-                REFUSED,
-                "pretrian",
-            ),
-            (
-                ("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5"),
-                REFUSED,
-                "5",
-            ),
+            (("{ stage: pretrain }", "{ stage: pretrian }"), REFUSED, "pretrian"),
+            (("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5"), REFUSED, "arch"),
         ],
     ),
 ];
@@ -360,34 +144,22 @@ const GOOD: &[(&str, &[Edit])] = &[
             ("seed: 0\n", ""),
             ("seed: 0", "seed: 18446744073709551615"),
             ("seed: 0", "description: words"),
-            ("epochs: 200", "epochs: 0.5"),
+            ("epochs: 200", "epochs: 20.5"),
             ("epochs: 200", "epochs: ${EPOCHS}"),
-            ("epochs: 200", "epochs: ${UNSET:-3}"),
+            ("epochs: 200", "epochs: ${UNSET:-30}"),
             ("size: 224", "size: 224.0"),
             ("size: 224", "size: [224, 224]"),
             ("drop_path: 0.1", "drop_path: 0"),
             ("drop_path: 0.1", "positions: learned"),
-            (
-                "arch: base_16, drop_path",
-                "arch: { dim: 768, depth: 12, heads: 12, patch: 16 }, drop_path",
-            ),
+            ("arch: base_16, drop_path", "arch: { dim: 768, depth: 12, heads: 12, patch: 16 }, drop_path"),
             ("hf://openai/clip-vit-base-patch16", "clip.safetensors"),
             ("ratio: 0.7", "visible: 58"),
             ("ratio: 0.7", "ratio: \"${UNSET:-0.5}\""),
-            (
-                "    masker: { type: attention, teacher: clip, ratio: 0.7 }\n",
-                "",
-            ),
-            (
-                "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-                "masker: ~",
-            ),
-            (
-                "{ type: attention, teacher: clip, ratio: 0.7 }",
-                "{ type: random, ratio: 0.75 }",
-            ),
+            ("    masker: { type: attention, teacher: clip, ratio: 0.7 }\n", ""),
+            ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: ~"),
+            ("{ type: attention, teacher: clip, ratio: 0.7 }", "{ type: random, ratio: 0.75 }"),
             ("levels: { last: 5 }", "levels: all"),
-            ("levels: { last: 5 }", "levels: [embed, 0, -1]"),
+            ("levels: { last: 5 }", "levels: [0, -1]"),
             ("fusion: linear", "fusion: \"${UNSET:-sum}\""),
             ("type: smooth_l1", "type: \"${UNSET:-l1}\""),
             ("type: smooth_l1", "type: smooth_l1, beta: 0.5"),
@@ -401,14 +173,8 @@ const GOOD: &[(&str, &[Edit])] = &[
         "quickstart",
         &[
             ("[pixels, untrained]", "[]"),
-            (
-                "    batch: { effective: 64 }\n",
-                "    batch: { effective: 64, micro: 16 }\n",
-            ),
-            (
-                "    student: { stage: pretrain }\n",
-                "    student: { stage: pretrain }\n    k: [1, 20]\n",
-            ),
+            ("    batch: { effective: 64 }\n", "    batch: { effective: 64, micro: 16 }\n"),
+            ("    student: { stage: pretrain }\n", "    student: { stage: pretrain }\n    k: [1, 20]\n"),
         ],
     ),
 ];
@@ -427,7 +193,7 @@ fn edited(recipe: &str, (from, to): Edit) -> String {
 fn variables(name: &str) -> Option<String> {
     match name {
         "IMAGENET_DIR" => Some("/images".to_owned()),
-        "EPOCHS" => Some("3".to_owned()),
+        "EPOCHS" => Some("30".to_owned()),
         _ => None,
     }
 }
@@ -435,41 +201,30 @@ fn variables(name: &str) -> Option<String> {
 /// What is wrong with a recipe, as `validate --no-environment` sees it.
 fn check(text: &str) -> Result<(), Report> {
     let request = LoadRequest {
-        input: Input::Text {
-            name: "recipe.yaml".to_owned(),
-            text: text.to_owned(),
-        },
+        input: Input::Text { name: "recipe.yaml".to_owned(), text: text.to_owned() },
         sets: &[],
         env: &variables,
         builtins: &NoRecipes,
     };
     let loaded = Recipe::load(&request, registry())?;
-    let options = PlanOptions {
-        environment: false,
-        random_weights: false,
-        recompute: false,
-    };
+    let options = PlanOptions { environment: false, random_weights: false, recompute: false };
     match plan(loaded.recipe(), options) {
         Ok(_) => Ok(()),
         Err(refusals) => Err(loaded.locate_all(&refusals)),
     }
 }
 
-/// Whether the first mistake has this code and marks this text, and what it was where not.
+/// Whether a mistake with this code marks this text; what was found where not. A key under a wrong name is two mistakes,
+/// unknown here and missing there, but one edit never makes a page of them.
 fn blames(text: &str, code: &str, marked: &str) -> Option<String> {
     let Err(report) = check(text) else {
         return Some("no mistake is found".to_owned());
     };
-    let [mistake] = report.0.as_slice() else {
-        return Some(format!("{} mistakes: {report}", report.0.len()));
-    };
-    let found = mistake.place().map_or("", |place| place.text());
-    (mistake.code != code || found != marked).then(|| {
-        format!(
-            "expected {code} at {marked:?}, found {} at {found:?}",
-            mistake.code
-        )
-    })
+    let right = report
+        .0
+        .iter()
+        .any(|mistake| mistake.code == code && mistake.place().is_some_and(|place| place.text() == marked));
+    (!right || report.0.len() > 3).then(|| format!("expected {code} at {marked:?}, found\n{report}"))
 }
 
 fn validator() -> Validator {
@@ -483,10 +238,7 @@ fn admits(validator: &Validator, text: &str) -> bool {
 
 /// Every edit of a table with its recipe's name.
 fn all<T>(table: &[(&'static str, &'static [T])]) -> Vec<(&'static str, &'static T)> {
-    table
-        .iter()
-        .flat_map(|(recipe, edits)| edits.iter().map(move |edit| (*recipe, edit)))
-        .collect()
+    table.iter().flat_map(|(recipe, edits)| edits.iter().map(move |edit| (*recipe, edit))).collect()
 }
 
 #[test]
@@ -546,21 +298,9 @@ fn good_recipes_please_the_schema_and_the_decoder() {
 fn doubled_keys_and_unset_variables_are_the_decoders() {
     for ((from, to), code, marked) in [
         (("seed: 0\n", "seed: 0\nseed: 1\n"), DUPLICATE_KEY, "seed"),
-        (
-            ("    epochs: 200\n", "    epochs: ${NOT_SET}\n"),
-            UNSET_VARIABLE,
-            "${NOT_SET}",
-        ),
-        (
-            ("    epochs: 200\n", "    epochs: ${2}\n"),
-            BAD_VARIABLE,
-            "${2}",
-        ),
-        (
-            ("name: maskalign", "extends: nowhere.yaml\nname: maskalign"),
-            UNKNOWN_BASE,
-            "nowhere.yaml",
-        ),
+        (("    epochs: 200\n", "    epochs: ${NOT_SET}\n"), UNSET_VARIABLE, "${NOT_SET}"),
+        (("    epochs: 200\n", "    epochs: ${2}\n"), BAD_VARIABLE, "${2}"),
+        (("name: maskalign", "extends: nowhere.yaml\nname: maskalign"), UNKNOWN_BASE, "nowhere.yaml"),
     ] {
         let wrong = blames(&edited("maskalign_vitb_clip", (from, to)), code, marked);
         assert!(wrong.is_none(), "{to:?}: {}", wrong.unwrap_or_default());

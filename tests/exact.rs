@@ -13,12 +13,7 @@ const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
     let output = sandbox.run(["run", "tiny.yaml", "-q"].iter().chain(arguments));
-    assert_eq!(
-        output.status.code(),
-        Some(0),
-        "{arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -44,25 +39,11 @@ fn a_run_ended_by_steps_goes_on_elsewhere() {
     let sandbox = Sandbox::new(BINARY);
     run(&sandbox, &["--out", "one"]);
     let again = sandbox.run(["run", "tiny.yaml", "--out", "one"]);
-    assert_eq!(
-        again.status.code(),
-        Some(2),
-        "a directory that is not empty"
-    );
-    let other = sandbox.run([
-        "run",
-        "tiny.yaml",
-        "--set",
-        "stages.pretrain.masker.ratio=0.5",
-        "--resume",
-        "one",
-    ]);
+    assert_eq!(again.status.code(), Some(2), "a directory that is not empty");
+    let other = sandbox.run(["run", "tiny.yaml", "--set", "stages.pretrain.masker.ratio=0.5", "--resume", "one"]);
     assert_eq!(other.status.code(), Some(2));
     let err = String::from_utf8_lossy(&other.stderr);
-    assert!(
-        err.contains("stages.pretrain.masker.ratio: 0.75 -> 0.5"),
-        "{err}"
-    );
+    assert!(err.contains("stages.pretrain.masker.ratio: 0.75 -> 0.5"), "{err}");
 }
 
 #[test]
@@ -73,36 +54,18 @@ fn force_deletes_what_a_run_made_and_nothing_else() {
     let dir = sandbox.work().join("run");
     fs::write(dir.join("notes.txt"), "mine").expect("written");
     fs::write(dir.join("checkpoints/pretrain/mine.safetensors"), "mine").expect("written");
-    fs::write(
-        dir.join("checkpoints/pretrain/step-99999999.safetensors"),
-        "a run's, by its name",
-    )
-    .expect("written");
+    fs::write(dir.join("checkpoints/pretrain/step-99999999.safetensors"), "a run's, by its name").expect("written");
     run(&sandbox, &["--out", "run", "--force"]);
-    assert_eq!(
-        fs::read_to_string(dir.join("notes.txt")).expect("kept"),
-        "mine"
-    );
-    assert_eq!(
-        fs::read_to_string(dir.join("checkpoints/pretrain/mine.safetensors")).expect("kept"),
-        "mine"
-    );
-    assert!(
-        !dir.join("checkpoints/pretrain/step-99999999.safetensors")
-            .exists()
-    );
+    assert_eq!(fs::read_to_string(dir.join("notes.txt")).expect("kept"), "mine");
+    assert_eq!(fs::read_to_string(dir.join("checkpoints/pretrain/mine.safetensors")).expect("kept"), "mine");
+    assert!(!dir.join("checkpoints/pretrain/step-99999999.safetensors").exists());
     first.assert_same(&run_record(&dir), "--force");
 
     fs::create_dir(sandbox.work().join("home")).expect("a folder");
     fs::write(sandbox.work().join("home/thesis.tex"), "mine").expect("written");
     let refused = sandbox.run(["run", "tiny.yaml", "--out", "home", "--force"]);
     assert_eq!(refused.status.code(), Some(2), "a folder that no run made");
-    assert_eq!(
-        fs::read_dir(sandbox.work().join("home"))
-            .expect("a folder")
-            .count(),
-        1
-    );
+    assert_eq!(fs::read_dir(sandbox.work().join("home")).expect("a folder").count(), 1);
 }
 
 #[cfg(unix)]
@@ -115,11 +78,7 @@ fn stopped_runs_go_on_exactly() {
     let whole = run_record(&sandbox.work().join("whole"));
     for (name, code) in [("TERM", 143), ("INT", 130)] {
         let child = sandbox
-            .command(
-                ["run", "tiny.yaml", "-q", "--out", name]
-                    .iter()
-                    .chain(&longer),
-            )
+            .command(["run", "tiny.yaml", "-q", "--out", name].iter().chain(&longer))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -130,22 +89,13 @@ fn stopped_runs_go_on_exactly() {
             assert!(Instant::now() < limit, "no step was made");
             sleep(Duration::from_millis(5));
         }
-        let sent = Command::new("kill")
-            .args([format!("-{name}"), child.id().to_string()])
-            .status()
-            .expect("kill");
+        let sent = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status().expect("kill");
         assert!(sent.success());
         let output = child.wait_with_output().expect("it ends");
         let err = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{err}");
-        let done = fs::read_to_string(&metrics)
-            .expect("metrics")
-            .lines()
-            .count();
-        let saved = sandbox
-            .work()
-            .join(name)
-            .join(format!("checkpoints/pretrain/step-{done:08}.safetensors"));
+        let done = fs::read_to_string(&metrics).expect("metrics").lines().count();
+        let saved = sandbox.work().join(name).join(format!("checkpoints/pretrain/step-{done:08}.safetensors"));
         assert!(saved.exists(), "the state after step {done} is saved");
         run(&sandbox, &[&longer[..], &["--resume", name]].concat());
         whole.assert_same(&run_record(&sandbox.work().join(name)), name);

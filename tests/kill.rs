@@ -10,17 +10,10 @@ const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 /// Runs or resumes until a fail point ends the process.
 fn killed_at(sandbox: &Sandbox, arguments: &[&str], place: &str) {
-    let output = sandbox
-        .command(arguments)
-        .env("MASKALIGN_FAIL", place)
-        .output()
-        .expect("it starts");
+    let output = sandbox.command(arguments).env("MASKALIGN_FAIL", place).output().expect("it starts");
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{place} was not reached");
-    assert!(
-        output.status.code().is_none() || cfg!(not(unix)),
-        "{place}: ended by itself\n{err}"
-    );
+    assert!(output.status.code().is_none() || cfg!(not(unix)), "{place}: ended by itself\n{err}");
 }
 
 fn finished(sandbox: &Sandbox, arguments: &[&str], what: &str) {
@@ -37,14 +30,7 @@ fn names(folder: &Path) -> Vec<String> {
         for entry in fs::read_dir(&next).expect("a folder").flatten() {
             match entry.path().is_dir() {
                 true => open.push(entry.path()),
-                false => found.push(
-                    entry
-                        .path()
-                        .strip_prefix(folder)
-                        .expect("inside")
-                        .display()
-                        .to_string(),
-                ),
+                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
             }
         }
     }
@@ -56,14 +42,8 @@ fn places() -> Vec<String> {
     let mut all = Vec::new();
     // How often each kind of file is written: 3 stages; checkpoints of two of them after steps 2, 4, 6 of 8; the
     // manifest at the beginning and at the end.
-    for (what, times) in [
-        ("recipe", 1),
-        ("manifest", 2),
-        ("checkpoint", 4),
-        ("final", 3),
-        ("done", 3),
-        ("summary", 3),
-    ] {
+    for (what, times) in [("recipe", 1), ("manifest", 2), ("checkpoint", 4), ("final", 3), ("done", 3), ("summary", 3)]
+    {
         for moment in ["write", "sync", "rename", "renamed"] {
             all.extend((1..=times).map(|time| format!("{what}.{moment}:{time}")));
         }
@@ -84,32 +64,8 @@ fn a_killed_run_goes_on_exactly() {
     let files = names(&sandbox.work().join("whole"));
     for place in places() {
         let dir = sandbox.work().join("killed");
-        killed_at(
-            &sandbox,
-            &[
-                "run",
-                "tiny.yaml",
-                "--out",
-                "killed",
-                "--threads",
-                "1",
-                "-q",
-            ],
-            &place,
-        );
-        finished(
-            &sandbox,
-            &[
-                "run",
-                "tiny.yaml",
-                "--resume",
-                "killed",
-                "--threads",
-                "1",
-                "-q",
-            ],
-            &place,
-        );
+        killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "--threads", "1", "-q"], &place);
+        finished(&sandbox, &["run", "tiny.yaml", "--resume", "killed", "--threads", "1", "-q"], &place);
         whole.assert_same(&run_record(&dir), &place);
         assert_eq!(names(&dir), files, "{place}: other files are left");
         fs::remove_dir_all(&dir).expect("removed");
@@ -119,16 +75,8 @@ fn a_killed_run_goes_on_exactly() {
 #[test]
 fn a_run_survives_kill_upon_kill() {
     let sandbox = Sandbox::new(BINARY);
-    finished(
-        &sandbox,
-        &["run", "tiny.yaml", "--out", "whole", "-q"],
-        "uninterrupted",
-    );
-    killed_at(
-        &sandbox,
-        &["run", "tiny.yaml", "--out", "killed", "-q"],
-        "metrics.append:4",
-    );
+    finished(&sandbox, &["run", "tiny.yaml", "--out", "whole", "-q"], "uninterrupted");
+    killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "-q"], "metrics.append:4");
     let resume = ["run", "tiny.yaml", "--resume", "killed", "-q"];
     for place in [
         "manifest.rename:1",
@@ -140,12 +88,7 @@ fn a_run_survives_kill_upon_kill() {
     ] {
         killed_at(&sandbox, &resume, place);
     }
-    for place in [
-        "metrics.append:7",
-        "summary.rename:2",
-        "stage.after:1",
-        "manifest.write:2",
-    ] {
+    for place in ["metrics.append:7", "summary.rename:2", "stage.after:1", "manifest.write:2"] {
         killed_at(&sandbox, &resume, place);
     }
     finished(&sandbox, &resume, "the last");

@@ -19,10 +19,7 @@ fn shipped() -> Vec<(String, PathBuf, String)> {
             (name, path, text)
         })
     };
-    let recipes: Vec<_> = files_in(&here().join("../recipes"))
-        .into_iter()
-        .filter_map(recipe)
-        .collect();
+    let recipes: Vec<_> = files_in(&here().join("../recipes")).into_iter().filter_map(recipe).collect();
     assert!(recipes.len() >= 10, "{} recipes", recipes.len());
     recipes
 }
@@ -31,20 +28,10 @@ fn shipped() -> Vec<(String, PathBuf, String)> {
 #[test]
 fn every_recipe_begins_with_the_modeline_what_it_is_and_its_command() {
     for (name, _, text) in shipped() {
-        let comment: Vec<&str> = text
-            .lines()
-            .take_while(|line| line.starts_with('#'))
-            .collect();
+        let comment: Vec<&str> = text.lines().take_while(|line| line.starts_with('#')).collect();
         assert_eq!(comment[0], MODELINE, "{name}");
-        assert!(
-            comment.len() >= 3,
-            "{name} says what it is, then its command"
-        );
-        let command = comment
-            .last()
-            .expect("a line")
-            .trim_start_matches('#')
-            .trim();
+        assert!(comment.len() >= 3, "{name} says what it is, then its command");
+        let command = comment.last().expect("a line").trim_start_matches('#').trim();
         let runs = ["run", "bench"].iter().any(|verb| {
             let begins = format!("maskalign {verb} recipes/{name}.yaml");
             command == begins || command.starts_with(&format!("{begins} "))
@@ -59,15 +46,8 @@ fn every_recipe_begins_with_the_modeline_what_it_is_and_its_command() {
 fn the_binary_holds_every_recipe_and_nothing_else() {
     let embedded: Vec<(&str, &str)> = embedded::RECIPES.to_vec();
     let shipped = shipped();
-    let files: Vec<(&str, &str)> = shipped
-        .iter()
-        .map(|(name, _, text)| (name.as_str(), text.as_str()))
-        .collect();
-    let names = |list: &[(&str, &str)]| {
-        list.iter()
-            .map(|(name, _)| name.to_string())
-            .collect::<Vec<_>>()
-    };
+    let files: Vec<(&str, &str)> = shipped.iter().map(|(name, _, text)| (name.as_str(), text.as_str())).collect();
+    let names = |list: &[(&str, &str)]| list.iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>();
     assert_eq!(names(&embedded), names(&files));
     assert!(embedded == files, "the same text");
 }
@@ -80,10 +60,8 @@ fn every_recipe_satisfies_the_committed_schema() {
     let validator = jsonschema::draft7::new(&schema).expect("draft-07");
     for (name, _, text) in shipped() {
         let recipe: Value = serde_yaml::from_str(&text).expect("YAML");
-        let wrong: Vec<String> = validator
-            .iter_errors(&recipe)
-            .map(|error| format!("{}: {error}", error.instance_path()))
-            .collect();
+        let wrong: Vec<String> =
+            validator.iter_errors(&recipe).map(|error| format!("{}: {error}", error.instance_path())).collect();
         assert!(wrong.is_empty(), "{name}: {}", wrong.join("\n"));
     }
 }
@@ -93,9 +71,7 @@ fn every_recipe_satisfies_the_committed_schema() {
 fn every_recipe_validates_without_an_environment() {
     let sandbox = Sandbox::new(BINARY);
     let shipped = shipped();
-    let files = shipped
-        .iter()
-        .map(|(_, path, _)| path.to_str().expect("UTF-8"));
+    let files = shipped.iter().map(|(_, path, _)| path.to_str().expect("UTF-8"));
     let names = shipped.iter().map(|(name, _, _)| name.as_str());
     let arguments = ["validate", "--no-environment"].into_iter();
     let output = sandbox
@@ -106,9 +82,5 @@ fn every_recipe_validates_without_an_environment() {
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{err}");
-    assert_eq!(
-        out.matches("no mistakes").count(),
-        2 * shipped.len(),
-        "{out}"
-    );
+    assert_eq!(out.matches("no mistakes").count(), 2 * shipped.len(), "{out}");
 }

@@ -24,10 +24,7 @@ fn registry() -> &'static Registry {
 
 /// Text as a cell of a table.
 fn cell(text: &str) -> String {
-    text.split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
-        .replace('|', "\\|")
+    text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|")
 }
 
 /// Whether a definition of the schema is a mapping or a set of words that components share.
@@ -125,14 +122,8 @@ fn takes(schema: &Value) -> String {
         return cell(words);
     }
     let choices = schema["anyOf"].as_array().into_iter().flatten();
-    if let Some(words) = choices
-        .filter_map(|choice| choice["enum"].as_array())
-        .next()
-    {
-        let words: Vec<String> = words
-            .iter()
-            .map(|word| format!("`{}`", word.as_str().unwrap_or_default()))
-            .collect();
+    if let Some(words) = choices.filter_map(|choice| choice["enum"].as_array()).next() {
+        let words: Vec<String> = words.iter().map(|word| format!("`{}`", word.as_str().unwrap_or_default())).collect();
         return words.join(", ");
     }
     let types = match &schema["type"] {
@@ -157,11 +148,7 @@ fn takes(schema: &Value) -> String {
 }
 
 fn shared(out: &mut String, name: &str, schema: &Value) {
-    let _ = write!(
-        out,
-        "\n### {name}\n\n{}\n",
-        schema["description"].as_str().unwrap_or_default()
-    );
+    let _ = write!(out, "\n### {name}\n\n{}\n", schema["description"].as_str().unwrap_or_default());
     if let Some(properties) = schema["properties"].as_object() {
         let required = schema["required"].as_array().into_iter().flatten();
         let required: Vec<&str> = required.filter_map(Value::as_str).collect();
@@ -182,15 +169,8 @@ fn shared(out: &mut String, name: &str, schema: &Value) {
         };
         let _ = write!(out, "\n| word | meaning |\n|---|---|\n");
         for (index, word) in words.iter().enumerate() {
-            let meaning = choice["markdownEnumDescriptions"][index]
-                .as_str()
-                .unwrap_or_default();
-            let _ = writeln!(
-                out,
-                "| `{}` | {} |",
-                word.as_str().unwrap_or_default(),
-                cell(meaning)
-            );
+            let meaning = choice["markdownEnumDescriptions"][index].as_str().unwrap_or_default();
+            let _ = writeln!(out, "| `{}` | {} |", word.as_str().unwrap_or_default(), cell(meaning));
         }
     }
 }
@@ -217,9 +197,7 @@ fn reference() -> String {
             component(&mut out, registry, entry, &schema);
         }
     }
-    out.push_str(
-        "\n## shared mappings and words\n\nWhat the options of several components take.\n",
-    );
+    out.push_str("\n## shared mappings and words\n\nWhat the options of several components take.\n");
     let definitions = schema["definitions"].as_object().expect("definitions");
     for (name, definition) in definitions.iter().filter(|(name, _)| is_shared(name)) {
         shared(&mut out, name, definition);
@@ -243,12 +221,7 @@ fn every_example_is_a_component_of_its_kind() {
         let checked = checked.unwrap_or_else(|report| panic!("{}: {report}", entry.address()));
         assert_eq!(checked["type"], entry.name, "{}", entry.address());
         for option in registry.options(entry) {
-            assert!(
-                !option.description.is_empty(),
-                "{}: {}",
-                entry.address(),
-                option.name
-            );
+            assert!(!option.description.is_empty(), "{}: {}", entry.address(), option.name);
         }
         seen += 1;
     }
@@ -262,13 +235,7 @@ fn every_link_of_the_reference_has_its_heading() {
     let anchors: Vec<String> = page
         .lines()
         .filter_map(|line| line.strip_prefix('#'))
-        .map(|line| {
-            line.trim_start_matches('#')
-                .trim()
-                .to_lowercase()
-                .replace(' ', "-")
-                .replace('.', "")
-        })
+        .map(|line| line.trim_start_matches('#').trim().to_lowercase().replace(' ', "-").replace('.', ""))
         .collect();
     for link in page.split("](#").skip(1) {
         let target = link.split(')').next().expect("a target");

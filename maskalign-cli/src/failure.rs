@@ -13,11 +13,7 @@ pub(crate) enum Failure {
     /// Mistakes in a recipe, each at its place. Exit code 2.
     Recipe(Report),
     /// One line, the ways out, and the exit code.
-    Message {
-        message: String,
-        help: Vec<String>,
-        code: u8,
-    },
+    Message { message: String, help: Vec<String>, code: u8 },
     /// All is told already.
     Told(u8),
     /// Nobody reads the results any more: no failure.
@@ -27,20 +23,12 @@ pub(crate) enum Failure {
 impl Failure {
     /// The user can put it right: exit code 2.
     pub fn mistake(message: impl Into<String>) -> Failure {
-        Failure::Message {
-            message: message.into(),
-            help: Vec::new(),
-            code: 2,
-        }
+        Failure::Message { message: message.into(), help: Vec::new(), code: 2 }
     }
 
     /// Something failed: exit code 1.
     pub fn failed(message: impl Into<String>) -> Failure {
-        Failure::Message {
-            message: message.into(),
-            help: Vec::new(),
-            code: 1,
-        }
+        Failure::Message { message: message.into(), help: Vec::new(), code: 1 }
     }
 
     /// Adds a way out.
@@ -67,18 +55,10 @@ impl Failure {
                 output::complain(&render::report(&report));
                 ExitCode::from(2)
             }
-            Failure::Message {
-                message,
-                help,
-                code,
-            } => {
+            Failure::Message { message, help, code } => {
                 let mut text = format!("{}: {message}\n", render::paint(render::ERROR, "error"));
                 for line in help {
-                    let _ = writeln!(
-                        text,
-                        "  {} {line}",
-                        render::paint(render::GUTTER, "= help:")
-                    );
+                    let _ = writeln!(text, "  {} {line}", render::paint(render::GUTTER, "= help:"));
                 }
                 output::complain(&text);
                 ExitCode::from(code)
@@ -96,11 +76,7 @@ impl From<Error> for Failure {
             error if error.is_users() => 2,
             _ => 1,
         };
-        Failure::Message {
-            message: error.to_string(),
-            help: Vec::new(),
-            code,
-        }
+        Failure::Message { message: error.to_string(), help: Vec::new(), code }
     }
 }
 

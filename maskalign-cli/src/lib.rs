@@ -81,20 +81,10 @@ fn run(arguments: &[OsString]) -> Result<(), Failure> {
         }
     };
     let screen = Screen::default();
-    let _trace = logging::start(
-        &cli.verbosity,
-        cli.verb.log_level(),
-        cli.verb.trace(),
-        &screen,
-    )?;
+    let _trace = logging::start(&cli.verbosity, cli.verb.log_level(), cli.verb.trace(), &screen)?;
     let registry = Registry::global().map_err(|error| Failure::mistake(error.to_string()))?;
     check_versions(registry)?;
-    cli.verb.run(&Session {
-        registry,
-        verbosity: &cli.verbosity,
-        screen,
-        arguments,
-    })
+    cli.verb.run(&Session { registry, verbosity: &cli.verbosity, screen, arguments })
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
@@ -138,12 +128,7 @@ mod tests {
         for verb in Cli::command().get_subcommands() {
             assert!(verb.get_about().is_some(), "{}", verb.get_name());
             for argument in verb.get_arguments() {
-                assert!(
-                    argument.get_help().is_some(),
-                    "{} {}",
-                    verb.get_name(),
-                    argument.get_id()
-                );
+                assert!(argument.get_help().is_some(), "{} {}", verb.get_name(), argument.get_id());
             }
         }
     }

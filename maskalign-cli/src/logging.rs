@@ -21,13 +21,7 @@ use crate::{failure::Failure, output, progress::Screen};
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Verbosity {
     /// No progress, and no logs but warnings and errors
-    #[arg(
-        short,
-        long,
-        global = true,
-        conflicts_with = "verbose",
-        help_heading = "Logging"
-    )]
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Logging")]
     pub quiet: bool,
     /// More logs: -v for details, -vv for everything; `RUST_LOG` chooses by module
     #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Logging")]
@@ -35,9 +29,7 @@ pub(crate) struct Verbosity {
 }
 
 /// What must live as long as the trace is written.
-pub(crate) struct Trace(
-    #[expect(dead_code, reason = "flushes the trace when dropped")] Option<FlushGuard>,
-);
+pub(crate) struct Trace(#[expect(dead_code, reason = "flushes the trace when dropped")] Option<FlushGuard>);
 
 /// Sends logs to stderr and spans to the trace file, where there is to be one. `usual` is the level without any flag.
 ///
@@ -61,16 +53,10 @@ pub(crate) fn start(
     let (spans, guard) = match trace {
         None => (None, None),
         Some(path) => {
-            let file = File::create(path).map_err(|error| {
-                Failure::mistake(format!(
-                    "cannot write the trace {}: {error}",
-                    path.display()
-                ))
-            })?;
-            let (layer, guard) = ChromeLayerBuilder::new()
-                .writer(TraceFile::Open(BufWriter::new(file)))
-                .include_args(true)
-                .build();
+            let file = File::create(path)
+                .map_err(|error| Failure::mistake(format!("cannot write the trace {}: {error}", path.display())))?;
+            let (layer, guard) =
+                ChromeLayerBuilder::new().writer(TraceFile::Open(BufWriter::new(file))).include_args(true).build();
             // Dependencies trace too, but not what takes the time.
             let ours = Targets::new().with_target("maskalign", LevelFilter::TRACE);
             (Some(layer.with_filter(ours)), Some(guard))
@@ -88,10 +74,8 @@ fn filter(verbosity: &Verbosity, usual: LevelFilter) -> Result<EnvFilter, Failur
         _ => LevelFilter::TRACE,
     };
     match std::env::var(EnvFilter::DEFAULT_ENV) {
-        Ok(directives) if !directives.is_empty() && level == usual => {
-            EnvFilter::try_new(&directives)
-                .map_err(|error| Failure::mistake(format!("RUST_LOG is `{directives}`: {error}")))
-        }
+        Ok(directives) if !directives.is_empty() && level == usual => EnvFilter::try_new(&directives)
+            .map_err(|error| Failure::mistake(format!("RUST_LOG is `{directives}`: {error}"))),
         _ => Ok(EnvFilter::default().add_directive(level.into())),
     }
 }
@@ -103,11 +87,7 @@ enum TraceFile {
 }
 
 impl TraceFile {
-    fn attempt<T>(
-        &mut self,
-        otherwise: T,
-        write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
-    ) -> io::Result<T> {
+    fn attempt<T>(&mut self, otherwise: T, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>) -> io::Result<T> {
         let TraceFile::Open(file) = self else {
             return Ok(otherwise);
         };

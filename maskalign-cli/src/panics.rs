@@ -22,10 +22,7 @@ pub(crate) fn install() {
         let literal = payload.downcast_ref::<&str>().copied();
         let message = literal.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
         let message = message.unwrap_or("no message").replace('\n', " ");
-        let place = info
-            .location()
-            .map(|at| format!(" at {}:{}", at.file(), at.line()))
-            .unwrap_or_default();
+        let place = info.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
         output::complain(&format!(
             "this is a bug in maskalign: {message}{place} (version {}); please report it with the command and the recipe at {}/issues\n",
             env!("CARGO_PKG_VERSION"),

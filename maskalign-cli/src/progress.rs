@@ -74,11 +74,7 @@ struct Meter {
 
 impl Meter {
     fn new(report: &StepReport) -> Meter {
-        Meter {
-            since: Instant::now(),
-            first_step: report.step,
-            seconds_per_image: 1.0 / report.images_per_s,
-        }
+        Meter { since: Instant::now(), first_step: report.step, seconds_per_image: 1.0 / report.images_per_s }
     }
 
     fn update(&mut self, report: &StepReport) {
@@ -89,8 +85,7 @@ impl Meter {
     fn left(&self, report: &StepReport) -> Option<f64> {
         let done = report.step - self.first_step;
         let remaining = report.steps.saturating_sub(report.step + 1);
-        (done > 0 && remaining > 0)
-            .then(|| self.since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
+        (done > 0 && remaining > 0).then(|| self.since.elapsed().as_secs_f64() / done as f64 * remaining as f64)
     }
 }
 
@@ -133,18 +128,13 @@ impl Reporter {
             return;
         }
         // The template is fixed and valid; the style that stands in for it shows the same numbers.
-        let style =
-            ProgressStyle::with_template("{prefix:.bold} {wide_bar:.cyan/blue} {pos}/{len} {msg}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style = ProgressStyle::with_template("{prefix:.bold} {wide_bar:.cyan/blue} {pos}/{len} {msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
         let prefix = match counting {
             "" => self.stage.clone(),
             counting => format!("{} {counting}", self.stage),
         };
-        self.bar = self.screen.0.add(
-            ProgressBar::new(length)
-                .with_style(style)
-                .with_prefix(prefix),
-        );
+        self.bar = self.screen.0.add(ProgressBar::new(length).with_style(style).with_prefix(prefix));
     }
 }
 
@@ -164,10 +154,7 @@ impl Progress for Reporter {
             parts.push(format!("{seen} of {all} tokens"));
         }
         if plan.trainable > 0 {
-            parts.push(format!(
-                "{} parameters to train",
-                count(plan.trainable as u64)
-            ));
+            parts.push(format!("{} parameters to train", count(plan.trainable as u64)));
         }
         if let Some(steps) = plan.steps {
             parts.push(format!("{} steps", count(steps)));
@@ -183,25 +170,15 @@ impl Progress for Reporter {
                 meter
             }
         };
-        let left = meter
-            .left(report)
-            .map(|seconds| format!(", {} left", clock(seconds)))
-            .unwrap_or_default();
-        let mut numbers = format!(
-            "loss {:.4}, {:.0} images/s{left}",
-            report.loss,
-            1.0 / meter.seconds_per_image
-        );
+        let left = meter.left(report).map(|seconds| format!(", {} left", clock(seconds))).unwrap_or_default();
+        let mut numbers = format!("loss {:.4}, {:.0} images/s{left}", report.loss, 1.0 / meter.seconds_per_image);
         if report.skipped > 0 {
             let _ = write!(numbers, ", {} images skipped", report.skipped);
         }
         match self.style {
             Style::Quiet => {}
             Style::Bars => {
-                if self.bar.is_finished()
-                    || self.bar.length() != Some(report.steps)
-                    || !self.counting.is_empty()
-                {
+                if self.bar.is_finished() || self.bar.length() != Some(report.steps) || !self.counting.is_empty() {
                     self.start_bar(report.steps, "");
                 }
                 self.bar.set_position(report.step + 1);
@@ -209,19 +186,9 @@ impl Progress for Reporter {
             }
             Style::Lines => {
                 if self.line_is_due(left.is_empty()) {
-                    let StepReport {
-                        step,
-                        steps,
-                        epoch,
-                        lr,
-                        ..
-                    } = report;
-                    let at = format!(
-                        "step {} of {steps}, epoch {epoch:.2}, lr {lr:.2e}",
-                        step + 1
-                    );
-                    self.screen
-                        .line(&format!("{}: {at}, {numbers}", self.stage));
+                    let StepReport { step, steps, epoch, lr, .. } = report;
+                    let at = format!("step {} of {steps}, epoch {epoch:.2}, lr {lr:.2e}", step + 1);
+                    self.screen.line(&format!("{}: {at}, {numbers}", self.stage));
                 }
             }
         }
@@ -231,8 +198,7 @@ impl Progress for Reporter {
         match self.style {
             Style::Quiet => {}
             Style::Bars => {
-                if self.bar.is_finished() || self.bar.length() != Some(all) || self.counting != what
-                {
+                if self.bar.is_finished() || self.bar.length() != Some(all) || self.counting != what {
                     self.start_bar(all, what);
                 }
                 self.bar.set_position(done);
@@ -242,12 +208,7 @@ impl Progress for Reporter {
             }
             Style::Lines => {
                 if self.line_is_due(false) {
-                    self.screen.line(&format!(
-                        "{}: {what} {} of {}",
-                        self.stage,
-                        count(done),
-                        count(all)
-                    ));
+                    self.screen.line(&format!("{}: {what} {} of {}", self.stage, count(done), count(all)));
                 }
             }
         }
@@ -276,11 +237,7 @@ fn sentence(result: &Value) -> String {
                     open.push(([path.as_slice(), &[key.as_str()]].concat(), value));
                 }
             }
-            value => parts.push(format!(
-                "{} {}",
-                path.join(" "),
-                number(&path.join("."), value)
-            )),
+            value => parts.push(format!("{} {}", path.join(" "), number(&path.join("."), value))),
         }
     }
     parts.join(", ")
@@ -308,13 +265,7 @@ mod tests {
 
     #[test]
     fn a_result_is_a_sentence() {
-        assert_eq!(
-            sentence(&json!({ "student": { "accuracy": 0.8312 } })),
-            "student accuracy 83.1 %"
-        );
-        assert_eq!(
-            sentence(&json!({ "epoch": 2, "accuracy": 0.5 })),
-            "epoch 2, accuracy 50.0 %"
-        );
+        assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
+        assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
     }
 }

@@ -12,10 +12,7 @@ pub(crate) struct Embedded;
 
 impl RecipeSource for Embedded {
     fn builtin(&self, name: &str) -> Option<&str> {
-        embedded::RECIPES
-            .iter()
-            .find(|(known, _)| *known == name)
-            .map(|(_, text)| *text)
+        embedded::RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
     }
 
     fn names(&self) -> Vec<&str> {
@@ -46,14 +43,8 @@ pub(crate) fn load(registry: &Registry, recipe: &Path, sets: &[String]) -> Resul
 ///
 /// # Errors
 /// As there.
-pub(crate) fn load_anywhere(
-    registry: &Registry,
-    recipe: &Path,
-    sets: &[String],
-) -> Result<Loaded, Report> {
-    load_with(registry, recipe, sets, &|name| {
-        Some(std::env::var(name).unwrap_or_else(|_| format!("${name}")))
-    })
+pub(crate) fn load_anywhere(registry: &Registry, recipe: &Path, sets: &[String]) -> Result<Loaded, Report> {
+    load_with(registry, recipe, sets, &|name| Some(std::env::var(name).unwrap_or_else(|_| format!("${name}"))))
 }
 
 /// As [`load`], in a given environment.
@@ -66,12 +57,7 @@ fn load_with(
     sets: &[String],
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Loaded, Report> {
-    let request = LoadRequest {
-        input: Input::Path(recipe.to_owned()),
-        sets,
-        env,
-        builtins: &Embedded,
-    };
+    let request = LoadRequest { input: Input::Path(recipe.to_owned()), sets, env, builtins: &Embedded };
     Recipe::load(&request, registry)
 }
 

@@ -69,9 +69,7 @@ fn head(line: &str, diagnostic: &Diagnostic, severity: Style) -> String {
 
 /// A source line, the marks under it, a second place or a help.
 fn body(line: &str, severity: Style) -> String {
-    let margin = line
-        .find(|c: char| !c.is_ascii_digit() && c != ' ')
-        .unwrap_or(line.len());
+    let margin = line.find(|c: char| !c.is_ascii_digit() && c != ' ').unwrap_or(line.len());
     let (gutter, rest) = line.split_at(margin);
     if let Some(help) = rest.strip_prefix("= help:") {
         return format!("{gutter}{}{help}", paint(GUTTER, "= help:"));
@@ -108,20 +106,14 @@ mod tests {
     fn colours_change_no_character() {
         let text = "name: x\nratio: 0.5\nratio: 0.6\n";
         let source = Arc::new(Source::new("r.yaml", text, SourceKind::File));
-        let place = |span| Place {
-            source: Arc::clone(&source),
-            span,
-        };
+        let place = |span| Place { source: Arc::clone(&source), span };
         let found = Report(vec![
             Diagnostic::error("duplicate-key", "`ratio` is given twice", place(19..24))
                 .label(place(8..13), "first here")
                 .help("remove one"),
         ]);
         let coloured = report(&found);
-        assert_eq!(
-            anstream::adapter::strip_str(&coloured).to_string(),
-            found.render()
-        );
+        assert_eq!(anstream::adapter::strip_str(&coloured).to_string(), found.render());
         let red = ERROR.render().to_string();
         assert!(coloured.contains(&format!("{red} ^^^^^")), "{coloured:?}");
         assert_ne!(coloured, found.render());

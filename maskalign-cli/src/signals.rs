@@ -6,9 +6,7 @@ use crate::output;
 
 fn first(stop: &StopFlag, why: Stop, name: &str) {
     stop.request(why);
-    output::complain(&format!(
-        "{name}: ending after this step with the state saved; once more ends at once\n"
-    ));
+    output::complain(&format!("{name}: ending after this step with the state saved; once more ends at once\n"));
 }
 
 /// Raises `stop` when a signal asks this process to end.
@@ -35,10 +33,7 @@ pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
             }
         }
     };
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(watcher)
-        .map(drop)
+    std::thread::Builder::new().name("signals".into()).spawn(watcher).map(drop)
 }
 
 /// Raises `stop` when a signal asks this process to end.

@@ -88,7 +88,12 @@ pub fn bench<D: Dev>(cx: &Context<D>, recipe: &Recipe, options: BenchOptions) ->
 ///
 /// # Errors
 /// As there.
-pub fn bench_on<D: Dev>(cx: &Context<D>, recipe: &Recipe, options: BenchOptions, source: Source) -> Result<BenchReport> {
+pub fn bench_on<D: Dev>(
+    cx: &Context<D>,
+    recipe: &Recipe,
+    options: BenchOptions,
+    source: Source,
+) -> Result<BenchReport> {
     let (name, stage, slot) = pretrain_of(recipe, options.batch)?;
     let size = stage.data().size(false).map_err(|r| located(r.under("data"), name))?;
     let students = BTreeMap::new();
@@ -204,16 +209,24 @@ fn time_training<D: Dev, T: Task<D>>(
         let started = Instant::now();
         let (loss, _, _, phases) = trainer.step(cx, task, 1, &mut || Ok(next.take().expect("one micro-batch")))?;
         timer.losses.push(loss);
+        let forward = task.take_times();
         // The first step warms up.
         if step > 0 {
             timer.steps.push(started.elapsed().as_secs_f64());
-            timer.add(phases, task.take_times(), data);
+            timer.add(phases, forward, data);
         }
     }
     Ok(timer.report(cx, batch, gflop))
 }
 
-fn time_features<D: Dev>(cx: &Context<D>, options: BenchOptions, batch: usize, student: &dyn Student<D>, gflop: f64, source: Source) -> Result<BenchReport> {
+fn time_features<D: Dev>(
+    cx: &Context<D>,
+    options: BenchOptions,
+    batch: usize,
+    student: &dyn Student<D>,
+    gflop: f64,
+    source: Source,
+) -> Result<BenchReport> {
     let mut timer = Timer::default();
     for step in 0..=options.steps {
         let images = source(step)?.images;
@@ -224,7 +237,11 @@ fn time_features<D: Dev>(cx: &Context<D>, options: BenchOptions, batch: usize, s
         timer.losses.push(x.as_vec()[0]);
         if step > 0 {
             timer.steps.push(started.elapsed().as_secs_f64());
-            timer.add(Phases { forward: started.elapsed().as_secs_f64(), ..Phases::default() }, ForwardTimes::default(), 0.0);
+            timer.add(
+                Phases { forward: started.elapsed().as_secs_f64(), ..Phases::default() },
+                ForwardTimes::default(),
+                0.0,
+            );
         }
     }
     Ok(timer.report(cx, batch, gflop))

@@ -70,8 +70,7 @@ pub fn check_all(package: Option<&str>) -> Result<(), Vec<String>> {
         let package = package.unwrap_or("any crate");
         return Err(vec![format!("{package} registers no component: is it linked in (`use my_plugin as _;`)?")]);
     }
-    let faults: Vec<String> =
-        chosen.iter().filter_map(|entry| check(entry.kind, entry.name).err()).flatten().collect();
+    let faults: Vec<String> = chosen.iter().filter_map(|entry| check(entry.kind, entry.name).err()).flatten().collect();
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
 
@@ -159,7 +158,9 @@ fn matrix(rows: usize, columns: usize, values: Vec<f32>) -> Matrix<Cpu> {
 
 /// Largest difference over the largest magnitude of either.
 fn relative_difference(a: &[f32], b: &[f32]) -> f64 {
-    let largest = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, |m: f64, v| if v.is_nan() { f64::INFINITY } else { m.max(v) });
+    let largest = |values: &mut dyn Iterator<Item = f64>| {
+        values.fold(0.0, |m: f64, v| if v.is_nan() { f64::INFINITY } else { m.max(v) })
+    };
     let difference = largest(&mut a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs()));
     let scale = largest(&mut a.iter().chain(b).map(|v| f64::from(*v).abs()));
     if difference == 0.0 { 0.0 } else { difference / scale.max(1e-6) }

@@ -163,17 +163,14 @@ fn open_cuda(ordinal: usize) -> Result<dfdx::prelude::Cuda> {
     use dfdx::prelude::*;
     let attempt = std::panic::catch_unwind(|| {
         let device = Cuda::try_build(ordinal, 0).map_err(|e| e.to_string())?;
-        let x: Tensor<(usize,), f32, Cuda> = device
-            .try_tensor_from_vec(vec![1.0, 2.0], (2,))
-            .map_err(|e| e.to_string())?;
+        let x: Tensor<(usize,), f32, Cuda> =
+            device.try_tensor_from_vec(vec![1.0, 2.0], (2,)).map_err(|e| e.to_string())?;
         x.try_square().map_err(|e| e.to_string())?;
         Ok::<_, String>(device)
     });
     match attempt {
         Ok(Ok(device)) => Ok(device),
         Ok(Err(error)) => Err(Error::Device(format!("cuda:{ordinal} does not answer: {error}"))),
-        Err(_) => Err(Error::Device(format!(
-            "cuda:{ordinal} does not answer: is the NVIDIA driver installed?"
-        ))),
+        Err(_) => Err(Error::Device(format!("cuda:{ordinal} does not answer: is the NVIDIA driver installed?"))),
     }
 }

@@ -16,6 +16,11 @@ pub const RECIPES: &[(&str, &str)] = &[
     ("umt_image_vitb", include_str!("../../recipes/umt_image_vitb.yaml")),
 ];
 
+/// Whether there are embedded weights of that name.
+pub fn has_weights(name: &str) -> bool {
+    WEIGHTS.iter().any(|(known, _)| *known == name)
+}
+
 /// Small weights that recipes name as `embedded://NAME`.
 pub fn weights(name: &str) -> Option<TensorMap> {
     let (_, bytes) = WEIGHTS.iter().find(|(known, _)| *known == name)?;
@@ -27,4 +32,4 @@ pub fn weights(name: &str) -> Option<TensorMap> {
     Some(file.tensors().into_iter().map(|(name, view)| (name, tensor(view))).collect())
 }
 
-const WEIGHTS: &[(&str, &[u8])] = &[];
+const WEIGHTS: &[(&str, &[u8])] = &[("quickstart_teacher", include_bytes!("../data/quickstart_teacher.safetensors"))];

@@ -39,9 +39,7 @@ pub enum Error {
     #[error("{0}")]
     Usage(String),
     /// The loss is NaN or infinite.
-    #[error(
-        "the loss is {loss} at step {step} (learning rate {lr:.3e}); {advice}"
-    )]
+    #[error("the loss is {loss} at step {step} (learning rate {lr:.3e}); {advice}")]
     NonFinite {
         /// The loss as computed.
         loss: f32,

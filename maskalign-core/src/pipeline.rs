@@ -98,7 +98,13 @@ pub struct RunOptions<'a> {
 ///
 /// # Errors
 /// Whatever ends a run early.
-pub fn run<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDir, options: RunOptions) -> Result<serde_json::Map<String, serde_json::Value>> {
+pub fn run<D: Dev>(
+    cx: &Context<D>,
+    recipe: &Recipe,
+    plans: &Plans,
+    dir: &RunDir,
+    options: RunOptions,
+) -> Result<serde_json::Map<String, serde_json::Value>> {
     let mut manifest = manifest(cx, recipe, plans, dir, &options)?;
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
@@ -193,11 +199,16 @@ fn weight_files(resolved: &str) -> Vec<PathBuf> {
     files
 }
 
-fn manifest<D: Dev>(cx: &Context<D>, recipe: &Recipe, plans: &Plans, dir: &RunDir, options: &RunOptions) -> Result<Manifest> {
+fn manifest<D: Dev>(
+    cx: &Context<D>,
+    recipe: &Recipe,
+    plans: &Plans,
+    dir: &RunDir,
+    options: &RunOptions,
+) -> Result<Manifest> {
     let now = rfc3339(SystemTime::now());
     let earlier = dir.read_manifest()?;
-    let mut files: Vec<PathBuf> = plans.iter().flat_map(|(_, plan)| plan.files.clone()).collect();
-    files.extend(weight_files(options.resolved));
+    let mut files = weight_files(options.resolved);
     files.sort();
     files.dedup();
     let data = plans.iter().flat_map(|(_, plan)| &plan.data);

@@ -53,10 +53,8 @@ impl<K: Component> Build<K> for Slot<K> {
         let entry = registry
             .get(K::KIND, &self.name)
             .ok_or_else(|| Refusal::new("type", format!("no {} is named `{}`", K::KIND, self.name)))?;
-        let constructors: &Constructors<K> = entry
-            .vtable
-            .downcast_ref()
-            .expect("register! pairs every kind with its own constructors");
+        let constructors: &Constructors<K> =
+            entry.vtable.downcast_ref().expect("register! pairs every kind with its own constructors");
         D::pick(constructors)(self.options_value())
     }
 }

@@ -95,16 +95,11 @@ mod tests {
 
     #[test]
     fn every_part_of_the_key_counts() {
-        let first =
-            |seed, purpose, epoch, sample| Stream::new(seed, purpose, epoch, sample).next_u64();
+        let first = |seed, purpose, epoch, sample| Stream::new(seed, purpose, epoch, sample).next_u64();
         let base = first(1, "mask", 2, 3);
         assert_eq!(base, first(1, "mask", 2, 3));
-        for other in [
-            first(0, "mask", 2, 3),
-            first(1, "augment", 2, 3),
-            first(1, "mask", 3, 3),
-            first(1, "mask", 2, 2),
-        ] {
+        for other in [first(0, "mask", 2, 3), first(1, "augment", 2, 3), first(1, "mask", 3, 3), first(1, "mask", 2, 2)]
+        {
             assert_ne!(base, other);
         }
     }
@@ -126,10 +121,7 @@ mod tests {
         for _ in 0..70_000 {
             counts[stream.below(7)] += 1;
         }
-        assert!(
-            counts.iter().all(|&count| count.abs_diff(10_000) < 400),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|&count| count.abs_diff(10_000) < 400), "{counts:?}");
         assert_eq!(stream.below(1), 0);
         assert_eq!(stream.below(0), 0);
     }
@@ -148,9 +140,6 @@ mod tests {
         let draws: Vec<f64> = (0..100_000).map(|_| stream.normal()).collect();
         let mean = draws.iter().sum::<f64>() / draws.len() as f64;
         let variance = draws.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / draws.len() as f64;
-        assert!(
-            mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02,
-            "{mean} {variance}"
-        );
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "{mean} {variance}");
     }
 }

@@ -63,10 +63,7 @@ impl<D: Device<E>, E: Dtype> Recorder<D, E> {
     }
 
     /// Records the backward pass of an operator that ran outside dfdx; does nothing in inference.
-    pub fn record(
-        &mut self,
-        f: impl FnOnce(&mut Gradients<E, D>) -> Result<(), D::Err> + 'static,
-    ) {
+    pub fn record(&mut self, f: impl FnOnce(&mut Gradients<E, D>) -> Result<(), D::Err> + 'static) {
         if self.recording {
             self.tape.add_backward_op(f);
         }
@@ -127,8 +124,7 @@ impl<D: Dev> Recorder<D> {
             let x_ghost = x.ghost();
             let elements = y.shape().0 * y.shape().1;
             let (product, tape) = y.put_tape(inner.tape).try_mul(dy)?.split_tape();
-            let sum: Taped<(), D> =
-                product.put_tape(tape).try_reshape_like(&(elements,))?.try_sum::<(), Axis<0>>()?;
+            let sum: Taped<(), D> = product.put_tape(tape).try_reshape_like(&(elements,))?.try_sum::<(), Axis<0>>()?;
             let (sum, mut tape) = sum.split_tape();
             // Recorded last, so it runs first: the inner pass accumulates into the outer buffers.
             tape.add_backward_op(move |inner| {

@@ -289,7 +289,10 @@ impl Case {
                 for (key, expected) in self.expected.iter().filter(|(key, _)| key.starts_with(prefix)) {
                     let block: usize = key[prefix.len()..].parse().unwrap_or(usize::MAX);
                     // Blocks that the loss does not need do not run.
-                    if block < model.student.shape().arch.depth && kind == "student hidden" && !states.contains_key(&block) {
+                    if block < model.student.shape().arch.depth
+                        && kind == "student hidden"
+                        && !states.contains_key(&block)
+                    {
                         continue;
                     }
                     compared.add(kind, key, states.get(&block).map_or(&[], Vec::as_slice), &expected.data);
@@ -344,7 +347,13 @@ impl Case {
     }
 
     /// Compares tensors of one prefix; one that only one side has is an infinite error.
-    fn compare_by_name(&self, compared: &mut Compared, kind: &'static str, prefix: &str, ours: &BTreeMap<String, Vec<f32>>) {
+    fn compare_by_name(
+        &self,
+        compared: &mut Compared,
+        kind: &'static str,
+        prefix: &str,
+        ours: &BTreeMap<String, Vec<f32>>,
+    ) {
         let recorded = |name: &String| self.expected.get(&format!("{prefix}{name}"));
         for (name, values) in ours {
             let expected = recorded(name).map_or(&[][..], |t: &HostTensor| &t.data);

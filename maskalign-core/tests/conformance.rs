@@ -26,7 +26,10 @@ fn every_head_and_fusion_of_the_dynamic_alignment_conforms() {
 #[test]
 fn every_attention_of_the_decoder_conforms() {
     for attention in ["full", "masked_queries"] {
-        passes(check_as(Kind::Aligner, &format!("{{ type: decoder, dim: 8, depth: 2, heads: 2, attention: {attention} }}")));
+        passes(check_as(
+            Kind::Aligner,
+            &format!("{{ type: decoder, dim: 8, depth: 2, heads: 2, attention: {attention} }}"),
+        ));
     }
 }
 
@@ -40,7 +43,7 @@ fn losses_conform_at_other_options() {
 #[test]
 fn a_dataset_of_files_conforms() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/images");
-    passes(check_as(Kind::Dataset, &format!("{{ type: image_folder, path: {folder:?} }}")));
+    passes(check_as(Kind::Dataset, &format!("{{ type: image_folder, root: {folder:?} }}")));
 }
 
 #[test]

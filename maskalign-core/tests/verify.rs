@@ -52,7 +52,15 @@ fn every_recorded_quantity_agrees_within_1e_4() {
             let report = replay(&cx, &path, &[]);
             let name = path.file_stem().unwrap().to_string_lossy().into_owned();
             for q in &report.quantities {
-                println!("{name} {} recompute {}: {} {:.1e} ({} of {})", cx.kernels.name(), cx.recompute, q.name, q.error, q.worst, q.tensors);
+                println!(
+                    "{name} {} recompute {}: {} {:.1e} ({} of {})",
+                    cx.kernels.name(),
+                    cx.recompute,
+                    q.name,
+                    q.error,
+                    q.worst,
+                    q.tensors
+                );
             }
             assert!(report.error() < 1e-4, "{name}: {:.1e}", report.error());
         }

@@ -5,15 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use maskalign_core::weights::{
-    Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against,
-    files_of, read, resize_images_bicubic, resize_positions, to_canonical, to_family,
-    write_safetensors,
+    Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, read,
+    resize_images_bicubic, resize_positions, to_canonical, to_family, write_safetensors,
 };
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/weights")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/weights").join(name)
 }
 
 fn canonical(name: &str, family: Family) -> Canonical {
@@ -21,11 +18,7 @@ fn canonical(name: &str, family: Family) -> Canonical {
 }
 
 fn rules(canonical: &Canonical) -> Vec<(&str, &str)> {
-    canonical
-        .ignored
-        .iter()
-        .map(|(name, rule)| (name.as_str(), *rule))
-        .collect()
+    canonical.ignored.iter().map(|(name, rule)| (name.as_str(), *rule)).collect()
 }
 
 fn refusal<T>(result: Result<T, WeightsError>) -> String {
@@ -39,10 +32,7 @@ fn refusal<T>(result: Result<T, WeightsError>) -> String {
 fn every_clip_naming_gives_the_same_tower() {
     let expected = canonical("clip_timm.safetensors", Family::Clip);
     assert_eq!(expected.layout, "timm");
-    assert_eq!(
-        rules(&expected),
-        [("head.bias", "bias that CLIP does not have, all zero")]
-    );
+    assert_eq!(rules(&expected), [("head.bias", "bias that CLIP does not have, all zero")]);
     assert_eq!(expected.tensors.len(), 2 * 12 + 8);
     assert_eq!(expected.tensors["cls_token"].shape, [1, 1, 8]);
     assert_eq!(expected.tensors["pos_embed"].shape, [1, 10, 8]);
@@ -88,92 +78,45 @@ fn the_text_tower_is_left_out_by_rules_that_name_it() {
 #[test]
 fn every_plain_naming_gives_the_same_tower() {
     let expected = canonical("vit_timm.safetensors", Family::Vit);
-    assert_eq!(
-        expected.tensors,
-        read(&fixture("vit_timm.safetensors")).unwrap()
-    );
+    assert_eq!(expected.tensors, read(&fixture("vit_timm.safetensors")).unwrap());
     let hf = canonical("vit_hf.safetensors", Family::Dino);
     assert_eq!(hf.tensors, expected.tensors);
-    assert_eq!(
-        rules(&hf),
-        [
-            ("pooler.dense.bias", "pooler"),
-            ("pooler.dense.weight", "pooler")
-        ]
-    );
+    assert_eq!(rules(&hf), [("pooler.dense.bias", "pooler"), ("pooler.dense.weight", "pooler")]);
     assert_eq!(canonical("sharded", Family::Vit).tensors, expected.tensors);
 
     let dino = canonical("dino_full.pth", Family::Dino);
     assert_eq!(dino.tensors, expected.tensors);
     let head = "head of the self-distillation";
-    assert_eq!(
-        rules(&dino),
-        [
-            ("head.last_layer.weight_g", head),
-            ("head.mlp.0.weight", head)
-        ]
-    );
+    assert_eq!(rules(&dino), [("head.last_layer.weight_g", head), ("head.mlp.0.weight", head)]);
 }
 
 #[test]
 fn both_dinov2_namings_give_the_same_tower() {
     let expected = canonical("dinov2_timm.safetensors", Family::Dinov2);
     assert_eq!(expected.tensors["blocks.1.ls2.gamma"].shape, [8]);
-    assert_eq!(
-        rules(&expected),
-        [("mask_token", "mask token of the pre-training")]
-    );
+    assert_eq!(rules(&expected), [("mask_token", "mask token of the pre-training")]);
     let hf = canonical("dinov2_hf.safetensors", Family::Dinov2);
     assert_eq!(hf.tensors, expected.tensors);
-    assert_eq!(
-        rules(&hf),
-        [(
-            "dinov2.embeddings.mask_token",
-            "mask token of the pre-training"
-        )]
-    );
+    assert_eq!(rules(&hf), [("dinov2.embeddings.mask_token", "mask token of the pre-training")]);
 }
 
 #[test]
 fn an_official_maskalign_checkpoint_gives_student_and_aligner() {
     let found = canonical("maskalign.pth", Family::Vit);
-    assert_eq!(
-        found.tensors,
-        canonical("vit_timm.safetensors", Family::Vit).tensors
-    );
+    assert_eq!(found.tensors, canonical("vit_timm.safetensors", Family::Vit).tensors);
     let extra: Vec<_> = found.extra.keys().map(String::as_str).collect();
-    assert_eq!(
-        extra,
-        [
-            "distill_heads.0.bias",
-            "distill_heads.0.weight",
-            "distill_weights"
-        ]
-    );
+    assert_eq!(extra, ["distill_heads.0.bias", "distill_heads.0.weight", "distill_weights"]);
     assert_eq!(
         rules(&found),
-        [
-            ("clip_model.visual.class_embedding", "frozen teacher"),
-            ("clip_model.visual.conv1.weight", "frozen teacher")
-        ]
+        [("clip_model.visual.class_embedding", "frozen teacher"), ("clip_model.visual.conv1.weight", "frozen teacher")]
     );
 }
 
 #[test]
 fn an_mae_checkpoint_keeps_its_decoder_apart() {
     let mut map = read(&fixture("vit_timm.safetensors")).unwrap();
-    for name in [
-        "mask_token",
-        "decoder_embed.weight",
-        "decoder_blocks.0.norm1.weight",
-    ] {
-        map.insert(
-            name.into(),
-            HostTensor {
-                shape: vec![1],
-                data: vec![1.0],
-            },
-        );
+    for name in ["mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight"] {
+        map.insert(name.into(), HostTensor { shape: vec![1], data: vec![1.0] });
     }
     let found = to_canonical(map, Family::Vit).unwrap();
     assert_eq!(found.extra.len(), 3);
@@ -185,19 +128,10 @@ fn every_number_format_and_every_view_of_a_pytorch_file_is_read() {
     for file in ["views.pth", "views_protocol4.bin"] {
         let read = read(&fixture(file)).unwrap();
         let expect = |name: &str, shape: &[usize], data: &[f32]| {
-            assert_eq!(
-                read[name],
-                HostTensor {
-                    shape: shape.to_vec(),
-                    data: data.to_vec()
-                },
-                "{file} {name}"
-            );
+            assert_eq!(read[name], HostTensor { shape: shape.to_vec(), data: data.to_vec() }, "{file} {name}");
         };
         let base: Vec<f32> = (0..24).map(|v| v as f32).collect();
-        let transposed: Vec<f32> = (0..6)
-            .flat_map(|x| (0..4).map(move |y| (y * 6 + x) as f32))
-            .collect();
+        let transposed: Vec<f32> = (0..6).flat_map(|x| (0..4).map(move |y| (y * 6 + x) as f32)).collect();
         expect("base", &[4, 6], &base);
         expect("transposed", &[6, 4], &transposed);
         expect("sliced", &[2, 3], &[6.0, 8.0, 10.0, 12.0, 14.0, 16.0]);
@@ -220,10 +154,7 @@ fn every_number_format_and_every_view_of_a_pytorch_file_is_read() {
 #[test]
 fn a_file_that_would_run_code_is_refused_by_name() {
     let error = refusal(read(&fixture("refused.pth")));
-    assert!(
-        error.contains("`__builtin__.print`") && error.contains("state_dict"),
-        "{error}"
-    );
+    assert!(error.contains("`__builtin__.print`") && error.contains("state_dict"), "{error}");
 }
 
 #[test]
@@ -232,24 +163,12 @@ fn files_of_other_kinds_are_refused_with_the_way_out() {
     let path = folder.path().join("w.pth");
     for (content, hint) in [
         (&b""[..], "empty"),
-        (
-            b"\x80\x02\x8a\nl\xfcF\xf9 j\xa8P\x19.\x80\x02M",
-            "torch.save(torch.load(FILE",
-        ),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-            "git lfs pull",
-        ),
+        (b"\x80\x02\x8a\nl\xfcF\xf9 j\xa8P\x19.\x80\x02M", "torch.save(torch.load(FILE"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
-        (
-            b"\x89PNG\r\n\x1a\n0000000000000000",
-            "neither safetensors nor",
-        ),
+        (b"\x89PNG\r\n\x1a\n0000000000000000", "neither safetensors nor"),
         (b"{\"weight_map\": 3}", "index of shards"),
-        (
-            b"{\"weight_map\": {\"a\": \"../w.pth\"}}",
-            "outside its folder",
-        ),
+        (b"{\"weight_map\": {\"a\": \"../w.pth\"}}", "outside its folder"),
         (b"PK\x03\x04", "truncated or damaged"),
     ] {
         fs::write(&path, content).unwrap();
@@ -257,10 +176,7 @@ fn files_of_other_kinds_are_refused_with_the_way_out() {
         assert!(error.contains(hint) && error.contains("w.pth"), "{error}");
     }
     let error = refusal(read(&folder.path().join("absent.safetensors")));
-    assert!(
-        error.contains("absent.safetensors") && error.contains("No such file"),
-        "{error}"
-    );
+    assert!(error.contains("absent.safetensors") && error.contains("No such file"), "{error}");
     let error = refusal(read(&folder.path().join("")));
     assert!(error.contains("model.safetensors, "), "{error}");
 }
@@ -286,11 +202,7 @@ fn truncated_and_damaged_pytorch_files_end_in_words() {
             Ok(tensors) => assert_eq!(tensors, before, "byte {at}"),
         }
     }
-    assert!(
-        refused > whole.len() / 7 / 4,
-        "{refused} of {}",
-        whole.len()
-    );
+    assert!(refused > whole.len() / 7 / 4, "{refused} of {}", whole.len());
 }
 
 #[test]
@@ -306,10 +218,7 @@ fn a_shard_that_is_missing_or_incomplete_is_named() {
     let second = folder.path().join("model-00002-of-00002.safetensors");
     write_safetensors(&second, &TensorMap::new(), None).unwrap();
     let error = refusal(read(&index));
-    assert!(
-        error.contains("model-00002-of-00002") && error.contains("lacks `"),
-        "{error}"
-    );
+    assert!(error.contains("model-00002-of-00002") && error.contains("lacks `"), "{error}");
     fs::remove_file(second).unwrap();
     assert!(refusal(read(&index)).contains("model-00002-of-00002"));
 }
@@ -322,23 +231,13 @@ fn everything_wrong_with_a_file_is_in_one_error() {
     map.remove("vision_model.pre_layrnorm.weight");
     let fc1 = map.remove(&format!("{layer}.mlp.fc1.weight")).unwrap();
     map.insert(format!("{layer}.mlp.fc11.weight"), fc1);
-    map.get_mut(&format!("{layer}.mlp.fc2.weight"))
-        .unwrap()
-        .shape
-        .reverse();
-    map.get_mut("vision_model.embeddings.class_embedding")
-        .unwrap()
-        .data[3] = f32::INFINITY;
+    map.get_mut(&format!("{layer}.mlp.fc2.weight")).unwrap().shape.reverse();
+    map.get_mut("vision_model.embeddings.class_embedding").unwrap().data[3] = f32::INFINITY;
     map.insert(
         "vision_model.encoder.layers.99999999999.norm.weight".into(),
-        HostTensor {
-            shape: vec![],
-            data: vec![1.0],
-        },
+        HostTensor { shape: vec![], data: vec![1.0] },
     );
-    let error = to_canonical(map, Family::Clip)
-        .unwrap_err()
-        .of("teacher `clip`");
+    let error = to_canonical(map, Family::Clip).unwrap_err().of("teacher `clip`");
     assert!(error.is_user_mistake());
     assert_eq!(
         error.to_string(),
@@ -364,14 +263,8 @@ fn a_file_of_another_family_is_refused_with_the_type_to_use() {
     assert!(refused("dinov2_hf.safetensors", Family::Vit).contains("use `type: dinov2`"));
     assert!(refused("vit_timm.safetensors", Family::Dinov2).contains("use `type: vit` or `dino`"));
     assert!(refused("vit_hf.safetensors", Family::Clip).contains("use `type: vit` or `dino`"));
-    let error = refusal(to_canonical(
-        read(&fixture("resizes.safetensors")).unwrap(),
-        Family::Vit,
-    ));
-    assert!(
-        error.contains("no vision transformer is found among") && error.contains("`images`"),
-        "{error}"
-    );
+    let error = refusal(to_canonical(read(&fixture("resizes.safetensors")).unwrap(), Family::Vit));
+    assert!(error.contains("no vision transformer is found among") && error.contains("`images`"), "{error}");
 }
 
 #[test]
@@ -379,10 +272,7 @@ fn a_gap_in_the_blocks_is_missing_tensors() {
     let mut map = read(&fixture("vit_timm.safetensors")).unwrap();
     map.retain(|name, _| !name.starts_with("blocks.0."));
     let error = refusal(to_canonical(map, Family::Vit));
-    assert!(
-        error.contains("12 missing: `blocks.0.norm1.weight`"),
-        "{error}"
-    );
+    assert!(error.contains("12 missing: `blocks.0.norm1.weight`"), "{error}");
 }
 
 #[test]
@@ -390,53 +280,27 @@ fn exported_names_are_those_of_the_other_files() {
     for (export, file, family, stripped) in [
         (Export::Timm, "vit_timm.safetensors", Family::Vit, ""),
         (Export::HfVit, "vit_hf.safetensors", Family::Dino, ""),
-        (
-            Export::HfDinov2,
-            "dinov2_hf.safetensors",
-            Family::Dinov2,
-            "dinov2.",
-        ),
+        (Export::HfDinov2, "dinov2_hf.safetensors", Family::Dinov2, "dinov2."),
         (Export::HfClip, "clip_hf.safetensors", Family::Clip, ""),
-        (
-            Export::OpenAi,
-            "clip_open_clip.safetensors",
-            Family::Clip,
-            "",
-        ),
+        (Export::OpenAi, "clip_open_clip.safetensors", Family::Clip, ""),
     ] {
         let found = canonical(file, family);
-        let ignored: Vec<_> = found
-            .ignored
-            .iter()
-            .map(|(name, _)| name.as_str())
-            .collect();
+        let ignored: Vec<_> = found.ignored.iter().map(|(name, _)| name.as_str()).collect();
         let mut original = read(&fixture(file)).unwrap();
         original.retain(|name, _| !ignored.contains(&name.as_str()));
-        let original: TensorMap = original
-            .into_iter()
-            .map(|(name, t)| (name.strip_prefix(stripped).unwrap().to_owned(), t))
-            .collect();
-        assert_eq!(
-            to_family(&found.tensors, export).unwrap(),
-            original,
-            "{file}"
-        );
+        let original: TensorMap =
+            original.into_iter().map(|(name, t)| (name.strip_prefix(stripped).unwrap().to_owned(), t)).collect();
+        assert_eq!(to_family(&found.tensors, export).unwrap(), original, "{file}");
     }
     let clip = canonical("clip_timm.safetensors", Family::Clip);
     let error = refusal(to_family(&clip.tensors, Export::HfVit));
-    assert!(
-        error.contains("`head.weight`") && error.contains("`norm_pre.bias`"),
-        "{error}"
-    );
+    assert!(error.contains("`head.weight`") && error.contains("`norm_pre.bias`"), "{error}");
 }
 
 #[test]
 fn what_was_loaded_is_held_against_what_a_model_needs() {
     let tower = canonical("clip_hf.safetensors", Family::Clip).tensors;
-    let needed: Vec<_> = tower
-        .iter()
-        .map(|(name, tensor)| (name.clone(), tensor.shape.clone()))
-        .collect();
+    let needed: Vec<_> = tower.iter().map(|(name, tensor)| (name.clone(), tensor.shape.clone())).collect();
     assert!(check_against(&needed, tower.clone(), "teacher `clip`").is_ok());
     let error = refusal(check_against(&needed[1..], tower, "teacher `clip`"));
     assert!(error.contains("1 not expected"), "{error}");
@@ -445,11 +309,7 @@ fn what_was_loaded_is_held_against_what_a_model_needs() {
 /// Largest difference, with the shapes held equal.
 fn difference(a: &HostTensor, b: &HostTensor) -> f32 {
     assert_eq!(a.shape, b.shape);
-    a.data
-        .iter()
-        .zip(&b.data)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, f32::max)
+    a.data.iter().zip(&b.data).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 /// PyTorch's `f32` differs from its own `f64` by 1.3e-6 on these images; rounding is all that may differ here.
@@ -461,11 +321,7 @@ fn resized_positions_are_those_of_pytorch() {
     for grid in [6, 13] {
         let resized = resize_positions(&recorded["positions"], grid).unwrap();
         let expected = &recorded[&format!("positions_{grid}")];
-        assert!(
-            difference(&resized, expected) < ROUNDING,
-            "{grid}: {}",
-            difference(&resized, expected)
-        );
+        assert!(difference(&resized, expected) < ROUNDING, "{grid}: {}", difference(&resized, expected));
         assert_eq!(resized.data[..5], recorded["positions"].data[..5]);
     }
 }
@@ -476,16 +332,9 @@ fn resized_images_are_those_of_pytorch() {
     let images = &recorded["images"];
     for [height, width] in [[14, 10], [9, 25], [1, 1]] {
         let data = resize_images_bicubic(&images.data, [2, 3, 16, 12], [height, width]);
-        let resized = HostTensor {
-            shape: vec![2, 3, height, width],
-            data,
-        };
+        let resized = HostTensor { shape: vec![2, 3, height, width], data };
         let expected = &recorded[&format!("images_{height}x{width}")];
-        assert!(
-            difference(&resized, expected) < ROUNDING,
-            "{height}: {}",
-            difference(&resized, expected)
-        );
+        assert!(difference(&resized, expected) < ROUNDING, "{height}: {}", difference(&resized, expected));
     }
 }
 
@@ -493,10 +342,7 @@ fn resized_images_are_those_of_pytorch() {
 fn written_files_have_the_same_bytes_each_time() {
     let folder = tempfile::tempdir().unwrap();
     let tower = canonical("vit_timm.safetensors", Family::Vit).tensors;
-    let (a, b) = (
-        folder.path().join("a.safetensors"),
-        folder.path().join("b.safetensors"),
-    );
+    let (a, b) = (folder.path().join("a.safetensors"), folder.path().join("b.safetensors"));
     write_safetensors(&a, &tower, Some(("maskalign", "{}"))).unwrap();
     write_safetensors(&b, &tower.clone(), Some(("maskalign", "{}"))).unwrap();
     assert_eq!(fs::read(&a).unwrap(), fs::read(&b).unwrap());

@@ -5,9 +5,7 @@
 //! best as a share of the peak measured in between. `peers` adds other crates. The filter is a part of
 //! the line's beginning, such as `teacher`; `""` is everything.
 
-use maskalign_kernels::{
-    Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm, gemm_st,
-};
+use maskalign_kernels::{Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm, gemm_st};
 use std::time::Instant;
 
 /// What is measured for one shape.
@@ -24,10 +22,7 @@ enum Kind {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|a| !a.starts_with("--"))
-        .collect();
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
     let filter = arguments.first().map_or("", String::as_str);
     let seconds = 0.25;
     let mut cases = Vec::new();
@@ -69,76 +64,30 @@ fn main() {
         for pool in &pools {
             report(pool, 2 * m * n * k, seconds, &mut || match kind {
                 Kind::Teacher => {
-                    let ep = Epilogue {
-                        bias: Some(&bias),
-                        act: Act::QuickGelu,
-                        ..Default::default()
-                    };
-                    gemm(
-                        pool,
-                        m,
-                        n,
-                        k,
-                        MatRef::row_major(&a, k),
-                        Rhs::Packed(&packed),
-                        &mut c,
-                        n,
-                        ep,
-                    );
+                    let ep = Epilogue { bias: Some(&bias), act: Act::QuickGelu, ..Default::default() };
+                    gemm(pool, m, n, k, MatRef::row_major(&a, k), Rhs::Packed(&packed), &mut c, n, ep);
                 }
                 Kind::Forward => {
-                    let ep = Epilogue {
-                        bias: Some(&bias),
-                        ..Default::default()
-                    };
+                    let ep = Epilogue { bias: Some(&bias), ..Default::default() };
                     let b = Rhs::Strided(MatRef::row_major(&b, k).t());
                     gemm(pool, m, n, k, MatRef::row_major(&a, k), b, &mut c, n, ep);
                 }
                 Kind::GradInput => {
                     let b = Rhs::Strided(MatRef::row_major(&b, n));
-                    gemm(
-                        pool,
-                        m,
-                        n,
-                        k,
-                        MatRef::row_major(&a, k),
-                        b,
-                        &mut c,
-                        n,
-                        Epilogue::default(),
-                    );
+                    gemm(pool, m, n, k, MatRef::row_major(&a, k), b, &mut c, n, Epilogue::default());
                 }
                 Kind::GradWeight => {
-                    let ep = Epilogue {
-                        accumulate: true,
-                        ..Default::default()
-                    };
+                    let ep = Epilogue { accumulate: true, ..Default::default() };
                     let b = Rhs::Strided(MatRef::row_major(&b, n));
-                    gemm(
-                        pool,
-                        m,
-                        n,
-                        k,
-                        MatRef::row_major(&a, m).t(),
-                        b,
-                        &mut c,
-                        n,
-                        ep,
-                    );
+                    gemm(pool, m, n, k, MatRef::row_major(&a, m).t(), b, &mut c, n, ep);
                 }
             });
         }
         if arguments.iter().any(|a| a == "peers") {
             for threads in [1, 2] {
-                let parallelism = if threads == 1 {
-                    ::gemm::Parallelism::None
-                } else {
-                    ::gemm::Parallelism::Rayon(2)
-                };
+                let parallelism = if threads == 1 { ::gemm::Parallelism::None } else { ::gemm::Parallelism::Rayon(2) };
                 print!("| gemm ");
-                report(&pools[threads - 1], 2 * m * n * k, seconds, &mut || {
-                    peer(m, n, k, &a, &b, &mut c, parallelism)
-                });
+                report(&pools[threads - 1], 2 * m * n * k, seconds, &mut || peer(m, n, k, &a, &b, &mut c, parallelism));
             }
             print!("| matrixmultiply ");
             report(&pools[1], 2 * m * n * k, seconds, &mut || {
@@ -165,12 +114,9 @@ fn main() {
         }
         println!();
     }
-    for (name, m, n, k) in [
-        ("scores", 197, 197, 64),
-        ("values", 197, 64, 197),
-        ("scores", 59, 59, 64),
-        ("values", 59, 64, 59),
-    ] {
+    for (name, m, n, k) in
+        [("scores", 197, 197, 64), ("values", 197, 64, 197), ("scores", 59, 59, 64), ("values", 59, 64, 59)]
+    {
         let line = format!("{name:12} {m:5} {n:5} {k:5}");
         if !line.contains(filter) {
             continue;
@@ -180,25 +126,11 @@ fn main() {
         let scores = random(m * m, 5);
         let mut c = vec![0.0; m * n];
         report(&pools[0], 2 * m * n * k, seconds, &mut || {
-            let rows = |begin: usize| MatRef {
-                data: &qkv[begin..],
-                rs: 2304,
-                cs: 1,
-            };
+            let rows = |begin: usize| MatRef { data: &qkv[begin..], rs: 2304, cs: 1 };
             if name == "scores" {
                 gemm_st(m, n, k, 0.125, rows(0), rows(768).t(), &mut c, n, false);
             } else {
-                gemm_st(
-                    m,
-                    n,
-                    k,
-                    1.0,
-                    MatRef::row_major(&scores, m),
-                    rows(1536),
-                    &mut c,
-                    n,
-                    false,
-                );
+                gemm_st(m, n, k, 1.0, MatRef::row_major(&scores, m), rows(1536), &mut c, n, false);
             }
         });
         println!();
@@ -255,11 +187,7 @@ fn report(pool: &Pool, operations: usize, seconds: f64, f: &mut dyn FnMut()) {
     let best = rates[rates.len() - 1];
     let median = rates[rates.len() / 2];
     let peak = peaks.iter().copied().fold(0.0, f64::max);
-    print!(
-        "| {}t {best:6.1} {median:6.1} of {peak:6.1} {:3.0}% ",
-        pool.threads(),
-        100.0 * best / peak
-    );
+    print!("| {}t {best:6.1} {median:6.1} of {peak:6.1} {:3.0}% ", pool.threads(), 100.0 * best / peak);
 }
 
 /// Numbers in `-1..1` from a linear congruential generator.
@@ -267,9 +195,7 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 40) as f32 / (1 << 23) as f32 - 1.0
         })
         .collect()

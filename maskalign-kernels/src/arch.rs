@@ -48,9 +48,7 @@ impl Isa {
 
     /// Every set that this machine can run, the best first.
     pub fn all_available() -> impl Iterator<Item = Isa> {
-        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar]
-            .into_iter()
-            .filter(|isa| isa.available())
+        [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar].into_iter().filter(|isa| isa.available())
     }
 }
 

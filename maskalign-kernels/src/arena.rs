@@ -79,18 +79,8 @@ impl Arena {
         // Fresh zeroed memory comes from the system untouched: pages appear as they are written.
         let data = reused.unwrap_or_else(|| vec![0.0; class + ALIGN_FLOATS]);
         let misaligned = data.as_ptr().align_offset(ALIGN_FLOATS * size_of::<f32>());
-        let start = if misaligned < ALIGN_FLOATS {
-            misaligned
-        } else {
-            0
-        };
-        Buf {
-            data,
-            start,
-            len,
-            class,
-            store: Arc::clone(&self.store),
-        }
+        let start = if misaligned < ALIGN_FLOATS { misaligned } else { 0 };
+        Buf { data, start, len, class, store: Arc::clone(&self.store) }
     }
 
     /// A buffer of `len` zeros.
@@ -118,11 +108,7 @@ impl Arena {
     pub fn usage(&self) -> ArenaUse {
         let idle = self.store.lock();
         let bytes = size_of::<f32>();
-        ArenaUse {
-            live: idle.live_floats * bytes,
-            idle: idle.idle_floats * bytes,
-            peak: idle.peak_floats * bytes,
-        }
+        ArenaUse { live: idle.live_floats * bytes, idle: idle.idle_floats * bytes, peak: idle.peak_floats * bytes }
     }
 }
 
@@ -198,23 +184,10 @@ mod tests {
 
     #[test]
     fn classes_waste_at_most_an_eighth() {
-        for len in [
-            1usize,
-            256,
-            257,
-            1000,
-            4096,
-            4097,
-            123_457,
-            1 << 20,
-            (1 << 20) + 1,
-        ] {
+        for len in [1usize, 256, 257, 1000, 4096, 4097, 123_457, 1 << 20, (1 << 20) + 1] {
             let class = size_class(len);
             assert!(class >= len);
-            assert!(
-                len < SMALLEST_CLASS || (class - len) * 8 <= len,
-                "{len} -> {class}"
-            );
+            assert!(len < SMALLEST_CLASS || (class - len) * 8 <= len, "{len} -> {class}");
         }
     }
 

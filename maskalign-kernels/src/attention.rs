@@ -66,11 +66,7 @@ pub struct Heads<'a> {
 impl<'a> Heads<'a> {
     /// A view with rows `row_stride` apart that start at `offset`.
     pub fn new(data: &'a [f32], row_stride: usize, offset: usize) -> Self {
-        Self {
-            data,
-            row_stride,
-            offset,
-        }
+        Self { data, row_stride, offset }
     }
 
     /// Rows of `dim` channels one after another.
@@ -131,11 +127,7 @@ struct HeadsMut<'a> {
 
 impl<'a> HeadsMut<'a> {
     fn new(data: Shared<'a>, row_stride: usize, offset: usize) -> Self {
-        Self {
-            data,
-            row_stride,
-            offset,
-        }
+        Self { data, row_stride, offset }
     }
 
     /// # Safety
@@ -154,15 +146,8 @@ impl<'a> QkvGrad<'a> {
         let (query_rows, key_rows) = (shape.batch * shape.queries, shape.batch * shape.keys);
         match self {
             QkvGrad::Fused(qkv) => {
-                assert_eq!(
-                    shape.queries, shape.keys,
-                    "a fused projection has equal tokens"
-                );
-                assert_eq!(
-                    qkv.len(),
-                    query_rows * 3 * dim,
-                    "gradient of queries, keys and values"
-                );
+                assert_eq!(shape.queries, shape.keys, "a fused projection has equal tokens");
+                assert_eq!(qkv.len(), query_rows * 3 * dim, "gradient of queries, keys and values");
                 let data = Shared::new(qkv);
                 [0, 1, 2].map(|part| HeadsMut::new(data, 3 * dim, part * dim))
             }
@@ -171,18 +156,11 @@ impl<'a> QkvGrad<'a> {
                 assert_eq!(kv.len(), key_rows * 2 * dim, "gradient of keys and values");
                 let kv = Shared::new(kv);
                 let q = HeadsMut::new(Shared::new(q), dim, 0);
-                [
-                    q,
-                    HeadsMut::new(kv, 2 * dim, 0),
-                    HeadsMut::new(kv, 2 * dim, dim),
-                ]
+                [q, HeadsMut::new(kv, 2 * dim, 0), HeadsMut::new(kv, 2 * dim, dim)]
             }
             QkvGrad::Separate { q, k, v } => {
                 assert_eq!(q.len(), query_rows * dim, "gradient of the queries");
-                assert!(
-                    k.len() == key_rows * dim && v.len() == k.len(),
-                    "gradient of the keys"
-                );
+                assert!(k.len() == key_rows * dim && v.len() == k.len(), "gradient of the keys");
                 [q, k, v].map(|x| HeadsMut::new(Shared::new(x), dim, 0))
             }
         }
@@ -207,15 +185,8 @@ pub fn attention(
 ) {
     let dim = shape.dim();
     check_inputs(&shape, q, k, v);
-    assert_eq!(
-        out.len(),
-        shape.batch * shape.queries * dim,
-        "attention output"
-    );
-    assert!(
-        lse.as_ref().is_none_or(|lse| lse.len() == shape.lse_len()),
-        "attention log-sums"
-    );
+    assert_eq!(out.len(), shape.batch * shape.queries * dim, "attention output");
+    assert!(lse.as_ref().is_none_or(|lse| lse.len() == shape.lse_len()), "attention log-sums");
     let out = HeadsMut::new(Shared::new(out), dim, 0);
     let lse = lse.map(Shared::new);
     let sizes = Sizes::new(&shape, FORWARD_BLOCK);
@@ -225,12 +196,7 @@ pub fn attention(
             // SAFETY: one part for each task.
             unsafe { lse.part(task * shape.queries..(task + 1) * shape.queries) }
         });
-        let head = Head {
-            shape,
-            sizes,
-            image: task / shape.heads,
-            head: task % shape.heads,
-        };
+        let head = Head { shape, sizes, image: task / shape.heads, head: task % shape.heads };
         forward_head(head, q, k, v, out, lse, &mut scratch);
     });
 }
@@ -254,11 +220,7 @@ pub fn attention_backward(
 ) {
     let dim = shape.dim();
     check_inputs(&shape, q, k, v);
-    assert_eq!(
-        out.len(),
-        shape.batch * shape.queries * dim,
-        "attention output"
-    );
+    assert_eq!(out.len(), shape.batch * shape.queries * dim, "attention output");
     assert_eq!(dout.len(), out.len(), "gradient of the attention output");
     assert_eq!(lse.len(), shape.lse_len(), "attention log-sums");
     let grad = grad.views(&shape);
@@ -267,12 +229,7 @@ pub fn attention_backward(
     pool.run(shape.batch * shape.heads, &|task, _| {
         let mut scratch = arena.take(sizes.backward_scratch());
         let lse = &lse[task * shape.queries..(task + 1) * shape.queries];
-        let head = Head {
-            shape,
-            sizes,
-            image: task / shape.heads,
-            head: task % shape.heads,
-        };
+        let head = Head { shape, sizes, image: task / shape.heads, head: task % shape.heads };
         backward_head(head, [q, k, v, out, dout], lse, grad, write, &mut scratch);
     });
 }
@@ -314,10 +271,7 @@ pub fn cls_attention(
 }
 
 fn check_inputs(shape: &AttentionShape, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>) {
-    assert!(
-        shape.keys > 0 && shape.head_dim > 0,
-        "attention needs a key and a channel"
-    );
+    assert!(shape.keys > 0 && shape.head_dim > 0, "attention needs a key and a channel");
     q.check(shape.batch * shape.queries, shape.dim(), "queries");
     k.check(shape.batch * shape.keys, shape.dim(), "keys");
     v.check(shape.batch * shape.keys, shape.dim(), "values");
@@ -341,10 +295,7 @@ impl Sizes {
         Self {
             keys_padded: shape.keys.next_multiple_of(TILE_COLS),
             dim_padded: shape.head_dim.next_multiple_of(TILE_COLS),
-            block: shape
-                .queries
-                .next_multiple_of(TILE_ROWS)
-                .clamp(TILE_ROWS, block),
+            block: shape.queries.next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, block),
             keys: shape.keys,
             dim: shape.head_dim,
         }
@@ -406,20 +357,12 @@ struct Head {
 impl Head {
     #[inline(always)]
     fn query<'a>(&self, from: Heads<'a>, query: usize) -> &'a [f32] {
-        from.row(
-            self.image * self.shape.queries + query,
-            self.head,
-            self.shape.head_dim,
-        )
+        from.row(self.image * self.shape.queries + query, self.head, self.shape.head_dim)
     }
 
     #[inline(always)]
     fn key<'a>(&self, from: Heads<'a>, key: usize) -> &'a [f32] {
-        from.row(
-            self.image * self.shape.keys + key,
-            self.head,
-            self.shape.head_dim,
-        )
+        from.row(self.image * self.shape.keys + key, self.head, self.shape.head_dim)
     }
 
     /// The buffer from a key of this head on.
@@ -673,13 +616,7 @@ fn pack_by_channel<'a>(rows: usize, dim: usize, from: impl Fn(usize) -> &'a [f32
 
 /// Copies `count` rows times `factor`, and zeros for the rest of the last tile.
 #[inline(always)]
-fn copy_rows<'a>(
-    count: usize,
-    dim: usize,
-    factor: f32,
-    from: impl Fn(usize) -> &'a [f32],
-    to: &mut [f32],
-) {
+fn copy_rows<'a>(count: usize, dim: usize, factor: f32, from: impl Fn(usize) -> &'a [f32], to: &mut [f32]) {
     for row in 0..count {
         for (to, from) in to[row * dim..][..dim].iter_mut().zip(from(row)) {
             *to = from * factor;
@@ -703,11 +640,7 @@ fn product<const FMA: bool>(
 ) {
     assert!(m.is_multiple_of(TILE_ROWS) && n.is_multiple_of(TILE_COLS) && m > 0 && k > 0);
     assert!((m - 1) * strides[0] + (k - 1) * strides[1] < a.len());
-    for (panel, b) in b
-        .chunks_exact(k * TILE_COLS)
-        .take(n / TILE_COLS)
-        .enumerate()
-    {
+    for (panel, b) in b.chunks_exact(k * TILE_COLS).take(n / TILE_COLS).enumerate() {
         let (b, _) = b.as_chunks::<TILE_COLS>();
         for i in (0..m).step_by(TILE_ROWS) {
             let c = &mut c[i * ldc + panel * TILE_COLS..];
@@ -758,14 +691,7 @@ fn tile<const FMA: bool>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn tile_avx2(
-    a: *const f32,
-    strides: [usize; 2],
-    b: &[[f32; TILE_COLS]],
-    c: *mut f32,
-    ldc: usize,
-    write: Write,
-) {
+unsafe fn tile_avx2(a: *const f32, strides: [usize; 2], b: &[[f32; TILE_COLS]], c: *mut f32, ldc: usize, write: Write) {
     use std::arch::x86_64::*;
     let [row, step] = strides;
     let mut acc = [[_mm256_setzero_ps(); 2]; TILE_ROWS];
@@ -773,10 +699,7 @@ unsafe fn tile_avx2(
     for b in b {
         // SAFETY: a panel's row is two registers, and the caller vouches for `a`.
         unsafe {
-            let b = [
-                _mm256_loadu_ps(b.as_ptr()),
-                _mm256_loadu_ps(b.as_ptr().add(8)),
-            ];
+            let b = [_mm256_loadu_ps(b.as_ptr()), _mm256_loadu_ps(b.as_ptr().add(8))];
             for r in 0..TILE_ROWS {
                 let a = _mm256_set1_ps(*a.add(r * row));
                 acc[r][0] = _mm256_fmadd_ps(a, b[0], acc[r][0]);

@@ -15,12 +15,9 @@
 use std::ops::Range;
 
 use crate::arena::{Arena, Buf};
-use crate::attention::{
-    AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention,
-};
+use crate::attention::{AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention};
 use crate::elementwise::{
-    Write, activation_and_slope, add_column_sums, axpy, gather_rows, multiply,
-    multiply_and_add_column_sums, scale_rows,
+    Write, activation_and_slope, add_column_sums, axpy, gather_rows, multiply, multiply_and_add_column_sums, scale_rows,
 };
 use crate::gemm::{Act, Epilogue, MatRef, PackedB, Rhs, gemm};
 use crate::norm::{layer_norm, layer_norm_again, layer_norm_backward};
@@ -101,18 +98,12 @@ pub struct Linear<'a> {
 impl<'a> Linear<'a> {
     /// A layer with a dense weight.
     pub fn dense(weight: &'a [f32], bias: Option<&'a [f32]>) -> Self {
-        Self {
-            weight: Weight::Dense(weight),
-            bias,
-        }
+        Self { weight: Weight::Dense(weight), bias }
     }
 
     /// A layer with a packed weight.
     pub fn packed(weight: &'a PackedB, bias: Option<&'a [f32]>) -> Self {
-        Self {
-            weight: Weight::Packed(weight),
-            bias,
-        }
+        Self { weight: Weight::Packed(weight), bias }
     }
 
     fn dense_weight(&self, len: usize) -> &'a [f32] {
@@ -143,38 +134,19 @@ pub fn linear<'a>(
 ) {
     assert_eq!(x.len(), rows * inputs, "input of a linear layer");
     assert_eq!(y.len(), rows * outputs, "output of a linear layer");
-    assert!(
-        layer.bias.is_none_or(|b| b.len() == outputs),
-        "bias of a linear layer"
-    );
+    assert!(layer.bias.is_none_or(|b| b.len() == outputs), "bias of a linear layer");
     let weight = match layer.weight {
         Weight::Dense(w) => {
             assert_eq!(w.len(), inputs * outputs, "weight of a linear layer");
             Rhs::Strided(MatRef::row_major(w, inputs).t())
         }
         Weight::Packed(w) => {
-            assert!(
-                w.k() == inputs && w.n() == outputs,
-                "packed weight of a linear layer"
-            );
+            assert!(w.k() == inputs && w.n() == outputs, "packed weight of a linear layer");
             Rhs::Packed(w)
         }
     };
-    let epilogue = Epilogue {
-        bias: layer.bias,
-        ..epilogue
-    };
-    gemm(
-        pool,
-        rows,
-        outputs,
-        inputs,
-        MatRef::row_major(x, inputs),
-        weight,
-        y,
-        outputs,
-        epilogue,
-    );
+    let epilogue = Epilogue { bias: layer.bias, ..epilogue };
+    gemm(pool, rows, outputs, inputs, MatRef::row_major(x, inputs), weight, y, outputs, epilogue);
 }
 
 /// The gradient of [`linear`] by its input, `dx = dy weight`, or added to `dx`.
@@ -192,21 +164,8 @@ pub fn linear_backward_input(
     assert_eq!(dx.len(), rows * inputs, "gradient of the input");
     assert_eq!(weight.len(), inputs * outputs, "weight of a linear layer");
     let weight = Rhs::Strided(MatRef::row_major(weight, inputs));
-    let epilogue = Epilogue {
-        accumulate: write == Write::Add,
-        ..Default::default()
-    };
-    gemm(
-        pool,
-        rows,
-        inputs,
-        outputs,
-        MatRef::row_major(dy, outputs),
-        weight,
-        dx,
-        inputs,
-        epilogue,
-    );
+    let epilogue = Epilogue { accumulate: write == Write::Add, ..Default::default() };
+    gemm(pool, rows, inputs, outputs, MatRef::row_major(dy, outputs), weight, dx, inputs, epilogue);
 }
 
 /// The gradient of [`linear`] by its weight and bias: adds `dy^T x` to `dweight` and the column
@@ -246,13 +205,8 @@ fn weight_product(
     assert_eq!(dweight.len(), inputs * outputs, "gradient of a weight");
     let dy = MatRef::row_major(dy, outputs).t();
     let x = Rhs::Strided(MatRef::row_major(x, inputs));
-    let epilogue = Epilogue {
-        accumulate: write == Write::Add,
-        ..Default::default()
-    };
-    gemm(
-        pool, outputs, inputs, rows, dy, x, dweight, inputs, epilogue,
-    );
+    let epilogue = Epilogue { accumulate: write == Write::Add, ..Default::default() };
+    gemm(pool, outputs, inputs, rows, dy, x, dweight, inputs, epilogue);
 }
 
 /// The parameters of a block.
@@ -283,9 +237,7 @@ pub struct BlockWeights<'a> {
 impl BlockWeights<'_> {
     fn are_packed(&self) -> bool {
         let packed = |layer: &Linear<'_>| matches!(layer.weight, Weight::Packed(_));
-        [&self.qkv, &self.proj, &self.fc1, &self.fc2]
-            .into_iter()
-            .all(packed)
+        [&self.qkv, &self.proj, &self.fc1, &self.fc2].into_iter().all(packed)
     }
 }
 
@@ -374,11 +326,7 @@ struct Room<'a> {
 
 impl<'a> Room<'a> {
     fn exact(arena: &'a Arena) -> Self {
-        Self {
-            arena,
-            kept: 1,
-            all: 1,
-        }
+        Self { arena, kept: 1, all: 1 }
     }
 
     fn take(&self, len: usize) -> Buf {
@@ -408,10 +356,7 @@ impl<'a> Kept<'a> {
         let tokens = shape.tokens as u32;
         let samples = (0u32..).zip(factors).filter(|(_, f)| **f != 0.0);
         Kept::Some {
-            rows: samples
-                .clone()
-                .flat_map(|(s, _)| s * tokens..(s + 1) * tokens)
-                .collect(),
+            rows: samples.clone().flat_map(|(s, _)| s * tokens..(s + 1) * tokens).collect(),
             factors: samples.map(|(_, f)| *f).collect(),
         }
     }
@@ -437,48 +382,21 @@ pub fn block_forward(
     if save == Save::Nothing && all_kept && weights.are_packed() {
         for images in groups(shape) {
             let at = elements(shape, &images);
-            let room = Room {
-                arena,
-                kept: images.len(),
-                all: largest_group(shape),
-            };
+            let room = Room { arena, kept: images.len(), all: largest_group(shape) };
             let shape = shape.with_batch(images.len());
             let mut x1 = room.take(at.len());
-            attention_forward(
-                pool,
-                room,
-                shape,
-                weights,
-                None,
-                &x[at.clone()],
-                &mut x1,
-                save,
-            );
+            attention_forward(pool, room, shape, weights, None, &x[at.clone()], &mut x1, save);
             mlp_forward(pool, room, shape, weights, None, &x1, &mut y[at], save);
         }
         return None;
     }
     let mut x1 = arena.take(x.len());
-    let attention = branch(
-        pool,
-        arena,
-        shape,
-        drop_path.attention,
-        x,
-        &mut x1,
-        |room, shape, factors, x, x1| {
-            attention_forward(pool, room, shape, weights, factors, x, x1, save)
-        },
-    );
-    let mlp = branch(
-        pool,
-        arena,
-        shape,
-        drop_path.mlp,
-        &x1,
-        y,
-        |room, shape, factors, x1, y| mlp_forward(pool, room, shape, weights, factors, x1, y, save),
-    );
+    let attention = branch(pool, arena, shape, drop_path.attention, x, &mut x1, |room, shape, factors, x, x1| {
+        attention_forward(pool, room, shape, weights, factors, x, x1, save)
+    });
+    let mlp = branch(pool, arena, shape, drop_path.mlp, &x1, y, |room, shape, factors, x1, y| {
+        mlp_forward(pool, room, shape, weights, factors, x1, y, save)
+    });
     (save == Save::ForBackward).then_some(BlockSaved { x1, attention, mlp })
 }
 
@@ -519,33 +437,11 @@ pub fn block_forward_in_place(
     assert_eq!(x.len(), shape.rows() * shape.dim, "input of the block");
     for images in groups(shape) {
         let at = elements(shape, &images);
-        let room = Room {
-            arena,
-            kept: images.len(),
-            all: largest_group(shape),
-        };
+        let room = Room { arena, kept: images.len(), all: largest_group(shape) };
         let shape = shape.with_batch(images.len());
         let mut x1 = room.take(at.len());
-        attention_forward(
-            pool,
-            room,
-            shape,
-            weights,
-            None,
-            &x[at.clone()],
-            &mut x1,
-            Save::Nothing,
-        );
-        mlp_forward(
-            pool,
-            room,
-            shape,
-            weights,
-            None,
-            &x1,
-            &mut x[at],
-            Save::Nothing,
-        );
+        attention_forward(pool, room, shape, weights, None, &x[at.clone()], &mut x1, Save::Nothing);
+        mlp_forward(pool, room, shape, weights, None, &x1, &mut x[at], Save::Nothing);
     }
 }
 
@@ -567,11 +463,7 @@ fn branch<S>(
             if rows.is_empty() {
                 return None;
             }
-            let room = Room {
-                arena,
-                kept: factors.len(),
-                all: shape.batch,
-            };
+            let room = Room { arena, kept: factors.len(), all: shape.batch };
             let shape = shape.with_batch(factors.len());
             let mut some = room.take(rows.len() * shape.dim);
             gather_rows(pool, &[input], shape.dim, &rows, &mut some);
@@ -599,11 +491,7 @@ fn branch_backward<S>(
     match Kept::new(&shape, factors) {
         Kept::All(factors) => run(Room::exact(arena), shape, factors, input, saved, dy),
         Kept::Some { rows, factors } => {
-            let room = Room {
-                arena,
-                kept: factors.len(),
-                all: shape.batch,
-            };
+            let room = Room { arena, kept: factors.len(), all: shape.batch };
             let shape = shape.with_batch(factors.len());
             let mut some = room.take(rows.len() * shape.dim);
             gather_rows(pool, &[input], shape.dim, &rows, &mut some);
@@ -643,26 +531,8 @@ fn attention_forward(
     // The normalised input, and later the attention's output.
     let mut out = room.take(rows * dim);
     let (gamma, beta) = (weights.norm1_gamma, weights.norm1_beta);
-    layer_norm(
-        pool,
-        x,
-        dim,
-        gamma,
-        beta,
-        shape.eps,
-        &mut out,
-        Some(&mut stats),
-    );
-    linear(
-        pool,
-        weights.qkv,
-        rows,
-        dim,
-        3 * dim,
-        &out,
-        &mut qkv,
-        Epilogue::default(),
-    );
+    layer_norm(pool, x, dim, gamma, beta, shape.eps, &mut out, Some(&mut stats));
+    linear(pool, weights.qkv, rows, dim, 3 * dim, &out, &mut qkv, Epilogue::default());
     let sizes = shape.attention();
     let mut lse = room.take(sizes.lse_len());
     let [q, k, v] = Heads::fused(&qkv, dim);
@@ -675,12 +545,7 @@ fn attention_forward(
         ..Default::default()
     };
     linear(pool, weights.proj, rows, dim, dim, &out, x1, epilogue);
-    saved.map(|(stats, qkv, lse)| AttentionSaved {
-        stats,
-        qkv,
-        out,
-        lse,
-    })
+    saved.map(|(stats, qkv, lse)| AttentionSaved { stats, qkv, out, lse })
 }
 
 fn mlp_forward(
@@ -701,31 +566,9 @@ fn mlp_forward(
     let mut inner = room.take(rows * hidden);
     {
         let mut normed = room.take(rows * dim);
-        layer_norm(
-            pool,
-            x1,
-            dim,
-            gamma,
-            beta,
-            shape.eps,
-            &mut normed,
-            stats.as_deref_mut(),
-        );
-        let epilogue = Epilogue {
-            pre: pre.as_deref_mut(),
-            act: shape.act,
-            ..Default::default()
-        };
-        linear(
-            pool,
-            weights.fc1,
-            rows,
-            dim,
-            hidden,
-            &normed,
-            &mut inner,
-            epilogue,
-        );
+        layer_norm(pool, x1, dim, gamma, beta, shape.eps, &mut normed, stats.as_deref_mut());
+        let epilogue = Epilogue { pre: pre.as_deref_mut(), act: shape.act, ..Default::default() };
+        linear(pool, weights.fc1, rows, dim, hidden, &normed, &mut inner, epilogue);
     }
     let epilogue = Epilogue {
         col_scale: weights.ls2,
@@ -734,10 +577,7 @@ fn mlp_forward(
         ..Default::default()
     };
     linear(pool, weights.fc2, rows, hidden, dim, &inner, y, epilogue);
-    Some(MlpSaved {
-        stats: stats?,
-        pre: pre?,
-    })
+    Some(MlpSaved { stats: stats?, pre: pre? })
 }
 
 /// The gradient of [`block_forward`].
@@ -771,18 +611,9 @@ pub fn block_backward(
         fc2: (grads.fc2_weight, grads.fc2_bias),
         ls: grads.ls2,
     };
-    branch_backward(
-        pool,
-        arena,
-        shape,
-        drop_path.mlp,
-        &x1,
-        dy,
-        mlp,
-        |room, shape, f, x1, saved, dy| {
-            mlp_backward(pool, room, shape, weights, f, x1, saved, dy, mlp_grads);
-        },
-    );
+    branch_backward(pool, arena, shape, drop_path.mlp, &x1, dy, mlp, |room, shape, f, x1, saved, dy| {
+        mlp_backward(pool, room, shape, weights, f, x1, saved, dy, mlp_grads);
+    });
     drop(x1);
     let attention_grads = AttentionGrads {
         norm: (grads.norm1_gamma, grads.norm1_beta),
@@ -790,18 +621,9 @@ pub fn block_backward(
         proj: (grads.proj_weight, grads.proj_bias),
         ls: grads.ls1,
     };
-    branch_backward(
-        pool,
-        arena,
-        shape,
-        drop_path.attention,
-        x,
-        dy,
-        attention,
-        |room, shape, f, x, saved, dy| {
-            attention_branch_backward(pool, room, shape, weights, f, x, saved, dy, attention_grads);
-        },
-    );
+    branch_backward(pool, arena, shape, drop_path.attention, x, dy, attention, |room, shape, f, x, saved, dy| {
+        attention_branch_backward(pool, room, shape, weights, f, x, saved, dy, attention_grads);
+    });
     if let Some(dx) = dx {
         axpy(pool, 1.0, dy, dx);
     }
@@ -818,26 +640,14 @@ fn again(
 ) -> BlockSaved {
     let mut x1 = arena.take(x.len());
     let save = Save::ForBackward;
-    let attention = branch(
-        pool,
-        arena,
-        shape,
-        drop_path.attention,
-        x,
-        &mut x1,
-        |room, shape, factors, x, x1| {
-            attention_forward(pool, room, shape, weights, factors, x, x1, save)
-        },
-    );
+    let attention = branch(pool, arena, shape, drop_path.attention, x, &mut x1, |room, shape, factors, x, x1| {
+        attention_forward(pool, room, shape, weights, factors, x, x1, save)
+    });
     let mlp = match Kept::new(&shape, drop_path.mlp) {
         Kept::All(_) => Some(mlp_again(pool, Room::exact(arena), shape, weights, &x1)),
         Kept::Some { rows, .. } if rows.is_empty() => None,
         Kept::Some { rows, factors } => {
-            let room = Room {
-                arena,
-                kept: factors.len(),
-                all: shape.batch,
-            };
+            let room = Room { arena, kept: factors.len(), all: shape.batch };
             let shape = shape.with_batch(factors.len());
             let mut some = room.take(rows.len() * shape.dim);
             gather_rows(pool, &[&x1], shape.dim, &rows, &mut some);
@@ -847,38 +657,14 @@ fn again(
     BlockSaved { x1, attention, mlp }
 }
 
-fn mlp_again(
-    pool: &Pool,
-    room: Room<'_>,
-    shape: BlockShape,
-    weights: &BlockWeights<'_>,
-    x1: &[f32],
-) -> MlpSaved {
+fn mlp_again(pool: &Pool, room: Room<'_>, shape: BlockShape, weights: &BlockWeights<'_>, x1: &[f32]) -> MlpSaved {
     let (rows, dim, hidden) = (shape.rows(), shape.dim, shape.hidden);
     let (gamma, beta) = (weights.norm2_gamma, weights.norm2_beta);
     let mut stats = room.take(2 * rows);
     let mut pre = room.take(rows * hidden);
     let mut normed = room.take(rows * dim);
-    layer_norm(
-        pool,
-        x1,
-        dim,
-        gamma,
-        beta,
-        shape.eps,
-        &mut normed,
-        Some(&mut stats),
-    );
-    linear(
-        pool,
-        weights.fc1,
-        rows,
-        dim,
-        hidden,
-        &normed,
-        &mut pre,
-        Epilogue::default(),
-    );
+    layer_norm(pool, x1, dim, gamma, beta, shape.eps, &mut normed, Some(&mut stats));
+    linear(pool, weights.fc1, rows, dim, hidden, &normed, &mut pre, Epilogue::default());
     MlpSaved { stats, pre }
 }
 
@@ -911,23 +697,14 @@ fn mlp_backward(
     grads: MlpGrads<'_>,
 ) {
     let (rows, hidden) = (shape.rows(), shape.hidden);
-    let MlpSaved {
-        stats,
-        pre: mut slope,
-    } = saved;
+    let MlpSaved { stats, pre: mut slope } = saved;
     // In turn the activation, its gradient, and the gradient before it.
     let mut inner = room.take(rows * hidden);
     activation_and_slope(pool, shape.act, &mut slope, &mut inner);
     output_layer_backward(
         pool,
         room,
-        &OutputLayer {
-            shape,
-            layer: weights.fc2,
-            inputs: hidden,
-            ls: weights.ls2,
-            factors,
-        },
+        &OutputLayer { shape, layer: weights.fc2, inputs: hidden, ls: weights.ls2, factors },
         dy,
         &mut inner,
         grads.fc2,
@@ -971,24 +748,13 @@ fn attention_branch_backward(
     grads: AttentionGrads<'_>,
 ) {
     let (rows, dim) = (shape.rows(), shape.dim);
-    let AttentionSaved {
-        stats,
-        qkv,
-        out,
-        lse,
-    } = saved;
+    let AttentionSaved { stats, qkv, out, lse } = saved;
     let mut dout = room.take(out.len());
     dout.copy_from_slice(&out);
     output_layer_backward(
         pool,
         room,
-        &OutputLayer {
-            shape,
-            layer: weights.proj,
-            inputs: dim,
-            ls: weights.ls1,
-            factors,
-        },
+        &OutputLayer { shape, layer: weights.proj, inputs: dim, ls: weights.ls1, factors },
         dy,
         &mut dout,
         grads.proj,
@@ -997,19 +763,7 @@ fn attention_branch_backward(
     let mut dqkv = room.take(rows * 3 * dim);
     let [q, k, v] = Heads::fused(&qkv, dim);
     let into = QkvGrad::Fused(&mut dqkv);
-    attention_backward(
-        pool,
-        room.arena,
-        shape.attention(),
-        q,
-        k,
-        v,
-        &out,
-        &lse,
-        &dout,
-        into,
-        Write::Set,
-    );
+    attention_backward(pool, room.arena, shape.attention(), q, k, v, &out, &lse, &dout, into, Write::Set);
     drop((qkv, out, lse, dout));
     input_layer_backward(
         pool,
@@ -1056,16 +810,7 @@ fn output_layer_backward(
         layer_scale_backward(pool, room, layer, ls, dy, inner, dweight, dbias, dls);
         let mut scaled = room.take(dy.len());
         scale_rows(pool, dy, outputs, layer.ls, groups, &mut scaled);
-        linear_backward_input(
-            pool,
-            weight,
-            rows,
-            inputs,
-            outputs,
-            &scaled,
-            inner,
-            Write::Set,
-        );
+        linear_backward_input(pool, weight, rows, inputs, outputs, &scaled, inner, Write::Set);
         return;
     }
     let scaled = (layer.ls.is_some() || groups.is_some()).then(|| {
@@ -1074,9 +819,7 @@ fn output_layer_backward(
         scaled
     });
     let dz = scaled.as_deref().unwrap_or(dy);
-    linear_backward_params(
-        pool, room.arena, rows, inputs, outputs, inner, dz, dweight, dbias,
-    );
+    linear_backward_params(pool, room.arena, rows, inputs, outputs, inner, dz, dweight, dbias);
     linear_backward_input(pool, weight, rows, inputs, outputs, dz, inner, Write::Set);
 }
 
@@ -1100,16 +843,7 @@ fn layer_scale_backward(
     let mut dropped = room.take(dy.len());
     scale_rows(pool, dy, outputs, None, groups, &mut dropped);
     let mut product = room.arena.take(outputs * inputs);
-    weight_product(
-        pool,
-        rows,
-        inputs,
-        outputs,
-        input,
-        &dropped,
-        &mut product,
-        Write::Set,
-    );
+    weight_product(pool, rows, inputs, outputs, input, &dropped, &mut product, Write::Set);
     let mut sums = room.arena.take_zeroed(outputs);
     add_column_sums(pool, room.arena, &dropped, outputs, &mut sums);
     for c in 0..outputs {
@@ -1165,33 +899,10 @@ fn input_layer_backward(
     // The normalised input, then its gradient.
     let mut normed = room.take(rows * dim);
     layer_norm_again(pool, x, dim, layer.gamma, layer.beta, stats, &mut normed);
-    linear_backward_params(
-        pool, room.arena, rows, dim, outputs, &normed, &dz, dweight, dbias,
-    );
-    linear_backward_input(
-        pool,
-        weight,
-        rows,
-        dim,
-        outputs,
-        &dz,
-        &mut normed,
-        Write::Set,
-    );
+    linear_backward_params(pool, room.arena, rows, dim, outputs, &normed, &dz, dweight, dbias);
+    linear_backward_input(pool, weight, rows, dim, outputs, &dz, &mut normed, Write::Set);
     drop(dz);
-    layer_norm_backward(
-        pool,
-        room.arena,
-        x,
-        dim,
-        stats,
-        layer.gamma,
-        &normed,
-        dx,
-        Write::Add,
-        dgamma,
-        dbeta,
-    );
+    layer_norm_backward(pool, room.arena, x, dim, stats, layer.gamma, &normed, dx, Write::Add, dgamma, dbeta);
 }
 
 /// The parameters of a block that [`LastBlock`] computes in two phases.
@@ -1213,11 +924,7 @@ impl<'a> SplitWeights<'a> {
     pub fn dense(block: BlockWeights<'a>, dim: usize) -> Self {
         let (q, kv) = block.qkv.dense_weight(3 * dim * dim).split_at(dim * dim);
         let bias = block.qkv.bias.map(|b| b.split_at(dim));
-        Self {
-            q: Linear::dense(q, bias.map(|b| b.0)),
-            kv: Linear::dense(kv, bias.map(|b| b.1)),
-            block,
-        }
+        Self { q: Linear::dense(q, bias.map(|b| b.0)), kv: Linear::dense(kv, bias.map(|b| b.1)), block }
     }
 }
 
@@ -1248,33 +955,13 @@ impl LastBlock {
         let (gamma, beta) = (weights.block.norm1_gamma, weights.block.norm1_beta);
         layer_norm(pool, x, dim, gamma, beta, shape.eps, &mut normed, None);
         let mut kv = arena.take(rows * 2 * dim);
-        linear(
-            pool,
-            weights.kv,
-            rows,
-            dim,
-            2 * dim,
-            &normed,
-            &mut kv,
-            Epilogue::default(),
-        );
-        let first: Vec<u32> = (0..shape.batch)
-            .map(|b| (b * shape.tokens) as u32)
-            .collect();
+        linear(pool, weights.kv, rows, dim, 2 * dim, &normed, &mut kv, Epilogue::default());
+        let first: Vec<u32> = (0..shape.batch).map(|b| (b * shape.tokens) as u32).collect();
         let mut cls_normed = arena.take(shape.batch * dim);
         gather_rows(pool, &[&normed], dim, &first, &mut cls_normed);
         drop(normed);
         let mut q = arena.take(shape.batch * dim);
-        linear(
-            pool,
-            weights.q,
-            shape.batch,
-            dim,
-            dim,
-            &cls_normed,
-            &mut q,
-            Epilogue::default(),
-        );
+        linear(pool, weights.q, shape.batch, dim, dim, &cls_normed, &mut q, Epilogue::default());
         let (q, k) = (Heads::separate(&q, dim), Heads::new(&kv, 2 * dim, 0));
         cls_attention(pool, arena, shape.attention(), q, 1, k, cls);
         LastBlock { kv }
@@ -1299,88 +986,30 @@ impl LastBlock {
         let dim = shape.dim;
         let rows = tokens.len();
         assert_eq!(x.len(), shape.rows() * dim, "input of the block");
-        assert!(
-            rows.is_multiple_of(shape.batch),
-            "as many tokens for each image"
-        );
-        assert!(
-            tokens.iter().all(|&t| (t as usize) < shape.tokens),
-            "token beyond the image"
-        );
+        assert!(rows.is_multiple_of(shape.batch), "as many tokens for each image");
+        assert!(tokens.iter().all(|&t| (t as usize) < shape.tokens), "token beyond the image");
         if rows == 0 {
             return;
         }
         let picked = rows / shape.batch;
-        let index: Vec<u32> = tokens
-            .iter()
-            .enumerate()
-            .map(|(i, &token)| (i / picked * shape.tokens) as u32 + token)
-            .collect();
+        let index: Vec<u32> =
+            tokens.iter().enumerate().map(|(i, &token)| (i / picked * shape.tokens) as u32 + token).collect();
         let mut some = arena.take(rows * dim);
         gather_rows(pool, &[x], dim, &index, &mut some);
         let mut out = arena.take(rows * dim);
         let mut q = arena.take(rows * dim);
         let (gamma, beta) = (weights.block.norm1_gamma, weights.block.norm1_beta);
         layer_norm(pool, &some, dim, gamma, beta, shape.eps, &mut out, None);
-        linear(
-            pool,
-            weights.q,
-            rows,
-            dim,
-            dim,
-            &out,
-            &mut q,
-            Epilogue::default(),
-        );
-        let sizes = AttentionShape {
-            queries: picked,
-            ..shape.attention()
-        };
-        let (k, v) = (
-            Heads::new(&self.kv, 2 * dim, 0),
-            Heads::new(&self.kv, 2 * dim, dim),
-        );
-        attention(
-            pool,
-            arena,
-            sizes,
-            Heads::separate(&q, dim),
-            k,
-            v,
-            &mut out,
-            None,
-        );
+        linear(pool, weights.q, rows, dim, dim, &out, &mut q, Epilogue::default());
+        let sizes = AttentionShape { queries: picked, ..shape.attention() };
+        let (k, v) = (Heads::new(&self.kv, 2 * dim, 0), Heads::new(&self.kv, 2 * dim, dim));
+        attention(pool, arena, sizes, Heads::separate(&q, dim), k, v, &mut out, None);
         // The queries have served; their buffer takes the stream between the branches.
         let mut x1 = q;
-        let epilogue = Epilogue {
-            col_scale: weights.block.ls1,
-            residual: Some(&some),
-            ..Default::default()
-        };
-        linear(
-            pool,
-            weights.block.proj,
-            rows,
-            dim,
-            dim,
-            &out,
-            &mut x1,
-            epilogue,
-        );
+        let epilogue = Epilogue { col_scale: weights.block.ls1, residual: Some(&some), ..Default::default() };
+        linear(pool, weights.block.proj, rows, dim, dim, &out, &mut x1, epilogue);
         drop((some, out));
-        let shape = BlockShape {
-            tokens: picked,
-            ..shape
-        };
-        mlp_forward(
-            pool,
-            Room::exact(arena),
-            shape,
-            &weights.block,
-            None,
-            &x1,
-            y,
-            Save::Nothing,
-        );
+        let shape = BlockShape { tokens: picked, ..shape };
+        mlp_forward(pool, Room::exact(arena), shape, &weights.block, None, &x1, y, Save::Nothing);
     }
 }

@@ -3,10 +3,7 @@
 use crate::arena::Arena;
 use crate::gemm::Act;
 use crate::pool::Pool;
-use crate::share::{
-    CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of2, sum_ranges,
-    vectorised,
-};
+use crate::share::{CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of2, sum_ranges, vectorised};
 use crate::vmath;
 
 /// What happens to the former contents of an output.
@@ -41,24 +38,12 @@ pub(crate) fn store(write: Write, y: &mut [f32], values: impl Iterator<Item = f3
 /// When the lengths differ, as all functions of this module.
 pub fn activation(pool: &Pool, act: Act, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "activation output");
-    for_parts(pool, y, CHUNK, |start, y| {
-        activate(act, &x[start..][..y.len()], y)
-    });
+    for_parts(pool, y, CHUNK, |start, y| activate(act, &x[start..][..y.len()], y));
 }
 
 /// `dx = act'(x) dy`, or added to `dx`.
-pub fn activation_backward(
-    pool: &Pool,
-    act: Act,
-    x: &[f32],
-    dy: &[f32],
-    dx: &mut [f32],
-    write: Write,
-) {
-    assert!(
-        x.len() == dy.len() && x.len() == dx.len(),
-        "activation gradient"
-    );
+pub fn activation_backward(pool: &Pool, act: Act, x: &[f32], dy: &[f32], dx: &mut [f32], write: Write) {
+    assert!(x.len() == dy.len() && x.len() == dx.len(), "activation gradient");
     for_parts(pool, dx, CHUNK, |start, dx| {
         let n = dx.len();
         activate_backward(act, &x[start..][..n], &dy[start..][..n], dx, write);
@@ -133,9 +118,7 @@ vectorised! {
 /// `y = a + b`.
 pub fn add(pool: &Pool, a: &[f32], b: &[f32], y: &mut [f32]) {
     assert!(a.len() == y.len() && b.len() == y.len(), "sum");
-    for_parts(pool, y, CHUNK, |start, y| {
-        add_part(&a[start..], &b[start..], y)
-    });
+    for_parts(pool, y, CHUNK, |start, y| add_part(&a[start..], &b[start..], y));
 }
 
 /// `y += alpha x`.
@@ -192,10 +175,7 @@ pub fn scale_rows(
     groups: Option<(&[f32], usize)>,
     y: &mut [f32],
 ) {
-    assert!(
-        x.len() == y.len() && x.len().is_multiple_of(cols.max(1)),
-        "scaled rows"
-    );
+    assert!(x.len() == y.len() && x.len().is_multiple_of(cols.max(1)), "scaled rows");
     assert!(columns.is_none_or(|c| c.len() == cols), "column factors");
     for_parts(pool, y, rows_per_task(cols) * cols, |start, y| {
         for (i, y) in y.chunks_exact_mut(cols).enumerate() {
@@ -228,20 +208,10 @@ const SUM_ROWS: usize = 64;
 
 /// Adds to `out` `[cols]` the sum of the rows of `x` `[rows, cols]`: the gradient of a bias.
 pub fn add_column_sums(pool: &Pool, arena: &Arena, x: &[f32], cols: usize, out: &mut [f32]) {
-    assert!(
-        out.len() == cols && x.len().is_multiple_of(cols.max(1)),
-        "column sums"
-    );
-    add_reduced(
-        pool,
-        arena,
-        x.len() / cols.max(1),
-        SUM_ROWS,
-        out,
-        |range, partial| {
-            sum_columns(&x[range.start * cols..range.end * cols], partial);
-        },
-    );
+    assert!(out.len() == cols && x.len().is_multiple_of(cols.max(1)), "column sums");
+    add_reduced(pool, arena, x.len() / cols.max(1), SUM_ROWS, out, |range, partial| {
+        sum_columns(&x[range.start * cols..range.end * cols], partial);
+    });
 }
 
 /// `x *= slope` element by element, and `out` `[cols]` gains the column sums of the product: the
@@ -254,10 +224,7 @@ pub fn multiply_and_add_column_sums(
     cols: usize,
     out: &mut [f32],
 ) {
-    assert!(
-        out.len() == cols && x.len().is_multiple_of(cols.max(1)),
-        "column sums"
-    );
+    assert!(out.len() == cols && x.len().is_multiple_of(cols.max(1)), "column sums");
     assert_eq!(slope.len(), x.len(), "product");
     let rows = x.len() / cols.max(1);
     let x = Shared::new(x);
@@ -327,18 +294,9 @@ const SCATTER_COLS: usize = 64;
 ///
 /// # Panics
 /// When an index lies beyond the last target.
-pub fn scatter_add_rows(
-    pool: &Pool,
-    dy: &[f32],
-    cols: usize,
-    index: &[u32],
-    targets: &mut [&mut [f32]],
-) {
+pub fn scatter_add_rows(pool: &Pool, dy: &[f32], cols: usize, index: &[u32], targets: &mut [&mut [f32]]) {
     assert_eq!(dy.len(), index.len() * cols, "scattered rows");
-    let targets: Vec<(usize, Shared)> = targets
-        .iter_mut()
-        .map(|t| (t.len(), Shared::new(t)))
-        .collect();
+    let targets: Vec<(usize, Shared)> = targets.iter_mut().map(|t| (t.len(), Shared::new(t))).collect();
     for_ranges(pool, cols, SCATTER_COLS, |range| {
         for (dy, &row) in dy.chunks_exact(cols).zip(index) {
             let (target, row) = locate(targets.iter().map(|t| t.0), cols, row);
@@ -377,25 +335,14 @@ pub struct Patches<'a> {
 /// `index` holds the same number of patches for each image, in row order of the grid, and picks
 /// those to cut; without it all patches are cut. `y` is `[batch * patches, 3 * patch * patch]`.
 pub fn cut_patches(pool: &Pool, from: Patches, index: Option<&[u32]>, y: &mut [f32]) {
-    let Patches {
-        images,
-        batch,
-        height,
-        width,
-        patch,
-        mean,
-        std,
-    } = from;
+    let Patches { images, batch, height, width, patch, mean, std } = from;
     assert_eq!(images.len(), batch * 3 * height * width, "images");
     let grid_width = width / patch;
     let all = (height / patch) * grid_width;
     let picked = index.map_or(all, |index| index.len() / batch.max(1));
     let cols = 3 * patch * patch;
     assert_eq!(y.len(), batch * picked * cols, "rows of patches");
-    assert!(
-        index.is_none_or(|i| i.len() == batch * picked),
-        "patches of each image"
-    );
+    assert!(index.is_none_or(|i| i.len() == batch * picked), "patches of each image");
     for_parts(pool, y, rows_per_task(cols) * cols, |start, y| {
         for (i, y) in y.chunks_exact_mut(cols).enumerate() {
             let row = start / cols + i;
@@ -431,23 +378,14 @@ pub fn mix(pool: &Pool, w: &[f32], inputs: &[&[f32]], outputs: &mut [&mut [f32]]
     for_ranges(pool, len, MIX_BLOCK * MIX_BLOCKS, |range| {
         for start in range.clone().step_by(MIX_BLOCK) {
             let block = start..(start + MIX_BLOCK).min(range.end);
-            for (w, outputs) in w
-                .chunks(MIX_TILE * levels.max(1))
-                .zip(outputs.chunks(MIX_TILE))
-            {
+            for (w, outputs) in w.chunks(MIX_TILE * levels.max(1)).zip(outputs.chunks(MIX_TILE)) {
                 // SAFETY: the blocks are disjoint, and each output is borrowed once.
                 let part = |i: usize| unsafe { outputs[i].part(block.clone()) };
                 match outputs.len() {
                     1 => mix_block_1(w, inputs, start, &mut [part(0)], write),
                     2 => mix_block_2(w, inputs, start, &mut [part(0), part(1)], write),
                     3 => mix_block_3(w, inputs, start, &mut [part(0), part(1), part(2)], write),
-                    _ => mix_block_4(
-                        w,
-                        inputs,
-                        start,
-                        &mut [part(0), part(1), part(2), part(3)],
-                        write,
-                    ),
+                    _ => mix_block_4(w, inputs, start, &mut [part(0), part(1), part(2), part(3)], write),
                 }
             }
         }
@@ -493,11 +431,7 @@ fn mix_block<const FMA: bool, const TILE: usize>(
             }
         }
         for t in 0..TILE {
-            store(
-                write,
-                &mut outputs[t][at..at + WIDTH],
-                acc[t].iter().copied(),
-            );
+            store(write, &mut outputs[t][at..at + WIDTH], acc[t].iter().copied());
         }
     }
     for at in whole..len {
@@ -513,13 +447,7 @@ fn mix_block<const FMA: bool, const TILE: usize>(
 
 /// The gradient of [`mix`] by its inputs: `dinputs[j] += sum_i w[i, j] doutputs[i]` (or set, as
 /// `write` says).
-pub fn mix_backward_inputs(
-    pool: &Pool,
-    w: &[f32],
-    doutputs: &[&[f32]],
-    dinputs: &mut [&mut [f32]],
-    write: Write,
-) {
+pub fn mix_backward_inputs(pool: &Pool, w: &[f32], doutputs: &[&[f32]], dinputs: &mut [&mut [f32]], write: Write) {
     let (rows, cols) = (doutputs.len(), dinputs.len());
     assert_eq!(w.len(), rows * cols, "weights of the mix");
     let mut transposed = vec![0.0; w.len()];
@@ -533,23 +461,10 @@ pub fn mix_backward_inputs(
 
 /// The gradient of [`mix`] by its weights, `dw[i, j] += <doutputs[i], inputs[j]>`, summed in f64
 /// over blocks of the data.
-pub fn mix_backward_weights(
-    pool: &Pool,
-    arena: &Arena,
-    inputs: &[&[f32]],
-    doutputs: &[&[f32]],
-    dw: &mut [f32],
-) {
-    assert_eq!(
-        dw.len(),
-        inputs.len() * doutputs.len(),
-        "gradient of the mix's weights"
-    );
+pub fn mix_backward_weights(pool: &Pool, arena: &Arena, inputs: &[&[f32]], doutputs: &[&[f32]], dw: &mut [f32]) {
+    assert_eq!(dw.len(), inputs.len() * doutputs.len(), "gradient of the mix's weights");
     let len = doutputs.first().map_or(0, |o| o.len());
-    assert!(
-        inputs.iter().chain(doutputs).all(|x| x.len() == len),
-        "levels of the mix"
-    );
+    assert!(inputs.iter().chain(doutputs).all(|x| x.len() == len), "levels of the mix");
     let levels = inputs.len();
     let chunk = MIX_BLOCK * MIX_BLOCKS;
     add_reduced(pool, arena, len, chunk, dw, |range, partial| {
@@ -609,9 +524,7 @@ vectorised! {
 
 /// Whether every element is finite.
 pub fn all_finite(pool: &Pool, x: &[f32]) -> bool {
-    let [bad] = sum_ranges(pool, x.len(), CHUNK, |range| {
-        [if part_is_finite(&x[range]) { 0.0 } else { 1.0 }]
-    });
+    let [bad] = sum_ranges(pool, x.len(), CHUNK, |range| [if part_is_finite(&x[range]) { 0.0 } else { 1.0 }]);
     bad == 0.0
 }
 

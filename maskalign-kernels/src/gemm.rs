@@ -34,20 +34,12 @@ pub struct MatRef<'a> {
 impl<'a> MatRef<'a> {
     /// Rows of `cols` elements one after another.
     pub fn row_major(data: &'a [f32], cols: usize) -> MatRef<'a> {
-        MatRef {
-            data,
-            rs: cols,
-            cs: 1,
-        }
+        MatRef { data, rs: cols, cs: 1 }
     }
 
     /// The transposed view.
     pub fn t(self) -> MatRef<'a> {
-        MatRef {
-            data: self.data,
-            rs: self.cs,
-            cs: self.rs,
-        }
+        MatRef { data: self.data, rs: self.cs, cs: self.rs }
     }
 
     /// Panics unless every element of a matrix of `rows` by `cols` lies inside `data`.
@@ -94,12 +86,7 @@ impl PackedB {
         let mut data = Buffer::default();
         let dst = data.get(k * padded);
         for (p0, kc) in depth.panels() {
-            let part = pack::Part {
-                p0,
-                count: kc,
-                j0: 0,
-                cols: n,
-            };
+            let part = pack::Part { p0, count: kc, j0: 0, cols: n };
             let dst = dst[p0 * padded..][..kc * padded].as_mut_ptr();
             // SAFETY: the panels of this depth fill the slice.
             unsafe { pack::panels(isa, b, width, part, dst) };
@@ -169,17 +156,7 @@ pub struct Epilogue<'a> {
 /// # Panics
 /// If an operand is shorter than its shape and strides say, a packed `B` has another shape, or the
 /// rows of `C` overlap.
-pub fn gemm(
-    pool: &Pool,
-    m: usize,
-    n: usize,
-    k: usize,
-    a: MatRef,
-    b: Rhs,
-    c: &mut [f32],
-    ldc: usize,
-    ep: Epilogue,
-) {
+pub fn gemm(pool: &Pool, m: usize, n: usize, k: usize, a: MatRef, b: Rhs, c: &mut [f32], ldc: usize, ep: Epilogue) {
     gemm_on(arch::isa(), Some(pool), m, n, k, a, b, c, ldc, 1.0, ep);
 }
 
@@ -198,23 +175,8 @@ pub fn gemm_st(
     ldc: usize,
     accumulate: bool,
 ) {
-    let ep = Epilogue {
-        accumulate,
-        ..Epilogue::default()
-    };
-    gemm_on(
-        arch::isa(),
-        None,
-        m,
-        n,
-        k,
-        a,
-        Rhs::Strided(b),
-        c,
-        ldc,
-        alpha,
-        ep,
-    );
+    let ep = Epilogue { accumulate, ..Epilogue::default() };
+    gemm_on(arch::isa(), None, m, n, k, a, Rhs::Strided(b), c, ldc, alpha, ep);
 }
 
 /// The arithmetic peak of `threads` threads of `pool`, in 10^9 floating-point operations a second:
@@ -235,9 +197,7 @@ pub fn fma_peak_gflops(threads: usize, pool: &Pool) -> f64 {
             // One burst to a thread: each waits for the others, but not forever.
             arrived.fetch_add(1, Ordering::SeqCst);
             let patience = Instant::now();
-            while arrived.load(Ordering::SeqCst) < threads
-                && patience.elapsed() < Duration::from_millis(20)
-            {
+            while arrived.load(Ordering::SeqCst) < threads && patience.elapsed() < Duration::from_millis(20) {
                 std::hint::spin_loop();
             }
             let begin = Instant::now();
@@ -288,10 +248,7 @@ struct Depth {
 impl Depth {
     fn new(kernel: &Kernel, k: usize) -> Depth {
         let panels = k.div_ceil(kernel.kc).max(1);
-        Depth {
-            k,
-            kc: k.div_ceil(panels).next_multiple_of(8),
-        }
+        Depth { k, kc: k.div_ceil(panels).next_multiple_of(8) }
     }
 
     /// First row and number of rows of each panel; one empty panel where `k` is 0.
@@ -315,10 +272,7 @@ struct Blocks {
 impl Blocks {
     fn new(len: usize, largest: usize, unit: usize) -> Blocks {
         let count = len.div_ceil(largest).max(1);
-        Blocks {
-            len,
-            size: len.div_ceil(count).next_multiple_of(unit).max(unit),
-        }
+        Blocks { len, size: len.div_ceil(count).next_multiple_of(unit).max(unit) }
     }
 
     /// As [`new`](Self::new), but smaller until `groups` times the count reaches `LEAST_TASKS` and is
@@ -388,30 +342,15 @@ fn gemm_on(
     a.check("a", m, k);
     match b {
         Rhs::Strided(b) => b.check("b", k, n),
-        Rhs::Packed(b) => assert!(
-            (b.k, b.n, b.isa) == (k, n, isa),
-            "packed b is [{}, {}], expected [{k}, {n}]",
-            b.k,
-            b.n
-        ),
+        Rhs::Packed(b) => {
+            assert!((b.k, b.n, b.isa) == (k, n, isa), "packed b is [{}, {}], expected [{k}, {n}]", b.k, b.n)
+        }
     }
-    assert!(
-        ldc >= n || m == 1,
-        "rows of c of {n} elements overlap: they are {ldc} apart"
-    );
-    MatRef {
-        data: c,
-        rs: ldc,
-        cs: 1,
-    }
-    .check("c", m, n);
+    assert!(ldc >= n || m == 1, "rows of c of {n} elements overlap: they are {ldc} apart");
+    MatRef { data: c, rs: ldc, cs: 1 }.check("c", m, n);
     let long_enough = |name: &str, slice: Option<&[f32]>, len: usize| {
         if let Some(slice) = slice {
-            assert!(
-                slice.len() >= len,
-                "{name} has {} elements, expected {len}",
-                slice.len()
-            );
+            assert!(slice.len() >= len, "{name} has {} elements, expected {len}", slice.len());
         }
     };
     long_enough("bias", ep.bias, n);
@@ -448,14 +387,8 @@ fn gemm_on(
             let parts = Blocks::new(k, MAX_DEPTH, 8);
             for part in 0..parts.count() {
                 let (p0, depth) = parts.get(part);
-                let a = MatRef {
-                    data: &a.data[p0 * a.cs..],
-                    ..a
-                };
-                let b = MatRef {
-                    data: &b.data[p0 * b.rs..],
-                    ..b
-                };
+                let a = MatRef { data: &a.data[p0 * a.cs..], ..a };
+                let b = MatRef { data: &b.data[p0 * b.rs..], ..b };
                 product(isa, pool, m, n, depth, a, Some(b), None, finish);
                 finish.accumulate = true;
             }
@@ -503,32 +436,19 @@ fn product(
 
     let cols = Blocks::new(n, BLOCK_COLS, kernel.nr);
     // One thread has nothing to balance.
-    let groups = if pool.is_some() {
-        cols.count()
-    } else {
-        LEAST_TASKS
-    };
+    let groups = if pool.is_some() { cols.count() } else { LEAST_TASKS };
     let product = Product {
         kernel,
         rows: Blocks::balanced(m, BLOCK_ROWS, kernel.mr, groups),
         cols,
         depth,
         a: if strips {
-            Lhs::Strips {
-                data: a_buffer.as_slice(),
-                padded: a_jobs.padded,
-            }
+            Lhs::Strips { data: a_buffer.as_slice(), padded: a_jobs.padded }
         } else if collides(a.rs) && n > 4 * kernel.nr {
-            Lhs::CopiedRows {
-                data: a.data,
-                stride: a.rs,
-            }
+            Lhs::CopiedRows { data: a.data, stride: a.rs }
         } else {
             // Without depth there is no element to point at.
-            Lhs::Rows {
-                data: a.data,
-                stride: if k == 0 { 0 } else { a.rs },
-            }
+            Lhs::Rows { data: a.data, stride: if k == 0 { 0 } else { a.rs } }
         },
         b: packed_b.map_or(b_buffer.as_slice(), |b| b.data.as_slice()),
         padded: b_jobs.padded,
@@ -572,19 +492,11 @@ impl<'a> PackJobs<'a> {
     }
 
     fn count(&self) -> usize {
-        if self.source.is_some() {
-            self.depth.count() * self.chunks.count()
-        } else {
-            0
-        }
+        if self.source.is_some() { self.depth.count() * self.chunks.count() } else { 0 }
     }
 
     fn len(&self) -> usize {
-        if self.source.is_some() {
-            self.depth.k * self.padded
-        } else {
-            0
-        }
+        if self.source.is_some() { self.depth.k * self.padded } else { 0 }
     }
 
     /// # Safety
@@ -594,12 +506,7 @@ impl<'a> PackJobs<'a> {
         let p0 = task / self.chunks.count() * self.depth.kc;
         let kc = (self.depth.k - p0).min(self.depth.kc);
         let (j0, cols) = self.chunks.get(task % self.chunks.count());
-        let part = pack::Part {
-            p0,
-            count: kc,
-            j0,
-            cols,
-        };
+        let part = pack::Part { p0, count: kc, j0, cols };
         // SAFETY: the panels of these columns begin at `j0 * kc`, as `j0` is a multiple of their
         // width, and other tasks have other columns or another depth.
         unsafe {
@@ -614,13 +521,7 @@ impl Product<'_> {
     ///
     /// # Safety
     /// The operands cover the shape, and no other thread uses this block of the outputs.
-    unsafe fn block(
-        &self,
-        row_block: usize,
-        col_block: usize,
-        sums: &mut Buffer,
-        copy: &mut Buffer,
-    ) {
+    unsafe fn block(&self, row_block: usize, col_block: usize, sums: &mut Buffer, copy: &mut Buffer) {
         let Kernel { isa, mr, nr, .. } = *self.kernel;
         let (i0, rows) = self.rows.get(row_block);
         let (j0, cols) = self.cols.get(col_block);
@@ -684,8 +585,7 @@ impl Product<'_> {
                 if matches!(output, Output::Soon { .. }) {
                     // SAFETY: the block of the outputs is ours.
                     unsafe {
-                        self.finish
-                            .tiles(isa, &mut sums[..rows * nr], i0, j0 + j, width);
+                        self.finish.tiles(isa, &mut sums[..rows * nr], i0, j0 + j, width);
                     }
                 }
             }

@@ -3,9 +3,7 @@
 
 use crate::elementwise::{Write, store};
 use crate::pool::Pool;
-use crate::share::{
-    CHUNK, Shared, for_ranges, max_of, rows_per_task, sum_of2, sum_ranges, vectorised,
-};
+use crate::share::{CHUNK, Shared, for_ranges, max_of, rows_per_task, sum_of2, sum_ranges, vectorised};
 use crate::vmath;
 
 /// Where the gradient of a loss goes.
@@ -37,13 +35,7 @@ pub enum Pointwise {
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn pointwise(
-    pool: &Pool,
-    term: Pointwise,
-    pred: &[f32],
-    target: &[f32],
-    grad: Option<Grad<'_>>,
-) -> f64 {
+pub fn pointwise(pool: &Pool, term: Pointwise, pred: &[f32], target: &[f32], grad: Option<Grad<'_>>) -> f64 {
     assert_eq!(pred.len(), target.len(), "prediction and target");
     let term = match term {
         Pointwise::SmoothL1 { beta } if beta <= 0.0 => Pointwise::L1,
@@ -144,13 +136,7 @@ const COSINE_EPS: f32 = 1e-8;
 
 /// The mean over rows of `1 - cos(pred, target)`, rows of `cols` elements, and its gradient by
 /// `pred` where asked for. Norms below 1e-8 count as 1e-8.
-pub fn cosine(
-    pool: &Pool,
-    pred: &[f32],
-    target: &[f32],
-    cols: usize,
-    grad: Option<Grad<'_>>,
-) -> f64 {
+pub fn cosine(pool: &Pool, pred: &[f32], target: &[f32], cols: usize, grad: Option<Grad<'_>>) -> f64 {
     let rows = row_count(pred, target, cols);
     let grad = SharedGrad::new(grad, pred.len(), rows as f64);
     let [sum] = sum_ranges(pool, rows, rows_per_task(cols), |range| {
@@ -168,11 +154,7 @@ pub fn cosine(
                 let by_target = -grad.scale / (p_used * t_used);
                 // A clamped norm is a constant.
                 let clamped = p_norm < COSINE_EPS;
-                let by_pred = if clamped {
-                    0.0
-                } else {
-                    grad.scale * cos / (p_used * p_used)
-                };
+                let by_pred = if clamped { 0.0 } else { grad.scale * cos / (p_used * p_used) };
                 combine(by_pred, p, by_target, t, grad.write, into);
             }
         }
@@ -231,25 +213,13 @@ pub fn kl(
         for row in range {
             let at = row * cols..(row + 1) * cols;
             let (p, t) = (&pred[at.clone()], &target[at.clone()]);
-            let (p_log_sum, t_log_sum) = (
-                log_sum_exp(p, 1.0 / temperature),
-                log_sum_exp(t, 1.0 / temperature),
-            );
+            let (p_log_sum, t_log_sum) = (log_sum_exp(p, 1.0 / temperature), log_sum_exp(t, 1.0 / temperature));
             sum += kl_row(p, p_log_sum, t, t_log_sum, 1.0 / temperature);
             if let Some(grad) = &grad {
                 // SAFETY: a row belongs to one task.
                 let into = unsafe { grad.into.part(at) };
                 let scale = grad.scale / temperature;
-                kl_grad(
-                    p,
-                    p_log_sum,
-                    t,
-                    t_log_sum,
-                    1.0 / temperature,
-                    scale,
-                    grad.write,
-                    into,
-                );
+                kl_grad(p, p_log_sum, t, t_log_sum, 1.0 / temperature, scale, grad.write, into);
             }
         }
         [sum]
@@ -310,26 +280,14 @@ pub enum Classes<'a> {
 ///
 /// # Panics
 /// When the lengths do not fit or a label is not below `cols`.
-pub fn cross_entropy(
-    pool: &Pool,
-    logits: &[f32],
-    cols: usize,
-    target: Classes<'_>,
-    grad: Option<Grad<'_>>,
-) -> f64 {
-    assert!(
-        cols > 0 && logits.len().is_multiple_of(cols),
-        "rows of logits"
-    );
+pub fn cross_entropy(pool: &Pool, logits: &[f32], cols: usize, target: Classes<'_>, grad: Option<Grad<'_>>) -> f64 {
+    assert!(cols > 0 && logits.len().is_multiple_of(cols), "rows of logits");
     let rows = logits.len() / cols;
     match target {
         Classes::Soft(t) => assert_eq!(t.len(), logits.len(), "soft targets"),
         Classes::Labels { labels, .. } => {
             assert_eq!(labels.len(), rows, "labels");
-            assert!(
-                labels.iter().all(|&l| (l as usize) < cols),
-                "label beyond the classes"
-            );
+            assert!(labels.iter().all(|&l| (l as usize) < cols), "label beyond the classes");
         }
     }
     let grad = SharedGrad::new(grad, logits.len(), rows as f64);
@@ -340,9 +298,7 @@ pub fn cross_entropy(
             let x = &logits[at.clone()];
             let log_sum = log_sum_exp(x, 1.0);
             // SAFETY: a row belongs to one task.
-            let into = grad
-                .as_ref()
-                .map(|g| (unsafe { g.into.part(at.clone()) }, g.scale, g.write));
+            let into = grad.as_ref().map(|g| (unsafe { g.into.part(at.clone()) }, g.scale, g.write));
             match target {
                 Classes::Soft(t) => {
                     let t = &t[at];
@@ -356,8 +312,7 @@ pub fn cross_entropy(
                     let label = labels[row] as usize;
                     let even = smoothing / cols as f32;
                     let all = f64::from(log_sum) * cols as f64 - sum_all(x);
-                    sum += f64::from(1.0 - smoothing) * f64::from(log_sum - x[label])
-                        + f64::from(even) * all;
+                    sum += f64::from(1.0 - smoothing) * f64::from(log_sum - x[label]) + f64::from(even) * all;
                     if let Some((into, scale, write)) = into {
                         label_grad(x, log_sum, even, scale, write, into);
                         into[label] -= (1.0 - smoothing) * scale;
@@ -401,10 +356,7 @@ vectorised! {
 
 /// Softmax over rows of `cols` elements.
 pub fn softmax(pool: &Pool, x: &[f32], cols: usize, y: &mut [f32]) {
-    assert!(
-        cols > 0 && x.len() == y.len() && x.len().is_multiple_of(cols),
-        "rows of a softmax"
-    );
+    assert!(cols > 0 && x.len() == y.len() && x.len().is_multiple_of(cols), "rows of a softmax");
     let y = Shared::new(y);
     for_ranges(pool, x.len() / cols, rows_per_task(cols), |range| {
         for row in range {
@@ -426,10 +378,6 @@ vectorised! {
 
 fn row_count(pred: &[f32], target: &[f32], cols: usize) -> usize {
     assert_eq!(pred.len(), target.len(), "prediction and target");
-    assert!(
-        cols > 0 && pred.len().is_multiple_of(cols),
-        "{} floats in rows of {cols}",
-        pred.len()
-    );
+    assert!(cols > 0 && pred.len().is_multiple_of(cols), "{} floats in rows of {cols}", pred.len());
     pred.len() / cols
 }

@@ -4,8 +4,7 @@ use crate::arena::Arena;
 use crate::elementwise::Write;
 use crate::pool::Pool;
 use crate::share::{
-    CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of, sum_of2, sum_ranges,
-    vectorised,
+    CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of, sum_of2, sum_ranges, vectorised,
 };
 
 /// Rows whose gradients of gamma and beta are summed before the sums are added up.
@@ -32,10 +31,7 @@ pub fn layer_norm(
     let rows = row_count(x, cols);
     assert_eq!(y.len(), x.len(), "layer norm output");
     assert!(gamma.is_none_or(|g| g.len() == cols) && beta.is_none_or(|b| b.len() == cols));
-    assert!(
-        stats.as_ref().is_none_or(|s| s.len() == 2 * rows),
-        "layer norm statistics"
-    );
+    assert!(stats.as_ref().is_none_or(|s| s.len() == 2 * rows), "layer norm statistics");
     let y = Shared::new(y);
     let stats = stats.map(Shared::new);
     for_ranges(pool, rows, rows_per_task(cols), |range| {
@@ -76,14 +72,7 @@ pub fn layer_norm_again(
     for_parts(pool, y, rows_per_task(cols) * cols, |start, y| {
         let first = start / cols;
         let count = y.len() / cols;
-        apply_rows(
-            &x[start..][..y.len()],
-            cols,
-            &stats[2 * first..][..2 * count],
-            gamma,
-            beta,
-            y,
-        );
+        apply_rows(&x[start..][..y.len()], cols, &stats[2 * first..][..2 * count], gamma, beta, y);
     });
 }
 
@@ -107,10 +96,7 @@ pub fn layer_norm_backward(
     dbeta: Option<&mut [f32]>,
 ) {
     let rows = row_count(x, cols);
-    assert!(
-        dy.len() == x.len() && dx.len() == x.len(),
-        "layer norm gradients"
-    );
+    assert!(dy.len() == x.len() && dx.len() == x.len(), "layer norm gradients");
     assert_eq!(stats.len(), 2 * rows, "layer norm statistics");
     let dx = Shared::new(dx);
     let slice_backward = |range: std::ops::Range<usize>, dparams: &mut [f32]| {
@@ -123,20 +109,11 @@ pub fn layer_norm_backward(
         backward_rows(x, cols, stats, gamma, dy, dx, write, dgamma, dbeta);
     };
     if dgamma.is_none() && dbeta.is_none() {
-        for_ranges(pool, rows, rows_per_task(cols), |range| {
-            slice_backward(range, &mut [])
-        });
+        for_ranges(pool, rows, rows_per_task(cols), |range| slice_backward(range, &mut []));
         return;
     }
     let mut dparams = arena.take_zeroed(2 * cols);
-    add_reduced(
-        pool,
-        arena,
-        rows,
-        BACKWARD_ROWS,
-        &mut dparams,
-        slice_backward,
-    );
+    add_reduced(pool, arena, rows, BACKWARD_ROWS, &mut dparams, slice_backward);
     let (from_gamma, from_beta) = dparams.split_at(cols);
     for (to, from) in [(dgamma, from_gamma), (dbeta, from_beta)] {
         for (to, from) in to.into_iter().flatten().zip(from) {
@@ -338,9 +315,7 @@ pub fn standardize_all(pool: &Pool, x: &[f32], y: &mut [f32]) -> (f64, f64) {
     let mean = sum / x.len() as f64;
     let [squares] = sum_ranges(pool, x.len(), CHUNK, |range| [squares_f64(&x[range], mean)]);
     let std = (squares / (x.len() as f64 - 1.0) + STANDARDIZE_EPS).sqrt();
-    for_parts(pool, y, CHUNK, |start, y| {
-        shift_scale(&x[start..][..y.len()], mean, std, y)
-    });
+    for_parts(pool, y, CHUNK, |start, y| shift_scale(&x[start..][..y.len()], mean, std, y));
     (mean, std)
 }
 
@@ -380,10 +355,6 @@ vectorised! {
 }
 
 fn row_count(x: &[f32], cols: usize) -> usize {
-    assert!(
-        cols > 0 && x.len().is_multiple_of(cols),
-        "{} floats in rows of {cols}",
-        x.len()
-    );
+    assert!(cols > 0 && x.len().is_multiple_of(cols), "{} floats in rows of {cols}", x.len());
     x.len() / cols
 }

@@ -102,20 +102,9 @@ pub fn adamw(pool: &Pool, adam: AdamW, tensors: &mut [AdamWTensor<'_>]) {
         let (tensor, start, end) = pieces[range.start];
         let part = &parts[tensor];
         // SAFETY: the pieces are disjoint.
-        let (param, exp_avg, exp_avg_sq) = unsafe {
-            (
-                part.param.part(start..end),
-                part.exp_avg.part(start..end),
-                part.exp_avg_sq.part(start..end),
-            )
-        };
-        adamw_part(
-            part.factors,
-            param,
-            &part.grad[start..end],
-            exp_avg,
-            exp_avg_sq,
-        );
+        let (param, exp_avg, exp_avg_sq) =
+            unsafe { (part.param.part(start..end), part.exp_avg.part(start..end), part.exp_avg_sq.part(start..end)) };
+        adamw_part(part.factors, param, &part.grad[start..end], exp_avg, exp_avg_sq);
     });
 }
 
@@ -178,9 +167,7 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
 
 /// The index of the first tensor with an element that is not finite.
 pub fn first_non_finite(pool: &Pool, tensors: &[&[f32]]) -> Option<usize> {
-    tensors
-        .iter()
-        .position(|t| !crate::elementwise::all_finite(pool, t))
+    tensors.iter().position(|t| !crate::elementwise::all_finite(pool, t))
 }
 
 /// One step of an exponential moving average on all pairs `(average, value)`:

@@ -79,17 +79,10 @@ impl Pool {
         let workers = (1..threads)
             .map_while(|worker| {
                 let shared = Arc::clone(&shared);
-                std::thread::Builder::new()
-                    .name(format!("kernel-{worker}"))
-                    .spawn(move || shared.work(worker))
-                    .ok()
+                std::thread::Builder::new().name(format!("kernel-{worker}")).spawn(move || shared.work(worker)).ok()
             })
             .collect();
-        Arc::new(Pool {
-            shared,
-            turn: Mutex::new(()),
-            workers,
-        })
+        Arc::new(Pool { shared, turn: Mutex::new(()), workers })
     }
 
     /// The number of threads, at least 1. Worker indices lie below it.
@@ -193,13 +186,9 @@ impl Shared {
             self.sleepers.fetch_add(1, Ordering::SeqCst);
             let mut sleep = lock(&self.sleep);
             while !self.stop.load(Ordering::SeqCst)
-                && (self.gate.load(Ordering::SeqCst) & OPEN == 0
-                    || self.epoch.load(Ordering::Relaxed) == *seen)
+                && (self.gate.load(Ordering::SeqCst) & OPEN == 0 || self.epoch.load(Ordering::Relaxed) == *seen)
             {
-                sleep = self
-                    .wake
-                    .wait(sleep)
-                    .unwrap_or_else(PoisonError::into_inner);
+                sleep = self.wake.wait(sleep).unwrap_or_else(PoisonError::into_inner);
             }
             drop(sleep);
             self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -212,9 +201,7 @@ impl Shared {
         if gate & OPEN == 0 || self.epoch.load(Ordering::Relaxed) == *seen {
             return None;
         }
-        self.gate
-            .compare_exchange(gate, gate + ENTERED, Ordering::SeqCst, Ordering::Relaxed)
-            .ok()?;
+        self.gate.compare_exchange(gate, gate + ENTERED, Ordering::SeqCst, Ordering::Relaxed).ok()?;
         // Inside the gate neither the epoch nor the job changes.
         *seen = self.epoch.load(Ordering::Relaxed);
         *lock(&self.job)
@@ -274,8 +261,7 @@ mod tests {
             assert_eq!(pool.threads(), threads);
             for tasks in [0, 1, 2, 7, 100] {
                 for _ in 0..50 {
-                    let counts: Vec<AtomicUsize> =
-                        (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                    let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                     pool.run(tasks, &|task, worker| {
                         assert!(worker < threads);
                         counts[task].fetch_add(1, Ordering::Relaxed);
@@ -309,9 +295,7 @@ mod tests {
                 pool.run(20, &|task, _| assert_ne!(task, bad, "task {task} fails"));
             }));
             let payload = result.expect_err("the panic is passed on");
-            let message = payload
-                .downcast_ref::<String>()
-                .expect("a formatted message");
+            let message = payload.downcast_ref::<String>().expect("a formatted message");
             assert!(message.contains(&format!("task {bad} fails")), "{message}");
         }
         let sum = AtomicUsize::new(0);

@@ -34,11 +34,7 @@ unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
 impl<'a, T> Shared<'a, T> {
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
-        Self {
-            start: slice.as_mut_ptr(),
-            len: slice.len(),
-            lifetime: PhantomData,
-        }
+        Self { start: slice.as_mut_ptr(), len: slice.len(), lifetime: PhantomData }
     }
 
     /// The elements of `range`.
@@ -47,10 +43,7 @@ impl<'a, T> Shared<'a, T> {
     /// While the returned slice lives, no other slice that overlaps it may be asked for.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
-        assert!(
-            range.start <= range.end && range.end <= self.len,
-            "part outside of the slice"
-        );
+        assert!(range.start <= range.end && range.end <= self.len, "part outside of the slice");
         // SAFETY: inside the borrowed slice, and the caller promises that no other part overlaps.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
@@ -72,12 +65,7 @@ pub(crate) fn for_ranges(pool: &Pool, items: usize, chunk: usize, f: impl Fn(Ran
 }
 
 /// Calls `f(first_element, part)` for consecutive parts of `data`, in parallel.
-pub(crate) fn for_parts(
-    pool: &Pool,
-    data: &mut [f32],
-    chunk: usize,
-    f: impl Fn(usize, &mut [f32]) + Sync,
-) {
+pub(crate) fn for_parts(pool: &Pool, data: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     let len = data.len();
     let shared = Shared::new(data);
     for_ranges(pool, len, chunk, |range| {

@@ -2,43 +2,17 @@
 
 mod support;
 
-use maskalign_kernels::attention::{
-    AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention,
-};
+use maskalign_kernels::attention::{AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention};
 use maskalign_kernels::elementwise::Write;
 use support::*;
 
 fn naive(s: AttentionShape) -> Attention {
-    let AttentionShape {
-        batch,
-        heads,
-        head_dim,
-        queries,
-        keys,
-    } = s;
-    Attention {
-        batch,
-        heads,
-        head_dim,
-        queries,
-        keys,
-    }
+    let AttentionShape { batch, heads, head_dim, queries, keys } = s;
+    Attention { batch, heads, head_dim, queries, keys }
 }
 
-fn shape(
-    batch: usize,
-    heads: usize,
-    head_dim: usize,
-    queries: usize,
-    keys: usize,
-) -> AttentionShape {
-    AttentionShape {
-        batch,
-        heads,
-        head_dim,
-        queries,
-        keys,
-    }
+fn shape(batch: usize, heads: usize, head_dim: usize, queries: usize, keys: usize) -> AttentionShape {
+    AttentionShape { batch, heads, head_dim, queries, keys }
 }
 
 /// Odd sizes: one token, one image, narrow and wide heads, more and fewer queries than keys, and
@@ -66,12 +40,7 @@ fn case(s: AttentionShape) -> Case {
     let queries = s.batch * s.queries * s.dim();
     let keys = s.batch * s.keys * s.dim();
     let large = |x: Vec<f32>| x.into_iter().map(|x| 3.0 * x).collect();
-    Case {
-        q: large(noise(queries, 1)),
-        k: large(noise(keys, 2)),
-        v: noise(keys, 3),
-        dout: noise(queries, 4),
-    }
+    Case { q: large(noise(queries, 1)), k: large(noise(keys, 2)), v: noise(keys, 3), dout: noise(queries, 4) }
 }
 
 #[test]
@@ -102,31 +71,13 @@ fn backward_agrees_with_finite_differences() {
             let mut dq = vec![1.0; c.q.len()];
             let mut dk = vec![2.0; c.k.len()];
             let mut dv = vec![3.0; c.v.len()];
-            let into = QkvGrad::Separate {
-                q: &mut dq,
-                k: &mut dk,
-                v: &mut dv,
-            };
-            attention_backward(
-                pool,
-                arena,
-                s,
-                q,
-                k,
-                v,
-                &out,
-                &lse,
-                &c.dout,
-                into,
-                Write::Add,
-            );
+            let into = QkvGrad::Separate { q: &mut dq, k: &mut dk, v: &mut dv };
+            attention_backward(pool, arena, s, q, k, v, &out, &lse, &c.dout, into, Write::Add);
             let less = |x: Vec<f32>, y: f32| x.into_iter().map(|x| x - y).collect::<Vec<_>>();
             [less(dq, 1.0), less(dk, 2.0), less(dv, 3.0)]
         });
         let (q, k, v) = (wide(&c.q), wide(&c.k), wide(&c.v));
-        let loss = |q: &[f64], k: &[f64], v: &[f64]| {
-            weighted_sum(&wide_attention(naive(s), q, k, v).0, &c.dout)
-        };
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| weighted_sum(&wide_attention(naive(s), q, k, v).0, &c.dout);
         let picks = |len: usize| (0..len).step_by(1 + len / 40).collect::<Vec<_>>();
         let check = |got: &[f32], want: Vec<f64>, name: &str| {
             let got: Vec<f32> = picks(got.len()).into_iter().map(|i| got[i]).collect();
@@ -138,21 +89,9 @@ fn backward_agrees_with_finite_differences() {
                 assert_close(&got, &want, 2e-6, &format!("{name} {s:?}"));
             }
         };
-        check(
-            &dq,
-            finite_differences(&q, picks(q.len()), |q| loss(q, &k, &v)),
-            "dq",
-        );
-        check(
-            &dk,
-            finite_differences(&k, picks(k.len()), |k| loss(&q, k, &v)),
-            "dk",
-        );
-        check(
-            &dv,
-            finite_differences(&v, picks(v.len()), |v| loss(&q, &k, v)),
-            "dv",
-        );
+        check(&dq, finite_differences(&q, picks(q.len()), |q| loss(q, &k, &v)), "dq");
+        check(&dk, finite_differences(&k, picks(k.len()), |k| loss(&q, k, &v)), "dk");
+        check(&dv, finite_differences(&v, picks(v.len()), |v| loss(&q, &k, v)), "dv");
     }
 }
 
@@ -172,10 +111,7 @@ fn a_fused_buffer_gives_what_separate_ones_give() {
         fused
     };
     let fused = fuse(&c.q, &c.k, &c.v);
-    let views = [
-        [&c.q, &c.k, &c.v].map(|x| Heads::separate(x, dim)),
-        Heads::fused(&fused, dim),
-    ];
+    let views = [[&c.q, &c.k, &c.v].map(|x| Heads::separate(x, dim)), Heads::fused(&fused, dim)];
     let pool = maskalign_kernels::Pool::new(2);
     let arena = maskalign_kernels::Arena::new();
     let mut results = Vec::new();
@@ -186,40 +122,12 @@ fn a_fused_buffer_gives_what_separate_ones_give() {
         let mut dfused = vec![0.0; rows * 3 * dim];
         if i == 0 {
             let [mut dq, mut dk, mut dv] = [0; 3].map(|_| vec![0.0; rows * dim]);
-            let into = QkvGrad::Separate {
-                q: &mut dq,
-                k: &mut dk,
-                v: &mut dv,
-            };
-            attention_backward(
-                &pool,
-                &arena,
-                s,
-                q,
-                k,
-                v,
-                &out,
-                &lse,
-                &c.dout,
-                into,
-                Write::Set,
-            );
+            let into = QkvGrad::Separate { q: &mut dq, k: &mut dk, v: &mut dv };
+            attention_backward(&pool, &arena, s, q, k, v, &out, &lse, &c.dout, into, Write::Set);
             dfused = fuse(&dq, &dk, &dv);
         } else {
             let into = QkvGrad::Fused(&mut dfused);
-            attention_backward(
-                &pool,
-                &arena,
-                s,
-                q,
-                k,
-                v,
-                &out,
-                &lse,
-                &c.dout,
-                into,
-                Write::Set,
-            );
+            attention_backward(&pool, &arena, s, q, k, v, &out, &lse, &c.dout, into, Write::Set);
         }
         results.push((out, lse, dfused));
     }
@@ -228,11 +136,7 @@ fn a_fused_buffer_gives_what_separate_ones_give() {
 
 #[test]
 fn cls_attention_is_the_mean_of_the_first_rows_probabilities() {
-    for s in [
-        shape(2, 3, 5, 7, 7),
-        shape(1, 1, 16, 1, 1),
-        shape(3, 4, 64, 50, 50),
-    ] {
+    for s in [shape(2, 3, 5, 7, 7), shape(1, 1, 16, 1, 1), shape(3, 4, 64, 50, 50)] {
         let c = case(s);
         let (_, probs) = wide_attention(naive(s), &wide(&c.q), &wide(&c.k), &wide(&c.v));
         let mut want = vec![0.0; s.batch * (s.keys - 1)];
@@ -263,41 +167,19 @@ fn large_scores_neither_overflow_nor_vanish() {
     let mut out = vec![0.0; want.len()];
     let [q, k, v] = [&q, &c.k, &c.v].map(|x| Heads::separate(x, s.dim()));
     let pool = maskalign_kernels::Pool::new(1);
-    attention(
-        &pool,
-        &maskalign_kernels::Arena::new(),
-        s,
-        q,
-        k,
-        v,
-        &mut out,
-        None,
-    );
+    attention(&pool, &maskalign_kernels::Arena::new(), s, q, k, v, &mut out, None);
     assert_close(&out, &want, 1e-4, "large scores");
 }
 
 #[test]
 fn vit_b_sizes_agree_with_double_precision() {
-    for s in [
-        shape(1, 12, 64, 197, 197),
-        shape(1, 12, 64, 59, 59),
-        shape(1, 12, 64, 59, 197),
-    ] {
+    for s in [shape(1, 12, 64, 197, 197), shape(1, 12, 64, 59, 59), shape(1, 12, 64, 59, 197)] {
         let c = case(s);
         let (want, _) = wide_attention(naive(s), &wide(&c.q), &wide(&c.k), &wide(&c.v));
         let mut out = vec![0.0; want.len()];
         let [q, k, v] = [&c.q, &c.k, &c.v].map(|x| Heads::separate(x, s.dim()));
         let pool = maskalign_kernels::Pool::new(2);
-        attention(
-            &pool,
-            &maskalign_kernels::Arena::new(),
-            s,
-            q,
-            k,
-            v,
-            &mut out,
-            None,
-        );
+        attention(&pool, &maskalign_kernels::Arena::new(), s, q, k, v, &mut out, None);
         assert_close(&out, &want, 1e-6, &format!("{s:?}"));
     }
 }

@@ -15,12 +15,8 @@ fn layer_norm_agrees_with_its_definition() {
         for (offset, tolerance) in [(0.0, 1e-6), (30.0, 2e-5)] {
             let x: Vec<f32> = noise(rows * cols, 1).iter().map(|x| x + offset).collect();
             let (gamma, beta) = (noise(cols, 2), noise(cols, 3));
-            for (gamma, beta) in [
-                (None, None),
-                (Some(&gamma), Some(&beta)),
-                (Some(&gamma), None),
-                (None, Some(&beta)),
-            ] {
+            for (gamma, beta) in [(None, None), (Some(&gamma), Some(&beta)), (Some(&gamma), None), (None, Some(&beta))]
+            {
                 let want = wide_layer_norm(
                     &wide(&x),
                     cols,
@@ -77,19 +73,7 @@ fn layer_norm_gradients_agree_with_finite_differences() {
                 );
                 // Added once more without the parameters' gradients: twice the gradient.
                 let once = dx.clone();
-                layer_norm_backward(
-                    pool,
-                    arena,
-                    &x,
-                    cols,
-                    &stats,
-                    g,
-                    &dy,
-                    &mut dx,
-                    Write::Add,
-                    None,
-                    None,
-                );
+                layer_norm_backward(pool, arena, &x, cols, &stats, g, &dy, &mut dx, Write::Add, None, None);
                 assert!(dx.iter().zip(&once).all(|(d, o)| *d == 2.0 * o));
                 [once, dgamma, dbeta]
             });
@@ -121,9 +105,7 @@ fn normalisations_equal_pytorch() {
         assert_close(&y, &recorded(name), 1e-6, name);
     };
     check("normalize", &|pool, y| l2_normalize(pool, &x, 7, y));
-    check("standardize_rows", &|pool, y| {
-        standardize_rows(pool, &x, 7, y)
-    });
+    check("standardize_rows", &|pool, y| standardize_rows(pool, &x, 7, y));
     check("standardize_all", &|pool, y| {
         standardize_all(pool, &x, y);
     });
@@ -159,64 +141,34 @@ fn losses_and_their_gradients_equal_pytorch() {
             pointwise(pool, Pointwise::SmoothL1 { beta }, p, t, g)
         }
     };
-    let label = |smoothing| Classes::Labels {
-        labels: &labels,
-        smoothing,
-    };
+    let label = |smoothing| Classes::Labels { labels: &labels, smoothing };
     let terms: [(&str, Loss); 10] = [
         ("mse", &|pool, g| pointwise(pool, Pointwise::Mse, &p, &t, g)),
         ("l1", &|pool, g| pointwise(pool, Pointwise::L1, &p, &t, g)),
         ("smooth_l1", &|pool, g| smooth(1.0)(pool, &p, &t, g)),
         ("smooth_l1_half", &|pool, g| smooth(0.5)(pool, &p, &t, g)),
         ("cosine", &|pool, g| cosine(pool, &p, &t, 7, g)),
-        ("kl_elements", &|pool, g| {
-            kl(pool, &p, &t, 7, 0.5, KlMean::Elements, g)
-        }),
-        ("kl_rows", &|pool, g| {
-            kl(pool, &p, &t, 7, 1.0, KlMean::Rows, g)
-        }),
-        ("cross_entropy_soft", &|pool, g| {
-            cross_entropy(pool, &p, 7, Classes::Soft(&soft), g)
-        }),
-        ("cross_entropy_labels", &|pool, g| {
-            cross_entropy(pool, &p, 7, label(0.0), g)
-        }),
-        ("cross_entropy_smooth", &|pool, g| {
-            cross_entropy(pool, &p, 7, label(0.1), g)
-        }),
+        ("kl_elements", &|pool, g| kl(pool, &p, &t, 7, 0.5, KlMean::Elements, g)),
+        ("kl_rows", &|pool, g| kl(pool, &p, &t, 7, 1.0, KlMean::Rows, g)),
+        ("cross_entropy_soft", &|pool, g| cross_entropy(pool, &p, 7, Classes::Soft(&soft), g)),
+        ("cross_entropy_labels", &|pool, g| cross_entropy(pool, &p, 7, label(0.0), g)),
+        ("cross_entropy_smooth", &|pool, g| cross_entropy(pool, &p, 7, label(0.1), g)),
     ];
     for (name, term) in terms {
         let (value, grad) = on_pools(|pool, _| {
             let mut grad = vec![f32::NAN; 21];
-            let value = term(
-                pool,
-                Some(Grad {
-                    into: &mut grad,
-                    scale: 1.0,
-                    write: Write::Set,
-                }),
-            );
+            let value = term(pool, Some(Grad { into: &mut grad, scale: 1.0, write: Write::Set }));
             assert_eq!(value, term(pool, None));
             let once = grad.clone();
             // Added with factor 2: three times the gradient.
-            term(
-                pool,
-                Some(Grad {
-                    into: &mut grad,
-                    scale: 2.0,
-                    write: Write::Add,
-                }),
-            );
+            term(pool, Some(Grad { into: &mut grad, scale: 2.0, write: Write::Add }));
             for (g, o) in grad.iter().zip(&once) {
                 assert!((g - 3.0 * o).abs() <= 1e-6 * (1.0 + g.abs()), "{name}");
             }
             (value, once)
         });
         let want = recorded(name)[0];
-        assert!(
-            (value / want - 1.0).abs() < 1e-6,
-            "{name}: {value}, expected {want}"
-        );
+        assert!((value / want - 1.0).abs() < 1e-6, "{name}: {value}, expected {want}");
         assert_close(&grad, &recorded(&format!("{name}_grad")), 1e-6, name);
     }
 }
@@ -226,31 +178,14 @@ fn large_losses_are_the_same_for_any_number_of_threads() {
     let (p, t) = (noise(120_000, 1), noise(120_000, 2));
     let value = on_pools(|pool, _| {
         let mut grad = vec![0.0; p.len()];
-        let into = Grad {
-            into: &mut grad,
-            scale: 1.0,
-            write: Write::Set,
-        };
+        let into = Grad { into: &mut grad, scale: 1.0, write: Write::Set };
         let value = pointwise(pool, Pointwise::SmoothL1 { beta: 1.0 }, &p, &t, Some(into));
-        (
-            value,
-            cosine(pool, &p, &t, 48, None),
-            kl(pool, &p, &t, 48, 1.0, KlMean::Rows, None),
-            grad,
-        )
+        (value, cosine(pool, &p, &t, 48, None), kl(pool, &p, &t, 48, 1.0, KlMean::Rows, None), grad)
     });
     let smooth = |d: f64| {
-        if d.abs() < 1.0 {
-            0.5 * d * d
-        } else {
-            d.abs() - 0.5
-        }
+        if d.abs() < 1.0 { 0.5 * d * d } else { d.abs() - 0.5 }
     };
-    let sum: f64 = p
-        .iter()
-        .zip(&t)
-        .map(|(&p, &t)| smooth(f64::from(p) - f64::from(t)))
-        .sum();
+    let sum: f64 = p.iter().zip(&t).map(|(&p, &t)| smooth(f64::from(p) - f64::from(t))).sum();
     assert!((value.0 / (sum / p.len() as f64) - 1.0).abs() < 1e-6);
 }
 
@@ -260,11 +195,7 @@ fn a_loss_that_is_not_finite_shows() {
     let mut p = noise(50, 1);
     let t = noise(50, 2);
     p[33] = f32::NAN;
-    for term in [
-        Pointwise::Mse,
-        Pointwise::L1,
-        Pointwise::SmoothL1 { beta: 1.0 },
-    ] {
+    for term in [Pointwise::Mse, Pointwise::L1, Pointwise::SmoothL1 { beta: 1.0 }] {
         assert!(pointwise(&pool, term, &p, &t, None).is_nan());
     }
     assert!(cosine(&pool, &p, &t, 10, None).is_nan());
@@ -276,8 +207,7 @@ fn a_loss_that_is_not_finite_shows() {
 fn adamw_and_clipping_equal_pytorch() {
     let (got, norms) = on_pools(|pool, _| {
         let (mut a, mut b) = (wave(21, 1), wave(5, 2));
-        let (mut am, mut av, mut bm, mut bv) =
-            (vec![0.0; 21], vec![0.0; 21], vec![0.0; 5], vec![0.0; 5]);
+        let (mut am, mut av, mut bm, mut bv) = (vec![0.0; 21], vec![0.0; 21], vec![0.0; 5], vec![0.0; 5]);
         let (mut got, mut norms) = (Vec::new(), Vec::new());
         for step in 0..4 {
             let (ga, gb) = (wave(21, 3 + step), wave(5, 8 + step));
@@ -386,19 +316,12 @@ fn sums_and_scales_do_what_they_say() {
         assert_eq!(y[37 * 25 + 3], a[37 * 25 + 3] * columns[3] * groups[2]);
         let mut sums = vec![1.0; cols];
         add_column_sums(pool, arena, &a, cols, &mut sums);
-        let want: Vec<f64> = (0..cols)
-            .map(|c| 1.0 + (0..rows).map(|r| f64::from(a[r * cols + c])).sum::<f64>())
-            .collect();
+        let want: Vec<f64> =
+            (0..cols).map(|c| 1.0 + (0..rows).map(|r| f64::from(a[r * cols + c])).sum::<f64>()).collect();
         assert_close(&sums, &want, 1e-6, "column sums");
         let (mut fused, mut product) = (vec![1.0; cols], a.clone());
         multiply_and_add_column_sums(pool, arena, &b, &mut product, cols, &mut fused);
-        assert!(
-            product
-                .iter()
-                .zip(&a)
-                .zip(&b)
-                .all(|((p, a), b)| *p == a * b)
-        );
+        assert!(product.iter().zip(&a).zip(&b).all(|((p, a), b)| *p == a * b));
         let mut separate = vec![1.0; cols];
         add_column_sums(pool, arena, &product, cols, &mut separate);
         assert!(fused == separate);
@@ -431,18 +354,9 @@ fn patches_are_cut_in_the_order_of_a_convolution() {
     let (batch, height, width, patch) = (2, 7, 9, 3);
     let images = noise(batch * 3 * height * width, 1);
     let (mean, std) = ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]);
-    let from = Patches {
-        images: &images,
-        batch,
-        height,
-        width,
-        patch,
-        mean,
-        std,
-    };
-    let pixel = |b: usize, c: usize, y: usize, x: usize| {
-        (images[((b * 3 + c) * height + y) * width + x] - mean[c]) / std[c]
-    };
+    let from = Patches { images: &images, batch, height, width, patch, mean, std };
+    let pixel =
+        |b: usize, c: usize, y: usize, x: usize| (images[((b * 3 + c) * height + y) * width + x] - mean[c]) / std[c];
     let mut all = vec![0.0; batch * 6 * 27];
     let pool = Pool::new(2);
     cut_patches(&pool, from, None, &mut all);
@@ -477,13 +391,8 @@ fn the_mix_of_levels_and_its_gradients_agree_with_definitions() {
         });
         let at = |x: &[f32], e: usize| f64::from(x[e]);
         for i in 0..outputs {
-            let want: Vec<f64> = (0..len)
-                .map(|e| {
-                    (0..levels)
-                        .map(|j| at(&w, i * levels + j) * at(x[j], e))
-                        .sum()
-                })
-                .collect();
+            let want: Vec<f64> =
+                (0..len).map(|e| (0..levels).map(|j| at(&w, i * levels + j) * at(x[j], e)).sum()).collect();
             assert_close(&y[i], &want, 1e-6, "mix");
             for j in 0..levels {
                 let want = 1.0 + (0..len).map(|e| at(dy[i], e) * at(x[j], e)).sum::<f64>();
@@ -493,11 +402,7 @@ fn the_mix_of_levels_and_its_gradients_agree_with_definitions() {
         }
         for j in 0..levels {
             let want: Vec<f64> = (0..len)
-                .map(|e| {
-                    1.0 + (0..outputs)
-                        .map(|i| at(&w, i * levels + j) * at(dy[i], e))
-                        .sum::<f64>()
-                })
+                .map(|e| 1.0 + (0..outputs).map(|i| at(&w, i * levels + j) * at(dy[i], e)).sum::<f64>())
                 .collect();
             assert_close(&dx[j], &want, 1e-6, "gradient of the mix");
         }

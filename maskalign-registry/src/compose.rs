@@ -16,8 +16,8 @@ use crate::{
     diagnostic::{Diagnostic, Place, codes, quoted},
     plugin::nearest,
     source::{
-        Content, MAX_BYTES, MAX_DEPTH, MAX_NODES, Mapping, Member, Node, Origin, Source,
-        SourceKind, Typing, parse, parse_from, resolve_plain,
+        Content, MAX_BYTES, MAX_DEPTH, MAX_NODES, Mapping, Member, Node, Origin, Source, SourceKind, Typing, parse,
+        parse_from, resolve_plain,
     },
 };
 
@@ -101,12 +101,7 @@ pub(crate) fn compose(request: &LoadRequest<'_>) -> Composed {
             composer.apply_flag(root, text);
         }
     }
-    Composed {
-        root,
-        sources: composer.sources,
-        diagnostics: composer.diagnostics,
-        incomplete: composer.incomplete,
-    }
+    Composed { root, sources: composer.sources, diagnostics: composer.diagnostics, incomplete: composer.incomplete }
 }
 
 /// What tells one recipe from another, however it was named.
@@ -173,16 +168,11 @@ impl Composer<'_> {
     fn unknown_recipe(&mut self, name: &str, path: &Path) {
         let source = self.add_source(name, "", SourceKind::File);
         let place = Place { source, span: 0..0 };
-        let message = format!(
-            "there is no recipe {}: neither a file nor built in",
-            quoted(name)
-        );
+        let message = format!("there is no recipe {}: neither a file nor built in", quoted(name));
         let known = self.known_recipes(path.parent().unwrap_or(Path::new("")));
         let near = nearest_recipes(name, &known);
-        self.diagnostics.push(
-            Diagnostic::error(codes::UNREADABLE, message, place)
-                .allowing(near.iter().map(String::as_str), []),
-        );
+        self.diagnostics
+            .push(Diagnostic::error(codes::UNREADABLE, message, place).allowing(near.iter().map(String::as_str), []));
     }
 
     fn add_source(&mut self, name: &str, text: &str, kind: SourceKind) -> Arc<Source> {
@@ -191,21 +181,10 @@ impl Composer<'_> {
         source
     }
 
-    fn unreadable(
-        &mut self,
-        name: &str,
-        text: &str,
-        code: &'static str,
-        message: String,
-        at: usize,
-    ) {
+    fn unreadable(&mut self, name: &str, text: &str, code: &'static str, message: String, at: usize) {
         let source = self.add_source(name, text, SourceKind::File);
-        let place = Place {
-            source,
-            span: at..at,
-        };
-        self.diagnostics
-            .push(Diagnostic::error(code, message, place));
+        let place = Place { source, span: at..at };
+        self.diagnostics.push(Diagnostic::error(code, message, place));
     }
 
     /// Reads a file within the limits; a refusal is reported here.
@@ -234,8 +213,7 @@ impl Composer<'_> {
         }
         let mut bytes = Vec::new();
         let limit = MAX_BYTES as u64 + 1;
-        let outcome =
-            fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
+        let outcome = fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
         if let Err(error) = outcome {
             return refuse(self, codes::UNREADABLE, format!("cannot be read: {error}"));
         }
@@ -244,9 +222,7 @@ impl Composer<'_> {
         }
         match String::from_utf8(bytes) {
             Ok(text) => Read::Text(Found {
-                identity: Identity::File(
-                    path.canonicalize().unwrap_or_else(|_| path.to_path_buf()),
-                ),
+                identity: Identity::File(path.canonicalize().unwrap_or_else(|_| path.to_path_buf())),
                 folder: Some(path.parent().map(Path::to_path_buf).unwrap_or_default()),
                 source: self.add_source(&name, &text, SourceKind::File),
             }),
@@ -283,18 +259,8 @@ impl Composer<'_> {
     /// Names that `extends` could have meant: embedded recipes, and files of the folder.
     fn known_recipes(&self, folder: &Path) -> Vec<String> {
         const LOOKED_AT: usize = 1000;
-        let mut known: Vec<String> = self
-            .request
-            .builtins
-            .names()
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
+        let mut known: Vec<String> = self.request.builtins.names().into_iter().map(str::to_owned).collect();
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         if let Ok(entries) = fs::read_dir(folder) {
             let files = entries.take(LOOKED_AT).flatten();
             known.extend(files.filter_map(|entry| {
@@ -315,14 +281,8 @@ impl Composer<'_> {
             self.incomplete = true;
             return None;
         }
-        let Some(mut root) = parsed
-            .root
-            .filter(|root| !matches!(root.content, Content::Null))
-        else {
-            let place = Place {
-                source: Arc::clone(&found.source),
-                span: 0..0,
-            };
+        let Some(mut root) = parsed.root.filter(|root| !matches!(root.content, Content::Null)) else {
+            let place = Place { source: Arc::clone(&found.source), span: 0..0 };
             self.diagnostics.push(
                 Diagnostic::error(codes::SYNTAX, "the recipe is empty", place)
                     .help("a recipe has a `name` and `stages`, or `extends` another"),
@@ -381,11 +341,7 @@ impl Composer<'_> {
                         "`extends` takes the path or the name of a recipe, or a list of them; found {}",
                         item.content.describe()
                     );
-                    self.diagnostics.push(Diagnostic::error(
-                        codes::WRONG_TYPE,
-                        message,
-                        place.clone(),
-                    ));
+                    self.diagnostics.push(Diagnostic::error(codes::WRONG_TYPE, message, place.clone()));
                     self.incomplete = true;
                 }
             }
@@ -427,17 +383,11 @@ impl Composer<'_> {
                 }
                 None => {
                     let looked = match &path {
-                        Some(path) => format!(
-                            "looked for {} and among the built-in recipes",
-                            path.display()
-                        ),
+                        Some(path) => format!("looked for {} and among the built-in recipes", path.display()),
                         None => "a built-in recipe extends built-in recipes".to_owned(),
                     };
                     let parent = path.as_deref().and_then(Path::parent);
-                    let near = nearest_recipes(
-                        written,
-                        &self.known_recipes(parent.unwrap_or(Path::new(""))),
-                    );
+                    let near = nearest_recipes(written, &self.known_recipes(parent.unwrap_or(Path::new(""))));
                     let message = format!("there is no recipe {} to extend", quoted(written));
                     self.diagnostics.push(
                         Diagnostic::error(codes::UNKNOWN_BASE, message, place.clone())
@@ -450,8 +400,7 @@ impl Composer<'_> {
         };
         if self.chain.len() >= MAX_CHAIN {
             let message = format!("more than {MAX_CHAIN} recipes extend one another");
-            self.diagnostics
-                .push(Diagnostic::error(codes::TOO_LARGE, message, place.clone()));
+            self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, message, place.clone()));
             return None;
         }
         let identity = found.identity.clone();
@@ -465,17 +414,9 @@ impl Composer<'_> {
     }
 
     /// A base that was composed before, or that is being composed: the latter is a cycle.
-    fn already(
-        &mut self,
-        identity: &Identity,
-        written: &str,
-        place: &Place,
-    ) -> Option<Option<Node>> {
+    fn already(&mut self, identity: &Identity, written: &str, place: &Place) -> Option<Option<Node>> {
         if let Some(start) = self.chain.iter().position(|(open, _)| open == identity) {
-            let mut names: Vec<&str> = self.chain[start..]
-                .iter()
-                .map(|(_, name)| name.as_str())
-                .collect();
+            let mut names: Vec<&str> = self.chain[start..].iter().map(|(_, name)| name.as_str()).collect();
             names.push(names[0]);
             let message = format!("{} extends itself: {}", quoted(written), names.join(" -> "));
             self.diagnostics.push(
@@ -490,8 +431,7 @@ impl Composer<'_> {
     /// Adds to the newest diagnostic, which is about a base, where the base was asked for.
     fn blame_last(&mut self, place: &Place) {
         if let Some(last) = self.diagnostics.pop() {
-            self.diagnostics
-                .push(last.label(place.clone(), "extended here"));
+            self.diagnostics.push(last.label(place.clone(), "extended here"));
         }
     }
 
@@ -502,9 +442,7 @@ impl Composer<'_> {
             return upper;
         }
         let (base_map, upper_map) = match (base.content, upper.content) {
-            (Content::Map(base_map), Content::Map(upper_map))
-                if !changes_type(&base_map, &upper_map) =>
-            {
+            (Content::Map(base_map), Content::Map(upper_map)) if !changes_type(&base_map, &upper_map) => {
                 (base_map, upper_map)
             }
             (_, content) => {
@@ -514,8 +452,7 @@ impl Composer<'_> {
         self.merged += base_map.len() + upper_map.len() + 1;
         if self.merged > MAX_MERGED {
             let message = format!("bases hold more than {MAX_MERGED} values together");
-            self.diagnostics
-                .push(Diagnostic::error(codes::TOO_LARGE, message, at.clone()));
+            self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, message, at.clone()));
         }
         let mut merged = base_map;
         for (name, member) in upper_map {
@@ -526,20 +463,13 @@ impl Composer<'_> {
                         origin: slot.value.origin.clone(),
                         typing: slot.value.typing,
                     };
-                    Member {
-                        key: member.key,
-                        value: self.merge(below, member.value, at),
-                    }
+                    Member { key: member.key, value: self.merge(below, member.value, at) }
                 }
                 None => member,
             };
             merged.insert(name, member);
         }
-        Node {
-            content: Content::Map(merged),
-            origin: upper.origin,
-            typing: Typing::Fixed,
-        }
+        Node { content: Content::Map(merged), origin: upper.origin, typing: Typing::Fixed }
     }
 
     fn put_variables(&mut self, node: &mut Node) {
@@ -551,8 +481,7 @@ impl Composer<'_> {
         let source = self.add_source("--set", text, SourceKind::Flag);
         if text.len() > MAX_BYTES {
             let place = Place { source, span: 0..0 };
-            self.diagnostics
-                .push(Diagnostic::error(codes::TOO_LARGE, too_many_bytes(), place));
+            self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, too_many_bytes(), place));
             return;
         }
         if let Err(diagnostics) = self.try_flag(root, &source) {
@@ -562,10 +491,7 @@ impl Composer<'_> {
 
     fn try_flag(&mut self, root: &mut Node, source: &Arc<Source>) -> Result<(), Vec<Diagnostic>> {
         let text = source.text();
-        let place = |span| Place {
-            source: Arc::clone(source),
-            span,
-        };
+        let place = |span| Place { source: Arc::clone(source), span };
         if text.starts_with('~') {
             let (segments, end) = parse_path(source, 1)?;
             if end < text.len() {
@@ -580,23 +506,15 @@ impl Composer<'_> {
         let (segments, end) = parse_path(source, 0)?;
         if text.as_bytes().get(end) != Some(&b'=') {
             return Err(vec![
-                Diagnostic::error(
-                    codes::BAD_OVERRIDE,
-                    "`=` is missing",
-                    place(end..text.len()),
-                )
-                .help("write `path=VALUE` to set, or `~path` to delete"),
+                Diagnostic::error(codes::BAD_OVERRIDE, "`=` is missing", place(end..text.len()))
+                    .help("write `path=VALUE` to set, or `~path` to delete"),
             ]);
         }
         if segments[0].name == "extends" {
             let span = segments[0].place.clone();
             return Err(vec![
-                Diagnostic::error(
-                    codes::BAD_OVERRIDE,
-                    "`extends` cannot be set by a flag",
-                    span,
-                )
-                .help("write a recipe that extends the other"),
+                Diagnostic::error(codes::BAD_OVERRIDE, "`extends` cannot be set by a flag", span)
+                    .help("write a recipe that extends the other"),
             ]);
         }
         let parsed = parse_from(source, end + 1);
@@ -620,10 +538,7 @@ enum Read {
 }
 
 fn too_many_bytes() -> String {
-    format!(
-        "is larger than {} KiB, the limit for a recipe",
-        MAX_BYTES / 1024
-    )
+    format!("is larger than {} KiB, the limit for a recipe", MAX_BYTES / 1024)
 }
 
 fn is_absent(error: &std::io::Error) -> bool {
@@ -634,10 +549,7 @@ fn is_absent(error: &std::io::Error) -> bool {
 }
 
 fn nearest_recipes(written: &str, known: &[String]) -> Vec<String> {
-    let bare = Path::new(written)
-        .file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or(written);
+    let bare = Path::new(written).file_name().and_then(|name| name.to_str()).unwrap_or(written);
     let mut near = nearest(bare, known.iter().map(String::as_str));
     if near.is_empty() {
         let stem = bare.trim_end_matches(".yaml").trim_end_matches(".yml");
@@ -652,9 +564,7 @@ fn tidy(path: &Path) -> PathBuf {
     for component in path.components() {
         match component {
             Component::CurDir => {}
-            Component::ParentDir
-                if matches!(tidy.components().next_back(), Some(Component::Normal(_))) =>
-            {
+            Component::ParentDir if matches!(tidy.components().next_back(), Some(Component::Normal(_))) => {
                 // `a/..` is the same folder only where `a` is no link; keep the name then.
                 if tidy.is_symlink() {
                     tidy.push(component);
@@ -686,21 +596,15 @@ struct Segment {
 }
 
 /// Splits `a.b."c.d"` from a byte offset up to `=` or the end; gives the offset where it stopped.
-fn parse_path(
-    source: &Arc<Source>,
-    start: usize,
-) -> Result<(Vec<Segment>, usize), Vec<Diagnostic>> {
+fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize), Vec<Diagnostic>> {
     let text = source.text();
-    let refuse = |span, message: &str| {
-        let place = Place {
-            source: Arc::clone(source),
-            span,
+    let refuse =
+        |span, message: &str| {
+            let place = Place { source: Arc::clone(source), span };
+            vec![Diagnostic::error(codes::BAD_OVERRIDE, message, place).help(
+                "a path is keys joined by dots, such as stages.pretrain.masker.ratio; quote a key that has a dot",
+            )]
         };
-        vec![
-            Diagnostic::error(codes::BAD_OVERRIDE, message, place)
-                .help("a path is keys joined by dots, such as stages.pretrain.masker.ratio; quote a key that has a dot"),
-        ]
-    };
     let mut segments = Vec::new();
     let mut at = start;
     loop {
@@ -716,25 +620,15 @@ fn parse_path(
             }
         };
         if name.trim().is_empty() || name.trim() != name {
-            let message = if name.trim().is_empty() {
-                "a key is missing"
-            } else {
-                "a key has spaces around it"
-            };
+            let message = if name.trim().is_empty() { "a key is missing" } else { "a key has spaces around it" };
             return Err(refuse(at..at + length, message));
         }
         segments.push(Segment {
             name: name.to_owned(),
-            place: Place {
-                source: Arc::clone(source),
-                span: at..at + length,
-            },
+            place: Place { source: Arc::clone(source), span: at..at + length },
         });
         if segments.len() > MAX_DEPTH {
-            return Err(refuse(
-                at..at + length,
-                "the path is deeper than any recipe",
-            ));
+            return Err(refuse(at..at + length, "the path is deeper than any recipe"));
         }
         at += length;
         match text[at..].chars().next() {
@@ -751,10 +645,7 @@ fn list_index(items: &[Node], segment: &Segment) -> Result<usize, Box<Diagnostic
     let message = match index {
         Ok(index) if index < items.len() => return Ok(index),
         Ok(index) => format!("the list has no item {index}"),
-        Err(_) => format!(
-            "{} is not the index of an item of this list",
-            quoted(&segment.name)
-        ),
+        Err(_) => format!("{} is not the index of an item of this list", quoted(&segment.name)),
     };
     let help = format!("items are counted from 0; there are {}", items.len());
     let diagnostic = Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone());
@@ -762,11 +653,7 @@ fn list_index(items: &[Node], segment: &Segment) -> Result<usize, Box<Diagnostic
 }
 
 fn not_a_mapping(content: &Content, origin: &Origin, segment: &Segment) -> Diagnostic {
-    let message = format!(
-        "{} cannot hold {}",
-        content.describe(),
-        quoted(&segment.name)
-    );
+    let message = format!("{} cannot hold {}", content.describe(), quoted(&segment.name));
     let diagnostic = Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone());
     match origin.place() {
         Some(place) => diagnostic.label(place.clone(), "which was set here"),
@@ -782,9 +669,7 @@ enum Holder<'n> {
 
 /// The collection that a node is; nothing becomes an empty mapping, another value is refused.
 fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<Diagnostic>> {
-    let Node {
-        content, origin, ..
-    } = node;
+    let Node { content, origin, .. } = node;
     if matches!(content, Content::Null) {
         *content = Content::Map(Mapping::new());
     }
@@ -809,11 +694,7 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
             Holder::Map(map) => {
                 let key = Origin::Flag(segment.place.clone());
                 let member = map.entry(segment.name.clone()).or_insert_with(|| Member {
-                    value: Node {
-                        content: Content::Null,
-                        origin: key.clone(),
-                        typing: Typing::Fixed,
-                    },
+                    value: Node { content: Content::Null, origin: key.clone(), typing: Typing::Fixed },
                     key,
                 });
                 &mut member.value
@@ -823,15 +704,11 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
     match holder(node, last)? {
         Holder::Item(items, index) => items[index] = value,
         Holder::Map(map) => {
-            let changes_type = last.name == "type"
-                && map
-                    .get("type")
-                    .is_some_and(|old| old.value.as_str() != value.as_str());
+            let changes_type =
+                last.name == "type" && map.get("type").is_some_and(|old| old.value.as_str() != value.as_str());
             if changes_type {
                 // Another component: the old one's options go, those that flags set stay.
-                map.retain(|key, member| {
-                    key == "type" || matches!(member.value.origin, Origin::Flag(_))
-                });
+                map.retain(|key, member| key == "type" || matches!(member.value.origin, Origin::Flag(_)));
             }
             let key = Origin::Flag(last.place.clone());
             map.insert(last.name.clone(), Member { key, value });
@@ -870,19 +747,15 @@ fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> 
 fn nothing_to_delete(map: &Mapping, segment: &Segment) -> Diagnostic {
     const SHOWN: usize = 12;
     let message = format!("there is no {} to delete", quoted(&segment.name));
-    Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone()).allowing(
-        nearest(&segment.name, map.keys().map(String::as_str)),
-        map.keys().take(SHOWN).map(String::as_str),
-    )
+    Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone())
+        .allowing(nearest(&segment.name, map.keys().map(String::as_str)), map.keys().take(SHOWN).map(String::as_str))
 }
 
 /// Puts the variables into every scalar below a node.
 fn put_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String>) {
     match &mut node.content {
         Content::Seq(items) => items.iter_mut().for_each(|item| put_variables(item, env)),
-        Content::Map(map) => map
-            .values_mut()
-            .for_each(|member| put_variables(&mut member.value, env)),
+        Content::Map(map) => map.values_mut().for_each(|member| put_variables(&mut member.value, env)),
         Content::Str(text) if text.contains('$') => {
             let Some(place) = node.origin.place().cloned() else {
                 return;
@@ -916,11 +789,7 @@ struct Expanded {
     whole: bool,
 }
 
-fn expand(
-    text: &str,
-    place: &Place,
-    env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Expanded, Vec<Diagnostic>> {
+fn expand(text: &str, place: &Place, env: &dyn Fn(&str) -> Option<String>) -> Result<Expanded, Vec<Diagnostic>> {
     let mut out = String::with_capacity(text.len());
     let mut variable = None;
     let mut diagnostics = Vec::new();
@@ -993,11 +862,7 @@ fn expand(
     pieces += usize::from(!rest.is_empty());
     out.push_str(rest);
     if diagnostics.is_empty() {
-        Ok(Expanded {
-            text: out,
-            whole: variable.is_some() && pieces == 1,
-            variable,
-        })
+        Ok(Expanded { text: out, whole: variable.is_some() && pieces == 1, variable })
     } else {
         Err(diagnostics)
     }
@@ -1005,19 +870,12 @@ fn expand(
 
 /// The place of `${...}` in the source text of a scalar; the whole scalar where escapes hide it.
 fn locate(scalar: &Place, searched: &mut usize, written: &str) -> Place {
-    let found = scalar
-        .source
-        .text()
-        .get(*searched..scalar.span.end)
-        .and_then(|text| text.find(written));
+    let found = scalar.source.text().get(*searched..scalar.span.end).and_then(|text| text.find(written));
     match found {
         Some(at) => {
             let start = *searched + at;
             *searched = start + written.len();
-            Place {
-                source: Arc::clone(&scalar.source),
-                span: start..start + written.len(),
-            }
+            Place { source: Arc::clone(&scalar.source), span: start..start + written.len() }
         }
         None => scalar.clone(),
     }

@@ -16,11 +16,7 @@ use crate::{
 };
 
 /// Checks a document and gives it back as JSON, where nothing is wrong.
-pub(crate) fn check(
-    root: &Node,
-    registry: &Registry,
-    fallback: &Arc<Source>,
-) -> (Option<Value>, Vec<Diagnostic>) {
+pub(crate) fn check(root: &Node, registry: &Registry, fallback: &Arc<Source>) -> (Option<Value>, Vec<Diagnostic>) {
     let mut checker = Checker::new(root, registry, fallback);
     let value = checker.value(root, registry.schemas().root(), None);
     (value, checker.diagnostics)
@@ -71,10 +67,7 @@ impl<'a> Checker<'a> {
     }
 
     fn place(&self, origin: &Origin) -> Place {
-        origin.place().cloned().unwrap_or_else(|| Place {
-            source: Arc::clone(self.fallback),
-            span: 0..0,
-        })
+        origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(self.fallback), span: 0..0 })
     }
 
     fn report(&mut self, diagnostic: Diagnostic) {
@@ -83,12 +76,7 @@ impl<'a> Checker<'a> {
     }
 
     /// The JSON of a node that the schema admits; what is wrong is reported here.
-    fn value(
-        &mut self,
-        node: &'a Node,
-        schema: &'a Value,
-        key: Option<&'a Origin>,
-    ) -> Option<Value> {
+    fn value(&mut self, node: &'a Node, schema: &'a Value, key: Option<&'a Origin>) -> Option<Value> {
         if let Content::Unset(diagnostics) = &node.content {
             for diagnostic in diagnostics {
                 self.report(diagnostic.clone());
@@ -124,11 +112,7 @@ impl<'a> Checker<'a> {
             return None;
         }
         if let Some(content) = retyped(&names, node) {
-            let node = Node {
-                content,
-                origin: node.origin.clone(),
-                typing: Typing::Text,
-            };
+            let node = Node { content, origin: node.origin.clone(), typing: Typing::Text };
             return match node.content {
                 Content::Int(number) => self.number(&node, schema, number as f64),
                 Content::Float(number) => self.number(&node, schema, number),
@@ -147,13 +131,8 @@ impl<'a> Checker<'a> {
 
     fn wrong_type(&mut self, node: &Node, schema: &Value) {
         let expected = self.schemas.expected(schema);
-        let message = format!(
-            "expected {expected}, found {}{}",
-            node.content.describe(),
-            from_variable(node)
-        );
-        let mut diagnostic =
-            Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin));
+        let message = format!("expected {expected}, found {}{}", node.content.describe(), from_variable(node));
+        let mut diagnostic = Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin));
         if let Some(help) = self.slip(node, schema) {
             diagnostic = diagnostic.help(help);
         }
@@ -168,9 +147,7 @@ impl<'a> Checker<'a> {
             Content::Str(text) => {
                 let is_yes = ["yes", "no", "on", "off"].contains(&text.to_lowercase().as_str());
                 if has("boolean") && is_yes {
-                    return Some(
-                        "write `true` or `false`: in YAML 1.2 `yes` and `no` are text".to_owned(),
-                    );
+                    return Some("write `true` or `false`: in YAML 1.2 `yes` and `no` are text".to_owned());
                 }
                 let number = matches!(resolve_plain(text), Content::Int(_) | Content::Float(_));
                 if number && (has("number") || has("integer")) {
@@ -201,12 +178,7 @@ impl<'a> Checker<'a> {
             return None;
         }
         let bound = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
-        let shown = |keyword: &str| {
-            schema
-                .get(keyword)
-                .map(Value::to_string)
-                .unwrap_or_default()
-        };
+        let shown = |keyword: &str| schema.get(keyword).map(Value::to_string).unwrap_or_default();
         // Whole numbers are compared exactly: as a float the greatest `u64` is one more than it is.
         const PAST_U64: f64 = 18_446_744_073_709_551_616.0;
         let exceeds = match (&node.content, schema.get("maximum").and_then(Value::as_u64)) {
@@ -233,20 +205,11 @@ impl<'a> Checker<'a> {
                 [.., list, index] if index.parse::<usize>().is_ok() => format!("`{list}.{index}` "),
                 [.., name] => format!("`{name}` "),
             };
-            let message = format!(
-                "{name}{fault}, found {}{}",
-                self.shown(node),
-                from_variable(node)
-            );
-            let mut diagnostic =
-                Diagnostic::error(codes::OUT_OF_RANGE, message, self.place(&node.origin));
+            let message = format!("{name}{fault}, found {}{}", self.shown(node), from_variable(node));
+            let mut diagnostic = Diagnostic::error(codes::OUT_OF_RANGE, message, self.place(&node.origin));
             let range = crate::schema::range(schema);
             if !range.is_empty() {
-                let noun = if types(schema).contains(&"number") {
-                    "number"
-                } else {
-                    "whole number"
-                };
+                let noun = if types(schema).contains(&"number") { "number" } else { "whole number" };
                 diagnostic = diagnostic.help(format!("expected a {noun}{range}"));
             }
             self.report(diagnostic);
@@ -281,16 +244,10 @@ impl<'a> Checker<'a> {
             Some(match (length, expected) {
                 (0, Some(expected)) => format!("an empty string: expected {expected}"),
                 (0, None) => "an empty string".to_owned(),
-                _ => format!(
-                    "expected at least {} characters",
-                    bound("minLength").unwrap_or(0)
-                ),
+                _ => format!("expected at least {} characters", bound("minLength").unwrap_or(0)),
             })
         } else if bound("maxLength").is_some_and(|most| length > most) {
-            Some(format!(
-                "expected at most {} characters",
-                bound("maxLength").unwrap_or(0)
-            ))
+            Some(format!("expected at most {} characters", bound("maxLength").unwrap_or(0)))
         } else {
             let pattern = schema.get("pattern").and_then(Value::as_str);
             match pattern.and_then(|pattern| self.schemas.pattern(pattern)) {
@@ -299,10 +256,7 @@ impl<'a> Checker<'a> {
                         Some(expected) => expected.to_owned(),
                         None => format!("text of the form {}", pattern.as_str()),
                     };
-                    Some(format!(
-                        "expected {expected}, found the string {}",
-                        quoted(text)
-                    ))
+                    Some(format!("expected {expected}, found the string {}", quoted(text)))
                 }
                 _ => None,
             }
@@ -319,10 +273,7 @@ impl<'a> Checker<'a> {
     fn word(&mut self, node: &Node, schema: &Value, words: &[String]) -> Option<Value> {
         let json = node.to_json();
         let admitted = schema.get("const") == Some(&json)
-            || schema
-                .get("enum")
-                .and_then(Value::as_array)
-                .is_some_and(|values| values.contains(&json));
+            || schema.get("enum").and_then(Value::as_array).is_some_and(|values| values.contains(&json));
         if admitted {
             return Some(json);
         }
@@ -335,16 +286,9 @@ impl<'a> Checker<'a> {
             Ok(_) => self.path.iter().rev().nth(1).cloned().unwrap_or_default(),
             Err(_) => name,
         };
-        let message = format!(
-            "{} is not a value of `{what}`{}",
-            quoted(text),
-            from_variable(node)
-        );
+        let message = format!("{} is not a value of `{what}`{}", quoted(text), from_variable(node));
         let diagnostic = Diagnostic::error(codes::UNKNOWN_VALUE, message, self.place(&node.origin))
-            .allowing(
-                nearest(text, words.iter().map(String::as_str)),
-                words.iter().map(String::as_str),
-            );
+            .allowing(nearest(text, words.iter().map(String::as_str)), words.iter().map(String::as_str));
         self.report(diagnostic);
         None
     }
@@ -357,16 +301,10 @@ impl<'a> Checker<'a> {
         branches: &'a [Value],
         key: Option<&'a Origin>,
     ) -> Option<Value> {
-        let mut fitting: Vec<&'a Value> = branches
-            .iter()
-            .filter(|branch| self.fits(branch, node))
-            .collect();
+        let mut fitting: Vec<&'a Value> = branches.iter().filter(|branch| self.fits(branch, node)).collect();
         if fitting.is_empty() {
             // A slot or null: whatever is no mapping was meant for the slot.
-            fitting = branches
-                .iter()
-                .filter(|branch| self.schemas.slot(branch).is_some())
-                .collect();
+            fitting = branches.iter().filter(|branch| self.schemas.slot(branch).is_some()).collect();
         }
         match fitting.as_slice() {
             [] => {
@@ -401,9 +339,7 @@ impl<'a> Checker<'a> {
         }
         for keyword in ["anyOf", "oneOf", "allOf"] {
             if let Some(inner) = branch.get(keyword).and_then(Value::as_array) {
-                return inner
-                    .iter()
-                    .any(|inner| reference(inner).is_some() || admits(&types(inner), node));
+                return inner.iter().any(|inner| reference(inner).is_some() || admits(&types(inner), node));
             }
         }
         let names = types(branch);
@@ -468,12 +404,7 @@ impl<'a> Checker<'a> {
         key: Option<&'a Origin>,
         component: Option<&'static Entry>,
     ) -> Option<Value> {
-        self.frames.push(Frame {
-            schema,
-            map,
-            depth: self.path.len(),
-            component,
-        });
+        self.frames.push(Frame { schema, map, depth: self.path.len(), component });
         let properties = schema.get("properties").and_then(Value::as_object);
         let additional = schema.get("additionalProperties");
         let schema_of_names = schema.get("propertyNames");
@@ -484,10 +415,7 @@ impl<'a> Checker<'a> {
                 continue;
             }
             self.path.push(name.clone());
-            let value = match (
-                properties.and_then(|properties| properties.get(name)),
-                additional,
-            ) {
+            let value = match (properties.and_then(|properties| properties.get(name)), additional) {
                 (Some(schema), _) => self.value(&member.value, schema, Some(&member.key)),
                 (None, Some(Value::Bool(false))) => {
                     self.unknown_key(name, &member.key, properties);
@@ -516,10 +444,7 @@ impl<'a> Checker<'a> {
                 sound = false;
             }
         }
-        let least = schema
-            .get("minProperties")
-            .and_then(Value::as_u64)
-            .unwrap_or(0);
+        let least = schema.get("minProperties").and_then(Value::as_u64).unwrap_or(0);
         if (map.len() as u64) < least {
             let name = self.path.last().map_or("the mapping", String::as_str);
             let message = format!("{} is empty", quoted(name));
@@ -538,11 +463,7 @@ impl<'a> Checker<'a> {
         let pattern = names.get("pattern").and_then(Value::as_str);
         match pattern.and_then(|pattern| self.schemas.pattern(pattern)) {
             Some(pattern) if !pattern.is_match(name) => {
-                let expected = names
-                    .get("x-expected")
-                    .and_then(Value::as_str)
-                    .unwrap_or(pattern.as_str())
-                    .to_owned();
+                let expected = names.get("x-expected").and_then(Value::as_str).unwrap_or(pattern.as_str()).to_owned();
                 let message = format!("the name {} must be {expected}", quoted(name));
                 let place = self.place(key);
                 self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, place));
@@ -555,29 +476,16 @@ impl<'a> Checker<'a> {
     /// What the mapping being checked is, for messages: ``masker `random` ``.
     fn holder(&self) -> String {
         match self.frames.last() {
-            Some(Frame {
-                component: Some(entry),
-                ..
-            }) => format!("{} `{}`", entry.kind, entry.name),
+            Some(Frame { component: Some(entry), .. }) => format!("{} `{}`", entry.kind, entry.name),
             Some(frame) if frame.depth > 0 => format!("`{}`", self.path[..frame.depth].join(".")),
             _ => "the recipe".to_owned(),
         }
     }
 
-    fn missing_key(
-        &mut self,
-        name: &str,
-        node: &Node,
-        key: Option<&Origin>,
-        properties: Option<&Map<String, Value>>,
-    ) {
+    fn missing_key(&mut self, name: &str, node: &Node, key: Option<&Origin>, properties: Option<&Map<String, Value>>) {
         let schema = properties.and_then(|properties| properties.get(name));
         let message = format!("{} lacks `{name}`", self.holder());
-        let mut diagnostic = Diagnostic::error(
-            codes::MISSING_KEY,
-            message,
-            self.place(key.unwrap_or(&node.origin)),
-        );
+        let mut diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)));
         if let Some(schema) = schema {
             let description = schema
                 .get("description")
@@ -585,26 +493,16 @@ impl<'a> Checker<'a> {
                 .and_then(Value::as_str)
                 .map(|description| format!(" {}", first_sentence(description)))
                 .unwrap_or_default();
-            diagnostic = diagnostic.help(format!(
-                "add `{name}: ...`, {}.{description}",
-                self.schemas.expected(schema)
-            ));
+            diagnostic = diagnostic.help(format!("add `{name}: ...`, {}.{description}", self.schemas.expected(schema)));
         }
         self.path.push(name.to_owned());
         self.report(diagnostic);
         self.path.pop();
     }
 
-    fn unknown_key(
-        &mut self,
-        name: &str,
-        key: &Origin,
-        properties: Option<&'a Map<String, Value>>,
-    ) {
-        let known: Vec<&str> = properties
-            .into_iter()
-            .flat_map(|properties| properties.keys().map(String::as_str))
-            .collect();
+    fn unknown_key(&mut self, name: &str, key: &Origin, properties: Option<&'a Map<String, Value>>) {
+        let known: Vec<&str> =
+            properties.into_iter().flat_map(|properties| properties.keys().map(String::as_str)).collect();
         let message = format!("unknown key {} in {}", quoted(name), self.holder());
         let mut diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(key));
         let component = self.frames.last().and_then(|frame| frame.component);
@@ -619,11 +517,7 @@ impl<'a> Checker<'a> {
         };
         let mut homes = Vec::new();
         if let (Some(entry), false) = (component, others.is_empty()) {
-            let noun = if others.len() == 1 {
-                entry.kind.name()
-            } else {
-                entry.kind.plural()
-            };
+            let noun = if others.len() == 1 { entry.kind.name() } else { entry.kind.plural() };
             let others = list(&others, "and");
             diagnostic = diagnostic.help(format!("`{name}` is an option of the {noun} {others}"));
         } else {
@@ -632,11 +526,7 @@ impl<'a> Checker<'a> {
                 diagnostic = diagnostic.help(format!("`{name}` belongs {home}"));
             }
         }
-        let near = if homes.is_empty() {
-            nearest(name, known.iter().copied())
-        } else {
-            Vec::new()
-        };
+        let near = if homes.is_empty() { nearest(name, known.iter().copied()) } else { Vec::new() };
         if known.is_empty() {
             diagnostic = diagnostic.help(format!("{} takes no options", self.holder()));
         }
@@ -664,10 +554,7 @@ impl<'a> Checker<'a> {
                 break;
             }
             let path = &self.path[..frame.depth];
-            let known = frame
-                .schema
-                .get("properties")
-                .and_then(|properties| properties.get(name));
+            let known = frame.schema.get("properties").and_then(|properties| properties.get(name));
             if known.is_some() {
                 found.push(home(path));
             }
@@ -699,11 +586,7 @@ impl<'a> Checker<'a> {
         };
         let properties = schema.get("properties").and_then(Value::as_object);
         for (key, schema) in properties.into_iter().flatten() {
-            visit(
-                key,
-                schema,
-                map.and_then(|map| map.get(key)).map(|member| &member.value),
-            );
+            visit(key, schema, map.and_then(|map| map.get(key)).map(|member| &member.value));
         }
         if let Some(schema @ Value::Object(_)) = schema.get("additionalProperties") {
             match map.filter(|map| !map.is_empty()) {
@@ -731,9 +614,7 @@ impl<'a> Checker<'a> {
         let map = node.and_then(Node::as_map);
         let Some(kind) = self.schemas.slot(schema) else {
             let schema = self.schemas.without_null(schema);
-            let holds = schema
-                .get("properties")
-                .and_then(|properties| properties.get(name));
+            let holds = schema.get("properties").and_then(|properties| properties.get(name));
             if holds.is_some() && schema.get("x-expected").is_none() {
                 found.push(home(path));
             } else {
@@ -741,9 +622,8 @@ impl<'a> Checker<'a> {
             }
             return;
         };
-        let chosen = map
-            .and_then(|map| map.get("type")?.value.as_str())
-            .and_then(|chosen| self.registry.get(kind, chosen));
+        let chosen =
+            map.and_then(|map| map.get("type")?.value.as_str()).and_then(|chosen| self.registry.get(kind, chosen));
         match chosen {
             Some(entry) if self.has_option(entry, name) => found.push(home(path)),
             Some(entry) => {
@@ -753,10 +633,7 @@ impl<'a> Checker<'a> {
             }
             // A slot left empty: any component that could fill it.
             None => {
-                let mut holders = self
-                    .registry
-                    .of_kind(kind)
-                    .filter(|entry| self.has_option(entry, name));
+                let mut holders = self.registry.of_kind(kind).filter(|entry| self.has_option(entry, name));
                 if let Some(entry) = holders.next() {
                     found.push(format!("{}, of type `{}`", home(path), entry.name));
                 }
@@ -772,8 +649,7 @@ impl<'a> Checker<'a> {
                 node.content.describe(),
                 from_variable(node)
             );
-            let mut diagnostic =
-                Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin));
+            let mut diagnostic = Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin));
             if let Content::Str(text) = &node.content {
                 diagnostic = match self.registry.get(kind, text) {
                     Some(_) => diagnostic.help(format!("write {{ type: {text} }}")),
@@ -789,12 +665,8 @@ impl<'a> Checker<'a> {
         let Some(member) = map.get("type") else {
             let name = self.path.last().cloned().unwrap_or_default();
             let message = format!("`{name}` lacks `type`: which {kind}?");
-            let diagnostic = Diagnostic::error(
-                codes::MISSING_KEY,
-                message,
-                self.place(key.unwrap_or(&node.origin)),
-            )
-            .allowing([], self.registry.of_kind(kind).map(|entry| entry.name));
+            let diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)))
+                .allowing([], self.registry.of_kind(kind).map(|entry| entry.name));
             self.path.push("type".to_owned());
             self.report(diagnostic);
             self.path.pop();
@@ -816,10 +688,7 @@ impl<'a> Checker<'a> {
         if let Err(refusal) = (entry.normalize)(Value::Object(options.clone())) {
             let mut path = self.path.clone();
             path.extend(refusal.path);
-            let message = format!(
-                "{kind} `{}` refuses its options: {}",
-                entry.name, refusal.message
-            );
+            let message = format!("{kind} `{}` refuses its options: {}", entry.name, refusal.message);
             let (place, _) = locate(self.root, &path, self.fallback);
             let mut diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
             diagnostic.help.extend(refusal.help);
@@ -846,12 +715,8 @@ impl<'a> Checker<'a> {
                     return Some(entry);
                 }
                 let message = format!("there is no {kind} {}{}", quoted(name), from_variable(node));
-                let mut diagnostic =
-                    Diagnostic::error(codes::UNKNOWN_TYPE, message, self.place(&node.origin));
-                if let Some(other) = Kind::ALL
-                    .into_iter()
-                    .find(|other| self.registry.get(*other, name).is_some())
-                {
+                let mut diagnostic = Diagnostic::error(codes::UNKNOWN_TYPE, message, self.place(&node.origin));
+                if let Some(other) = Kind::ALL.into_iter().find(|other| self.registry.get(*other, name).is_some()) {
                     diagnostic = diagnostic.help(format!("`{name}` is a {other}, not a {kind}"));
                 }
                 let diagnostic = diagnostic.allowing(self.registry.suggest(kind, name), known());
@@ -859,14 +724,10 @@ impl<'a> Checker<'a> {
                 None
             }
             other => {
-                let message = format!(
-                    "expected the name of a {kind}, found {}{}",
-                    other.describe(),
-                    from_variable(node)
-                );
+                let message =
+                    format!("expected the name of a {kind}, found {}{}", other.describe(), from_variable(node));
                 let diagnostic =
-                    Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin))
-                        .allowing([], known());
+                    Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin)).allowing([], known());
                 self.report(diagnostic);
                 None
             }
@@ -903,10 +764,7 @@ fn retyped(names: &[&str], node: &Node) -> Option<Content> {
     match &node.content {
         Content::Str(text) if node.typing == Typing::Option && !names.contains(&"string") => {
             let content = resolve_plain(text);
-            let is_scalar = matches!(
-                content,
-                Content::Bool(_) | Content::Int(_) | Content::Float(_)
-            );
+            let is_scalar = matches!(content, Content::Bool(_) | Content::Int(_) | Content::Float(_));
             (is_scalar && admits_content(names, &content)).then_some(content)
         }
         _ => None,
@@ -968,10 +826,7 @@ pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> (P
         Some(key) if is_collection => key,
         _ => &node.origin,
     };
-    let place = origin.place().cloned().unwrap_or_else(|| Place {
-        source: Arc::clone(fallback),
-        span: 0..0,
-    });
+    let place = origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 });
     (place, present)
 }
 
@@ -993,10 +848,7 @@ pub(crate) fn fill(
         _ => return Err((path.clone(), format!("a {kind} without `type`"))),
     };
     let Some(entry) = registry.get(kind, &name) else {
-        return Err((
-            path.clone(),
-            format!("there is no {kind} {}", quoted(&name)),
-        ));
+        return Err((path.clone(), format!("there is no {kind} {}", quoted(&name))));
     };
     let options = Value::Object(std::mem::take(object));
     let mut options = (entry.normalize)(options).map_err(|refusal| {
@@ -1044,9 +896,8 @@ fn fill_slots(
         Value::Object(object) => {
             let properties = schema.get("properties").and_then(Value::as_object);
             for (name, member) in object.iter_mut() {
-                let schema = properties
-                    .and_then(|properties| properties.get(name))
-                    .or(schema.get("additionalProperties"));
+                let schema =
+                    properties.and_then(|properties| properties.get(name)).or(schema.get("additionalProperties"));
                 if let Some(schema) = schema {
                     path.push(name.clone());
                     fill_slots(registry, schema, member, path)?;

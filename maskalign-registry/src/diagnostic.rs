@@ -127,10 +127,7 @@ impl Diagnostic {
             code,
             severity: Severity::Error,
             message: message.into(),
-            labels: vec![Label {
-                place,
-                text: String::new(),
-            }],
+            labels: vec![Label { place, text: String::new() }],
             help: Vec::new(),
             path: Vec::new(),
             allowed: Vec::new(),
@@ -148,10 +145,7 @@ impl Diagnostic {
     /// Adds a second place.
     #[must_use]
     pub fn label(mut self, place: Place, text: impl Into<String>) -> Diagnostic {
-        self.labels.push(Label {
-            place,
-            text: text.into(),
-        });
+        self.labels.push(Label { place, text: text.into() });
         self
     }
 
@@ -178,16 +172,13 @@ impl Diagnostic {
         suggestions: impl IntoIterator<Item = &'a str>,
         allowed: impl IntoIterator<Item = &'a str>,
     ) -> Diagnostic {
-        self.suggestions
-            .extend(suggestions.into_iter().map(str::to_owned));
+        self.suggestions.extend(suggestions.into_iter().map(str::to_owned));
         self.allowed.extend(allowed.into_iter().map(str::to_owned));
         if !self.suggestions.is_empty() {
-            self.help
-                .push(format!("did you mean {}?", list(&self.suggestions, "or")));
+            self.help.push(format!("did you mean {}?", list(&self.suggestions, "or")));
         }
         if !self.allowed.is_empty() {
-            self.help
-                .push(format!("known here: {}", list(&self.allowed, "and")));
+            self.help.push(format!("known here: {}", list(&self.allowed, "and")));
         }
         self
     }
@@ -219,9 +210,7 @@ impl Diagnostic {
             "allowed": self.allowed,
             "suggestions": self.suggestions,
         });
-        if let (Value::Object(object), Some(Value::Object(position))) =
-            (&mut object, self.place().map(position))
-        {
+        if let (Value::Object(object), Some(Value::Object(position))) = (&mut object, self.place().map(position)) {
             object.extend(position);
         }
         let related: Vec<Value> = self
@@ -244,18 +233,8 @@ impl Diagnostic {
         if let Some(place) = self.place() {
             out.push_str(&format!("{}: ", visible(&place.to_string())));
         }
-        out.push_str(&format!(
-            "{}[{}]: {}\n",
-            self.severity.name(),
-            self.code,
-            visible_lines(&self.message)
-        ));
-        let gutter = self
-            .labels
-            .iter()
-            .map(|label| label.place.line_column().0.to_string().len())
-            .max()
-            .unwrap_or(1);
+        out.push_str(&format!("{}[{}]: {}\n", self.severity.name(), self.code, visible_lines(&self.message)));
+        let gutter = self.labels.iter().map(|label| label.place.line_column().0.to_string().len()).max().unwrap_or(1);
         for (index, label) in self.labels.iter().enumerate() {
             if index > 0 {
                 let place = visible(&label.place.to_string());
@@ -294,11 +273,7 @@ fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
         cells.push((line_start + offset, shown, width));
     }
     let columns_before = |offset: usize, cells: &[(usize, String, usize)]| -> usize {
-        cells
-            .iter()
-            .take_while(|cell| cell.0 < offset)
-            .map(|cell| cell.2)
-            .sum()
+        cells.iter().take_while(|cell| cell.0 < offset).map(|cell| cell.2).sum()
     };
 
     let total: usize = cells.iter().map(|cell| cell.2).sum();
@@ -306,9 +281,7 @@ fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
     let mut cut_left = false;
     let mut cut_right = false;
     if total > SHOWN_COLUMNS {
-        let first = marked_from
-            .saturating_sub(SHOWN_COLUMNS / 2)
-            .min(total - SHOWN_COLUMNS);
+        let first = marked_from.saturating_sub(SHOWN_COLUMNS / 2).min(total - SHOWN_COLUMNS);
         let mut column = 0;
         let mut skipped = 0;
         cells.retain(|cell| {
@@ -337,12 +310,7 @@ fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
     out.push_str(&format!("{:gutter$} |\n", ""));
     out.push_str(&format!("{line_number:>gutter$} | {shown}\n"));
     let marks: String = std::iter::repeat_n(mark, marks).collect();
-    let line = format!(
-        "{:gutter$} | {:marked_from$}{marks} {}",
-        "",
-        "",
-        visible(&label.text)
-    );
+    let line = format!("{:gutter$} | {:marked_from$}{marks} {}", "", "", visible(&label.text));
     out.push_str(line.trim_end());
     out.push('\n');
 }
@@ -399,16 +367,13 @@ impl Report {
     pub(crate) fn sort(&mut self, sources: &[Arc<Source>]) {
         let rank = |diagnostic: &Diagnostic| {
             diagnostic.place().map_or((0, 0), |place| {
-                let source = sources
-                    .iter()
-                    .position(|source| Arc::ptr_eq(source, &place.source))
-                    .unwrap_or(sources.len());
+                let source =
+                    sources.iter().position(|source| Arc::ptr_eq(source, &place.source)).unwrap_or(sources.len());
                 (source, place.span.start)
             })
         };
         self.0.sort_by_key(rank);
-        self.0
-            .dedup_by(|a, b| rank(a) == rank(b) && a.message == b.message);
+        self.0.dedup_by(|a, b| rank(a) == rank(b) && a.message == b.message);
     }
 }
 
@@ -427,9 +392,7 @@ mod tests {
 
     fn mark(text: &str, span: Range<usize>) -> String {
         let source = Arc::new(Source::new("r.yaml", text, SourceKind::File));
-        Diagnostic::error("syntax", "wrong", Place { source, span })
-            .help("do better")
-            .render()
+        Diagnostic::error("syntax", "wrong", Place { source, span }).help("do better").render()
     }
 
     #[test]
@@ -449,10 +412,7 @@ mod tests {
         // The column counts characters; the marks count terminal cells: 4 for the tab, 2 for each
         // of the wide characters.
         assert!(shown.starts_with("r.yaml:1:6: "), "{shown}");
-        assert!(
-            shown.contains("1 |     名前: abc\n  |           ^^^\n"),
-            "{shown}"
-        );
+        assert!(shown.contains("1 |     名前: abc\n  |           ^^^\n"), "{shown}");
     }
 
     #[test]

@@ -15,9 +15,8 @@ mod values;
 pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource};
 pub use diagnostic::{Diagnostic, Label, Place, Report, Severity};
 pub use plugin::{
-    AlignerTag, DatasetTag, DuplicatePlugin, Entry, Kind, KindTag, LossTag, MaskerTag,
-    OptimizerTag, OptionDoc, Options, Registry, ScheduleTag, StageTag, StudentTag, TargetTag,
-    TeacherTag, TransformTag, decode_options,
+    AlignerTag, DatasetTag, DuplicatePlugin, Entry, Kind, KindTag, LossTag, MaskerTag, OptimizerTag, OptionDoc,
+    Options, Registry, ScheduleTag, StageTag, StudentTag, TargetTag, TeacherTag, TransformTag, decode_options,
 };
 pub use recipe::{Loaded, Recipe, ShowOrigin, diff, fingerprint};
 pub use refusal::Refusal;

@@ -149,11 +149,7 @@ pub struct Entry {
 
 impl Entry {
     /// An entry whose options are the struct `T`, with no summary, example, paper or package yet.
-    pub const fn of<T>(
-        kind: Kind,
-        name: &'static str,
-        vtable: &'static (dyn Any + Send + Sync),
-    ) -> Entry
+    pub const fn of<T>(kind: Kind, name: &'static str, vtable: &'static (dyn Any + Send + Sync)) -> Entry
     where
         T: JsonSchema + Serialize + DeserializeOwned,
     {
@@ -245,11 +241,7 @@ pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal>
                 serde_path_to_error::Segment::Unknown => None,
             })
             .collect();
-        Refusal {
-            path,
-            message: error.inner().to_string(),
-            help: None,
-        }
+        Refusal { path, message: error.inner().to_string(), help: None }
     })
 }
 
@@ -284,19 +276,14 @@ impl Registry {
     /// Two components of one kind share a name.
     pub fn global() -> Result<&'static Registry, DuplicatePlugin> {
         static GLOBAL: OnceLock<Result<Registry, DuplicatePlugin>> = OnceLock::new();
-        GLOBAL
-            .get_or_init(|| Registry::from_entries(inventory::iter::<Entry>))
-            .as_ref()
-            .map_err(Clone::clone)
+        GLOBAL.get_or_init(|| Registry::from_entries(inventory::iter::<Entry>)).as_ref().map_err(Clone::clone)
     }
 
     /// A registry of the given entries alone.
     ///
     /// # Errors
     /// Two components of one kind share a name.
-    pub fn from_entries(
-        entries: impl IntoIterator<Item = &'static Entry>,
-    ) -> Result<Registry, DuplicatePlugin> {
+    pub fn from_entries(entries: impl IntoIterator<Item = &'static Entry>) -> Result<Registry, DuplicatePlugin> {
         let mut entries: Vec<&'static Entry> = entries.into_iter().collect();
         entries.sort_by_key(|entry| (entry.kind, entry.name, entry.package));
         for pair in entries.windows(2) {
@@ -311,10 +298,7 @@ impl Registry {
                 });
             }
         }
-        Ok(Registry {
-            entries,
-            schemas: OnceLock::new(),
-        })
+        Ok(Registry { entries, schemas: OnceLock::new() })
     }
 
     /// Every entry, sorted by kind and name.
@@ -324,9 +308,7 @@ impl Registry {
 
     /// The component of that kind and name.
     pub fn get(&self, kind: Kind, name: &str) -> Option<&'static Entry> {
-        let position = self
-            .entries
-            .binary_search_by(|entry| (entry.kind, entry.name).cmp(&(kind, name)));
+        let position = self.entries.binary_search_by(|entry| (entry.kind, entry.name).cmp(&(kind, name)));
         position.ok().map(|position| self.entries[position])
     }
 
@@ -354,11 +336,7 @@ impl Registry {
         let mut bare = self.entries().filter(|entry| entry.name == address);
         match (bare.next(), bare.next()) {
             (Some(entry), None) => Ok(entry),
-            (Some(first), Some(second)) => Err([first, second]
-                .into_iter()
-                .chain(bare)
-                .map(Entry::address)
-                .collect()),
+            (Some(first), Some(second)) => Err([first, second].into_iter().chain(bare).map(Entry::address).collect()),
             (None, _) => {
                 let addresses: Vec<String> = self.entries().map(Entry::address).collect();
                 let mut close = nearest(address, addresses.iter().map(String::as_str));
@@ -368,11 +346,7 @@ impl Registry {
                     close = addresses
                         .iter()
                         .map(String::as_str)
-                        .filter(|a| {
-                            names
-                                .iter()
-                                .any(|n| a.split_once('.').is_some_and(|(_, b)| b == *n))
-                        })
+                        .filter(|a| names.iter().any(|n| a.split_once('.').is_some_and(|(_, b)| b == *n)))
                         .collect();
                 }
                 Err(close.into_iter().map(str::to_owned).collect())
@@ -406,10 +380,7 @@ impl Registry {
         let address = entry.address();
         let mut faults = Vec::new();
         let is_snake = entry.name.starts_with(|c: char| c.is_ascii_lowercase())
-            && entry
-                .name
-                .chars()
-                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+            && entry.name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
         if !is_snake {
             faults.push(format!("{address}: the name is not snake_case"));
         }
@@ -481,11 +452,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     }
     scored.sort();
     scored.dedup();
-    scored
-        .into_iter()
-        .take(3)
-        .map(|(_, candidate)| candidate)
-        .collect()
+    scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }
 
 /// Whether both names hold the same words in some order, or a common first word of some length.

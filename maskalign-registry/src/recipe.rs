@@ -60,11 +60,8 @@ impl Recipe {
         if let Some(root) = &composed.root {
             let (value, found) = decode::check(root, registry, &fallback);
             // What a base that could not be read would have given is not missing.
-            diagnostics.extend(
-                found
-                    .into_iter()
-                    .filter(|found| !composed.incomplete || found.code != codes::MISSING_KEY),
-            );
+            diagnostics
+                .extend(found.into_iter().filter(|found| !composed.incomplete || found.code != codes::MISSING_KEY));
             resolved = value;
         }
         let (root, value) = match (composed.root, resolved) {
@@ -72,10 +69,7 @@ impl Recipe {
             (root, _) => {
                 if diagnostics.is_empty() {
                     let place = root.as_ref().and_then(|root| root.origin.place()).cloned();
-                    let place = place.unwrap_or_else(|| Place {
-                        source: Arc::clone(&fallback),
-                        span: 0..0,
-                    });
+                    let place = place.unwrap_or_else(|| Place { source: Arc::clone(&fallback), span: 0..0 });
                     let message = "the recipe holds a value that no component takes";
                     diagnostics.push(Diagnostic::error(codes::REFUSED, message, place));
                 }
@@ -83,12 +77,7 @@ impl Recipe {
             }
         };
         match fill(value, registry) {
-            Ok((recipe, resolved)) => Ok(Loaded {
-                root,
-                fallback,
-                recipe,
-                resolved,
-            }),
+            Ok((recipe, resolved)) => Ok(Loaded { root, fallback, recipe, resolved }),
             Err((path, message)) => {
                 let (place, _) = decode::locate(&root, &path, &fallback);
                 let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
@@ -99,26 +88,14 @@ impl Recipe {
 }
 
 /// One component written as YAML, checked and filled.
-pub(crate) fn component(
-    registry: &Registry,
-    kind: Kind,
-    name: &str,
-    text: &str,
-) -> Result<Value, Report> {
+pub(crate) fn component(registry: &Registry, kind: Kind, name: &str, text: &str) -> Result<Value, Report> {
     let source = Arc::new(Source::new(name, text, SourceKind::File));
     let parsed = parse(&source);
     let mut diagnostics = parsed.diagnostics;
     let Some(root) = parsed.root else {
         if diagnostics.is_empty() {
-            let place = Place {
-                source: Arc::clone(&source),
-                span: 0..0,
-            };
-            diagnostics.push(Diagnostic::error(
-                codes::SYNTAX,
-                "nothing is written",
-                place,
-            ));
+            let place = Place { source: Arc::clone(&source), span: 0..0 };
+            diagnostics.push(Diagnostic::error(codes::SYNTAX, "nothing is written", place));
         }
         return Err(report(diagnostics, &[source]));
     };
@@ -157,8 +134,7 @@ fn fill(value: Value, registry: &Registry) -> Result<(Recipe, Value), (Vec<Strin
             path.pop();
         }
     }
-    let recipe: Recipe =
-        serde_json::from_value(value).map_err(|error| (Vec::new(), error.to_string()))?;
+    let recipe: Recipe = serde_json::from_value(value).map_err(|error| (Vec::new(), error.to_string()))?;
     let mut resolved = Map::new();
     resolved.insert("name".to_owned(), json!(recipe.name));
     if let Some(description) = &recipe.description {
@@ -220,8 +196,7 @@ impl Loaded {
     /// shown at the nearest mapping above it.
     pub fn locate(&self, refusal: &Refusal) -> Diagnostic {
         let (place, present) = decode::locate(&self.root, &refusal.path, &self.fallback);
-        let mut diagnostic =
-            Diagnostic::error(codes::REFUSED, refusal.message.clone(), place).at(&refusal.path);
+        let mut diagnostic = Diagnostic::error(codes::REFUSED, refusal.message.clone(), place).at(&refusal.path);
         if let (false, Some(option)) = (present, refusal.path.last()) {
             let mut value = Some(&self.resolved);
             for segment in &refusal.path {
@@ -243,10 +218,7 @@ impl Loaded {
 
     /// Puts several refusals at their places, sorted.
     pub fn locate_all<'r>(&self, refusals: impl IntoIterator<Item = &'r Refusal>) -> Report {
-        let diagnostics = refusals
-            .into_iter()
-            .map(|refusal| self.locate(refusal))
-            .collect();
+        let diagnostics = refusals.into_iter().map(|refusal| self.locate(refusal)).collect();
         report(diagnostics, std::slice::from_ref(&self.fallback))
     }
 
@@ -254,12 +226,7 @@ impl Loaded {
     /// left to fill.
     pub fn resolved_yaml(&self, show: ShowOrigin) -> String {
         let mut lines = Vec::new();
-        let mut writer = Writer {
-            loaded: self,
-            show,
-            path: Vec::new(),
-            lines: &mut lines,
-        };
+        let mut writer = Writer { loaded: self, show, path: Vec::new(), lines: &mut lines };
         writer.mapping(&self.resolved, 0);
         const COMMENT_COLUMN: usize = 48;
         let mut out = String::new();
@@ -285,9 +252,7 @@ pub fn fingerprint(resolved: &Value) -> String {
     if let Value::Object(object) = &mut resolved {
         object.shift_remove("description");
     }
-    blake3::hash(resolved.to_string().as_bytes())
-        .to_hex()
-        .to_string()
+    blake3::hash(resolved.to_string().as_bytes()).to_hex().to_string()
 }
 
 /// What differs between two resolved recipes, one line each: `path: old -> new`.
@@ -300,11 +265,7 @@ pub fn diff(old: &Value, new: &Value) -> Vec<String> {
 fn diff_at(path: &str, old: Option<&Value>, new: Option<&Value>, lines: &mut Vec<String>) {
     if let (Some(Value::Object(old)), Some(Value::Object(new))) = (old, new) {
         let join = |key: &str| {
-            if path.is_empty() {
-                key.to_owned()
-            } else {
-                format!("{path}.{key}")
-            }
+            if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
         };
         for (key, value) in old {
             diff_at(&join(key), Some(value), new.get(key), lines);
@@ -313,18 +274,11 @@ fn diff_at(path: &str, old: Option<&Value>, new: Option<&Value>, lines: &mut Vec
             diff_at(&join(key), None, Some(value), lines);
         }
         let shared = |a: &Map<String, Value>, b: &Map<String, Value>| -> Vec<String> {
-            a.keys()
-                .filter(|key| b.contains_key(*key))
-                .cloned()
-                .collect()
+            a.keys().filter(|key| b.contains_key(*key)).cloned().collect()
         };
         let (before, after) = (shared(old, new), shared(new, old));
         if before != after {
-            lines.push(format!(
-                "{path}: order {} -> {}",
-                before.join(", "),
-                after.join(", ")
-            ));
+            lines.push(format!("{path}: order {} -> {}", before.join(", "), after.join(", ")));
         }
         return;
     }
@@ -383,8 +337,7 @@ impl Writer<'_> {
                     ShowOrigin::Yes => Some(origin_comment(&self.loaded.origin_of(&self.path))),
                     ShowOrigin::No => None,
                 };
-                self.lines
-                    .push((format!("{head} {}", yaml_flow(other)), comment));
+                self.lines.push((format!("{head} {}", yaml_flow(other)), comment));
             }
         }
     }
@@ -402,9 +355,7 @@ fn origin_comment(origin: &Origin) -> String {
         Origin::Variable { name, at: place } => format!("${name} at {}", at(place)),
         Origin::Default => "default".to_owned(),
     };
-    text.chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Whether a value is written on one line: a scalar, or a list of such.
@@ -432,9 +383,7 @@ fn yaml_flow(value: &Value) -> String {
 /// Text as a YAML scalar: plain where that is safe anywhere, double-quoted otherwise.
 fn yaml_text(text: &str) -> String {
     let is_word = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_' || c == '/')
-        && text
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/'));
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/'));
     if is_word && matches!(resolve_plain(text), Content::Str(_)) {
         return text.to_owned();
     }

@@ -19,20 +19,12 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal of one option.
     pub fn new(option: impl Into<String>, message: impl Into<String>) -> Refusal {
-        Refusal {
-            path: vec![option.into()],
-            message: message.into(),
-            help: None,
-        }
+        Refusal { path: vec![option.into()], message: message.into(), help: None }
     }
 
     /// A refusal of the component as a whole.
     pub fn whole(message: impl Into<String>) -> Refusal {
-        Refusal {
-            path: Vec::new(),
-            message: message.into(),
-            help: None,
-        }
+        Refusal { path: Vec::new(), message: message.into(), help: None }
     }
 
     /// Adds what to do about it.

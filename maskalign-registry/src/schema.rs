@@ -21,14 +21,7 @@ use crate::plugin::{Entry, Kind, OptionDoc, Registry};
 const DEFINITIONS: &str = "#/definitions/";
 
 /// Keywords that say something of a value without restricting it.
-const ANNOTATIONS: [&str; 6] = [
-    "description",
-    "markdownDescription",
-    "default",
-    "examples",
-    "title",
-    "deprecated",
-];
+const ANNOTATIONS: [&str; 6] = ["description", "markdownDescription", "default", "examples", "title", "deprecated"];
 
 /// The strict schemas that the decoder walks.
 #[derive(Debug)]
@@ -56,10 +49,7 @@ impl Schemas {
             let mut schema = schema.to_value();
             tidy(&mut schema);
             close(&mut schema);
-            components
-                .entry(entry.kind)
-                .or_default()
-                .insert(entry.name, schema);
+            components.entry(entry.kind).or_default().insert(entry.name, schema);
         }
         let mut definitions = generator.take_definitions(true);
         for schema in definitions.values_mut() {
@@ -68,24 +58,13 @@ impl Schemas {
         definitions.sort_keys();
         let root = strict_root();
         let mut patterns = Vec::new();
-        for schema in components
-            .values()
-            .flat_map(BTreeMap::values)
-            .chain(definitions.values())
-        {
+        for schema in components.values().flat_map(BTreeMap::values).chain(definitions.values()) {
             collect_patterns(schema, &mut patterns);
         }
         collect_patterns(&root, &mut patterns);
-        let patterns = patterns
-            .into_iter()
-            .filter_map(|pattern| Some((pattern.clone(), Regex::new(&pattern).ok()?)))
-            .collect();
-        Schemas {
-            root,
-            components,
-            definitions,
-            patterns,
-        }
+        let patterns =
+            patterns.into_iter().filter_map(|pattern| Some((pattern.clone(), Regex::new(&pattern).ok()?))).collect();
+        Schemas { root, components, definitions, patterns }
     }
 
     /// The schema of a whole recipe, `extends` left out.
@@ -147,15 +126,11 @@ impl Schemas {
         const DEEPEST: usize = 16;
         let mut schema = self.resolve(schema);
         for _ in 0..DEEPEST {
-            let branches = ["anyOf", "oneOf", "allOf"]
-                .iter()
-                .find_map(|keyword| schema.get(keyword)?.as_array());
+            let branches = ["anyOf", "oneOf", "allOf"].iter().find_map(|keyword| schema.get(keyword)?.as_array());
             let Some(branches) = branches else {
                 return schema;
             };
-            let mut present = branches
-                .iter()
-                .filter(|branch| branch.get("type") != Some(&json!("null")));
+            let mut present = branches.iter().filter(|branch| branch.get("type") != Some(&json!("null")));
             match (present.next(), present.next()) {
                 (Some(only), None) => schema = self.resolve(only),
                 _ => return schema,
@@ -184,10 +159,7 @@ impl Schemas {
             return;
         }
         if let Some(kind) = reference(schema).and_then(Kind::from_name) {
-            forms.push(format!(
-                "{} (a mapping with `type`)",
-                with_article(kind.name())
-            ));
+            forms.push(format!("{} (a mapping with `type`)", with_article(kind.name())));
             return;
         }
         if depth > DEEPEST {
@@ -249,11 +221,7 @@ impl Schemas {
 }
 
 fn with_article(noun: &str) -> String {
-    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) {
-        "an"
-    } else {
-        "a"
-    };
+    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
     format!("{article} {noun}")
 }
 
@@ -278,10 +246,7 @@ pub(crate) fn words(schema: &Value) -> Option<Vec<String>> {
         Value::Null => None,
         other => Some(other.to_string()),
     };
-    match (
-        schema.get("const"),
-        schema.get("enum").and_then(Value::as_array),
-    ) {
+    match (schema.get("const"), schema.get("enum").and_then(Value::as_array)) {
         (Some(value), _) => word(value).map(|word| vec![word]),
         (None, Some(values)) => Some(values.iter().filter_map(word).collect()),
         (None, None) => None,
@@ -290,11 +255,7 @@ pub(crate) fn words(schema: &Value) -> Option<Vec<String>> {
 
 /// ` of at least 1`, ` between 0 and 1`, or nothing.
 pub(crate) fn range(schema: &Value) -> String {
-    let bound = |keyword| {
-        schema
-            .get(keyword)
-            .filter(|bound| bound.is_number() && !is_huge(bound))
-    };
+    let bound = |keyword| schema.get(keyword).filter(|bound| bound.is_number() && !is_huge(bound));
     let low = (bound("minimum"), bound("exclusiveMinimum"));
     let high = (bound("maximum"), bound("exclusiveMaximum"));
     match (low, high) {
@@ -321,9 +282,7 @@ fn collect_patterns(value: &Value, found: &mut Vec<String>) {
             if let Some(Value::String(pattern)) = object.get("pattern") {
                 found.push(pattern.clone());
             }
-            object
-                .values()
-                .for_each(|value| collect_patterns(value, found));
+            object.values().for_each(|value| collect_patterns(value, found));
         }
         Value::Array(items) => items.iter().for_each(|item| collect_patterns(item, found)),
         _ => {}
@@ -415,10 +374,8 @@ fn bound_by_format(object: &mut Map<String, Value>, format: &Value) {
 
 /// Doc comments are wrapped by hand: joins the lines of each paragraph.
 fn unwrap_lines(text: &str) -> String {
-    let paragraphs: Vec<String> = text
-        .split("\n\n")
-        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
-        .collect();
+    let paragraphs: Vec<String> =
+        text.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     paragraphs.join("\n\n")
 }
 
@@ -431,14 +388,8 @@ fn gather_words(object: &mut Map<String, Value>) {
     let mut words = Vec::new();
     let mut descriptions = Vec::new();
     for branch in branches {
-        let description = branch
-            .get("description")
-            .and_then(Value::as_str)
-            .unwrap_or("");
-        match (
-            branch.get("const"),
-            branch.get("enum").and_then(Value::as_array),
-        ) {
+        let description = branch.get("description").and_then(Value::as_str).unwrap_or("");
+        match (branch.get("const"), branch.get("enum").and_then(Value::as_array)) {
             (Some(word @ Value::String(_)), _) => {
                 words.push(word.clone());
                 descriptions.push(json!(unwrap_lines(description)));
@@ -453,10 +404,7 @@ fn gather_words(object: &mut Map<String, Value>) {
     object.shift_remove("oneOf");
     object.insert("type".to_owned(), json!("string"));
     object.insert("enum".to_owned(), Value::Array(words));
-    object.insert(
-        "markdownEnumDescriptions".to_owned(),
-        Value::Array(descriptions),
-    );
+    object.insert("markdownEnumDescriptions".to_owned(), Value::Array(descriptions));
 }
 
 /// A range on a [`Scalar`](crate::Scalar) field binds both ends of a ramp too.
@@ -469,9 +417,7 @@ fn bound_ramp(object: &mut Map<String, Value>) {
             continue;
         };
         for end in ["from", "to"] {
-            let pointer = object
-                .get_mut("properties")
-                .and_then(|properties| properties.get_mut(end));
+            let pointer = object.get_mut("properties").and_then(|properties| properties.get_mut(end));
             if let Some(Value::Object(end)) = pointer {
                 end.insert(bound.to_owned(), value.clone());
             }
@@ -485,9 +431,8 @@ fn set_reference_apart(object: &mut Map<String, Value>) {
     if !object.contains_key("$ref") || !object.keys().any(|keyword| restricts(keyword)) {
         return;
     }
-    let (annotations, rest): (Map<String, Value>, Map<String, Value>) = std::mem::take(object)
-        .into_iter()
-        .partition(|(keyword, _)| ANNOTATIONS.contains(&keyword.as_str()));
+    let (annotations, rest): (Map<String, Value>, Map<String, Value>) =
+        std::mem::take(object).into_iter().partition(|(keyword, _)| ANNOTATIONS.contains(&keyword.as_str()));
     let (reference, rest): (Map<String, Value>, Map<String, Value>) =
         rest.into_iter().partition(|(keyword, _)| keyword == "$ref");
     *object = annotations;
@@ -546,9 +491,7 @@ pub(crate) fn option_docs(schemas: &Schemas, entry: &Entry) -> Vec<OptionDoc> {
         .flatten()
         .map(|(name, schema)| {
             let target = schemas.without_null(schema);
-            let description = schema
-                .get("description")
-                .or_else(|| target.get("description"));
+            let description = schema.get("description").or_else(|| target.get("description"));
             OptionDoc {
                 name: name.clone(),
                 expected: schemas.expected(schema),
@@ -593,10 +536,7 @@ pub fn recipe_schema(registry: &Registry) -> Value {
     for kind in Kind::ALL {
         let any = any_branch(&definitions, registry, kind);
         definitions.insert(format!("partial.{kind}.any"), any);
-        definitions.insert(
-            format!("partial.{kind}"),
-            kind_definition(registry, kind, "partial."),
-        );
+        definitions.insert(format!("partial.{kind}"), kind_definition(registry, kind, "partial."));
     }
     for schema in definitions.values_mut() {
         admit_variables(schema);
@@ -625,14 +565,10 @@ fn editor_root() -> Value {
     let mut stages = properties["stages"].take();
     let description = stages["description"].clone();
     properties["stages"] = json!({ "type": "object", "description": description });
-    stages
-        .as_object_mut()
-        .map(|stages| stages.shift_remove("description"));
+    stages.as_object_mut().map(|stages| stages.shift_remove("description"));
     let mut partial = stages.clone();
     partial["additionalProperties"] = json!({ "$ref": "#/definitions/partial.stage" });
-    partial
-        .as_object_mut()
-        .map(|stages| stages.shift_remove("minProperties"));
+    partial.as_object_mut().map(|stages| stages.shift_remove("minProperties"));
     json!({
         "$schema": "http://json-schema.org/draft-07/schema#",
         "description": "A MaskAlign recipe: named stages, each a component with its options.",
@@ -686,18 +622,12 @@ fn kind_definition(registry: &Registry, kind: Kind, prefix: &str) -> Value {
 
 /// One component as it stands in a recipe: its options and `type`.
 fn branch(schemas: &Schemas, entry: &Entry) -> Value {
-    let mut schema = schemas
-        .component(entry.kind, entry.name)
-        .cloned()
-        .unwrap_or_else(|| json!({}));
+    let mut schema = schemas.component(entry.kind, entry.name).cloned().unwrap_or_else(|| json!({}));
     let Value::Object(object) = &mut schema else {
         return schema;
     };
     let mut properties = Map::new();
-    properties.insert(
-        "type".to_owned(),
-        json!({ "const": entry.name, "description": entry.summary }),
-    );
+    properties.insert("type".to_owned(), json!({ "const": entry.name, "description": entry.summary }));
     if let Some(Value::Object(options)) = object.shift_remove("properties") {
         properties.extend(options);
     }
@@ -705,9 +635,7 @@ fn branch(schemas: &Schemas, entry: &Entry) -> Value {
     if let Some(Value::Array(options)) = object.shift_remove("required") {
         required.extend(options);
     }
-    let additional = object
-        .shift_remove("additionalProperties")
-        .unwrap_or(json!(false));
+    let additional = object.shift_remove("additionalProperties").unwrap_or(json!(false));
     let mut branch = json!({
         "type": "object",
         "description": entry.summary,
@@ -744,11 +672,7 @@ fn any_branch(definitions: &BTreeMap<String, Value>, registry: &Registry, kind: 
         let properties = definitions
             .get(&format!("partial.{}", entry.address()))
             .and_then(|schema| schema.get("properties")?.as_object());
-        for (name, schema) in properties
-            .into_iter()
-            .flatten()
-            .filter(|(name, _)| *name != "type")
-        {
+        for (name, schema) in properties.into_iter().flatten().filter(|(name, _)| *name != "type") {
             let forms = options.entry(name).or_default();
             if !forms.contains(&schema) {
                 forms.push(schema);
@@ -776,10 +700,7 @@ const VARIABLE_PATTERN: &str = r"\$\{";
 
 /// Lets `${VARIABLE}` stand for any scalar.
 fn admit_variables(schema: &mut Value) {
-    if schema.get("if").is_some()
-        && schema.get("then").is_some()
-        && schema.get("properties").is_none()
-    {
+    if schema.get("if").is_some() && schema.get("then").is_some() && schema.get("properties").is_none() {
         // A branch on `type`: the condition must stay exact.
         if let Some(then) = schema.get_mut("then") {
             admit_variables(then);
@@ -792,9 +713,8 @@ fn admit_variables(schema: &mut Value) {
     };
     let variable = json!({ "type": "string", "pattern": VARIABLE_PATTERN });
     if object.contains_key("const") || object.contains_key("enum") {
-        let (annotations, exact): (Map<String, Value>, Map<String, Value>) = std::mem::take(object)
-            .into_iter()
-            .partition(|(keyword, _)| ANNOTATIONS.contains(&keyword.as_str()));
+        let (annotations, exact): (Map<String, Value>, Map<String, Value>) =
+            std::mem::take(object).into_iter().partition(|(keyword, _)| ANNOTATIONS.contains(&keyword.as_str()));
         *object = annotations;
         object.insert("anyOf".to_owned(), json!([exact, variable]));
         return;
@@ -807,11 +727,7 @@ fn admit_variables(schema: &mut Value) {
             explain_pattern(object);
         }
     } else if names.iter().any(is_scalar) {
-        let names: Vec<Value> = names
-            .into_iter()
-            .map(Value::String)
-            .chain([json!("string")])
-            .collect();
+        let names: Vec<Value> = names.into_iter().map(Value::String).chain([json!("string")]).collect();
         object.insert("type".to_owned(), Value::Array(names));
         object.insert("pattern".to_owned(), json!(VARIABLE_PATTERN));
         explain_pattern(object);
@@ -849,11 +765,7 @@ fn explain_pattern(object: &mut Map<String, Value>) {
 fn types_of(object: &Map<String, Value>) -> Vec<String> {
     match object.get("type") {
         Some(Value::String(one)) => vec![one.clone()],
-        Some(Value::Array(many)) => many
-            .iter()
-            .filter_map(Value::as_str)
-            .map(str::to_owned)
-            .collect(),
+        Some(Value::Array(many)) => many.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
         _ => Vec::new(),
     }
 }
@@ -878,10 +790,7 @@ fn drop_unused(root: &mut Value) {
         let Value::Object(object) = &*root else {
             return;
         };
-        for (_, schema) in object
-            .iter()
-            .filter(|(keyword, _)| *keyword != "definitions")
-        {
+        for (_, schema) in object.iter().filter(|(keyword, _)| *keyword != "definitions") {
             collect_references(schema, &mut open);
         }
         while let Some(name) = open.pop() {
@@ -901,13 +810,9 @@ fn collect_references(schema: &Value, found: &mut Vec<String>) {
     match schema {
         Value::Object(object) => {
             found.extend(reference(schema).map(str::to_owned));
-            object
-                .values()
-                .for_each(|value| collect_references(value, found));
+            object.values().for_each(|value| collect_references(value, found));
         }
-        Value::Array(items) => items
-            .iter()
-            .for_each(|item| collect_references(item, found)),
+        Value::Array(items) => items.iter().for_each(|item| collect_references(item, found)),
         _ => {}
     }
 }

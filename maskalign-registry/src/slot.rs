@@ -3,9 +3,7 @@
 use std::{borrow::Cow, fmt, marker::PhantomData};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _,
-};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _};
 use serde_json::Value;
 
 use crate::plugin::{KindTag, Options};
@@ -31,11 +29,7 @@ impl<K> Slot<K> {
 
     /// A slot filled by the component `name` with these options.
     pub fn with(name: impl Into<String>, options: Options) -> Slot<K> {
-        Slot {
-            name: name.into(),
-            options,
-            kind: PhantomData,
-        }
+        Slot { name: name.into(), options, kind: PhantomData }
     }
 
     /// The options as a JSON object, which is what decoding takes.
@@ -58,10 +52,7 @@ impl<K> PartialEq for Slot<K> {
 
 impl<K> fmt::Debug for Slot<K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Slot")
-            .field("name", &self.name)
-            .field("options", &self.options)
-            .finish()
+        f.debug_struct("Slot").field("name", &self.name).field("options", &self.options).finish()
     }
 }
 
@@ -81,14 +72,10 @@ impl<'de, K: KindTag> Deserialize<'de> for Slot<K> {
         let mut options = Options::deserialize(deserializer)?;
         match options.shift_remove("type") {
             Some(Value::String(name)) => Ok(Slot::with(name, options)),
-            Some(other) => Err(D::Error::custom(format_args!(
-                "`type` must be the name of a {}, found {other}",
-                K::KIND
-            ))),
-            None => Err(D::Error::custom(format_args!(
-                "missing `type`: the name of a {}",
-                K::KIND
-            ))),
+            Some(other) => {
+                Err(D::Error::custom(format_args!("`type` must be the name of a {}, found {other}", K::KIND)))
+            }
+            None => Err(D::Error::custom(format_args!("missing `type`: the name of a {}", K::KIND))),
         }
     }
 }
@@ -117,17 +104,12 @@ mod tests {
         let slot: Slot<MaskerTag> =
             serde_json::from_str(r#"{"ratio": 0.7, "type": "random", "cell": 2}"#).expect("a slot");
         assert_eq!(slot.name, "random");
-        assert_eq!(
-            serde_json::to_string(&slot).expect("json"),
-            r#"{"type":"random","ratio":0.7,"cell":2}"#
-        );
+        assert_eq!(serde_json::to_string(&slot).expect("json"), r#"{"type":"random","ratio":0.7,"cell":2}"#);
     }
 
     #[test]
     fn a_slot_without_a_type_says_which_kind_it_wants() {
-        let refusal = serde_json::from_str::<Slot<MaskerTag>>(r#"{"ratio": 0.7}"#)
-            .expect_err("no type")
-            .to_string();
+        let refusal = serde_json::from_str::<Slot<MaskerTag>>(r#"{"ratio": 0.7}"#).expect_err("no type").to_string();
         assert!(refusal.contains("the name of a masker"), "{refusal}");
     }
 }

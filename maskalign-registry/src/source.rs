@@ -45,11 +45,7 @@ pub struct Source {
 impl Source {
     /// A source with the name that messages show.
     pub fn new(name: impl Into<String>, text: impl Into<String>, kind: SourceKind) -> Source {
-        Source {
-            name: name.into(),
-            text: text.into(),
-            kind,
-        }
+        Source { name: name.into(), text: text.into(), kind }
     }
 
     /// The name that messages show: a path, or `--set`.
@@ -76,11 +72,7 @@ impl Source {
         let before = &self.text[..offset];
         let line_start = before.rfind('\n').map_or(0, |at| at + 1);
         let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
-        let column = before[line_start..]
-            .chars()
-            .filter(|c| *c != '\u{feff}')
-            .count()
-            + 1;
+        let column = before[line_start..].chars().filter(|c| *c != '\u{feff}').count() + 1;
         (line, column)
     }
 }
@@ -107,9 +99,7 @@ impl Origin {
     /// Where it was written; nothing for defaults.
     pub fn place(&self) -> Option<&Place> {
         match self {
-            Origin::File(place) | Origin::Flag(place) | Origin::Variable { at: place, .. } => {
-                Some(place)
-            }
+            Origin::File(place) | Origin::Flag(place) | Origin::Variable { at: place, .. } => Some(place),
             Origin::Default => None,
         }
     }
@@ -229,20 +219,14 @@ impl Node {
             Content::Float(value) => Number::from_f64(*value).map_or(Value::Null, Value::Number),
             Content::Str(text) => Value::String(text.clone()),
             Content::Seq(items) => items.iter().map(Node::to_json).collect(),
-            Content::Map(map) => map
-                .iter()
-                .map(|(key, member)| (key.clone(), member.value.to_json()))
-                .collect(),
+            Content::Map(map) => map.iter().map(|(key, member)| (key.clone(), member.value.to_json())).collect(),
         }
     }
 }
 
 /// A whole number as JSON, where it fits 64 bits.
 pub(crate) fn integer(value: i128) -> Option<Number> {
-    i64::try_from(value)
-        .map(Number::from)
-        .or_else(|_| u64::try_from(value).map(Number::from))
-        .ok()
+    i64::try_from(value).map(Number::from).or_else(|_| u64::try_from(value).map(Number::from)).ok()
 }
 
 /// What the text of a plain scalar means in the core schema.
@@ -259,8 +243,7 @@ pub(crate) fn resolve_plain(text: &str) -> Content {
         let sign = if text.starts_with('-') { -1.0 } else { 1.0 };
         return Content::Float(sign * f64::INFINITY);
     }
-    let digits =
-        |text: &str, radix: u32| !text.is_empty() && text.chars().all(|c| c.is_digit(radix));
+    let digits = |text: &str, radix: u32| !text.is_empty() && text.chars().all(|c| c.is_digit(radix));
     let whole = |text: &str, radix: u32| match i128::from_str_radix(text, radix) {
         Ok(value) if integer(value).is_some() => Some(Content::Int(value)),
         _ => None,
@@ -277,9 +260,7 @@ pub(crate) fn resolve_plain(text: &str) -> Content {
         if let Some(content) = whole(text, 10) {
             return content;
         }
-        return text
-            .parse()
-            .map_or_else(|_| Content::Str(text.to_owned()), Content::Float);
+        return text.parse().map_or_else(|_| Content::Str(text.to_owned()), Content::Float);
     }
     if is_float(unsigned)
         && let Ok(value) = text.parse()
@@ -297,9 +278,7 @@ fn is_float(unsigned: &str) -> bool {
     };
     let digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let mantissa_holds = match mantissa.split_once('.') {
-        Some((whole, fraction)) => {
-            digits(whole) && digits(fraction) && !(whole.is_empty() && fraction.is_empty())
-        }
+        Some((whole, fraction)) => digits(whole) && digits(fraction) && !(whole.is_empty() && fraction.is_empty()),
         None => !mantissa.is_empty() && digits(mantissa),
     };
     let exponent_holds = exponent.is_none_or(|exponent| {
@@ -349,16 +328,10 @@ pub(crate) fn parse_from(source: &Arc<Source>, offset: usize) -> Parsed {
         diagnostics: Vec::new(),
     };
     match builder.run() {
-        Ok(()) => Parsed {
-            root: builder.root.map(|built| built.node),
-            diagnostics: builder.diagnostics,
-        },
+        Ok(()) => Parsed { root: builder.root.map(|built| built.node), diagnostics: builder.diagnostics },
         Err(fatal) => {
             builder.diagnostics.push(*fatal);
-            Parsed {
-                root: None,
-                diagnostics: builder.diagnostics,
-            }
+            Parsed { root: None, diagnostics: builder.diagnostics }
         }
     }
 }
@@ -421,10 +394,7 @@ impl Builder<'_> {
     fn place(&self, span: Range<usize>) -> Place {
         let limit = self.source.text.len();
         let start = (self.offset + span.start).min(limit);
-        Place {
-            source: Arc::clone(self.source),
-            span: start..(self.offset + span.end).clamp(start, limit),
-        }
+        Place { source: Arc::clone(self.source), span: start..(self.offset + span.end).clamp(start, limit) }
     }
 
     fn span_place(&self, span: Span) -> Place {
@@ -448,9 +418,8 @@ impl Builder<'_> {
                     if documents > 1 {
                         let place = self.span_place(span);
                         return Err(Box::new(
-                            Diagnostic::error(codes::SYNTAX, "a second document", place).help(
-                                "a recipe is one YAML document: remove `---` and what follows",
-                            ),
+                            Diagnostic::error(codes::SYNTAX, "a second document", place)
+                                .help("a recipe is one YAML document: remove `---` and what follows"),
                         ));
                     }
                 }
@@ -465,27 +434,13 @@ impl Builder<'_> {
                         None => (content, Typing::Fixed),
                         Some(tag) => {
                             let suffix = tag.core_suffix().map(str::to_owned);
-                            (
-                                self.tagged(suffix.as_deref(), &tag.original(), &text, &place)?,
-                                Typing::Fixed,
-                            )
+                            (self.tagged(suffix.as_deref(), &tag.original(), &text, &place)?, Typing::Fixed)
                         }
                     };
-                    let node = Node {
-                        content,
-                        origin: Origin::new(place),
-                        typing,
-                    };
-                    let written = Written {
-                        text: &text,
-                        plain: style == ScalarStyle::Plain,
-                    };
+                    let node = Node { content, origin: Origin::new(place), typing };
+                    let written = Written { text: &text, plain: style == ScalarStyle::Plain };
                     self.charge(1, span)?;
-                    let built = Built {
-                        node,
-                        nodes: 1,
-                        depth: 0,
-                    };
+                    let built = Built { node, nodes: 1, depth: 0 };
                     self.finish(built, anchor, span, Some(written))?;
                 }
                 Event::SequenceStart(style, anchor, tag) => {
@@ -495,12 +450,7 @@ impl Builder<'_> {
                 Event::MappingStart(style, anchor, tag) => {
                     self.collection_tag(tag.as_deref(), "map", span)?;
                     let members = Mapping::new();
-                    let map = Collection::Map {
-                        members,
-                        merged: HashSet::new(),
-                        key: None,
-                        merge_at: None,
-                    };
+                    let map = Collection::Map { members, merged: HashSet::new(), key: None, merge_at: None };
                     self.open(map, style, anchor, span)?;
                 }
                 Event::SequenceEnd | Event::MappingEnd => self.close(span)?,
@@ -515,9 +465,7 @@ impl Builder<'_> {
         let text = &self.source.text[self.offset..];
         let at = error.marker().byte_offset().unwrap_or_else(|| {
             let index = error.marker().index();
-            text.char_indices()
-                .nth(index)
-                .map_or(text.len(), |(at, _)| at)
+            text.char_indices().nth(index).map_or(text.len(), |(at, _)| at)
         });
         let at = at.min(text.len());
         let info = error.info();
@@ -541,16 +489,12 @@ impl Builder<'_> {
             self.place(at..at + text[at..].chars().next().map_or(0, char::len_utf8)),
         );
         if line.contains("${") && line.contains(['[', '{']) {
-            diagnostic =
-                diagnostic.help("inside `{ }` and `[ ]` a variable needs quotes: \"${NAME}\"");
+            diagnostic = diagnostic.help("inside `{ }` and `[ ]` a variable needs quotes: \"${NAME}\"");
         } else if matches!(error.kind(), granit_parser::ErrorKind::UnknownAnchor) {
             diagnostic = diagnostic.help("define the anchor with `&name` above its first `*name`");
         } else if let Some(open) = open_bracket(&text[..line_start]) {
             diagnostic = diagnostic
-                .label(
-                    self.place(open..open + 1),
-                    "opened here and not closed on its line",
-                )
+                .label(self.place(open..open + 1), "opened here and not closed on its line")
                 .help("close the bracket");
         }
         Box::new(diagnostic)
@@ -562,13 +506,7 @@ impl Builder<'_> {
         Box::new(Diagnostic::error(codes::TOO_LARGE, message, place))
     }
 
-    fn tagged(
-        &self,
-        suffix: Option<&str>,
-        written: &str,
-        text: &str,
-        place: &Place,
-    ) -> Result<Content, Fatal> {
+    fn tagged(&self, suffix: Option<&str>, written: &str, text: &str, place: &Place) -> Result<Content, Fatal> {
         let refuse = |message: String| {
             Err(Box::new(
                 Diagnostic::error(codes::SYNTAX, message, place.clone())
@@ -590,12 +528,7 @@ impl Builder<'_> {
         }
     }
 
-    fn collection_tag(
-        &self,
-        tag: Option<&granit_parser::Tag>,
-        expected: &str,
-        span: Span,
-    ) -> Result<(), Fatal> {
+    fn collection_tag(&self, tag: Option<&granit_parser::Tag>, expected: &str, span: Span) -> Result<(), Fatal> {
         match tag {
             None => Ok(()),
             Some(tag) if tag.core_suffix() == Some(expected) => Ok(()),
@@ -614,33 +547,19 @@ impl Builder<'_> {
     fn charge(&mut self, nodes: usize, span: Span) -> Result<(), Fatal> {
         self.nodes = self.nodes.saturating_add(nodes);
         if self.nodes > MAX_NODES {
-            return Err(self.too_large(
-                format!("more than {MAX_NODES} values, those that aliases expand to included"),
-                span,
-            ));
+            return Err(
+                self.too_large(format!("more than {MAX_NODES} values, those that aliases expand to included"), span)
+            );
         }
         Ok(())
     }
 
-    fn open(
-        &mut self,
-        collection: Collection,
-        style: StructureStyle,
-        anchor: usize,
-        span: Span,
-    ) -> Result<(), Fatal> {
+    fn open(&mut self, collection: Collection, style: StructureStyle, anchor: usize, span: Span) -> Result<(), Fatal> {
         self.charge(1, span)?;
         if self.stack.len() >= MAX_DEPTH {
             return Err(self.too_large(format!("nested deeper than {MAX_DEPTH} levels"), span));
         }
-        self.stack.push(Frame {
-            collection,
-            style,
-            start: span,
-            anchor,
-            nodes: 1,
-            depth: 0,
-        });
+        self.stack.push(Frame { collection, style, start: span, anchor, nodes: 1, depth: 0 });
         Ok(())
     }
 
@@ -667,32 +586,21 @@ impl Builder<'_> {
             origin: origin.unwrap_or_else(|| Origin::new(self.place(start.start..stop))),
             typing: Typing::Fixed,
         };
-        let built = Built {
-            node,
-            nodes: frame.nodes,
-            depth: frame.depth + 1,
-        };
+        let built = Built { node, nodes: frame.nodes, depth: frame.depth + 1 };
         self.finish(built, frame.anchor, frame.start, None)
     }
 
     fn alias(&mut self, id: usize, span: Span) -> Result<(), Fatal> {
         let Some(built) = self.anchors.get(&id) else {
             return Err(Box::new(
-                Diagnostic::error(
-                    codes::SYNTAX,
-                    "an alias of the value that contains it",
-                    self.span_place(span),
-                )
-                .help("a recipe cannot hold itself: write the value out"),
+                Diagnostic::error(codes::SYNTAX, "an alias of the value that contains it", self.span_place(span))
+                    .help("a recipe cannot hold itself: write the value out"),
             ));
         };
         let (nodes, depth) = (built.nodes, built.depth);
         self.charge(nodes, span)?;
         if self.stack.len() + depth > MAX_DEPTH {
-            return Err(self.too_large(
-                format!("aliases expand to more than {MAX_DEPTH} levels"),
-                span,
-            ));
+            return Err(self.too_large(format!("aliases expand to more than {MAX_DEPTH} levels"), span));
         }
         let Some(built) = self.anchors.get(&id).cloned() else {
             return Ok(());
@@ -701,13 +609,7 @@ impl Builder<'_> {
     }
 
     /// Hands a finished node to the collection that waits for it.
-    fn finish(
-        &mut self,
-        built: Built,
-        anchor: usize,
-        span: Span,
-        written: Option<Written<'_>>,
-    ) -> Result<(), Fatal> {
+    fn finish(&mut self, built: Built, anchor: usize, span: Span, written: Option<Written<'_>>) -> Result<(), Fatal> {
         if anchor != 0 {
             // What an anchor keeps is a copy.
             self.charge(built.nodes, span)?;
@@ -725,33 +627,19 @@ impl Builder<'_> {
                 items.push(built.node);
                 Ok(())
             }
-            Collection::Map {
-                members,
-                merged,
-                key,
-                merge_at,
-            } => match key.take() {
+            Collection::Map { members, merged, key, merge_at } => match key.take() {
                 None => {
-                    let Some(text) = written.map(|written| written.text).or(built.node.as_str())
-                    else {
+                    let Some(text) = written.map(|written| written.text).or(built.node.as_str()) else {
                         return Err(Box::new(
                             Diagnostic::error(codes::SYNTAX, "a key must be plain text", place)
                                 .help("quote the key, or indent what follows it"),
                         ));
                     };
                     if text.is_empty() {
-                        return Err(Box::new(Diagnostic::error(
-                            codes::SYNTAX,
-                            "a key is missing before `:`",
-                            place,
-                        )));
+                        return Err(Box::new(Diagnostic::error(codes::SYNTAX, "a key is missing before `:`", place)));
                     }
                     let is_merge = text == "<<" && written.is_some_and(|written| written.plain);
-                    *key = Some(if is_merge {
-                        (Key::Merge, place)
-                    } else {
-                        (Key::Name(text.to_owned()), place)
-                    });
+                    *key = Some(if is_merge { (Key::Merge, place) } else { (Key::Name(text.to_owned()), place) });
                     Ok(())
                 }
                 Some((Key::Merge, at)) => {
@@ -765,17 +653,11 @@ impl Builder<'_> {
                     let mut value = built.node;
                     // Nothing stands after the key: the key is the place to show.
                     if matches!(value.content, Content::Null)
-                        && value
-                            .origin
-                            .place()
-                            .is_some_and(|place| place.span.is_empty())
+                        && value.origin.place().is_some_and(|place| place.span.is_empty())
                     {
                         value.origin = Origin::new(at.clone());
                     }
-                    let member = Member {
-                        key: Origin::new(at.clone()),
-                        value,
-                    };
+                    let member = Member { key: Origin::new(at.clone()), value };
                     if merged.remove(&name) {
                         members.insert(name, member);
                     } else if let Some(earlier) = members.get(&name) {
@@ -833,22 +715,13 @@ fn open_bracket(text: &str) -> Option<usize> {
 }
 
 fn duplicate(key: &str, second: Place, first: Place) -> Diagnostic {
-    Diagnostic::error(
-        codes::DUPLICATE_KEY,
-        format!("the key {} is set twice", quoted(key)),
-        second,
-    )
-    .label(first, "first set here")
-    .help("keep one of the two")
+    Diagnostic::error(codes::DUPLICATE_KEY, format!("the key {} is set twice", quoted(key)), second)
+        .label(first, "first set here")
+        .help("keep one of the two")
 }
 
 /// Takes in the members of `<<`: a mapping, or a list of them of which earlier ones win.
-fn merge(
-    members: &mut Mapping,
-    merged: &mut HashSet<String>,
-    value: Node,
-    at: Place,
-) -> Result<(), Fatal> {
+fn merge(members: &mut Mapping, merged: &mut HashSet<String>, value: Node, at: Place) -> Result<(), Fatal> {
     let bases = match value.content {
         Content::Map(map) => vec![map],
         Content::Seq(items) => {
@@ -873,12 +746,8 @@ fn merge(
 }
 
 fn bad_merge(at: Place) -> Diagnostic {
-    Diagnostic::error(
-        codes::SYNTAX,
-        "`<<` takes the alias of a mapping, or a list of such aliases",
-        at,
-    )
-    .help("write `<<: *name` or `<<: [*first, *second]`")
+    Diagnostic::error(codes::SYNTAX, "`<<` takes the alias of a mapping, or a list of such aliases", at)
+        .help("write `<<: *name` or `<<: [*first, *second]`")
 }
 
 #[cfg(test)]
@@ -920,11 +789,7 @@ mod tests {
             ("2020-01-01", json!("2020-01-01")),
         ] {
             let content = resolve_plain(text);
-            let node = Node {
-                content,
-                origin: Origin::Default,
-                typing: Typing::Text,
-            };
+            let node = Node { content, origin: Origin::Default, typing: Typing::Text };
             assert_eq!(node.to_json(), expected, "{text:?}");
         }
     }
@@ -948,10 +813,7 @@ mod tests {
 
     #[test]
     fn an_alias_is_a_copy_and_cannot_hold_itself() {
-        assert_eq!(
-            parse_value("[&a { x: 1 }, *a]"),
-            Ok(json!([{ "x": 1 }, { "x": 1 }]))
-        );
+        assert_eq!(parse_value("[&a { x: 1 }, *a]"), Ok(json!([{ "x": 1 }, { "x": 1 }])));
         let refusal = parse_value("&a [*a]").expect_err("a circle");
         assert!(refusal.contains("contains it"), "{refusal}");
     }

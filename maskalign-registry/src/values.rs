@@ -124,8 +124,7 @@ impl<'de> Deserialize<'de> for Scalar {
                 Ok(Scalar::Constant(value as f64))
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Scalar, A::Error> {
-                let RampForm { from, to, shape } =
-                    RampForm::deserialize(MapAccessDeserializer::new(map))?;
+                let RampForm { from, to, shape } = RampForm::deserialize(MapAccessDeserializer::new(map))?;
                 Ok(Scalar::Ramp { from, to, shape })
             }
         }
@@ -215,12 +214,10 @@ impl Levels {
     pub fn resolve(&self, depth: usize) -> Result<Vec<LevelRef>, String> {
         match self {
             Levels::All => Ok((0..depth).map(LevelRef::Block).collect()),
-            Levels::Last(count) if *count <= depth => {
-                Ok((depth - count..depth).map(LevelRef::Block).collect())
+            Levels::Last(count) if *count <= depth => Ok((depth - count..depth).map(LevelRef::Block).collect()),
+            Levels::Last(count) => {
+                Err(format!("the last {count} levels of a tower of {depth}: at most {depth} can be asked for"))
             }
-            Levels::Last(count) => Err(format!(
-                "the last {count} levels of a tower of {depth}: at most {depth} can be asked for"
-            )),
             Levels::List(items) => {
                 let mut resolved = Vec::with_capacity(items.len());
                 for item in items {
@@ -241,9 +238,7 @@ impl Levels {
 
 fn block_index(index: i64, depth: usize) -> Result<LevelRef, String> {
     let absolute = if index < 0 {
-        usize::try_from(index.unsigned_abs())
-            .ok()
-            .and_then(|back| depth.checked_sub(back))
+        usize::try_from(index.unsigned_abs()).ok().and_then(|back| depth.checked_sub(back))
     } else {
         usize::try_from(index).ok().filter(|index| *index < depth)
     };
@@ -352,8 +347,7 @@ impl<'de> Deserialize<'de> for Levels {
     }
 }
 
-const LEVEL_FORMS: &str =
-    "`all`, {last: K}, or a list of block indices (0-based, negative from the end) and `embed`";
+const LEVEL_FORMS: &str = "`all`, {last: K}, or a list of block indices (0-based, negative from the end) and `embed`";
 
 impl JsonSchema for Levels {
     fn inline_schema() -> bool {
@@ -443,9 +437,7 @@ impl Weights {
         };
         let parts = [Some(org), Some(name), revision, file];
         if parts.into_iter().flatten().any(str::is_empty)
-            || [org, name]
-                .into_iter()
-                .any(|part| part.contains(['@', ':']))
+            || [org, name].into_iter().any(|part| part.contains(['@', ':']))
             || address.contains(char::is_whitespace)
             || file.is_some_and(|file| file.split('/').any(|part| matches!(part, "" | "." | "..")))
         {
@@ -463,11 +455,7 @@ impl fmt::Display for Weights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Weights::Path(path) => f.write_str(path),
-            Weights::Hub {
-                repo,
-                revision,
-                file,
-            } => {
+            Weights::Hub { repo, revision, file } => {
                 write!(f, "hf://{repo}")?;
                 if let Some(revision) = revision {
                     write!(f, "@{revision}")?;
@@ -491,9 +479,7 @@ impl Serialize for Weights {
                 map.serialize_entry("stage", name)?;
                 map.end()
             }
-            Weights::Path(_) | Weights::Hub { .. } | Weights::Embedded(_) => {
-                serializer.collect_str(self)
-            }
+            Weights::Path(_) | Weights::Hub { .. } | Weights::Embedded(_) => serializer.collect_str(self),
         }
     }
 }
@@ -523,8 +509,7 @@ impl<'de> Deserialize<'de> for Weights {
     }
 }
 
-const WEIGHT_FORMS: &str =
-    "a path, hf://org/repo[@revision][/file], embedded://NAME, or {stage: NAME}";
+const WEIGHT_FORMS: &str = "a path, hf://org/repo[@revision][/file], embedded://NAME, or {stage: NAME}";
 
 /// Agrees with [`Weights::parse`]: an address of the hub, or text without `://`.
 const WEIGHT_PATTERN: &str = concat!(
@@ -572,14 +557,10 @@ mod tests {
     #[test]
     fn a_ramp_moves_from_its_start_to_its_end() {
         let linear: Scalar = from_value(json!({"from": 0.996, "to": 1.0})).expect("a ramp");
-        assert_eq!(
-            [linear.at(0.0), linear.at(0.5), linear.at(1.0)],
-            [0.996, 0.998, 1.0]
-        );
+        assert_eq!([linear.at(0.0), linear.at(0.5), linear.at(1.0)], [0.996, 0.998, 1.0]);
         // 0.04 -> 0.4 along a cosine, as I-JEPA's decay: a quarter of the way is at
         // 0.4 - 0.36 * (1 + cos(pi / 4)) / 2.
-        let cosine: Scalar =
-            from_value(json!({"from": 0.04, "to": 0.4, "shape": "cosine"})).expect("a ramp");
+        let cosine: Scalar = from_value(json!({"from": 0.04, "to": 0.4, "shape": "cosine"})).expect("a ramp");
         assert!((cosine.at(0.25) - 0.092_720_779_386).abs() < 1e-9);
         assert_eq!(cosine.at(7.0), 0.4);
     }
@@ -589,10 +570,7 @@ mod tests {
         let scalar: Scalar = from_value(json!(2)).expect("an integer is a number");
         assert_eq!(scalar, Scalar::Constant(2.0));
         let ramp = json!({"from": 0.0, "to": 1.0, "shape": "linear"});
-        assert_eq!(
-            to_value(from_value::<Scalar>(ramp.clone()).expect("a ramp")).expect("json"),
-            ramp
-        );
+        assert_eq!(to_value(from_value::<Scalar>(ramp.clone()).expect("a ramp")).expect("json"), ramp);
         assert!(from_value::<Scalar>(json!({"from": 0, "to": 1, "shpae": "linear"})).is_err());
         assert!(from_value::<Scalar>(json!("fast")).is_err());
     }
@@ -600,18 +578,9 @@ mod tests {
     #[test]
     fn levels_resolve_against_a_depth() {
         use LevelRef::{Block, Embed};
-        assert_eq!(
-            levels(json!("all")).resolve(3),
-            Ok(vec![Block(0), Block(1), Block(2)])
-        );
-        assert_eq!(
-            levels(json!({"last": 2})).resolve(12),
-            Ok(vec![Block(10), Block(11)])
-        );
-        assert_eq!(
-            levels(json!(["embed", 0, -1])).resolve(12),
-            Ok(vec![Embed, Block(0), Block(11)])
-        );
+        assert_eq!(levels(json!("all")).resolve(3), Ok(vec![Block(0), Block(1), Block(2)]));
+        assert_eq!(levels(json!({"last": 2})).resolve(12), Ok(vec![Block(10), Block(11)]));
+        assert_eq!(levels(json!(["embed", 0, -1])).resolve(12), Ok(vec![Embed, Block(0), Block(11)]));
     }
 
     #[test]
@@ -638,20 +607,11 @@ mod tests {
             file: file.map(str::to_owned),
         };
         for (text, weights) in [
-            (
-                "teacher.safetensors",
-                Weights::Path("teacher.safetensors".to_owned()),
-            ),
+            ("teacher.safetensors", Weights::Path("teacher.safetensors".to_owned())),
             ("/a b/c:d", Weights::Path("/a b/c:d".to_owned())),
             ("hf://openai/clip", hub("openai/clip", None, None)),
-            (
-                "embedded://teacher",
-                Weights::Embedded("teacher".to_owned()),
-            ),
-            (
-                "hf://a/b@v1/c/d.bin",
-                hub("a/b", Some("v1"), Some("c/d.bin")),
-            ),
+            ("embedded://teacher", Weights::Embedded("teacher".to_owned())),
+            ("hf://a/b@v1/c/d.bin", hub("a/b", Some("v1"), Some("c/d.bin"))),
         ] {
             assert_eq!(Weights::parse(text), Ok(weights.clone()));
             assert_eq!(to_value(&weights).expect("json"), json!(text));
@@ -696,11 +656,7 @@ mod tests {
             ":/://",
             ":/:/a",
         ] {
-            assert_eq!(
-                pattern.is_match(text),
-                Weights::parse(text).is_ok(),
-                "{text:?}"
-            );
+            assert_eq!(pattern.is_match(text), Weights::parse(text).is_ok(), "{text:?}");
         }
     }
 }

@@ -24,20 +24,14 @@ const BAD: &[(&str, &str)] = &[
     ("seed: 0", "seed: [0]"),
     ("stages:\n", "stages:\n  other: 3\n"),
     ("stages:\n", "stages:\n  other: { epochs: 3 }\n"),
-    (
-        "stages:\n",
-        "stages:\n  a.b: { type: knn, dataset: { type: sample } }\n",
-    ),
+    ("stages:\n", "stages:\n  a.b: { type: knn, dataset: { type: sample } }\n"),
     ("    type: pretrain\n", ""),
     ("    type: pretrain\n", "    type: pre_train\n"),
     ("    epochs: 200\n", ""),
     ("    epochs: 200\n", "    epochs: 0\n"),
     ("    epochs: 200\n", "    epochs: -5\n"),
     ("    epochs: 200\n", "    epochs: true\n"),
-    (
-        "    epochs: 200\n",
-        "    epochs: 200\n    warmup_epochs: 3\n",
-    ),
+    ("    epochs: 200\n", "    epochs: 200\n    warmup_epochs: 3\n"),
     ("type: image_folder", "type: image_foldr"),
     ("root: \"${IMAGENET_DIR}/train\"", "root: 3"),
     ("root: \"${IMAGENET_DIR}/train\"", "root: a, on_error: stop"),
@@ -50,10 +44,7 @@ const BAD: &[(&str, &str)] = &[
     ("scale: [0.2, 1.0]", "scale: [0.2, 1.5]"),
     ("scale: [0.2, 1.0]", "scale: 0.2"),
     ("- { type: horizontal_flip }", "- horizontal_flip"),
-    (
-        "- { type: horizontal_flip }",
-        "- { type: horizontal_flip, probability: 2 }",
-    ),
+    ("- { type: horizontal_flip }", "- { type: horizontal_flip, probability: 2 }"),
     ("- { type: horizontal_flip }", "- { type: vertical_flip }"),
     ("arch: base_16, drop_path", "arch: base_17, drop_path"),
     ("arch: base_16, drop_path", "drop_path"),
@@ -62,35 +53,14 @@ const BAD: &[(&str, &str)] = &[
     ("drop_path: 0.1", "drop_path: [0.1]"),
     ("drop_path: 0.1", "cls_token: 1"),
     ("drop_path: 0.1", "positions: sinus"),
-    (
-        "clip: { type: clip, arch: base_16, weights: \"hf://openai/clip-vit-base-patch16\" }",
-        "clip: [1]",
-    ),
-    (
-        "hf://openai/clip-vit-base-patch16",
-        "hf://clip-vit-base-patch16",
-    ),
+    ("clip: { type: clip, arch: base_16, weights: \"hf://openai/clip-vit-base-patch16\" }", "clip: [1]"),
+    ("hf://openai/clip-vit-base-patch16", "hf://clip-vit-base-patch16"),
     ("\"hf://openai/clip-vit-base-patch16\"", "{ stage: 3 }"),
-    (
-        "\"hf://openai/clip-vit-base-patch16\"",
-        "{ stag: pretrain }",
-    ),
-    (
-        "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-        "masker: random",
-    ),
-    (
-        "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-        "masker: { type: attention, ratio: 0.7 }",
-    ),
-    (
-        "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-        "masker: { ratio: 0.7 }",
-    ),
-    (
-        "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-        "masker: { type: random, teacher: clip }",
-    ),
+    ("\"hf://openai/clip-vit-base-patch16\"", "{ stag: pretrain }"),
+    ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: random"),
+    ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: { type: attention, ratio: 0.7 }"),
+    ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: { ratio: 0.7 }"),
+    ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: { type: random, teacher: clip }"),
     ("ratio: 0.7", "ratio: 1"),
     ("ratio: 0.7", "ratio: { from: 0.5 }"),
     ("ratio: 0.7", "ratio: { from: 0.5, to: 1.5 }"),
@@ -110,17 +80,11 @@ const BAD: &[(&str, &str)] = &[
     ("        tokens: [cls, visible]\n", ""),
     ("weight: 2.0", "weight: -1"),
     ("weight: 2.0", "weigth: 2.0"),
-    (
-        "loss: { type: smooth_l1 }",
-        "loss: { type: smooth_l1, beta: 0 }",
-    ),
+    ("loss: { type: smooth_l1 }", "loss: { type: smooth_l1, beta: 0 }"),
     ("loss: { type: smooth_l1 }", "loss: { type: mse, beta: 1 }"),
     ("betas: [0.9, 0.95]", "betas: [0.9, 1.95]"),
     ("no_decay: [distill_weights]", "no_decay: [3]"),
-    (
-        "batch: { effective: 1024, micro: 128 }",
-        "batch: { effective: 1024 }",
-    ),
+    ("batch: { effective: 1024, micro: 128 }", "batch: { effective: 1024 }"),
     ("batch: { effective: 1024, micro: 128 }", "batch: 1024"),
     ("micro: 128", "micro: 4294967296"),
 ];
@@ -140,14 +104,8 @@ const FINE: &[(&str, &str)] = &[
     ("drop_path: 0.1", "weights: null"),
     ("ratio: 0.7", "ratio: { from: 0.5, to: 0.7 }"),
     ("ratio: 0.7", "visible: 58"),
-    (
-        "    masker: { type: attention, teacher: clip, ratio: 0.7 }\n",
-        "",
-    ),
-    (
-        "masker: { type: attention, teacher: clip, ratio: 0.7 }",
-        "masker: ~",
-    ),
+    ("    masker: { type: attention, teacher: clip, ratio: 0.7 }\n", ""),
+    ("masker: { type: attention, teacher: clip, ratio: 0.7 }", "masker: ~"),
     ("levels: { last: 5 }", "levels: all"),
     ("levels: { last: 5 }", "levels: [embed, 0, -1]"),
     ("fusion: linear", "fusion: \"${FUSION:-sum}\""),
@@ -155,10 +113,7 @@ const FINE: &[(&str, &str)] = &[
     ("weight: 2.0", "weight: 1e-3"),
     ("ratio: 0.7", "ratio: \"${RATIO:-0.5}\""),
     ("drop_path: 0.1", "cls_token: \"${CLS:-false}\""),
-    (
-        "batch: { effective: 1024, micro: 128 }",
-        "batch: { effective: 1024, micro: 128 }\n    knn_every: 5",
-    ),
+    ("batch: { effective: 1024, micro: 128 }", "batch: { effective: 1024, micro: 128 }\n    knn_every: 5"),
 ];
 
 fn edited((from, to): (&str, &str)) -> String {
@@ -177,10 +132,7 @@ fn schema_admits(validator: &Validator, text: &str) -> bool {
 
 fn decoder_admits(text: &str) -> bool {
     let request = LoadRequest {
-        input: Input::Text {
-            name: "recipe.yaml".to_owned(),
-            text: text.to_owned(),
-        },
+        input: Input::Text { name: "recipe.yaml".to_owned(), text: text.to_owned() },
         sets: &[],
         env: &|name| {
             Some(match name {
@@ -201,10 +153,7 @@ fn schema_and_decoder_agree_on_what_is_wrong() {
     for edit in BAD {
         let text = edited(*edit);
         assert!(!decoder_admits(&text), "the decoder admits {edit:?}");
-        assert!(
-            !schema_admits(&validator, &text),
-            "the schema admits {edit:?}"
-        );
+        assert!(!schema_admits(&validator, &text), "the schema admits {edit:?}");
     }
 }
 
@@ -215,10 +164,7 @@ fn schema_and_decoder_agree_on_what_is_right() {
     for edit in FINE {
         let text = edited(*edit);
         assert!(decoder_admits(&text), "the decoder refuses {edit:?}");
-        assert!(
-            schema_admits(&validator, &text),
-            "the schema refuses {edit:?}"
-        );
+        assert!(schema_admits(&validator, &text), "the schema refuses {edit:?}");
     }
 }
 

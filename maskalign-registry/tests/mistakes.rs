@@ -34,17 +34,12 @@ fn report_of(name: &str, text: &str) -> Report {
     for line in text.lines() {
         if let Some(set) = line.strip_prefix("# --set ") {
             sets.push(set.to_owned());
-        } else if let Some((name, value)) =
-            line.strip_prefix("# env ").and_then(|l| l.split_once('='))
-        {
+        } else if let Some((name, value)) = line.strip_prefix("# env ").and_then(|l| l.split_once('=')) {
             variables.insert(name, value);
         }
     }
     let request = LoadRequest {
-        input: Input::Text {
-            name: name.to_owned(),
-            text: text.to_owned(),
-        },
+        input: Input::Text { name: name.to_owned(), text: text.to_owned() },
         sets: &sets,
         env: &|name| variables.get(name).map(|value| (*value).to_owned()),
         builtins: &Papers,
@@ -61,10 +56,7 @@ fn every_mistake_prints_its_report() {
     let update = env::var_os("MASKALIGN_UPDATE").is_some();
     let mut stale = Vec::new();
     let mut seen = 0;
-    let mut cases: Vec<_> = fs::read_dir(folder)
-        .expect("the folder")
-        .flatten()
-        .collect();
+    let mut cases: Vec<_> = fs::read_dir(folder).expect("the folder").flatten().collect();
     cases.sort_by_key(DirEntry::path);
     for case in cases {
         let path = case.path();
@@ -73,10 +65,7 @@ fn every_mistake_prints_its_report() {
         }
         seen += 1;
         let text = fs::read_to_string(&path).expect("text");
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .expect("a name");
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name");
         let report = report_of(name, &text);
         let shown = report.render();
         let expected = path.with_extension("txt");
@@ -85,11 +74,7 @@ fn every_mistake_prints_its_report() {
         } else if fs::read_to_string(&expected).ok().as_deref() != Some(shown.as_str()) {
             stale.push(format!("--- {name}\n{shown}"));
         }
-        for (diagnostic, json) in report
-            .0
-            .iter()
-            .zip(report.to_json().as_array().expect("a list"))
-        {
+        for (diagnostic, json) in report.0.iter().zip(report.to_json().as_array().expect("a list")) {
             let place = diagnostic.place().expect("a place");
             assert_eq!(json["line"], Value::from(place.line_column().0));
             assert_eq!(json["file"], Value::from(place.source.name()));
@@ -97,9 +82,5 @@ fn every_mistake_prints_its_report() {
         }
     }
     assert!(seen >= 20, "{seen} cases");
-    assert!(
-        stale.is_empty(),
-        "reports changed; MASKALIGN_UPDATE=1 rewrites them\n{}",
-        stale.join("\n")
-    );
+    assert!(stale.is_empty(), "reports changed; MASKALIGN_UPDATE=1 rewrites them\n{}", stale.join("\n"));
 }

@@ -6,8 +6,7 @@ use std::{collections::HashMap, fs, path::Path};
 
 use components::registry;
 use maskalign_registry::{
-    Input, LoadRequest, Loaded, NoRecipes, Origin, Recipe, RecipeSource, Refusal, Report,
-    ShowOrigin, diff,
+    Input, LoadRequest, Loaded, NoRecipes, Origin, Recipe, RecipeSource, Refusal, Report, ShowOrigin, diff,
 };
 use serde_json::{Value, json};
 
@@ -23,10 +22,7 @@ fn load_with(
 ) -> Result<Loaded, Report> {
     let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
     let request = LoadRequest {
-        input: Input::Text {
-            name: "recipe.yaml".to_owned(),
-            text: text.to_owned(),
-        },
+        input: Input::Text { name: "recipe.yaml".to_owned(), text: text.to_owned() },
         sets: &sets,
         env: &|name| env.get(name).map(|value| (*value).to_owned()),
         builtins,
@@ -80,8 +76,7 @@ fn eleven_papers_are_recipes_and_come_back_from_their_resolved_form() {
             assert_eq!(again.fingerprint(), loaded.fingerprint());
         }
         // Another implementation reads the same values.
-        let other: Value =
-            serde_yaml::from_str(&loaded.resolved_yaml(ShowOrigin::Yes)).expect("YAML");
+        let other: Value = serde_yaml::from_str(&loaded.resolved_yaml(ShowOrigin::Yes)).expect("YAML");
         assert_eq!(&other, loaded.resolved(), "{}", path.display());
         seen += 1;
     }
@@ -93,36 +88,22 @@ fn defaults_are_filled_at_every_level() {
     let loaded = load(MAE, &[]);
     let stage = &loaded.resolved()["stages"]["pretrain"];
     assert_eq!(stage["objectives"]["pixels"]["weight"], json!(1.0));
-    assert_eq!(
-        stage["objectives"]["pixels"]["aligner"]["levels"],
-        json!("all")
-    );
+    assert_eq!(stage["objectives"]["pixels"]["aligner"]["levels"], json!("all"));
     assert_eq!(stage["data"]["transforms"][1]["probability"], json!(0.5));
     assert_eq!(stage["optimizer"]["base_batch"], json!(256));
-    assert_eq!(
-        loaded.recipe().stages["pretrain"].options["student"]["positions"],
-        json!("sincos")
-    );
+    assert_eq!(loaded.recipe().stages["pretrain"].options["student"]["positions"], json!("sincos"));
 }
 
 #[test]
 fn a_component_that_is_there_by_default_has_its_own_defaults_filled() {
-    let loaded = load(
-        "name: x\nstages: { knn: { type: knn, dataset: { type: sample } } }",
-        &[],
-    );
-    assert_eq!(
-        loaded.resolved()["stages"]["knn"]["transforms"],
-        json!([{ "type": "resize", "size": 224 }])
-    );
+    let loaded = load("name: x\nstages: { knn: { type: knn, dataset: { type: sample } } }", &[]);
+    assert_eq!(loaded.resolved()["stages"]["knn"]["transforms"], json!([{ "type": "resize", "size": 224 }]));
 }
 
 #[test]
 fn a_base_gives_what_the_recipe_leaves_out() {
-    let loaded = load(
-        "name: mae_short\nextends: mae_vitb\nstages: { pretrain: { epochs: 3, masker: { ratio: 0.5 } } }",
-        &[],
-    );
+    let loaded =
+        load("name: mae_short\nextends: mae_vitb\nstages: { pretrain: { epochs: 3, masker: { ratio: 0.5 } } }", &[]);
     let stage = &loaded.resolved()["stages"]["pretrain"];
     assert_eq!(loaded.recipe().name, "mae_short");
     assert_eq!(stage["epochs"], json!(3.0));
@@ -138,14 +119,8 @@ fn a_type_that_changes_replaces_the_component_whole() {
     assert_eq!(stage, &json!({ "type": "block", "masked": 75 }));
     // The same by flags, in either order.
     for sets in [
-        [
-            "stages.pretrain.masker.type=block",
-            "stages.pretrain.masker.masked=75",
-        ],
-        [
-            "stages.pretrain.masker.masked=75",
-            "stages.pretrain.masker.type=block",
-        ],
+        ["stages.pretrain.masker.type=block", "stages.pretrain.masker.masked=75"],
+        ["stages.pretrain.masker.masked=75", "stages.pretrain.masker.type=block"],
     ] {
         let loaded = load("extends: mae_vitb", &sets);
         assert_eq!(&loaded.resolved()["stages"]["pretrain"]["masker"], stage);
@@ -226,18 +201,12 @@ fn flags_set_replace_and_delete() {
     let stage = &loaded.resolved()["stages"]["pretrain"];
     assert_eq!(stage["masker"]["ratio"], json!(0.5));
     assert_eq!(stage["student"]["arch"], json!("large_16"));
-    assert_eq!(
-        stage["data"]["transforms"].as_array().map(Vec::len),
-        Some(1)
-    );
+    assert_eq!(stage["data"]["transforms"].as_array().map(Vec::len), Some(1));
     assert_eq!(stage["data"]["transforms"][0]["size"], json!(196));
     assert_eq!(stage["knn_every"], json!(5));
     assert_eq!(loaded.recipe().seed, 7);
     let without = load(MAE, &["~stages.pretrain.masker"]);
-    assert_eq!(
-        without.resolved()["stages"]["pretrain"]["masker"],
-        Value::Null
-    );
+    assert_eq!(without.resolved()["stages"]["pretrain"]["masker"], Value::Null);
 }
 
 #[test]
@@ -245,71 +214,28 @@ fn variables_are_typed_by_how_they_are_written() {
     let env = HashMap::from([("EPOCHS", "12"), ("EMPTY", ""), ("IMAGENET_DIR", "/i")]);
     let load = |line: &str| {
         let text = MAE.replace("    epochs: 800", line);
-        load_with(&text, &[], &env, &Papers)
-            .map(|l| l.resolved()["stages"]["pretrain"]["epochs"].clone())
+        load_with(&text, &[], &env, &Papers).map(|l| l.resolved()["stages"]["pretrain"]["epochs"].clone())
     };
-    assert_eq!(
-        load("    epochs: ${EPOCHS}").expect("a number"),
-        json!(12.0)
-    );
-    assert_eq!(
-        load("    epochs: ${OTHER:-3}").expect("a number"),
-        json!(3.0)
-    );
-    assert_eq!(
-        load("    epochs: ${EMPTY:-4}").expect("a number"),
-        json!(4.0)
-    );
+    assert_eq!(load("    epochs: ${EPOCHS}").expect("a number"), json!(12.0));
+    assert_eq!(load("    epochs: ${OTHER:-3}").expect("a number"), json!(3.0));
+    assert_eq!(load("    epochs: ${EMPTY:-4}").expect("a number"), json!(4.0));
     // In quotes, which `{ }` makes necessary, the option decides: a name stays text.
-    assert_eq!(
-        load("    epochs: \"${EPOCHS}\"").expect("a number"),
-        json!(12.0)
-    );
-    assert_eq!(
-        load("    epochs: \"${EPOCHS}0\"").expect_err("text").0[0].code,
-        "wrong-type"
-    );
-    assert_eq!(
-        load("    epochs: 3\n    knn_every: ${OTHER:-x}")
-            .expect_err("text")
-            .0[0]
-            .code,
-        "wrong-type"
-    );
+    assert_eq!(load("    epochs: \"${EPOCHS}\"").expect("a number"), json!(12.0));
+    assert_eq!(load("    epochs: \"${EPOCHS}0\"").expect_err("text").0[0].code, "wrong-type");
+    assert_eq!(load("    epochs: 3\n    knn_every: ${OTHER:-x}").expect_err("text").0[0].code, "wrong-type");
     let named = MAE.replace("name: mae_vitb", "name: \"${EPOCHS}\"");
-    assert_eq!(
-        load_with(&named, &[], &env, &Papers)
-            .expect("text")
-            .recipe()
-            .name,
-        "12"
-    );
-    assert_eq!(
-        load("    epochs: ${OTHER}").expect_err("unset").0[0].code,
-        "unset-variable"
-    );
-    assert_eq!(
-        load("    epochs: ${OTHER:-${EPOCHS}}")
-            .expect_err("nested")
-            .0[0]
-            .code,
-        "bad-variable"
-    );
+    assert_eq!(load_with(&named, &[], &env, &Papers).expect("text").recipe().name, "12");
+    assert_eq!(load("    epochs: ${OTHER}").expect_err("unset").0[0].code, "unset-variable");
+    assert_eq!(load("    epochs: ${OTHER:-${EPOCHS}}").expect_err("nested").0[0].code, "bad-variable");
     // What a flag replaces need not be set.
     let text = MAE.replace("    epochs: 800", "    epochs: ${OTHER}");
     let loaded = load_with(&text, &["stages.pretrain.epochs=1"], &env, &Papers).expect("replaced");
-    assert_eq!(
-        loaded.resolved()["stages"]["pretrain"]["epochs"],
-        json!(1.0)
-    );
+    assert_eq!(loaded.resolved()["stages"]["pretrain"]["epochs"], json!(1.0));
 }
 
 #[test]
 fn a_dollar_is_written_twice_and_survives_the_way_back() {
-    let loaded = load(
-        MAE,
-        &["stages.pretrain.data.dataset.root=\"a$$b $c é \\t 名\""],
-    );
+    let loaded = load(MAE, &["stages.pretrain.data.dataset.root=\"a$$b $c é \\t 名\""]);
     let root = &loaded.resolved()["stages"]["pretrain"]["data"]["dataset"]["root"];
     assert_eq!(root, &json!("a$b $c é \t 名"));
     let again = load(&loaded.resolved_yaml(ShowOrigin::Yes), &[]);
@@ -322,16 +248,10 @@ fn anchors_and_merge_keys_are_resolved() {
         "        - { type: horizontal_flip }",
         "        - &flip { type: horizontal_flip, probability: 0.25 }\n        - *flip\n        - { <<: *flip, probability: 0.75 }\n        - { probability: 1.0, <<: [*flip] }",
     );
-    let transforms =
-        load(&text, &[]).resolved()["stages"]["pretrain"]["data"]["transforms"].clone();
-    let probabilities: Vec<&Value> = transforms.as_array().expect("a list")[1..]
-        .iter()
-        .map(|t| &t["probability"])
-        .collect();
-    assert_eq!(
-        probabilities,
-        [&json!(0.25), &json!(0.25), &json!(0.75), &json!(1.0)]
-    );
+    let transforms = load(&text, &[]).resolved()["stages"]["pretrain"]["data"]["transforms"].clone();
+    let probabilities: Vec<&Value> =
+        transforms.as_array().expect("a list")[1..].iter().map(|t| &t["probability"]).collect();
+    assert_eq!(probabilities, [&json!(0.25), &json!(0.25), &json!(0.75), &json!(1.0)]);
 }
 
 #[test]
@@ -354,25 +274,11 @@ fn every_value_knows_who_set_it() {
     };
     assert_eq!(line(&["name"]), ("file", "recipe.yaml:2:7".to_owned()));
     assert_eq!(line(&["seed"]), ("flag", "--set:1:6".to_owned()));
-    assert_eq!(
-        line(&["stages", "pretrain", "epochs"]),
-        ("variable", "recipe.yaml:5:13".to_owned())
-    );
-    assert_eq!(
-        line(&["stages", "pretrain", "student", "arch"]),
-        ("file", "built-in:mae_vitb:15:33".to_owned())
-    );
-    assert_eq!(
-        line(&["stages", "pretrain", "student", "drop_path"]),
-        ("default", String::new())
-    );
+    assert_eq!(line(&["stages", "pretrain", "epochs"]), ("variable", "recipe.yaml:5:13".to_owned()));
+    assert_eq!(line(&["stages", "pretrain", "student", "arch"]), ("file", "built-in:mae_vitb:15:33".to_owned()));
+    assert_eq!(line(&["stages", "pretrain", "student", "drop_path"]), ("default", String::new()));
     let yaml = loaded.resolved_yaml(ShowOrigin::Yes);
-    for expected in [
-        "# --set seed=3",
-        "# $EPOCHS at recipe.yaml:5",
-        "# default",
-        "# built-in:mae_vitb:15",
-    ] {
+    for expected in ["# --set seed=3", "# $EPOCHS at recipe.yaml:5", "# default", "# built-in:mae_vitb:15"] {
         assert!(yaml.contains(expected), "{expected} in\n{yaml}");
     }
 }
@@ -381,31 +287,17 @@ fn every_value_knows_who_set_it() {
 fn the_fingerprint_follows_the_meaning_and_not_the_writing() {
     let base = load(MAE, &[]).fingerprint();
     assert_eq!(base.len(), 64);
-    let rewritten = MAE
-        .replace("seed: 0\n", "")
-        .replace("epochs: 800", "epochs: 8.0e2");
-    assert_eq!(
-        load(&rewritten, &["description=no matter"]).fingerprint(),
-        base
-    );
+    let rewritten = MAE.replace("seed: 0\n", "").replace("epochs: 800", "epochs: 8.0e2");
+    assert_eq!(load(&rewritten, &["description=no matter"]).fingerprint(), base);
     assert_eq!(load("extends: mae_vitb", &[]).fingerprint(), base);
-    assert_ne!(
-        load(MAE, &["stages.pretrain.epochs=801"]).fingerprint(),
-        base
-    );
+    assert_ne!(load(MAE, &["stages.pretrain.epochs=801"]).fingerprint(), base);
     assert_ne!(load(MAE, &["seed=1"]).fingerprint(), base);
 }
 
 #[test]
 fn the_difference_of_two_recipes_names_paths_and_values() {
     let old = load(MAE, &[]);
-    let new = load(
-        MAE,
-        &[
-            "stages.pretrain.epochs=3",
-            "stages.pretrain.masker={type: block, masked: 75}",
-        ],
-    );
+    let new = load(MAE, &["stages.pretrain.epochs=3", "stages.pretrain.masker={type: block, masked: 75}"]);
     let lines = diff(old.resolved(), new.resolved());
     for expected in [
         "stages.pretrain.epochs: 800.0 -> 3.0",
@@ -413,10 +305,7 @@ fn the_difference_of_two_recipes_names_paths_and_values() {
         "stages.pretrain.masker.masked: absent -> 75",
         "stages.pretrain.masker.cell: 1 -> absent",
     ] {
-        assert!(
-            lines.iter().any(|line| line == expected),
-            "{expected} in {lines:#?}"
-        );
+        assert!(lines.iter().any(|line| line == expected), "{expected} in {lines:#?}");
     }
     assert!(diff(old.resolved(), old.resolved()).is_empty());
 }
@@ -426,23 +315,11 @@ fn a_refusal_is_put_where_its_option_stands() {
     let loaded = load(MAE, &["stages.pretrain.masker.ratio=0.9"]);
     let at = |refusal: Refusal| {
         let diagnostic = loaded.locate(&refusal.under("pretrain").under("stages"));
-        (
-            diagnostic
-                .place()
-                .map(ToString::to_string)
-                .unwrap_or_default(),
-            diagnostic.labels[0].text.clone(),
-        )
+        (diagnostic.place().map(ToString::to_string).unwrap_or_default(), diagnostic.labels[0].text.clone())
     };
     let ratio = Refusal::new("ratio", "hides all patches").under("masker");
     assert_eq!(at(ratio), ("--set:1:30".to_owned(), String::new()));
     // An option left at its default is shown at the component.
     let cell = Refusal::new("cell", "does not divide the grid").under("masker");
-    assert_eq!(
-        at(cell),
-        (
-            "recipe.yaml:16:5".to_owned(),
-            "`cell` is 1 by default".to_owned()
-        )
-    );
+    assert_eq!(at(cell), ("recipe.yaml:16:5".to_owned(), "`cell` is 1 by default".to_owned()));
 }

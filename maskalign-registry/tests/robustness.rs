@@ -3,9 +3,7 @@
 mod components;
 
 use components::registry;
-use maskalign_registry::{
-    Input, LoadRequest, Recipe, RecipeSource, Report, ShowOrigin, diagnostic::codes,
-};
+use maskalign_registry::{Input, LoadRequest, Recipe, RecipeSource, Report, ShowOrigin, diagnostic::codes};
 
 const CASES: usize = 20_400;
 
@@ -128,10 +126,7 @@ impl Random {
 }
 
 fn boundary(text: &str, at: usize) -> usize {
-    (0..=at.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at))
-        .unwrap_or(0)
+    (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0)
 }
 
 /// The byte ranges of words and numbers, which are what edits in place replace.
@@ -177,12 +172,7 @@ fn mutate(text: &str, random: &mut Random) -> String {
             }
             5 if lines.len() > 1 => {
                 let gone = random.below(lines.len());
-                lines
-                    .iter()
-                    .enumerate()
-                    .filter(|(at, _)| *at != gone)
-                    .map(|(_, line)| *line)
-                    .collect()
+                lines.iter().enumerate().filter(|(at, _)| *at != gone).map(|(_, line)| *line).collect()
             }
             6 if lines.len() > 1 => {
                 let (from, to) = (random.below(lines.len()), random.below(lines.len()));
@@ -206,10 +196,7 @@ fn mutate(text: &str, random: &mut Random) -> String {
 
 fn load(text: String, sets: &[String]) -> Result<(), Report> {
     let request = LoadRequest {
-        input: Input::Text {
-            name: "mutant.yaml".to_owned(),
-            text,
-        },
+        input: Input::Text { name: "mutant.yaml".to_owned(), text },
         sets,
         env: &|name| (name == "IMAGENET_DIR").then(|| "/images".to_owned()),
         builtins: &Builtins,
@@ -217,10 +204,7 @@ fn load(text: String, sets: &[String]) -> Result<(), Report> {
     let loaded = Recipe::load(&request, registry())?;
     // What loads must survive the way back.
     let again = LoadRequest {
-        input: Input::Text {
-            name: "again.yaml".to_owned(),
-            text: loaded.resolved_yaml(ShowOrigin::Yes),
-        },
+        input: Input::Text { name: "again.yaml".to_owned(), text: loaded.resolved_yaml(ShowOrigin::Yes) },
         sets: &[],
         env: &|_| None,
         builtins: &Builtins,
@@ -253,24 +237,15 @@ fn mutated_recipes_and_flags_never_panic_and_every_refusal_has_a_place() {
     for case in 0..CASES {
         let text = random.pick(&SEEDS);
         let (text, sets) = match case % 3 {
-            0 => (
-                text.to_owned(),
-                vec![mutate(random.pick(&FLAGS), &mut random)],
-            ),
-            1 => (
-                mutate(text, &mut random),
-                vec![random.pick(&FLAGS).to_owned()],
-            ),
+            0 => (text.to_owned(), vec![mutate(random.pick(&FLAGS), &mut random)]),
+            1 => (mutate(text, &mut random), vec![random.pick(&FLAGS).to_owned()]),
             _ => (mutate(text, &mut random), Vec::new()),
         };
         let Err(report) = load(text.clone(), &sets) else {
             accepted += 1;
             continue;
         };
-        assert!(
-            !report.0.is_empty(),
-            "refused for no reason:\n{text}\n{sets:?}"
-        );
+        assert!(!report.0.is_empty(), "refused for no reason:\n{text}\n{sets:?}");
         for diagnostic in &report.0 {
             let place = diagnostic.place().expect("a place");
             assert!(place.span.end <= place.source.text().len());
@@ -280,10 +255,7 @@ fn mutated_recipes_and_flags_never_panic_and_every_refusal_has_a_place() {
         let shown = report.render();
         let safe = |c: char| c == '\n' || !c.is_control();
         assert!(shown.chars().all(safe), "{shown:?}");
-        assert_eq!(
-            report.to_json().as_array().map(Vec::len),
-            Some(report.0.len())
-        );
+        assert_eq!(report.to_json().as_array().map(Vec::len), Some(report.0.len()));
         if reached_decoding(&report) {
             decoded += 1;
         } else {
@@ -294,10 +266,7 @@ fn mutated_recipes_and_flags_never_panic_and_every_refusal_has_a_place() {
         (accepted + decoded) * 3 >= CASES,
         "{accepted} accepted, {decoded} refused by the decoder, {refused} before it"
     );
-    assert!(
-        refused > CASES / 20 && decoded > CASES / 5 && accepted > CASES / 20,
-        "{accepted} {decoded} {refused}"
-    );
+    assert!(refused > CASES / 20 && decoded > CASES / 5 && accepted > CASES / 20, "{accepted} {decoded} {refused}");
 }
 
 fn refusal_of(text: String) -> Report {
@@ -307,79 +276,42 @@ fn refusal_of(text: String) -> Report {
 #[test]
 fn what_is_past_a_limit_is_refused_at_once() {
     let bomb: String = (0..40)
-        .map(|level| {
-            format!(
-                "a{level}: &a{level} [{}]\n",
-                vec![format!("*a{}", level - 1); 9].join(", ")
-            )
-        })
+        .map(|level| format!("a{level}: &a{level} [{}]\n", vec![format!("*a{}", level - 1); 9].join(", ")))
         .skip(1)
         .collect();
     let huge = format!("name: {}", "x".repeat(2 << 20));
     let deep = format!("name: {}{}", "[".repeat(5000), "]".repeat(5000));
-    let deep_block: String = (0..500)
-        .map(|level| format!("{}a:\n", " ".repeat(level)))
-        .collect();
+    let deep_block: String = (0..500).map(|level| format!("{}a:\n", " ".repeat(level))).collect();
     let wide = format!("name: [{}]", "1,".repeat(200_000));
     for text in [format!("a0: &a0 x\n{bomb}"), huge, deep, deep_block, wide] {
         let report = refusal_of(text);
-        assert!(
-            report
-                .0
-                .iter()
-                .any(|d| [codes::TOO_LARGE, codes::SYNTAX].contains(&d.code)),
-            "{report}"
-        );
+        assert!(report.0.iter().any(|d| [codes::TOO_LARGE, codes::SYNTAX].contains(&d.code)), "{report}");
     }
 }
 
 #[test]
 fn a_thousand_mistakes_are_cut_short() {
-    let keys: String = (0..50_000)
-        .map(|key| format!("key_{}: 1\n", key % 25_000))
-        .collect();
+    let keys: String = (0..50_000).map(|key| format!("key_{}: 1\n", key % 25_000)).collect();
     let report = refusal_of(keys);
     assert_eq!(report.0.len(), 100);
-    assert!(
-        report.0[99]
-            .help
-            .iter()
-            .any(|help| help.contains("more mistakes")),
-        "{report}"
-    );
+    assert!(report.0[99].help.iter().any(|help| help.contains("more mistakes")), "{report}");
 }
 
 #[test]
 fn bytes_that_are_no_text_are_refused_with_their_offset() {
     let path = std::env::temp_dir().join(format!("maskalign-bytes-{}.yaml", std::process::id()));
     std::fs::write(&path, b"name: x\nseed: \xff\xfe\n").expect("written");
-    let request = LoadRequest {
-        input: Input::Path(path.clone()),
-        sets: &[],
-        env: &|_| None,
-        builtins: &Builtins,
-    };
+    let request = LoadRequest { input: Input::Path(path.clone()), sets: &[], env: &|_| None, builtins: &Builtins };
     let report = Recipe::load(&request, registry()).expect_err("not text");
     std::fs::remove_file(&path).expect("removed");
     assert!(report.0[0].message.contains("offset 14"), "{report}");
-    assert_eq!(
-        report.0[0].place().map(|place| place.line_column()),
-        Some((2, 7))
-    );
+    assert_eq!(report.0[0].place().map(|place| place.line_column()), Some((2, 7)));
 }
 
 #[test]
 fn a_folder_or_a_missing_file_is_refused_by_name() {
-    for (path, fragment) in [
-        (std::env::temp_dir(), "is a folder"),
-        ("nowhere/mea.yaml".into(), "there is no recipe"),
-    ] {
-        let request = LoadRequest {
-            input: Input::Path(path),
-            sets: &[],
-            env: &|_| None,
-            builtins: &Builtins,
-        };
+    for (path, fragment) in [(std::env::temp_dir(), "is a folder"), ("nowhere/mea.yaml".into(), "there is no recipe")] {
+        let request = LoadRequest { input: Input::Path(path), sets: &[], env: &|_| None, builtins: &Builtins };
         let report = Recipe::load(&request, registry()).expect_err("no recipe");
         assert!(report.0[0].message.contains(fragment), "{report}");
     }

@@ -37,9 +37,7 @@ impl Sandbox {
             fs::copy(&file, work.join(file.file_name().expect("a file's name"))).expect("a copy");
         }
         // Help texts show the name that the command was called by.
-        let command = folder
-            .path()
-            .join(format!("maskalign{}", std::env::consts::EXE_SUFFIX));
+        let command = folder.path().join(format!("maskalign{}", std::env::consts::EXE_SUFFIX));
         if fs::hard_link(binary, &command).is_err() {
             fs::copy(binary, &command).expect("a copy");
         }
@@ -52,10 +50,7 @@ impl Sandbox {
     }
 
     /// The command with arguments, in an environment that is the same on every machine.
-    pub fn command<S: AsRef<std::ffi::OsStr>>(
-        &self,
-        arguments: impl IntoIterator<Item = S>,
-    ) -> Command {
+    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(&self.command);
         command.args(arguments).current_dir(self.work()).env_clear();
         // What Windows needs to start a process at all.
@@ -73,16 +68,13 @@ impl Sandbox {
     /// # Panics
     /// The command does not start.
     pub fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Output {
-        self.command(arguments)
-            .output()
-            .expect("the command starts")
+        self.command(arguments).output().expect("the command starts")
     }
 
     /// Text without what differs from machine to machine and from version to version.
     pub fn redact(&self, text: &str) -> String {
         let folder = self.folder.path().display().to_string();
-        text.replace(&folder, "[DIR]")
-            .replace(env!("CARGO_PKG_VERSION"), "[VERSION]")
+        text.replace(&folder, "[DIR]").replace(env!("CARGO_PKG_VERSION"), "[VERSION]")
     }
 }
 
@@ -102,36 +94,20 @@ pub struct RunRecord {
 /// # Panics
 /// A file is missing, or a line of the metrics is torn.
 pub fn run_record(dir: &Path) -> RunRecord {
-    let read = |path: &Path| {
-        fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-    };
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let parse = |text: &str| -> Value {
-        let mut value =
-            serde_json::from_str(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        let mut value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{text}: {error}"));
         drop_timings(&mut value);
         value
     };
     let summary = parse(&read(&dir.join("summary.json")));
     let metrics = read(&dir.join("metrics.jsonl"));
-    assert!(
-        metrics.is_empty() || metrics.ends_with('\n'),
-        "a torn line at the end of the metrics"
-    );
+    assert!(metrics.is_empty() || metrics.ends_with('\n'), "a torn line at the end of the metrics");
     let finals = summary.as_object().expect("an object").keys().map(|stage| {
-        let path = dir
-            .join("checkpoints")
-            .join(stage)
-            .join("final.safetensors");
-        (
-            stage.clone(),
-            fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
-        )
+        let path = dir.join("checkpoints").join(stage).join("final.safetensors");
+        (stage.clone(), fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     });
-    RunRecord {
-        finals: finals.collect(),
-        steps: metrics.lines().map(parse).collect(),
-        summary,
-    }
+    RunRecord { finals: finals.collect(), steps: metrics.lines().map(parse).collect(), summary }
 }
 
 /// Takes what a clock gave out of a record.
@@ -156,10 +132,7 @@ impl RunRecord {
         let stages = |record: &RunRecord| record.finals.keys().cloned().collect::<Vec<_>>();
         assert_eq!(stages(other), stages(self), "{what}: other stages");
         for (stage, bytes) in &self.finals {
-            assert!(
-                other.finals[stage] == *bytes,
-                "{what}: the final weights of `{stage}` differ"
-            );
+            assert!(other.finals[stage] == *bytes, "{what}: the final weights of `{stage}` differ");
         }
     }
 }
@@ -169,13 +142,8 @@ impl RunRecord {
 /// # Panics
 /// The folder cannot be read.
 pub fn files_in(folder: &Path) -> Vec<PathBuf> {
-    let entries =
-        fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    let mut files: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.is_file())
-        .collect();
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
     files.sort();
     files
 }
@@ -193,10 +161,7 @@ pub fn compare(file: &Path, text: &str) -> Option<String> {
         fs::write(file, text).expect("the file is written");
         return None;
     }
-    let differs = committed
-        .lines()
-        .zip(text.lines())
-        .position(|(a, b)| a != b);
+    let differs = committed.lines().zip(text.lines()).position(|(a, b)| a != b);
     let line = differs.unwrap_or_else(|| committed.lines().count().min(text.lines().count()));
     Some(format!(
         "{} is stale from line {}; {UPDATE}=1 rewrites it\n  committed: {}\n  now:       {}",

@@ -101,11 +101,8 @@ impl Args {
 
     fn run_on<D: Dev>(&self, dev: D, loaded: &Loaded) -> CoreResult<BenchReport> {
         let cx = Context::new(dev, self.machine.threads(), self.machine.recompute);
-        let options = BenchOptions {
-            job: self.job.into(),
-            steps: self.steps.get(),
-            batch: self.batch.map(NonZeroUsize::get),
-        };
+        let options =
+            BenchOptions { job: self.job.into(), steps: self.steps.get(), batch: self.batch.map(NonZeroUsize::get) };
         bench::bench(&cx, loaded.recipe(), options)
     }
 }
@@ -118,54 +115,23 @@ fn peak_share(report: &BenchReport) -> Option<f64> {
 fn text(report: &BenchReport) -> String {
     let mut numbers = Table::default();
     let mut say = |name: &str, value: Option<String>| {
-        numbers.row([
-            name.to_string(),
-            value.unwrap_or_else(|| "unknown".to_string()),
-        ]);
+        numbers.row([name.to_string(), value.unwrap_or_else(|| "unknown".to_string())]);
     };
-    say(
-        "images/s, best",
-        Some(format!("{:.1}", report.images_per_s_best)),
-    );
-    say(
-        "images/s, median",
-        Some(format!("{:.1}", report.images_per_s_median)),
-    );
-    say(
-        "GFLOP an image",
-        Some(format!("{:.2}", report.gflop_per_image)),
-    );
+    say("images/s, best", Some(format!("{:.1}", report.images_per_s_best)));
+    say("images/s, median", Some(format!("{:.1}", report.images_per_s_median)));
+    say("GFLOP an image", Some(format!("{:.2}", report.gflop_per_image)));
     say("GFLOP/s", Some(format!("{:.1}", report.gflops)));
-    say(
-        "GFLOP/s, peak",
-        report.peak_gflops.map(|peak| format!("{peak:.1}")),
-    );
+    say("GFLOP/s, peak", report.peak_gflops.map(|peak| format!("{peak:.1}")));
     say("share of the peak", peak_share(report).map(percent));
-    say(
-        "peak memory, MiB",
-        report.peak_mib.map(|mib| format!("{mib:.0}")),
-    );
-    let mut phases: Vec<(&str, f64)> = report
-        .phases
-        .iter()
-        .map(|(name, seconds)| (*name, *seconds))
-        .collect();
+    say("peak memory, MiB", report.peak_mib.map(|mib| format!("{mib:.0}")));
+    let mut phases: Vec<(&str, f64)> = report.phases.iter().map(|(name, seconds)| (*name, *seconds)).collect();
     phases.sort_by(|a, b| b.1.total_cmp(&a.1));
     let all: f64 = phases.iter().map(|(_, seconds)| seconds).sum();
     let mut times = Table::default();
     for (name, seconds) in phases {
-        times.row([
-            name.to_string(),
-            format!("{:.2} ms", 1e3 * seconds),
-            percent(seconds / all),
-        ]);
+        times.row([name.to_string(), format!("{:.2} ms", 1e3 * seconds), percent(seconds / all)]);
     }
-    let BenchReport {
-        batch,
-        threads,
-        kernels,
-        ..
-    } = report;
+    let BenchReport { batch, threads, kernels, .. } = report;
     format!(
         "{batch} images a step, {threads} threads, {kernels} kernels\n{}time of a step\n{}",
         numbers.render(2),

@@ -25,11 +25,8 @@ pub(crate) struct Args {
 impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         // A plugin's own binary is completed under its own name.
-        let name = session
-            .arguments
-            .first()
-            .and_then(|path| Path::new(path).file_stem()?.to_str())
-            .unwrap_or("maskalign");
+        let name =
+            session.arguments.first().and_then(|path| Path::new(path).file_stem()?.to_str()).unwrap_or("maskalign");
         let mut text = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), name, &mut text);
         Ok(output::print(&String::from_utf8_lossy(&text))?)

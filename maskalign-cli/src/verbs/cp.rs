@@ -29,25 +29,20 @@ impl Args {
     pub fn run(self) -> Result<(), Failure> {
         let Some(text) = Embedded.builtin(&self.name) else {
             let names = Embedded.names();
-            let mut failure =
-                Failure::mistake(format!("there is no built-in recipe `{}`", self.name));
+            let mut failure = Failure::mistake(format!("there is no built-in recipe `{}`", self.name));
             if let Some(near) = nearest(&self.name, names.iter().copied()).first() {
                 failure = failure.help(format!("did you mean `{near}`?"));
             }
             return Err(failure.help(format!("built-in recipes: {}", names.join(", "))));
         };
-        let mut file = self
-            .file
-            .unwrap_or_else(|| PathBuf::from(format!("{}.yaml", self.name)));
+        let mut file = self.file.unwrap_or_else(|| PathBuf::from(format!("{}.yaml", self.name)));
         if file.is_dir() {
             file.push(format!("{}.yaml", self.name));
         }
         // A link that leads nowhere is something that would be replaced too.
         if file.symlink_metadata().is_ok() && !self.force {
-            return Err(
-                Failure::mistake(format!("{} is there already", file.display()))
-                    .help("name another file, or replace it with `--force`"),
-            );
+            return Err(Failure::mistake(format!("{} is there already", file.display()))
+                .help("name another file, or replace it with `--force`"));
         }
         atomic_write(&file, "recipe", |out| out.write_all(text.as_bytes()))?;
         Ok(output::print(&format!("wrote {}\n", file.display()))?)

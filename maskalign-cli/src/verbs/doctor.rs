@@ -30,9 +30,7 @@ impl Args {
         ];
         let there = match Path::new(FASHION_MNIST).is_dir() {
             true => "",
-            false => {
-                ": not there (Debian: apt install dataset-fashion-mnist); the embedded sample needs nothing"
-            }
+            false => ": not there (Debian: apt install dataset-fashion-mnist); the embedded sample needs nothing",
         };
         lines.push(("fashion-mnist", format!("{FASHION_MNIST}{there}")));
         let hub = HubCache::from_environment();
@@ -40,19 +38,11 @@ impl Args {
             let found = match hub.find(&address) {
                 Ok(path) => format!("{address} is {}", path.display()),
                 // The lines after the first say how to get them, which a run that needs them says too.
-                Err(error) => error
-                    .to_string()
-                    .lines()
-                    .next()
-                    .unwrap_or_default()
-                    .to_string(),
+                Err(error) => error.to_string().lines().next().unwrap_or_default().to_string(),
             };
             lines.push(("weights", found));
         }
-        let text: Vec<String> = lines
-            .iter()
-            .map(|(name, value)| format!("{name:<15}{value}\n"))
-            .collect();
+        let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<15}{value}\n")).collect();
         Ok(output::print(&text.concat())?)
     }
 }
@@ -62,11 +52,7 @@ fn cpu() -> Result<String, Failure> {
     match DeviceChoice::Cpu.open()? {
         Opened::Cpu(dev) => {
             let kernels = Context::new(dev, threads, false).kernels;
-            Ok(format!(
-                "{} kernels, {} threads",
-                kernels.name(),
-                kernels.threads()
-            ))
+            Ok(format!("{} kernels, {} threads", kernels.name(), kernels.threads()))
         }
         #[cfg(feature = "cuda")]
         Opened::Cuda(..) => Ok("none".to_string()),

@@ -43,8 +43,7 @@ impl Args {
             (None, Err(near)) => {
                 let mut failure = Failure::mistake(format!("there is no component `{name}`"));
                 if !near.is_empty() {
-                    let near: Vec<String> =
-                        near.iter().map(|address| format!("`{address}`")).collect();
+                    let near: Vec<String> = near.iter().map(|address| format!("`{address}`")).collect();
                     failure = failure.help(format!("did you mean {}?", near.join(" or ")));
                 }
                 return Err(failure.help("`maskalign list components` names all of them"));
@@ -69,11 +68,7 @@ impl Args {
     fn kind(&self, kind: Kind, entries: &[&Entry]) -> std::io::Result<()> {
         match self.format {
             Format::Text => {
-                let mut text = format!(
-                    "{}: {}\n\n",
-                    paint(render::STRONG, kind.name()),
-                    kind.description()
-                );
+                let mut text = format!("{}: {}\n\n", paint(render::STRONG, kind.name()), kind.description());
                 for entry in entries {
                     text.push_str(&format!(
                         "  {}: {}{}\n",
@@ -101,12 +96,7 @@ impl Args {
 }
 
 fn text(entry: &Entry, options: &[OptionDoc]) -> String {
-    let mut out = format!(
-        "{}: {}{}\n",
-        paint(render::STRONG, &entry.address()),
-        entry.summary,
-        from_plugin(entry)
-    );
+    let mut out = format!("{}: {}{}\n", paint(render::STRONG, &entry.address()), entry.summary, from_plugin(entry));
     if !entry.paper.is_empty() {
         out.push_str(&format!("paper: {}\n", entry.paper));
     }
@@ -120,11 +110,7 @@ fn text(entry: &Entry, options: &[OptionDoc]) -> String {
             (None | Some(serde_json::Value::Null), false) => "; may be left out".to_string(),
             (Some(default), false) => format!("; default {default}"),
         };
-        out.push_str(&format!(
-            "  {}: {}{presence}\n",
-            paint(render::STRONG, &option.name),
-            option.expected
-        ));
+        out.push_str(&format!("  {}: {}{presence}\n", paint(render::STRONG, &option.name), option.expected));
         for line in wrapped(&option.description, WIDTH - 6) {
             out.push_str(&format!("      {line}\n"));
         }

@@ -67,35 +67,26 @@ impl From<Names> for Export {
 impl Args {
     pub fn run(self) -> Result<(), Failure> {
         if self.out.symlink_metadata().is_ok() && !self.force {
-            return Err(
-                Failure::mistake(format!("{} is there already", self.out.display()))
-                    .help("name another file with `--out`, or replace it with `--force`"),
-            );
+            return Err(Failure::mistake(format!("{} is there already", self.out.display()))
+                .help("name another file with `--out`, or replace it with `--force`"));
         }
         let path = match self.from.is_dir() {
             true => self.outcome()?,
             false => self.from.clone(),
         };
         if !path.is_file() {
-            return Err(Failure::mistake(format!(
-                "there is no checkpoint {}",
-                path.display()
-            )));
+            return Err(Failure::mistake(format!("there is no checkpoint {}", path.display())));
         }
         let tower = tower(Checkpoint::load(&path)?.tensors);
         if tower.is_empty() {
-            return Err(
-                Failure::mistake(format!("{} holds no student", path.display()))
-                    .help("name a stage that trains one with `--stage`"),
-            );
+            return Err(Failure::mistake(format!("{} holds no student", path.display()))
+                .help("name a stage that trains one with `--stage`"));
         }
         let renamed = to_family(&tower, self.format.into())?;
         write_safetensors(&self.out, &renamed, None)?;
         let values: usize = renamed.values().map(|tensor| tensor.data.len()).sum();
         let (tensors, values, out) = (renamed.len(), count(values as u64), self.out.display());
-        Ok(output::print(&format!(
-            "wrote {tensors} tensors, {values} parameters, to {out}\n"
-        ))?)
+        Ok(output::print(&format!("wrote {tensors} tensors, {values} parameters, to {out}\n"))?)
     }
 
     /// The weights that a finished stage left: `checkpoints/STAGE/final.safetensors`.
@@ -109,17 +100,15 @@ impl Args {
         };
         match (&self.stage, finished.as_slice()) {
             (Some(stage), stages) if stages.contains(stage) => Ok(outcome(stage)),
-            (Some(stage), _) => Err(Failure::mistake(format!(
-                "the run in {} has no finished stage `{stage}`",
-                self.from.display()
-            ))
-            .help(known)),
+            (Some(stage), _) => {
+                Err(Failure::mistake(format!("the run in {} has no finished stage `{stage}`", self.from.display()))
+                    .help(known))
+            }
             (None, [stage]) => Ok(outcome(stage)),
-            (None, _) => Err(Failure::mistake(format!(
-                "which stage of {}? name it with `--stage`",
-                self.from.display()
-            ))
-            .help(known)),
+            (None, _) => {
+                Err(Failure::mistake(format!("which stage of {}? name it with `--stage`", self.from.display()))
+                    .help(known))
+            }
         }
     }
 }
@@ -127,9 +116,7 @@ impl Args {
 /// The stages with weights, sorted.
 fn finished_stages(checkpoints: &Path, outcome: impl Fn(&str) -> PathBuf) -> Vec<String> {
     let entries = checkpoints.read_dir().into_iter().flatten().flatten();
-    let mut stages: Vec<String> = entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect();
+    let mut stages: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     stages.retain(|stage| outcome(stage).is_file());
     stages.sort();
     stages
@@ -137,22 +124,11 @@ fn finished_stages(checkpoints: &Path, outcome: impl Fn(&str) -> PathBuf) -> Vec
 
 /// The student's tower: without optimizer state and without what aligned it with the teacher.
 fn tower(tensors: TensorMap) -> TensorMap {
-    const TOWER: [&str; 6] = [
-        "cls_token",
-        "pos_embed",
-        "patch_embed.",
-        "blocks.",
-        "norm.",
-        "norm_pre.",
-    ];
+    const TOWER: [&str; 6] = ["cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "norm_pre."];
     let of_model = |name: String| match name.strip_prefix("model.") {
         Some(name) => name.to_string(),
         None => name,
     };
-    let renamed = tensors
-        .into_iter()
-        .map(|(name, tensor)| (of_model(name), tensor));
-    renamed
-        .filter(|(name, _)| TOWER.iter().any(|part| name.starts_with(part)))
-        .collect()
+    let renamed = tensors.into_iter().map(|(name, tensor)| (of_model(name), tensor));
+    renamed.filter(|(name, _)| TOWER.iter().any(|part| name.starts_with(part))).collect()
 }

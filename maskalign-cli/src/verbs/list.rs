@@ -42,19 +42,15 @@ enum What {
 
 impl What {
     fn parse(name: &str) -> Result<What, Failure> {
-        let kind = Kind::ALL
-            .into_iter()
-            .find(|kind| [kind.name(), kind.plural()].contains(&name));
+        let kind = Kind::ALL.into_iter().find(|kind| [kind.name(), kind.plural()].contains(&name));
         match (name, kind) {
             ("recipes", _) => Ok(What::Recipes),
             ("kinds", _) => Ok(What::Kinds),
             ("components", _) => Ok(What::Components),
             (_, Some(kind)) => Ok(What::Of(kind)),
             _ => {
-                let known: Vec<&str> = ["recipes", "components", "kinds"]
-                    .into_iter()
-                    .chain(Kind::ALL.map(Kind::name))
-                    .collect();
+                let known: Vec<&str> =
+                    ["recipes", "components", "kinds"].into_iter().chain(Kind::ALL.map(Kind::name)).collect();
                 let mut failure = Failure::mistake(format!("there is no list of `{name}`"));
                 if let Some(near) = nearest(name, known.iter().copied()).first() {
                     failure = failure.help(format!("did you mean `{near}`?"));
@@ -81,10 +77,9 @@ fn text(what: &What, entries: &[&Entry]) -> String {
     match what {
         What::All => format!("{}\n{}", recipes(), components(entries)),
         What::Recipes => recipes(),
-        What::Kinds => section(
-            "kinds",
-            &Kind::ALL.map(|kind| (kind.name().to_string(), kind.description().to_string())),
-        ),
+        What::Kinds => {
+            section("kinds", &Kind::ALL.map(|kind| (kind.name().to_string(), kind.description().to_string())))
+        }
         What::Components => components(entries),
         What::Of(kind) => of_kind(entries, *kind),
     }
@@ -98,12 +93,7 @@ fn of_kind(entries: &[&Entry], kind: Kind) -> String {
     let lines: Vec<(String, String)> = entries
         .iter()
         .filter(|entry| entry.kind == kind)
-        .map(|entry| {
-            (
-                entry.name.to_string(),
-                format!("{}{}", entry.summary, from_plugin(entry)),
-            )
-        })
+        .map(|entry| (entry.name.to_string(), format!("{}{}", entry.summary, from_plugin(entry))))
         .collect();
     section(kind.plural(), &lines)
 }
@@ -117,10 +107,8 @@ pub(super) fn from_plugin(entry: &Entry) -> String {
 }
 
 fn recipes() -> String {
-    let lines: Vec<(String, String)> = embedded::RECIPES
-        .iter()
-        .map(|(name, text)| (name.to_string(), summary(text).to_string()))
-        .collect();
+    let lines: Vec<(String, String)> =
+        embedded::RECIPES.iter().map(|(name, text)| (name.to_string(), summary(text).to_string())).collect();
     section("recipes", &lines)
 }
 
@@ -134,11 +122,7 @@ fn summary(text: &str) -> &str {
 }
 
 fn section(title: &str, lines: &[(String, String)]) -> String {
-    let width = lines
-        .iter()
-        .map(|(name, _)| name.chars().count())
-        .max()
-        .unwrap_or(0);
+    let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let mut out = format!("{}\n", paint(render::STRONG, title));
     for (name, summary) in lines {
         out.push_str(format!("  {name:<width$}  {summary}").trim_end());
@@ -149,13 +133,9 @@ fn section(title: &str, lines: &[(String, String)]) -> String {
 
 fn data(what: &What, entries: &[&Entry]) -> Value {
     let recipes = || -> Vec<Value> {
-        embedded::RECIPES
-            .iter()
-            .map(|(name, text)| json!({ "name": name, "summary": summary(text) }))
-            .collect()
+        embedded::RECIPES.iter().map(|(name, text)| json!({ "name": name, "summary": summary(text) })).collect()
     };
-    let kinds =
-        || Kind::ALL.map(|kind| json!({ "name": kind.name(), "description": kind.description() }));
+    let kinds = || Kind::ALL.map(|kind| json!({ "name": kind.name(), "description": kind.description() }));
     let components = |wanted: Option<Kind>| -> Vec<Value> {
         entries
             .iter()

@@ -22,15 +22,12 @@ pub(crate) struct Machine {
 
 /// A number that is not 0.
 pub(crate) fn at_least_one<T: FromStr>(text: &str) -> Result<T, &'static str> {
-    text.parse()
-        .map_err(|_| "expected a whole number of at least 1")
+    text.parse().map_err(|_| "expected a whole number of at least 1")
 }
 
 impl Machine {
     pub fn threads(&self) -> usize {
-        self.threads
-            .or_else(|| std::thread::available_parallelism().ok())
-            .map_or(1, NonZeroUsize::get)
+        self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
     }
 
     /// Opens the device.

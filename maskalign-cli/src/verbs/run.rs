@@ -78,21 +78,13 @@ pub(crate) struct Args {
 impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
-        let resumed = self
-            .resume
-            .as_ref()
-            .map(|path| RunDir::create(path, Mode::Resume))
-            .transpose()?;
+        let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
         let loaded = match (&resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
             (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
             (None, None) => return Err(Failure::mistake("no recipe is named")),
         };
-        let options = PlanOptions {
-            environment: true,
-            random_weights: false,
-            recompute: self.machine.recompute,
-        };
+        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
         let plans = pipeline::plan(loaded.recipe(), options)
             .map_err(|refusals| Failure::Recipe(loaded.locate_all(&refusals)))?;
         let device = self.machine.open()?;
@@ -100,25 +92,15 @@ impl Args {
             Some(dir) => dir,
             None => {
                 let name = &loaded.recipe().name;
-                let path = self
-                    .out
-                    .clone()
-                    .unwrap_or_else(|| RunDir::default_path(name, SystemTime::now()));
+                let path = self.out.clone().unwrap_or_else(|| RunDir::default_path(name, SystemTime::now()));
                 RunDir::create(path, if self.force { Mode::Force } else { Mode::Fresh })?
             }
         };
         let stop = StopFlag::new();
-        signals::watch(&stop)
-            .map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
+        signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
-        let job = Job {
-            args: &self,
-            loaded: &loaded,
-            plans: &plans,
-            dir: &dir,
-            stop: &stop,
-            arguments: session.arguments,
-        };
+        let job =
+            Job { args: &self, loaded: &loaded, plans: &plans, dir: &dir, stop: &stop, arguments: session.arguments };
         let device_name = device.name();
         let outcome = match device {
             Opened::Cpu(dev) => job.run_on(dev, device_name, &mut reporter),
@@ -139,27 +121,19 @@ impl Args {
         };
         let given = match (&self.recipe, &own) {
             (Some(recipe), _) => recipes::load(session.registry, recipe, &self.sets.sets)?,
-            (None, Some(_)) => {
-                recipes::load(session.registry, &dir.recipe_path(), &self.sets.sets)?
-            }
+            (None, Some(_)) => recipes::load(session.registry, &dir.recipe_path(), &self.sets.sets)?,
             (None, None) => {
                 return Err(Failure::mistake(format!(
                     "the run in {} was ended before it wrote its recipe",
                     dir.path().display()
                 ))
-                .help(format!(
-                    "name the recipe too: maskalign run RECIPE --resume {}",
-                    dir.path().display()
-                )));
+                .help(format!("name the recipe too: maskalign run RECIPE --resume {}", dir.path().display())));
             }
         };
         match own {
             Some(own) if own.fingerprint() != given.fingerprint() => {
                 let differences = diff(own.resolved(), given.resolved());
-                let shown: Vec<String> = differences
-                    .iter()
-                    .map(|line| format!("\n  {line}"))
-                    .collect();
+                let shown: Vec<String> = differences.iter().map(|line| format!("\n  {line}")).collect();
                 let message = format!(
                     "the recipe differs from the one of the run in {}:{}",
                     dir.path().display(),
@@ -184,27 +158,15 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run_on<D: Dev>(
-        &self,
-        dev: D,
-        device: String,
-        reporter: &mut Reporter,
-    ) -> CoreResult<Map<String, Value>> {
+    fn run_on<D: Dev>(&self, dev: D, device: String, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
         let machine = &self.args.machine;
         let cx = Context::new(dev, machine.threads(), machine.recompute);
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
             step_limit: self.args.steps.map(NonZeroU64::get),
-            workers: self
-                .args
-                .workers
-                .unwrap_or(usize::from(machine.threads() > 1)),
-            command_line: self
-                .arguments
-                .iter()
-                .map(|argument| argument.to_string_lossy().into_owned())
-                .collect(),
+            workers: self.args.workers.unwrap_or(usize::from(machine.threads() > 1)),
+            command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
             device,
             stop: self.stop,
@@ -217,11 +179,7 @@ impl Job<'_> {
 fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
     let mut out = String::new();
     for (stage, result) in results {
-        out.push_str(&format!(
-            "{}\n{}\n",
-            paint(render::STRONG, stage),
-            table_of(result)
-        ));
+        out.push_str(&format!("{}\n{}\n", paint(render::STRONG, stage), table_of(result)));
     }
     out.push_str(&format!("run directory: {}\n", dir.display()));
     out
@@ -249,10 +207,8 @@ fn table_of(result: &Value) -> String {
             }
             Value::Array(items) => {
                 for item in items {
-                    let cells: Vec<String> = leaves(item)
-                        .iter()
-                        .map(|(name, value)| format!("{name} {value}"))
-                        .collect();
+                    let cells: Vec<String> =
+                        leaves(item).iter().map(|(name, value)| format!("{name} {value}")).collect();
                     lists.push_str(&format!("  {name}: {}\n", cells.join(", ")));
                 }
             }
@@ -265,10 +221,7 @@ fn table_of(result: &Value) -> String {
     }
     for (name, cells) in rows {
         let cell = |column: &String| {
-            cells
-                .iter()
-                .find(|(name, _)| name == column)
-                .map_or(String::new(), |(_, text)| text.clone())
+            cells.iter().find(|(name, _)| name == column).map_or(String::new(), |(_, text)| text.clone())
         };
         side_by_side.row(std::iter::once(name.to_string()).chain(columns.iter().map(cell)));
     }
@@ -284,11 +237,7 @@ fn leaves(value: &Value) -> Vec<(String, String)> {
             Value::Object(entries) => {
                 // The last one put in is taken out first.
                 for (key, value) in entries.iter().rev() {
-                    let path = if path.is_empty() {
-                        key.clone()
-                    } else {
-                        format!("{path}.{key}")
-                    };
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                     open.push((path, value));
                 }
             }
@@ -310,11 +259,9 @@ mod tests {
             "pixels": { "accuracy": 0.82, "by_k": { "5": 0.81 } },
             "student": { "accuracy": 0.8312 },
         });
-        assert_eq!(
-            table_of(&knn),
-            "           accuracy  by_k.5\n  pixels     82.0 %  81.0 %\n  student    83.1 %\n"
-        );
-        let pretrain = json!({ "steps": 1200, "epochs": 2.0, "loss": 0.123456, "knn": [{ "epoch": 1, "accuracy": 0.5 }] });
+        assert_eq!(table_of(&knn), "           accuracy  by_k.5\n  pixels     82.0 %  81.0 %\n  student    83.1 %\n");
+        let pretrain =
+            json!({ "steps": 1200, "epochs": 2.0, "loss": 0.123456, "knn": [{ "epoch": 1, "accuracy": 0.5 }] });
         assert_eq!(
             table_of(&pretrain),
             "  steps    1,200\n  epochs       2\n  loss    0.1235\n  knn: epoch 1, accuracy 50.0 %\n"

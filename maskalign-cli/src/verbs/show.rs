@@ -40,19 +40,12 @@ impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         if !self.resolved && !self.origin {
             if !self.sets.sets.is_empty() {
-                return Err(
-                    Failure::mistake("`--set` changes nothing in a recipe's text")
-                        .help("add `--resolved`"),
-                );
+                return Err(Failure::mistake("`--set` changes nothing in a recipe's text").help("add `--resolved`"));
             }
             return Ok(output::print(&self.text(session)?)?);
         }
         let loaded = recipes::load(session.registry, &self.recipe, &self.sets.sets)?;
-        let origin = if self.origin {
-            ShowOrigin::Yes
-        } else {
-            ShowOrigin::No
-        };
+        let origin = if self.origin { ShowOrigin::Yes } else { ShowOrigin::No };
         Ok(output::print(&loaded.resolved_yaml(origin))?)
     }
 

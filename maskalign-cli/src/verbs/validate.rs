@@ -81,11 +81,8 @@ impl Args {
             false => recipes::load,
         };
         let loaded = load(session.registry, path, &self.sets.sets)?;
-        let options = PlanOptions {
-            environment: !self.no_environment,
-            random_weights: false,
-            recompute: self.recompute,
-        };
+        let options =
+            PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
         pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))
     }
 }
@@ -93,10 +90,8 @@ impl Args {
 fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
     match outcome {
         Ok(plans) => {
-            let stages: serde_json::Map<String, Value> = plans
-                .iter()
-                .map(|(name, plan)| (name.clone(), json!(plan)))
-                .collect();
+            let stages: serde_json::Map<String, Value> =
+                plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
             json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages })
         }
         Err(report) => json!({ "recipe": recipe, "valid": false, "diagnostics": report.to_json() }),
@@ -106,25 +101,13 @@ fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
 fn table(recipe: &str, plans: &Plans) -> String {
     type Column = (&'static str, fn(&StagePlan) -> Option<String>);
     const COLUMNS: [Column; 7] = [
-        ("images", |plan| {
-            plan.images.map(|images| count(images as u64))
-        }),
-        ("parameters", |plan| {
-            (plan.parameters > 0).then(|| count(plan.parameters as u64))
-        }),
-        ("trained", |plan| {
-            (plan.trainable > 0).then(|| count(plan.trainable as u64))
-        }),
-        ("tokens", |plan| {
-            plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))
-        }),
-        ("epochs", |plan| {
-            plan.epochs.map(|epochs| epochs.to_string())
-        }),
+        ("images", |plan| plan.images.map(|images| count(images as u64))),
+        ("parameters", |plan| (plan.parameters > 0).then(|| count(plan.parameters as u64))),
+        ("trained", |plan| (plan.trainable > 0).then(|| count(plan.trainable as u64))),
+        ("tokens", |plan| plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))),
+        ("epochs", |plan| plan.epochs.map(|epochs| epochs.to_string())),
         ("steps", |plan| plan.steps.map(count)),
-        ("memory", |plan| {
-            (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))
-        }),
+        ("memory", |plan| (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))),
     ];
     let mut rows = Table::default();
     rows.row(std::iter::once("stage").chain(COLUMNS.map(|(name, _)| name)));
@@ -132,9 +115,5 @@ fn table(recipe: &str, plans: &Plans) -> String {
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
-    format!(
-        "{}: no mistakes\n{}",
-        paint(render::STRONG, recipe),
-        rows.render(2)
-    )
+    format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2))
 }

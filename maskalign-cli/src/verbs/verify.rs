@@ -73,9 +73,7 @@ impl Args {
             }
         }
         if self.json {
-            output::print_json(
-                &json!({ "tolerance": self.tolerance, "passed": passed, "cases": records }),
-            )?;
+            output::print_json(&json!({ "tolerance": self.tolerance, "passed": passed, "cases": records }))?;
         }
         match passed {
             true => Ok(()),
@@ -83,27 +81,14 @@ impl Args {
         }
     }
 
-    fn replay<D: Dev>(
-        &self,
-        session: &Session,
-        cx: &Context<D>,
-        path: &Path,
-    ) -> Result<CaseReport, Failure> {
+    fn replay<D: Dev>(&self, session: &Session, cx: &Context<D>, path: &Path) -> Result<CaseReport, Failure> {
         let case = Case::read(path)?;
-        let scratch = tempfile::tempdir()
-            .map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
+        let scratch =
+            tempfile::tempdir().map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
         let teacher = scratch.path().join("teacher.safetensors");
         case.write_teacher(&teacher)?;
-        let input = Input::Text {
-            name: format!("{} as a recipe", path.display()),
-            text: case.recipe(&teacher),
-        };
-        let request = LoadRequest {
-            input,
-            sets: &self.sets.sets,
-            env: &|_| None,
-            builtins: &Embedded,
-        };
+        let input = Input::Text { name: format!("{} as a recipe", path.display()), text: case.recipe(&teacher) };
+        let request = LoadRequest { input, sets: &self.sets.sets, env: &|_| None, builtins: &Embedded };
         let loaded: Loaded = Recipe::load(&request, session.registry)?;
         let replayed: CoreResult<CaseReport> = case.replay(cx, loaded.recipe());
         replayed.map_err(|error| Failure::located(error, &loaded))
@@ -118,19 +103,10 @@ impl Args {
         rows.row(["quantity", "tensors", "largest error", "in"]);
         for quantity in &report.quantities {
             let error = format!("{:.2e}", quantity.error);
-            rows.row([
-                quantity.name.to_string(),
-                quantity.tensors.to_string(),
-                error,
-                quantity.worst.clone(),
-            ]);
+            rows.row([quantity.name.to_string(), quantity.tensors.to_string(), error, quantity.worst.clone()]);
         }
         let (case, error, tolerance) = (path.display(), report.error(), self.tolerance);
-        format!(
-            "{case}: {} ({error:.2e}, tolerance {tolerance:.0e})\n{}",
-            paint(style, verdict),
-            rows.render(2)
-        )
+        format!("{case}: {} ({error:.2e}, tolerance {tolerance:.0e})\n{}", paint(style, verdict), rows.render(2))
     }
 }
 

@@ -89,11 +89,7 @@ impl Masks {
 
     /// Every patch visible, none predicted.
     pub fn all_visible(batch: usize, patches: usize) -> Self {
-        Masks {
-            batch,
-            visible: (0..batch).flat_map(|_| 0..patches as u32).collect(),
-            masked: Vec::new(),
-        }
+        Masks { batch, visible: (0..batch).flat_map(|_| 0..patches as u32).collect(), masked: Vec::new() }
     }
 
     /// Visible patches of an image.

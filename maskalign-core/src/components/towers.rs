@@ -137,9 +137,9 @@ impl TowerOptions<'_> {
         let image_size = self.image_size.unwrap_or(cx.data_size);
         arch.grid(image_size).map_err(|refusal| match self.image_size {
             Some(_) => refusal,
-            None => refusal.help(format!(
-                "the data yields {image_size} pixels; set `image_size` or change the transforms"
-            )),
+            None => {
+                refusal.help(format!("the data yields {image_size} pixels; set `image_size` or change the transforms"))
+            }
         })?;
         if let (Some(weights), true, false) = (self.weights, cx.environment, cx.random_weights) {
             locate(weights)?;
@@ -151,6 +151,9 @@ impl TowerOptions<'_> {
 /// The file that `weights` names; `None` for a stage's student or embedded weights.
 fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
     match weights {
+        Weights::Embedded(name) if !crate::embedded::has_weights(name) => {
+            Err(Refusal::new("weights", format!("no weights named `{name}` are embedded")))
+        }
         Weights::Stage(_) | Weights::Embedded(_) => Ok(None),
         file => match weights::locate(&file.to_string()) {
             Ok(path) if path.exists() => Ok(Some(path)),
@@ -208,7 +211,13 @@ pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &
 }
 
 /// The tapped states of a tower.
-pub(crate) fn tap<D: Dev>(cx: &Context<D>, r: &mut Recorder<D>, tower: &Vit<D>, x: &Matrix<D>, tap: Tap) -> Result<Matrix<D>> {
+pub(crate) fn tap<D: Dev>(
+    cx: &Context<D>,
+    r: &mut Recorder<D>,
+    tower: &Vit<D>,
+    x: &Matrix<D>,
+    tap: Tap,
+) -> Result<Matrix<D>> {
     match tap {
         Tap::Block => Ok(x.clone()),
         Tap::Norm => tower.final_norm(cx, r, x),

@@ -26,7 +26,10 @@ pub(super) fn masker(text: &str, faults: &mut Faults) {
             counts.visible + counts.masked <= grid.patches(),
             format_args!("plans {} + {} of {} patches", counts.visible, counts.masked, grid.patches()),
         );
-        faults.unless(masker.plan(grid) == Ok(counts), format_args!("plans a grid of {grid} differently the second time"));
+        faults.unless(
+            masker.plan(grid) == Ok(counts),
+            format_args!("plans a grid of {grid} differently the second time"),
+        );
         for image in 0..5 {
             draws(&*masker, grid, image, faults);
         }
@@ -46,12 +49,16 @@ fn draws(masker: &dyn Masker, grid: Grid, image: u64, faults: &mut Faults) {
         (mask.visible.len(), mask.masked.len()) == (counts.visible, counts.masked),
         format_args!(
             "draws {} visible and {} masked patches of a grid of {grid}, but planned {} and {}",
-            mask.visible.len(), mask.masked.len(), counts.visible, counts.masked
+            mask.visible.len(),
+            mask.masked.len(),
+            counts.visible,
+            counts.masked
         ),
     );
     let mut all: Vec<u32> = mask.visible.iter().chain(&mask.masked).copied().collect();
     all.sort_unstable();
-    faults.unless(all.windows(2).all(|pair| pair[0] != pair[1]), format_args!("draws a patch of a grid of {grid} twice"));
+    faults
+        .unless(all.windows(2).all(|pair| pair[0] != pair[1]), format_args!("draws a patch of a grid of {grid} twice"));
     faults.unless(
         all.iter().all(|&patch| (patch as usize) < grid.patches()),
         format_args!("draws a patch beyond a grid of {grid}"),
@@ -66,7 +73,10 @@ pub(super) fn dataset(text: &str, faults: &mut Faults) {
     let Some(images) = faults.expect("opening it", dataset.open()) else { return };
     opened(&*images, faults);
     if let Some(again) = faults.expect("opening it again", dataset.open()) {
-        faults.unless(again.fingerprint() == images.fingerprint(), "its fingerprint differs from one opening to the next");
+        faults.unless(
+            again.fingerprint() == images.fingerprint(),
+            "its fingerprint differs from one opening to the next",
+        );
         faults.unless(again.len() == images.len(), "its length differs from one opening to the next");
     }
 }
@@ -97,13 +107,19 @@ fn opened(images: &dyn Images, faults: &mut Faults) {
         faults.unless(!name.is_empty(), format_args!("image {index} has no name for messages"));
         let Some(image) = faults.expect(&format!("reading image {index}"), images.image(index)) else { continue };
         sound(&image, &format!("image {index}"), faults);
-        faults.unless(images.image(index).is_ok_and(|again| again == image), format_args!("image {index} differs when it is read again"));
+        faults.unless(
+            images.image(index).is_ok_and(|again| again == image),
+            format_args!("image {index} differs when it is read again"),
+        );
         faults.unless(
             images.size().is_none_or(|size| size == image.size()),
             format_args!("image {index} is {:?} pixels, but `size` says {:?}", image.size(), images.size()),
         );
         if let (Some(label), Some(classes)) = (images.label(index), classes) {
-            faults.unless((label as usize) < classes, format_args!("image {index} has label {label} of {classes} classes"));
+            faults.unless(
+                (label as usize) < classes,
+                format_args!("image {index} has label {label} of {classes} classes"),
+            );
         }
     }
 }
@@ -132,7 +148,10 @@ pub(super) fn transform(text: &str, faults: &mut Faults) {
                 if let Some(size) = transform.output_size(told) {
                     faults.unless(
                         size == changed.size(),
-                        format_args!("{what} is {:?} pixels, but `output_size({told:?})` says {size:?}", changed.size()),
+                        format_args!(
+                            "{what} is {:?} pixels, but `output_size({told:?})` says {size:?}",
+                            changed.size()
+                        ),
                     );
                 }
             }

@@ -48,9 +48,15 @@ fn check_shape(loss: &dyn Loss<Cpu>, rows: usize, columns: usize, faults: &mut F
         let (at, analytic) = with_gradient(&cx)?;
         let name = cx.kernels.name();
         faults.unless(at.is_finite(), format_args!("is {at} {size}"));
-        faults.unless(with_gradient(&cx)? == (at, analytic.clone()), format_args!("differs from call to call {size} ({name})"));
+        faults.unless(
+            with_gradient(&cx)? == (at, analytic.clone()),
+            format_args!("differs from call to call {size} ({name})"),
+        );
         let (apart, equal) = (value(&cx, &prediction)?, value(&cx, &target)?);
-        faults.unless(apart.to_bits() == at.to_bits(), format_args!("differs with and without gradients {size} ({name})"));
+        faults.unless(
+            apart.to_bits() == at.to_bits(),
+            format_args!("differs with and without gradients {size} ({name})"),
+        );
         faults.unless(
             equal.is_finite() && equal <= apart + 1e-6,
             format_args!("is {equal} at the target and {apart} far from it {size} ({name})"),
@@ -60,13 +66,18 @@ fn check_shape(loss: &dyn Loss<Cpu>, rows: usize, columns: usize, faults: &mut F
         let worst = analytic.iter().zip(&numeric).map(|(a, n)| (a - n).abs()).fold(0.0, f32::max);
         faults.unless(
             worst <= 0.02 * largest + 1e-4,
-            format_args!("its gradient is off by {worst:.1e} (largest {largest:.1e}) from finite differences {size} ({name})"),
+            format_args!(
+                "its gradient is off by {worst:.1e} (largest {largest:.1e}) from finite differences {size} ({name})"
+            ),
         );
         seen.push((at, analytic));
     }
     if let [(a, da), (b, db)] = &seen[..] {
         let apart = relative_difference(&[*a], &[*b]).max(relative_difference(da, db));
-        faults.unless(apart < 1e-3, format_args!("differs by {apart:.1e} between the CPU's and the composed operators {size}"));
+        faults.unless(
+            apart < 1e-3,
+            format_args!("differs by {apart:.1e} between the CPU's and the composed operators {size}"),
+        );
     }
     Ok(())
 }

@@ -33,8 +33,14 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
             return;
         };
         faults.unless(same_bits(&one.values, &again.values), format_args!("a step differs from call to call ({name})"));
-        faults.unless(!same_bits(&one.before, &one.values), format_args!("a step leaves a parameter where it was ({name})"));
-        faults.unless(one.values.iter().all(|v| v.is_finite()), format_args!("a step gives values that are not finite ({name})"));
+        faults.unless(
+            !same_bits(&one.before, &one.values),
+            format_args!("a step leaves a parameter where it was ({name})"),
+        );
+        faults.unless(
+            one.values.iter().all(|v| v.is_finite()),
+            format_args!("a step gives values that are not finite ({name})"),
+        );
         if let Some(many) = faults.expect("20 steps", train(&*optimizer, &cx, 20)) {
             faults.unless(
                 many.last < many.first,
@@ -56,7 +62,11 @@ fn train(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, steps: u64) -> Resul
     let [rows, columns] = DIMS;
     let before = normal("parameter", rows * columns);
     let mut parameter = Param::new(&cx.dev, "layer.weight", &DIMS, before.clone())?;
-    let target = matrix(rows, columns, before.iter().zip(normal("pull", rows * columns)).map(|(v, d)| v + d + d.signum()).collect());
+    let target = matrix(
+        rows,
+        columns,
+        before.iter().zip(normal("pull", rows * columns)).map(|(v, d)| v + d + d.signum()).collect(),
+    );
     let mut state = Vec::new();
     for _ in optimizer.state_names() {
         state.push(Param::new(&cx.dev, "state", &DIMS, vec![0.0; rows * columns])?.value);

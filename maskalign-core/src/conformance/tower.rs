@@ -50,7 +50,8 @@ fn run_student(builder: &dyn StudentBuilder<Cpu>, plan: &PlanContext, faults: &m
     let images = images(2, plan.data_size);
     let patches = shape.grid.patches();
     let kept = patches.div_ceil(3);
-    let visible: Vec<u32> = (0..2).flat_map(|image| (0..kept).map(move |i| ((i * 2 + image) % patches) as u32)).collect();
+    let visible: Vec<u32> =
+        (0..2).flat_map(|image| (0..kept).map(move |i| ((i * 2 + image) % patches) as u32)).collect();
     for (visible, tokens) in [(None, patches), (Some(&visible[..]), kept)] {
         let rows = 2 * (tokens + usize::from(shape.cls_token));
         let run = || -> Result<(usize, usize, Vec<f32>)> {
@@ -95,7 +96,10 @@ pub(super) fn target(text: &str, faults: &mut Faults) {
     let masks = Masks { batch: 2, visible: vec![3, 0, 7, 24, 1, 2], masked: vec![5, 6, 9, 10] };
     let input = TargetInput { images: &images, masks: &masks, tokens, student: shape, teacher: None };
     let Some(outputs) = faults.expect("computing it", target.outputs(&fused(), &plan, &input)) else { return };
-    faults.unless(outputs.len() == plan.outputs, format_args!("it gives {} outputs, not {}", outputs.len(), plan.outputs));
+    faults.unless(
+        outputs.len() == plan.outputs,
+        format_args!("it gives {} outputs, not {}", outputs.len(), plan.outputs),
+    );
     for output in &outputs {
         faults.unless(
             *output.shape() == (10, plan.width),

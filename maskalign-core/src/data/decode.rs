@@ -26,25 +26,17 @@ const MAX_DECODER_BYTES: u64 = 1 << 30;
 /// # Errors
 /// The file cannot be read, is truncated, is no image of a known format, or is larger than [`MAX_PIXELS`].
 pub fn read(path: &Path) -> Result<RgbImage, DataError> {
-    let failed = |source| DataError::Read {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| DataError::Read { path: path.to_owned(), source };
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
         return Err(failed(io::Error::other("not a file")));
     }
     if metadata.len() > MAX_FILE_BYTES {
-        return Err(broken(
-            path,
-            format!("a file of {} bytes, more than 1 GiB", metadata.len()),
-        ));
+        return Err(broken(path, format!("a file of {} bytes, more than 1 GiB", metadata.len())));
     }
     let mut bytes = Vec::with_capacity(metadata.len() as usize);
-    file.take(MAX_FILE_BYTES)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).map_err(failed)?;
     decode(&bytes, path)
 }
 
@@ -57,32 +49,21 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
         return Err(broken(path, "the file is empty"));
     }
     let format = image::guess_format(bytes).map_err(|_| {
-        broken(
-            path,
-            "its first bytes are those of no known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PNM)",
-        )
+        broken(path, "its first bytes are those of no known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PNM)")
     })?;
     if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
-        return Err(truncated(
-            path,
-            format!("no end-of-image marker within its {} bytes", bytes.len()),
-        ));
+        return Err(truncated(path, format!("no end-of-image marker within its {} bytes", bytes.len())));
     }
-    catch_unwind(|| decode_format(bytes, format, path))
-        .unwrap_or_else(|_| Err(broken(path, "the decoder panicked")))
+    catch_unwind(|| decode_format(bytes, format, path)).unwrap_or_else(|_| Err(broken(path, "the decoder panicked")))
 }
 
 fn decode_format(bytes: &[u8], format: ImageFormat, path: &Path) -> Result<RgbImage, DataError> {
     use image::ImageDecoder;
 
     let failed = |error: ImageError| match error {
-        ImageError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => truncated(
-            path,
-            format!(
-                "the file ends after {} bytes, inside the image",
-                bytes.len()
-            ),
-        ),
+        ImageError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            truncated(path, format!("the file ends after {} bytes, inside the image", bytes.len()))
+        }
         error => broken(path, error.to_string()),
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
@@ -96,51 +77,24 @@ fn decode_format(bytes: &[u8], format: ImageFormat, path: &Path) -> Result<RgbIm
         return Err(broken(path, format!("it is {width} x {height} pixels")));
     }
     if width * height > MAX_PIXELS {
-        return Err(DataError::TooLarge {
-            path: path.to_owned(),
-            width,
-            height,
-        });
+        return Err(DataError::TooLarge { path: path.to_owned(), width, height });
     }
     let pixels = to_rgb(DynamicImage::from_decoder(decoder).map_err(failed)?);
     debug_assert_eq!(pixels.len(), width * height * 3);
-    Ok(RgbImage {
-        width,
-        height,
-        pixels,
-    })
+    Ok(RgbImage { width, height, pixels })
 }
 
 fn to_rgb(image: DynamicImage) -> Vec<u8> {
     let upper = |value: u16| (value >> 8) as u8;
     match image {
         DynamicImage::ImageRgb8(image) => image.into_raw(),
-        DynamicImage::ImageLuma8(image) => image
-            .into_raw()
-            .into_iter()
-            .flat_map(|value| [value; 3])
-            .collect(),
-        DynamicImage::ImageLumaA8(image) => {
-            image.pixels().flat_map(|pixel| [pixel.0[0]; 3]).collect()
-        }
-        DynamicImage::ImageRgba8(image) => image
-            .pixels()
-            .flat_map(|p| [p.0[0], p.0[1], p.0[2]])
-            .collect(),
-        DynamicImage::ImageLuma16(image) => image
-            .into_raw()
-            .into_iter()
-            .flat_map(|value| [upper(value); 3])
-            .collect(),
-        DynamicImage::ImageLumaA16(image) => image
-            .pixels()
-            .flat_map(|pixel| [upper(pixel.0[0]); 3])
-            .collect(),
+        DynamicImage::ImageLuma8(image) => image.into_raw().into_iter().flat_map(|value| [value; 3]).collect(),
+        DynamicImage::ImageLumaA8(image) => image.pixels().flat_map(|pixel| [pixel.0[0]; 3]).collect(),
+        DynamicImage::ImageRgba8(image) => image.pixels().flat_map(|p| [p.0[0], p.0[1], p.0[2]]).collect(),
+        DynamicImage::ImageLuma16(image) => image.into_raw().into_iter().flat_map(|value| [upper(value); 3]).collect(),
+        DynamicImage::ImageLumaA16(image) => image.pixels().flat_map(|pixel| [upper(pixel.0[0]); 3]).collect(),
         DynamicImage::ImageRgb16(image) => image.into_raw().into_iter().map(upper).collect(),
-        DynamicImage::ImageRgba16(image) => image
-            .pixels()
-            .flat_map(|p| [p.0[0], p.0[1], p.0[2]].map(upper))
-            .collect(),
+        DynamicImage::ImageRgba16(image) => image.pixels().flat_map(|p| [p.0[0], p.0[1], p.0[2]].map(upper)).collect(),
         other => other.into_rgb8().into_raw(),
     }
 }
@@ -152,10 +106,7 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
     // In front of a marker: nothing to skip but the marker. Stuffed zeros and restarts lie inside entropy-coded data.
     let stands_alone = |marker: u8| matches!(marker, 0x00 | 0x01 | START | 0xD0..=0xD7);
     let mut at = 2;
-    while let Some(offset) = bytes
-        .get(at..)
-        .and_then(|rest| rest.iter().position(|&byte| byte == 0xFF))
-    {
+    while let Some(offset) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xFF)) {
         at += offset + 1;
         match bytes.get(at) {
             None => return false,
@@ -173,15 +124,9 @@ fn jpeg_is_complete(bytes: &[u8]) -> bool {
 }
 
 fn broken(path: &Path, message: impl Into<String>) -> DataError {
-    DataError::Decode {
-        path: path.to_owned(),
-        message: message.into(),
-    }
+    DataError::Decode { path: path.to_owned(), message: message.into() }
 }
 
 fn truncated(path: &Path, message: String) -> DataError {
-    DataError::Truncated {
-        path: path.to_owned(),
-        message,
-    }
+    DataError::Truncated { path: path.to_owned(), message }
 }

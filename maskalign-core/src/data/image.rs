@@ -14,21 +14,13 @@ pub struct RgbImage {
 impl RgbImage {
     /// A black image.
     pub fn black(width: usize, height: usize) -> Self {
-        Self {
-            width,
-            height,
-            pixels: vec![0; width * height * 3],
-        }
+        Self { width, height, pixels: vec![0; width * height * 3] }
     }
 
     /// An image from one brightness a pixel, row by row.
     pub fn from_grey(width: usize, height: usize, grey: &[u8]) -> Self {
         debug_assert_eq!(grey.len(), width * height);
-        Self {
-            width,
-            height,
-            pixels: grey.iter().flat_map(|&value| [value; 3]).collect(),
-        }
+        Self { width, height, pixels: grey.iter().flat_map(|&value| [value; 3]).collect() }
     }
 
     /// `(width, height)` in pixels.
@@ -43,11 +35,7 @@ impl RgbImage {
         debug_assert_eq!(planes.len(), 3 * area);
         let (red, rest) = planes.split_at_mut(area);
         let (green, blue) = rest.split_at_mut(area);
-        for (pixel, ((red, green), blue)) in self
-            .pixels
-            .chunks_exact(3)
-            .zip(red.iter_mut().zip(green).zip(blue))
-        {
+        for (pixel, ((red, green), blue)) in self.pixels.chunks_exact(3).zip(red.iter_mut().zip(green).zip(blue)) {
             *red = f32::from(pixel[0]) / 255.0;
             *green = f32::from(pixel[1]) / 255.0;
             *blue = f32::from(pixel[2]) / 255.0;
@@ -71,12 +59,7 @@ pub struct Crop {
 impl Crop {
     /// The box that holds a whole image.
     pub fn whole(image: &RgbImage) -> Self {
-        Self {
-            top: 0,
-            left: 0,
-            height: image.height,
-            width: image.width,
-        }
+        Self { top: 0, left: 0, height: image.height, width: image.width }
     }
 }
 
@@ -86,11 +69,7 @@ mod tests {
 
     #[test]
     fn planes_are_channel_first_and_divided_by_255() {
-        let image = RgbImage {
-            width: 2,
-            height: 1,
-            pixels: vec![0, 51, 255, 102, 1, 2],
-        };
+        let image = RgbImage { width: 2, height: 1, pixels: vec![0, 51, 255, 102, 1, 2] };
         let mut planes = [0.0; 6];
         image.write_planes(&mut planes);
         assert_eq!(planes, [0.0, 0.4, 0.2, 1.0 / 255.0, 1.0, 2.0 / 255.0]);

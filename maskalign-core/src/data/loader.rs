@@ -112,9 +112,7 @@ impl Loader {
         config: LoaderConfig,
     ) -> Result<Self, Refusal> {
         for (index, transform) in transforms.iter().enumerate() {
-            transform
-                .check()
-                .map_err(|refusal| refusal.under(index.to_string()).under("transforms"))?;
+            transform.check().map_err(|refusal| refusal.under(index.to_string()).under("transforms"))?;
         }
         let size = output_size(&transforms, images.size()).ok_or_else(|| {
             Refusal::new("transforms", "the images have different sizes after the transforms")
@@ -138,15 +136,7 @@ impl Loader {
             )
             .help(format!("choose an `effective` of at most {count}")));
         }
-        Ok(Self {
-            source: Arc::new(Source {
-                images,
-                transforms,
-                config,
-                size,
-                unreadable: Mutex::default(),
-            }),
-        })
+        Ok(Self { source: Arc::new(Source { images, transforms, config, size, unreadable: Mutex::default() }) })
     }
 
     /// `(width, height)` in pixels of every image.
@@ -174,46 +164,26 @@ impl Loader {
             Order::Sequential => per_epoch.saturating_sub(from.step),
         };
         let parts = (source.config.batch / source.config.micro) as u64;
-        let plan = Plan {
-            from,
-            parts,
-            end: limit.min(steps.unwrap_or(u64::MAX)).saturating_mul(parts),
-            per_epoch,
-        };
+        let plan = Plan { from, parts, end: limit.min(steps.unwrap_or(u64::MAX)).saturating_mul(parts), per_epoch };
         let workers = source.config.workers;
         let shared = Arc::new(Shared {
-            capacity: if workers == 0 {
-                1
-            } else {
-                source.config.prefetch + 1
-            },
+            capacity: if workers == 0 { 1 } else { source.config.prefetch + 1 },
             source,
             plan,
             queue: Mutex::default(),
             work: Condvar::new(),
             done: Condvar::new(),
         });
-        let threads = (0..workers)
-            .filter_map(|index| spawn(index, &shared))
-            .collect();
-        Batches {
-            shared,
-            threads,
-            skipped: BTreeSet::new(),
-            ended: false,
-        }
+        let threads = (0..workers).filter_map(|index| spawn(index, &shared)).collect();
+        Batches { shared, threads, skipped: BTreeSet::new(), ended: false }
     }
 }
 
 fn spawn(index: usize, shared: &Arc<Shared>) -> Option<JoinHandle<()>> {
     let shared = shared.clone();
-    let spawned = thread::Builder::new()
-        .name(format!("loader-{index}"))
-        .spawn(move || shared.serve());
+    let spawned = thread::Builder::new().name(format!("loader-{index}")).spawn(move || shared.serve());
     // The calling thread does what no other does, so that fewer threads are slower, not wrong.
-    spawned
-        .inspect_err(|error| tracing::warn!(%error, "cannot start a loader thread"))
-        .ok()
+    spawned.inspect_err(|error| tracing::warn!(%error, "cannot start a loader thread")).ok()
 }
 
 /// The batches of a [`Loader`], in order. After an error it ends. Dropping it ends its threads.
@@ -248,10 +218,7 @@ impl Iterator for Batches {
 impl Batches {
     fn finish(&mut self, open: Arc<OpenBatch>) -> Result<Batch, DataError> {
         let source = &self.shared.source;
-        let Filled {
-            mut images,
-            outcomes,
-        } = std::mem::take(&mut *lock(&open.filled));
+        let Filled { mut images, outcomes } = std::mem::take(&mut *lock(&open.filled));
         let image_len = source.image_len();
         let mut batch = Batch {
             images: Vec::new(),
@@ -269,8 +236,7 @@ impl Batches {
             if let Some(index) = chosen? {
                 let kept = batch.indices.len();
                 if kept < place {
-                    images
-                        .copy_within(place * image_len..(place + 1) * image_len, kept * image_len);
+                    images.copy_within(place * image_len..(place + 1) * image_len, kept * image_len);
                 }
                 batch.indices.push(index);
                 batch.labels.push(source.images.label(index));
@@ -328,15 +294,7 @@ impl Source {
     /// Makes the image for one place of a batch, or the one that stands in for it.
     fn make(&self, index: usize, epoch: u64) -> (Outcome, Option<RgbImage>) {
         const MOST_IN_A_ROW: usize = 1000;
-        let failed = |unreadable, error| {
-            (
-                Outcome {
-                    unreadable,
-                    chosen: Err(error),
-                },
-                None,
-            )
-        };
+        let failed = |unreadable, error| (Outcome { unreadable, chosen: Err(error) }, None);
         let count = self.images.len();
         let tries = match (self.config.on_error, self.config.order) {
             (OnError::Fail, _) | (OnError::Skip, Order::Sequential) => 1,
@@ -352,18 +310,11 @@ impl Source {
             }
             let error = match self.make_one(candidate, epoch) {
                 Ok(image) => {
-                    return (
-                        Outcome {
-                            unreadable,
-                            chosen: Ok(Some(candidate)),
-                        },
-                        Some(image),
-                    );
+                    return (Outcome { unreadable, chosen: Ok(Some(candidate)) }, Some(image));
                 }
                 Err(error) => error,
             };
-            if self.config.on_error == OnError::Fail || matches!(error, DataError::Panicked { .. })
-            {
+            if self.config.on_error == OnError::Fail || matches!(error, DataError::Panicked { .. }) {
                 return failed(unreadable, error);
             }
             unreadable.push(candidate);
@@ -373,33 +324,17 @@ impl Source {
             if is_last && self.config.order == Order::Shuffled {
                 let source = Box::new(error);
                 let name = self.images.name(candidate);
-                return failed(
-                    unreadable,
-                    DataError::NothingReadable {
-                        count: tries,
-                        name,
-                        source,
-                    },
-                );
+                return failed(unreadable, DataError::NothingReadable { count: tries, name, source });
             }
         }
-        (
-            Outcome {
-                unreadable,
-                chosen: Ok(None),
-            },
-            None,
-        )
+        (Outcome { unreadable, chosen: Ok(None) }, None)
     }
 
     fn make_one(&self, index: usize, epoch: u64) -> Result<RgbImage, DataError> {
         let made = catch_unwind(AssertUnwindSafe(|| {
             let mut rng = Stream::new(self.config.seed, "augment", epoch, index as u64);
             let image = self.images.image(index)?;
-            Ok(self
-                .transforms
-                .iter()
-                .fold(image, |image, transform| transform.apply(image, &mut rng)))
+            Ok(self.transforms.iter().fold(image, |image, transform| transform.apply(image, &mut rng)))
         }));
         let image = made.unwrap_or_else(|panic| {
             let message = panic.downcast_ref::<&str>().map(|text| text.to_string());
@@ -411,11 +346,7 @@ impl Source {
         })?;
         if image.size() != self.size {
             let name = self.images.name(index);
-            return Err(DataError::SizeDiffers {
-                name,
-                got: image.size(),
-                expected: self.size,
-            });
+            return Err(DataError::SizeDiffers { name, got: image.size(), expected: self.size });
         }
         Ok(image)
     }
@@ -435,10 +366,7 @@ impl Plan {
     fn position(&self, number: u64) -> (Position, usize) {
         let step = self.from.step + number / self.parts;
         let at = match step.checked_div(self.per_epoch) {
-            Some(epochs) => Position {
-                epoch: self.from.epoch + epochs,
-                step: step % self.per_epoch,
-            },
+            Some(epochs) => Position { epoch: self.from.epoch + epochs, step: step % self.per_epoch },
             None => self.from,
         };
         (at, (number % self.parts) as usize)
@@ -512,12 +440,7 @@ impl Shared {
                     queue = lock(&self.queue);
                 }
                 None if queue.next >= self.plan.end => return,
-                None => {
-                    queue = self
-                        .work
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner)
-                }
+                None => queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
@@ -541,12 +464,7 @@ impl Shared {
                     self.fill(task);
                     queue = lock(&self.queue);
                 }
-                None => {
-                    queue = self
-                        .done
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner)
-                }
+                None => queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
@@ -558,11 +476,7 @@ impl Shared {
 
     /// The first place that nobody has taken on, opening another batch where there is room.
     fn claim(&self, queue: &mut Queue) -> Option<Task> {
-        let index = match queue
-            .open
-            .iter()
-            .position(|open| open.claimed < open.batch.planned.len())
-        {
+        let index = match queue.open.iter().position(|open| open.claimed < open.batch.planned.len()) {
             Some(index) => index,
             None if queue.open.len() < self.capacity && queue.next < self.plan.end => {
                 self.open(queue);
@@ -572,21 +486,11 @@ impl Shared {
         };
         let open = &mut queue.open[index];
         open.claimed += 1;
-        Some(Task {
-            batch: open.batch.clone(),
-            number: open.number,
-            place: open.claimed - 1,
-        })
+        Some(Task { batch: open.batch.clone(), number: open.number, place: open.claimed - 1 })
     }
 
     fn open(&self, queue: &mut Queue) {
-        let LoaderConfig {
-            seed,
-            batch,
-            micro,
-            order,
-            ..
-        } = self.source.config;
+        let LoaderConfig { seed, batch, micro, order, .. } = self.source.config;
         let number = queue.next;
         let (at, part) = self.plan.position(number);
         let count = self.source.images.len();
@@ -606,38 +510,15 @@ impl Shared {
         };
         let filled = Filled {
             images: vec![0.0; planned.len() * self.source.image_len()],
-            outcomes: planned
-                .iter()
-                .map(|_| Outcome {
-                    unreadable: Vec::new(),
-                    chosen: Ok(None),
-                })
-                .collect(),
+            outcomes: planned.iter().map(|_| Outcome { unreadable: Vec::new(), chosen: Ok(None) }).collect(),
         };
         let missing = planned.len();
-        let batch = Arc::new(OpenBatch {
-            at,
-            part,
-            planned,
-            filled: Mutex::new(filled),
-        });
-        queue.open.push_back(InProgress {
-            batch,
-            number,
-            claimed: 0,
-            missing,
-        });
+        let batch = Arc::new(OpenBatch { at, part, planned, filled: Mutex::new(filled) });
+        queue.open.push_back(InProgress { batch, number, claimed: 0, missing });
         queue.next += 1;
     }
 
-    fn fill(
-        &self,
-        Task {
-            batch,
-            number,
-            place,
-        }: Task,
-    ) {
+    fn fill(&self, Task { batch, number, place }: Task) {
         let (outcome, image) = self.source.make(batch.planned[place], batch.at.epoch);
         {
             let mut filled = lock(&batch.filled);

@@ -85,13 +85,8 @@ pub trait Transform: Send + Sync {
 }
 
 /// `(width, height)` in pixels after a chain of transforms, `None` where it depends on the image.
-pub fn output_size(
-    transforms: &[Box<dyn Transform>],
-    input: Option<(usize, usize)>,
-) -> Option<(usize, usize)> {
-    transforms
-        .iter()
-        .fold(input, |size, transform| transform.output_size(size))
+pub fn output_size(transforms: &[Box<dyn Transform>], input: Option<(usize, usize)>) -> Option<(usize, usize)> {
+    transforms.iter().fold(input, |size, transform| transform.output_size(size))
 }
 
 /// Why an image, or a batch of them, is not to be had.
@@ -148,9 +143,7 @@ pub enum DataError {
         expected: (usize, usize),
     },
     /// A dataset or a transform panicked: a bug in that component.
-    #[error(
-        "a dataset or transform panicked on {name}: {message}; this is a bug in that component"
-    )]
+    #[error("a dataset or transform panicked on {name}: {message}; this is a bug in that component")]
     Panicked {
         /// The image.
         name: String,

@@ -44,32 +44,13 @@ impl Interpolation {
 /// Cuts `crop` out of `image` and resizes it to `width` x `height`: what Pillow gives for `crop` and then `resize`.
 ///
 /// `crop` lies inside the image and neither it nor the new size is empty.
-pub fn resize(
-    image: &RgbImage,
-    crop: Crop,
-    width: usize,
-    height: usize,
-    interpolation: Interpolation,
-) -> RgbImage {
+pub fn resize(image: &RgbImage, crop: Crop, width: usize, height: usize, interpolation: Interpolation) -> RgbImage {
     debug_assert!(crop.left + crop.width <= image.width && crop.top + crop.height <= image.height);
     let first = (crop.top * image.width + crop.left) * 3;
-    let rows = Rows {
-        values: &image.pixels[first..],
-        stride: image.width * 3,
-    };
+    let rows = Rows { values: &image.pixels[first..], stride: image.width * 3 };
     // Compiled for several instruction sets, the machine's best of which runs: the arithmetic is the same in all.
-    let pixels = pulp::Arch::new().dispatch(Passes {
-        rows,
-        crop,
-        width,
-        height,
-        interpolation,
-    });
-    RgbImage {
-        width,
-        height,
-        pixels,
-    }
+    let pixels = pulp::Arch::new().dispatch(Passes { rows, crop, width, height, interpolation });
+    RgbImage { width, height, pixels }
 }
 
 /// The work on one image.
@@ -87,40 +68,21 @@ impl pulp::NullaryFnOnce for Passes<'_> {
     // Inlined, as is all below it, so that it is compiled once for each instruction set.
     #[inline(always)]
     fn call(self) -> Vec<u8> {
-        let Self {
-            rows,
-            crop,
-            width,
-            height,
-            interpolation,
-        } = self;
+        let Self { rows, crop, width, height, interpolation } = self;
         let columns = || Weights::new(crop.width, width, interpolation);
         let lines = || Weights::new(crop.height, height, interpolation);
         match (width == crop.width, height == crop.height) {
-            (true, true) => (0..height)
-                .flat_map(|row| rows.row(row, width * 3))
-                .copied()
-                .collect(),
+            (true, true) => (0..height).flat_map(|row| rows.row(row, width * 3)).copied().collect(),
             (false, true) => mix_columns(rows, crop, &columns()),
             (true, false) => mix_lines(rows, width * 3, &lines()),
             (false, false) if lines_first(crop, width, height) => {
                 let lowered = mix_lines(rows, crop.width * 3, &lines());
-                let rows = Rows {
-                    values: &lowered,
-                    stride: crop.width * 3,
-                };
+                let rows = Rows { values: &lowered, stride: crop.width * 3 };
                 mix_columns(rows, Crop { height, ..crop }, &columns())
             }
             (false, false) => {
                 let narrowed = mix_columns(rows, crop, &columns());
-                mix_lines(
-                    Rows {
-                        values: &narrowed,
-                        stride: width * 3,
-                    },
-                    width * 3,
-                    &lines(),
-                )
+                mix_lines(Rows { values: &narrowed, stride: width * 3 }, width * 3, &lines())
             }
         }
     }
@@ -158,19 +120,12 @@ impl Weights {
             let first = (center - support + 0.5) as usize;
             let end = ((center + support + 0.5) as usize).min(input);
             exact.clear();
-            exact.extend(
-                (first..end).map(|x| interpolation.weight((x as f64 - center + 0.5) * narrowing)),
-            );
+            exact.extend((first..end).map(|x| interpolation.weight((x as f64 - center + 0.5) * narrowing)));
             let sum: f64 = exact.iter().sum();
             let start = values.len();
             values.extend(exact.iter().map(|&weight| {
-                let fixed =
-                    if sum == 0.0 { weight } else { weight / sum } * f64::from(1 << PRECISION_BITS);
-                (if fixed < 0.0 {
-                    fixed - 0.5
-                } else {
-                    fixed + 0.5
-                }) as i32
+                let fixed = if sum == 0.0 { weight } else { weight / sum } * f64::from(1 << PRECISION_BITS);
+                (if fixed < 0.0 { fixed - 0.5 } else { fixed + 0.5 }) as i32
             }));
             spans.push((first, start..values.len()));
         }
@@ -245,11 +200,7 @@ fn mix_lines(rows: Rows<'_>, length: usize, weights: &Weights) -> Vec<u8> {
         if length < LANES {
             for (column, out) in out.iter_mut().enumerate() {
                 let mut mixed = [0];
-                mix_lanes(
-                    lines(column).filter_map(|line| line.first_chunk()),
-                    values,
-                    &mut mixed,
-                );
+                mix_lanes(lines(column).filter_map(|line| line.first_chunk()), values, &mut mixed);
                 [*out] = mixed;
             }
             continue;
@@ -258,11 +209,7 @@ fn mix_lines(rows: Rows<'_>, length: usize, weights: &Weights) -> Vec<u8> {
             // The last lanes may do some of the work a second time, rather than end early.
             let column = column.min(length - LANES);
             if let Some(out) = out[column..].first_chunk_mut::<LANES>() {
-                mix_lanes(
-                    lines(column).filter_map(|line| line.first_chunk()),
-                    values,
-                    out,
-                );
+                mix_lanes(lines(column).filter_map(|line| line.first_chunk()), values, out);
             }
         }
     }

@@ -33,14 +33,10 @@ impl Size {
     /// Names `option` and the range.
     pub fn check(self, option: &str) -> Result<(), crate::Refusal> {
         let (width, height) = self.as_square();
-        match [height, width]
-            .iter()
-            .find(|&&side| side == 0 || side > MAX_SIDE)
-        {
-            Some(side) => Err(crate::Refusal::new(
-                option,
-                format!("expected a size of 1 to {MAX_SIDE} pixels, found {side}"),
-            )),
+        match [height, width].iter().find(|&&side| side == 0 || side > MAX_SIDE) {
+            Some(side) => {
+                Err(crate::Refusal::new(option, format!("expected a size of 1 to {MAX_SIDE} pixels, found {side}")))
+            }
             None => Ok(()),
         }
     }
@@ -58,24 +54,16 @@ impl<'de> Deserialize<'de> for Size {
             }
 
             fn visit_u64<E: Error>(self, side: u64) -> Result<Size, E> {
-                usize::try_from(side)
-                    .map(Size::Side)
-                    .map_err(|_| E::custom("the size is too large"))
+                usize::try_from(side).map(Size::Side).map_err(|_| E::custom("the size is too large"))
             }
 
             fn visit_i64<E: Error>(self, side: i64) -> Result<Size, E> {
-                usize::try_from(side)
-                    .map(Size::Side)
-                    .map_err(|_| E::custom("expected a size of at least 1 pixel"))
+                usize::try_from(side).map(Size::Side).map_err(|_| E::custom("expected a size of at least 1 pixel"))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Size, A::Error> {
-                let height = seq
-                    .next_element()?
-                    .ok_or_else(|| A::Error::invalid_length(0, &self))?;
-                let width = seq
-                    .next_element()?
-                    .ok_or_else(|| A::Error::invalid_length(1, &self))?;
+                let height = seq.next_element()?.ok_or_else(|| A::Error::invalid_length(0, &self))?;
+                let width = seq.next_element()?.ok_or_else(|| A::Error::invalid_length(1, &self))?;
                 if seq.next_element::<usize>()?.is_some() {
                     return Err(A::Error::invalid_length(3, &self));
                 }
@@ -138,10 +126,7 @@ mod tests {
     fn anything_else_is_refused_with_what_is_expected() {
         for text in ["\"224\"", "[1]", "[1, 2, 3]", "{}", "1.5", "-1"] {
             let message = parse(text).unwrap_err();
-            assert!(
-                message.contains("size") && message.contains("pixel"),
-                "{text}: {message}"
-            );
+            assert!(message.contains("size") && message.contains("pixel"), "{text}: {message}");
         }
         assert!(Size::Side(0).check("size").is_err());
         assert!(Size::HeightWidth(8, MAX_SIDE + 1).check("size").is_err());

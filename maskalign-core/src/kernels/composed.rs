@@ -3,9 +3,7 @@
 
 use dfdx::prelude::*;
 
-use super::{
-    Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Standardize,
-};
+use super::{Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Standardize};
 use crate::{
     device::{Dev, Matrix, Scalar, Vector},
     error::{Result, device},
@@ -48,9 +46,7 @@ pub fn linear<E: Float, D: Device<E>>(
 /// gradient: `k (p - stop(p))` with `p = exp(-x^2/2)`, `k = (sqrt 2 - 1)/sqrt(2 pi)`.
 pub fn gelu<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, x: &Matrix<D, E>) -> Result<Matrix<D, E>> {
     let k = (std::f64::consts::SQRT_2 - 1.0) / (2.0 * std::f64::consts::PI).sqrt();
-    let bell = |x: Taped<(usize, usize), D, E>| {
-        x.try_square()?.try_mul(E::of(-0.5))?.try_exp()?.try_mul(E::of(k))
-    };
+    let bell = |x: Taped<(usize, usize), D, E>| x.try_square()?.try_mul(E::of(-0.5))?.try_exp()?.try_mul(E::of(k));
     let stopped = Recorder::inference().run(x, bell)?;
     let bell = r.run(x, bell)?;
     let correction = r.run(&bell, |bell| bell.try_sub(stopped))?;
@@ -101,9 +97,8 @@ fn probabilities<E: Float, D: Device<E>>(
     s: AttentionShape,
 ) -> Result<Tensor<(usize, usize, usize, usize), E, D>> {
     let width = q.shape().1 / s.heads;
-    let k: Tensor<(usize, usize, usize, usize), E, D> = r.run(k, |k| {
-        k.try_reshape_like(&(s.batch, s.keys, s.heads, width))?.try_permute::<_, Axes4<0, 2, 3, 1>>()
-    })?;
+    let k: Tensor<(usize, usize, usize, usize), E, D> =
+        r.run(k, |k| k.try_reshape_like(&(s.batch, s.keys, s.heads, width))?.try_permute::<_, Axes4<0, 2, 3, 1>>())?;
     r.run(q, |q| {
         // Scaled first: what is multiplied is then another tensor than the keys even where queries and keys are one.
         q.try_mul(E::of(1.0 / (width as f64).sqrt()))?
@@ -124,9 +119,8 @@ pub fn attention<E: Float, D: Device<E>>(
 ) -> Result<Matrix<D, E>> {
     let width = v.shape().1 / s.heads;
     let p = probabilities(r, q, k, s)?;
-    let v: Tensor<(usize, usize, usize, usize), E, D> = r.run(v, |v| {
-        v.try_reshape_like(&(s.batch, s.keys, s.heads, width))?.try_permute::<_, Axes4<0, 2, 1, 3>>()
-    })?;
+    let v: Tensor<(usize, usize, usize, usize), E, D> =
+        r.run(v, |v| v.try_reshape_like(&(s.batch, s.keys, s.heads, width))?.try_permute::<_, Axes4<0, 2, 1, 3>>())?;
     r.run(&p, |p| {
         p.try_matmul(v)?
             .try_permute::<(usize, usize, usize, usize), Axes4<0, 2, 1, 3>>()?
@@ -137,18 +131,24 @@ pub fn attention<E: Float, D: Device<E>>(
 /// Columns `part` of `parts` equal parts.
 ///
 /// The CPU gradient of dfdx's `slice` assigns where it should add, so that the slice is of a temporary here.
-fn part<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, x: &Matrix<D, E>, part: usize, parts: usize) -> Result<Matrix<D, E>> {
+fn part<E: Float, D: Device<E>>(
+    r: &mut Recorder<D, E>,
+    x: &Matrix<D, E>,
+    part: usize,
+    parts: usize,
+) -> Result<Matrix<D, E>> {
     let (rows, columns) = *x.shape();
     let width = columns / parts;
     r.run(x, |x| {
-        x.try_mul(E::of(1.0))?
-            .try_slice((0..rows, part * width..(part + 1) * width))?
-            .try_reshape_like(&(rows, width))
+        x.try_mul(E::of(1.0))?.try_slice((0..rows, part * width..(part + 1) * width))?.try_reshape_like(&(rows, width))
     })
 }
 
 /// Indices as a tensor.
-fn index<D: Storage<usize> + TensorFromVec<usize>>(dev: &D, index: impl Iterator<Item = usize>) -> Result<Tensor<(usize,), usize, D>> {
+fn index<D: Storage<usize> + TensorFromVec<usize>>(
+    dev: &D,
+    index: impl Iterator<Item = usize>,
+) -> Result<Tensor<(usize,), usize, D>> {
     let index: Vec<usize> = index.collect();
     let len = index.len();
     dev.try_tensor_from_vec(index, (len,)).map_err(device)
@@ -163,19 +163,23 @@ pub fn gather_rows<E: Float, D: Device<E>>(
     let mut all = sources[0].clone();
     for source in &sources[1..] {
         let next = source.clone();
-        all = r.run(&all, |all| {
-            (all, next.put_tape(OwnedTape::default())).try_concat_along(Axis::<0>)
-        })?;
+        all = r.run(&all, |all| (all, next.put_tape(OwnedTape::default())).try_concat_along(Axis::<0>))?;
     }
     let at = index(all.device(), rows.iter().map(|&i| i as usize))?;
     r.run(&all, |all| all.try_gather(at))
 }
 
 /// The mean of each image's tokens from token `first` on.
-pub fn mean_tokens<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, x: &Matrix<D, E>, batch: usize, first: usize) -> Result<Matrix<D, E>> {
+pub fn mean_tokens<E: Float, D: Device<E>>(
+    r: &mut Recorder<D, E>,
+    x: &Matrix<D, E>,
+    batch: usize,
+    first: usize,
+) -> Result<Matrix<D, E>> {
     let (rows, columns) = *x.shape();
     let tokens = rows / batch;
-    let kept: Vec<u32> = (0..batch).flat_map(|image| image * tokens + first..(image + 1) * tokens).map(|i| i as u32).collect();
+    let kept: Vec<u32> =
+        (0..batch).flat_map(|image| image * tokens + first..(image + 1) * tokens).map(|i| i as u32).collect();
     let x = gather_rows(r, std::slice::from_ref(x), &kept)?;
     r.run(&x, |x| x.try_reshape_like(&(batch, tokens - first, columns))?.try_mean::<(usize, usize), Axis<1>>())
 }
@@ -230,9 +234,9 @@ pub fn distance<E: Float, D: Device<E>>(
     match distance {
         Distance::Mse => r.run(x, |x| mean(x.try_sub(y)?.try_square()?)),
         Distance::L1 | Distance::SmoothL1 { beta: 0.0 } => r.run(x, |x| mean(x.try_sub(y)?.try_abs()?)),
-        Distance::SmoothL1 { beta } => r.run(x, |x| {
-            mean(x.try_huber_error(y, f64::from(beta))?.try_mul(E::of(1.0 / f64::from(beta)))?)
-        }),
+        Distance::SmoothL1 { beta } => {
+            r.run(x, |x| mean(x.try_huber_error(y, f64::from(beta))?.try_mul(E::of(1.0 / f64::from(beta)))?))
+        }
         Distance::Cosine => {
             let unit = |x: Taped<(usize, usize), D, E>| {
                 let shape = *x.shape();
@@ -260,11 +264,13 @@ pub fn distance<E: Float, D: Device<E>>(
 }
 
 /// Mean over rows of the cross entropy with soft targets.
-pub fn cross_entropy<E: Float, D: Device<E>>(r: &mut Recorder<D, E>, logits: &Matrix<D, E>, targets: &Matrix<D, E>) -> Result<Scalar<D, E>> {
+pub fn cross_entropy<E: Float, D: Device<E>>(
+    r: &mut Recorder<D, E>,
+    logits: &Matrix<D, E>,
+    targets: &Matrix<D, E>,
+) -> Result<Scalar<D, E>> {
     let classes = logits.shape().1 as f64;
-    r.run(logits, |x| {
-        mean(log_softmax(x)?.try_mul(targets.clone())?)?.try_mul(E::of(-classes))
-    })
+    r.run(logits, |x| mean(log_softmax(x)?.try_mul(targets.clone())?)?.try_mul(E::of(-classes)))
 }
 
 /// Rows by their mean and unbiased variance, eps 1e-6.
@@ -276,7 +282,8 @@ fn standardize_rows<D: Dev>(r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix
         let mean: Taped<(usize,), D> = x.clone().put_tape(tape).try_mean::<(usize,), Axis<1>>()?;
         let centred = mean.try_negate()?.try_broadcast_like::<(usize, usize), Axis<1>>(&shape)?.try_add(x)?;
         let (centred, tape) = centred.split_tape();
-        let variance: Taped<(usize,), D> = centred.clone().put_tape(tape).try_square()?.try_mean::<(usize,), Axis<1>>()?;
+        let variance: Taped<(usize,), D> =
+            centred.clone().put_tape(tape).try_square()?.try_mean::<(usize,), Axis<1>>()?;
         let inverse = variance.try_mul(unbiased)?.try_add(1e-6)?.try_sqrt()?.try_recip()?;
         inverse.try_broadcast_like::<(usize, usize), Axis<1>>(&shape)?.try_mul(centred)
     })
@@ -286,7 +293,13 @@ fn standardize_rows<D: Dev>(r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix
 pub struct Composed;
 
 impl Composed {
-    fn scaled<D: Dev>(r: &mut Recorder<D>, x: Matrix<D>, gamma: Option<&Param<D>>, samples: Option<&[f32]>, tokens: usize) -> Result<Matrix<D>> {
+    fn scaled<D: Dev>(
+        r: &mut Recorder<D>,
+        x: Matrix<D>,
+        gamma: Option<&Param<D>>,
+        samples: Option<&[f32]>,
+        tokens: usize,
+    ) -> Result<Matrix<D>> {
         let shape = *x.shape();
         let x = match gamma {
             Some(gamma) => {
@@ -379,25 +392,39 @@ impl<D: Dev> Kernels<D> for Composed {
         let affine = norm.affine.as_ref().map(|(g, b)| (g.vector(), b.vector()));
         layer_norm(r, x, affine.as_ref().map(|(g, b)| (g, b)), norm.eps)
     }
-    fn attention(&self, r: &mut Recorder<D>, q: &Matrix<D>, k: &Matrix<D>, v: &Matrix<D>, shape: AttentionShape) -> Result<Matrix<D>> {
+    fn attention(
+        &self,
+        r: &mut Recorder<D>,
+        q: &Matrix<D>,
+        k: &Matrix<D>,
+        v: &Matrix<D>,
+        shape: AttentionShape,
+    ) -> Result<Matrix<D>> {
         attention(r, q, k, v, shape)
     }
     fn block(&self, r: &mut Recorder<D>, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Matrix<D>> {
         let mut parameters = Vec::new();
-        block.each(&mut |p| if p.trainable { parameters.push(p.vector()) });
+        block.each(&mut |p| {
+            if p.trainable {
+                parameters.push(p.vector())
+            }
+        });
         let (block, run, recompute) = (block.clone(), run.clone(), run.recompute);
-        r.segment(parameters, x, recompute, move |r, x| {
-            Ok(Composed.block_with_attention(r, x, &block, &run, false)?.0)
-        })
+        r.segment(parameters, x, recompute, move |r, x| Ok(Composed.block_with_attention(r, x, &block, &run, false)?.0))
     }
     fn begin_block(&self, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Begun<D>> {
         let (y, attention) = self.block_with_attention(&mut Recorder::inference(), x, block, run, true)?;
         Ok(Begun { attention, state: BegunState::Done(y) })
     }
-    fn finish_block(&self, _: &Matrix<D>, _: &Block<D>, run: &BlockRun, begun: Begun<D>, rows: Option<&[u32]>) -> Result<Matrix<D>> {
-        let BegunState::Done(y) = begun.state else {
-            unreachable!("a block is finished by the kernels that began it")
-        };
+    fn finish_block(
+        &self,
+        _: &Matrix<D>,
+        _: &Block<D>,
+        run: &BlockRun,
+        begun: Begun<D>,
+        rows: Option<&[u32]>,
+    ) -> Result<Matrix<D>> {
+        let BegunState::Done(y) = begun.state else { unreachable!("a block is finished by the kernels that began it") };
         match rows {
             None => Ok(y),
             Some(rows) => gather_rows(&mut Recorder::inference(), &[y], &flat_rows(rows, run.batch, run.tokens)),
@@ -459,7 +486,14 @@ impl<D: Dev> Kernels<D> for Composed {
         }
         Ok(total)
     }
-    fn adamw(&self, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, first: &mut Vector<D>, second: &mut Vector<D>, s: AdamStep) -> Result<()> {
+    fn adamw(
+        &self,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        first: &mut Vector<D>,
+        second: &mut Vector<D>,
+        s: AdamStep,
+    ) -> Result<()> {
         let gradient = crate::tape::gradient(gradients, &parameter.value)?;
         let update = || -> Result<(), D::Err> {
             let g = gradient.try_mul(s.gradient_scale)?;

@@ -99,12 +99,31 @@ impl Fused {
             }
             let mut dw = trainable(g, Some(&layer.weight))?;
             let mut db = trainable(g, layer.bias.as_ref())?;
-            blk::linear_backward_params(&pool, &arena, rows, inputs, outputs, view(&x), &dy, dw.as_deref_mut(), db.as_deref_mut());
+            blk::linear_backward_params(
+                &pool,
+                &arena,
+                rows,
+                inputs,
+                outputs,
+                view(&x),
+                &dy,
+                dw.as_deref_mut(),
+                db.as_deref_mut(),
+            );
             give_back(g, Some(&layer.weight), dw)?;
             give_back(g, layer.bias.as_ref(), db)?;
             if input_gradient {
                 let dx = g.get_or_alloc_mut(&x)?;
-                blk::linear_backward_input(&pool, view(&layer.weight.value), rows, inputs, outputs, &dy, dx, Write::Add);
+                blk::linear_backward_input(
+                    &pool,
+                    view(&layer.weight.value),
+                    rows,
+                    inputs,
+                    outputs,
+                    &dy,
+                    dx,
+                    Write::Add,
+                );
             }
             Ok(())
         });
@@ -288,8 +307,17 @@ impl Kernels<Cpu> for Fused {
             let (mut dgamma, mut dbeta) = (trainable(g, gamma)?, trainable(g, beta)?);
             let dx = g.get_or_alloc_mut(&x)?;
             norm::layer_norm_backward(
-                &pool, &arena, view(&x), columns, &stats, values(gamma), &dy, dx, Write::Add,
-                dgamma.as_deref_mut(), dbeta.as_deref_mut(),
+                &pool,
+                &arena,
+                view(&x),
+                columns,
+                &stats,
+                values(gamma),
+                &dy,
+                dx,
+                Write::Add,
+                dgamma.as_deref_mut(),
+                dbeta.as_deref_mut(),
             );
             give_back(g, gamma, dgamma)?;
             give_back(g, beta, dbeta)
@@ -319,7 +347,15 @@ impl Kernels<Cpu> for Fused {
             let (y, lse) = (kept.expect("kept while recording"), lse.expect("kept while recording"));
             let (mut dq, mut dk, mut dv) = (lend!(g, &q), lend!(g, &k), lend!(g, &v));
             attn::attention_backward(
-                &pool, &arena, shape, heads(&q), heads(&k), heads(&v), view(&y), &lse, &dy,
+                &pool,
+                &arena,
+                shape,
+                heads(&q),
+                heads(&k),
+                heads(&v),
+                view(&y),
+                &lse,
+                &dy,
                 attn::QkvGrad::Separate { q: &mut dq, k: &mut dk, v: &mut dv },
                 Write::Add,
             );
@@ -340,7 +376,8 @@ impl Kernels<Cpu> for Fused {
             false => Save::Nothing,
         };
         let weights = kernel_weights(block);
-        let saved = blk::block_forward(&self.pool, &self.arena, shape, &weights, drop_path(run), view(&x), &mut y, save);
+        let saved =
+            blk::block_forward(&self.pool, &self.arena, shape, &weights, drop_path(run), view(&x), &mut y, save);
         let y = matrix(&x, y, shape.rows(), shape.dim)?;
         if !r.is_recording() {
             return Ok(y);
@@ -356,7 +393,15 @@ impl Kernels<Cpu> for Fused {
             }
             let dx = g.get_or_alloc_mut(&x)?;
             blk::block_backward(
-                &pool, &arena, shape, &kernel_weights(&block), drop_path(&run), view(&x), saved, &mut dy, Some(dx),
+                &pool,
+                &arena,
+                shape,
+                &kernel_weights(&block),
+                drop_path(&run),
+                view(&x),
+                saved,
+                &mut dy,
+                Some(dx),
                 block_gradients(&mut buffers),
             );
             for (parameter, buffer) in parameters.into_iter().zip(buffers) {
@@ -375,7 +420,14 @@ impl Kernels<Cpu> for Fused {
         Ok(Begun { attention, state: BegunState::Fused(Box::new(last)) })
     }
 
-    fn finish_block(&self, x: &M, block: &Block<Cpu>, run: &BlockRun, begun: Begun<Cpu>, rows: Option<&[u32]>) -> Result<M> {
+    fn finish_block(
+        &self,
+        x: &M,
+        block: &Block<Cpu>,
+        run: &BlockRun,
+        begun: Begun<Cpu>,
+        rows: Option<&[u32]>,
+    ) -> Result<M> {
         let BegunState::Fused(last) = begun.state else {
             unreachable!("a block is finished by the kernels that began it")
         };
@@ -594,15 +646,17 @@ impl Kernels<Cpu> for Fused {
         Ok(y)
     }
 
-    fn adamw(&self, parameter: &mut Param<Cpu>, gradients: &mut Gradients<f32, Cpu>, first: &mut Vector<Cpu>, second: &mut Vector<Cpu>, s: AdamStep) -> Result<()> {
+    fn adamw(
+        &self,
+        parameter: &mut Param<Cpu>,
+        gradients: &mut Gradients<f32, Cpu>,
+        first: &mut Vector<Cpu>,
+        second: &mut Vector<Cpu>,
+        s: AdamStep,
+    ) -> Result<()> {
         let grad = gradients.get_or_alloc_mut(&parameter.value).map_err(device)?;
-        let adam = optim::AdamW {
-            beta1: s.betas.0,
-            beta2: s.betas.1,
-            eps: s.eps,
-            step: s.step,
-            grad_scale: s.gradient_scale,
-        };
+        let adam =
+            optim::AdamW { beta1: s.betas.0, beta2: s.betas.1, eps: s.eps, step: s.step, grad_scale: s.gradient_scale };
         let tensor = optim::AdamWTensor {
             param: view_mut(&mut parameter.value),
             grad,

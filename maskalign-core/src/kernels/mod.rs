@@ -134,13 +134,27 @@ pub trait Kernels<D: Dev> {
     /// LayerNorm over columns, with the biased variance; without affine parameters where `norm` has none.
     fn layer_norm(&self, r: &mut Recorder<D>, x: &Matrix<D>, norm: &Norm<D>) -> Result<Matrix<D>>;
     /// Scaled dot-product attention of all heads.
-    fn attention(&self, r: &mut Recorder<D>, q: &Matrix<D>, k: &Matrix<D>, v: &Matrix<D>, shape: AttentionShape) -> Result<Matrix<D>>;
+    fn attention(
+        &self,
+        r: &mut Recorder<D>,
+        q: &Matrix<D>,
+        k: &Matrix<D>,
+        v: &Matrix<D>,
+        shape: AttentionShape,
+    ) -> Result<Matrix<D>>;
     /// A pre-norm transformer block.
     fn block(&self, r: &mut Recorder<D>, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Matrix<D>>;
     /// First half of a frozen tower's last block: enough for the attention of its class token.
     fn begin_block(&self, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Begun<D>>;
     /// Second half: the block's output for the `rows` of each image (token indices), in that order; `None` gives all.
-    fn finish_block(&self, x: &Matrix<D>, block: &Block<D>, run: &BlockRun, begun: Begun<D>, rows: Option<&[u32]>) -> Result<Matrix<D>>;
+    fn finish_block(
+        &self,
+        x: &Matrix<D>,
+        block: &Block<D>,
+        run: &BlockRun,
+        begun: Begun<D>,
+        rows: Option<&[u32]>,
+    ) -> Result<Matrix<D>>;
     /// Sum of two matrices.
     fn add(&self, r: &mut Recorder<D>, x: &Matrix<D>, y: &Matrix<D>) -> Result<Matrix<D>>;
     /// Sum of a matrix and one that takes no gradient, such as fixed positions.
@@ -156,13 +170,21 @@ pub trait Kernels<D: Dev> {
     /// `sum_i weights[i] x[i]` of targets of equal shape; takes no gradient.
     fn weighted_mean(&self, x: &[Matrix<D>], weights: &[f32]) -> Result<Matrix<D>>;
     /// Distance of a prediction from a target that takes no gradient.
-    fn distance(&self, r: &mut Recorder<D>, x: &Matrix<D>, target: &Matrix<D>, distance: Distance) -> Result<Scalar<D>>;
+    fn distance(&self, r: &mut Recorder<D>, x: &Matrix<D>, target: &Matrix<D>, distance: Distance)
+    -> Result<Scalar<D>>;
     /// Mean over rows of the cross entropy with soft targets `[rows, classes]`, row-major.
     fn cross_entropy(&self, r: &mut Recorder<D>, logits: &Matrix<D>, targets: Vec<f32>) -> Result<Scalar<D>>;
     /// `sum_i weights[i] terms[i]`.
     fn weighted_sum(&self, r: &mut Recorder<D>, terms: &[Scalar<D>], weights: &[f32]) -> Result<Scalar<D>>;
     /// One AdamW update of a parameter, in place, in PyTorch's order of operations.
-    fn adamw(&self, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, first: &mut Vector<D>, second: &mut Vector<D>, step: AdamStep) -> Result<()>;
+    fn adamw(
+        &self,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        first: &mut Vector<D>,
+        second: &mut Vector<D>,
+        step: AdamStep,
+    ) -> Result<()>;
     /// Sum of squares of the gradients of the given parameters, in double precision.
     fn square_sum(&self, gradients: &mut Gradients<f32, D>, parameters: &[Vector<D>]) -> Result<f64>;
 }

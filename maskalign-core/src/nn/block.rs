@@ -59,9 +59,7 @@ impl<D: Dev> Block<D> {
     /// Out of memory on the device.
     pub fn new(init: &Init<D>, prefix: &str, c: BlockConfig) -> Result<Self> {
         let scale = |name: &str| {
-            c.layer_scale
-                .then(|| init.constant(format!("{prefix}.{name}.gamma"), &[c.dim], 1e-5))
-                .transpose()
+            c.layer_scale.then(|| init.constant(format!("{prefix}.{name}.gamma"), &[c.dim], 1e-5)).transpose()
         };
         Ok(Block {
             norm1: Norm::new(init, &format!("{prefix}.norm1"), c.dim, c.eps)?,

@@ -60,7 +60,6 @@ impl<D: Dev> Param<D> {
 
     /// A copy on the host.
     pub fn to_host(&self) -> HostTensor {
-        
         HostTensor { shape: self.dims.clone(), data: self.value.as_vec() }
     }
 

@@ -4,8 +4,7 @@
 /// takes the first half of the channels, height the second (MAE's `get_2d_sincos_pos_embed`).
 pub fn sincos_positions(dim: usize, rows: usize, columns: usize) -> Vec<f32> {
     let quarter = dim / 4;
-    let omega: Vec<f64> =
-        (0..quarter).map(|i| 1.0 / 10000f64.powf(i as f64 / (dim as f64 / 4.0))).collect();
+    let omega: Vec<f64> = (0..quarter).map(|i| 1.0 / 10000f64.powf(i as f64 / (dim as f64 / 4.0))).collect();
     let mut out = vec![0.0; (1 + rows * columns) * dim];
     for y in 0..rows {
         for x in 0..columns {

@@ -67,10 +67,7 @@ impl Arch {
     /// Names `arch` and the size at fault.
     pub fn check(&self) -> Result<(), Refusal> {
         if self.dim % self.heads != 0 {
-            return Err(Refusal::new(
-                "arch",
-                format!("dim {} is not a multiple of heads {}", self.dim, self.heads),
-            ));
+            return Err(Refusal::new("arch", format!("dim {} is not a multiple of heads {}", self.dim, self.heads)));
         }
         Ok(())
     }
@@ -128,9 +125,9 @@ impl Serialize for Arch {
 impl<'de> Deserialize<'de> for Arch {
     fn deserialize<De: Deserializer<'de>>(d: De) -> Result<Self, De::Error> {
         match serde_json::Value::deserialize(d)? {
-            serde_json::Value::String(name) => Arch::named(&name).ok_or_else(|| {
-                serde::de::Error::custom(format!("unknown architecture `{name}`"))
-            }),
+            serde_json::Value::String(name) => {
+                Arch::named(&name).ok_or_else(|| serde::de::Error::custom(format!("unknown architecture `{name}`")))
+            }
             sizes => {
                 let s: Sizes = serde_json::from_value(sizes).map_err(serde::de::Error::custom)?;
                 let Sizes { dim, depth, heads, mlp, patch } = s;
@@ -191,10 +188,8 @@ impl Statistics {
     /// Of ImageNet, used by DINO, MAE and every student.
     pub const IMAGENET: Self = Statistics { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
     /// Of CLIP's training images.
-    pub const CLIP: Self = Statistics {
-        mean: [0.48145466, 0.4578275, 0.40821073],
-        std: [0.26862954, 0.261_302_6, 0.275_777_1],
-    };
+    pub const CLIP: Self =
+        Statistics { mean: [0.48145466, 0.4578275, 0.40821073], std: [0.26862954, 0.261_302_6, 0.275_777_1] };
 }
 
 /// What a tower makes of an image before it sees it.
@@ -337,21 +332,13 @@ impl<D: Dev> Vit<D> {
         pos_embed.trainable = config.learned_positions;
         let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };
         Ok(Vit {
-            cls_token: config
-                .cls_token
-                .then(|| init.normal("cls_token", &[1, 1, dim], 0.02))
-                .transpose()?,
+            cls_token: config.cls_token.then(|| init.normal("cls_token", &[1, 1, dim], 0.02)).transpose()?,
             pos_embed,
             patch_embed: Linear::from_weight(init, "patch_embed.proj", patch_weight, config.patch_bias)?,
             norm_pre: config.pre_norm.then(|| Norm::new(init, "norm_pre", dim, config.eps)).transpose()?,
-            blocks: (0..depth)
-                .map(|i| Block::new(init, &format!("blocks.{i}"), block))
-                .collect::<Result<_>>()?,
+            blocks: (0..depth).map(|i| Block::new(init, &format!("blocks.{i}"), block)).collect::<Result<_>>()?,
             norm: Norm::new(init, "norm", dim, config.eps)?,
-            head: config
-                .projection
-                .map(|outputs| Linear::new(init, "head", outputs, dim, false))
-                .transpose()?,
+            head: config.projection.map(|outputs| Linear::new(init, "head", outputs, dim, false)).transpose()?,
             reach: depth,
             config,
         })
@@ -390,7 +377,13 @@ impl<D: Dev> Vit<D> {
     ///
     /// # Errors
     /// Out of memory on the device, as below.
-    pub fn embed(&self, cx: &Context<D>, r: &mut Recorder<D>, images: &ImageBatch, visible: Option<&[u32]>) -> Result<Features<D>> {
+    pub fn embed(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        images: &ImageBatch,
+        visible: Option<&[u32]>,
+    ) -> Result<Features<D>> {
         let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
         let batch = images.batch;
         let each = visible.map_or(patches, |v| v.len() / batch);
@@ -487,7 +480,12 @@ impl<D: Dev> Vit<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn begin(&self, cx: &Context<D>, images: &ImageBatch, keep: impl Fn(usize) -> bool) -> Result<(Features<D>, Begun<D>)> {
+    pub fn begin(
+        &self,
+        cx: &Context<D>,
+        images: &ImageBatch,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<(Features<D>, Begun<D>)> {
         let mut r = Recorder::inference();
         let mut features = self.embed(cx, &mut r, images, None)?;
         let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
@@ -501,7 +499,13 @@ impl<D: Dev> Vit<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn finish(&self, cx: &Context<D>, features: &Features<D>, begun: Begun<D>, rows: Option<&[u32]>) -> Result<Matrix<D>> {
+    pub fn finish(
+        &self,
+        cx: &Context<D>,
+        features: &Features<D>,
+        begun: Begun<D>,
+        rows: Option<&[u32]>,
+    ) -> Result<Matrix<D>> {
         let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
         let last = self.blocks.last().expect("a tower has at least one block");
         cx.kernels.finish_block(&features.last, last, &run, begun, rows)

@@ -19,9 +19,8 @@ pub fn atomic_write<T>(
     what: &str,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
 ) -> Result<T, RunError> {
-    let temporary = temporary_path(path).ok_or_else(|| {
-        RunError::writing(what, path, io::Error::from(io::ErrorKind::InvalidInput))
-    })?;
+    let temporary = temporary_path(path)
+        .ok_or_else(|| RunError::writing(what, path, io::Error::from(io::ErrorKind::InvalidInput)))?;
     let written = write_and_rename(path, &temporary, what, write);
     if written.is_err() {
         // The first error is the one to report.
@@ -39,9 +38,7 @@ fn write_and_rename<T>(
     let mut writer = BufWriter::with_capacity(BUFFER_BYTES, File::create(temporary)?);
     let value = write(&mut writer)?;
     writer.flush()?;
-    let file = writer
-        .into_inner()
-        .map_err(io::IntoInnerError::into_error)?;
+    let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
     fail_point_after(what, "write", || {
         let half = file.metadata().map_or(0, |metadata| metadata.len() / 2);
         let _ = file.set_len(half);
@@ -90,10 +87,8 @@ mod tests {
     use super::*;
 
     fn names(folder: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(folder)
-            .unwrap()
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -129,12 +124,7 @@ mod tests {
     fn a_missing_folder_is_an_error_that_names_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("absent").join("file");
-        let error = atomic_write(&path, "recipe", |_| Ok(()))
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.starts_with("cannot write the recipe") && error.contains("absent"),
-            "{error}"
-        );
+        let error = atomic_write(&path, "recipe", |_| Ok(())).unwrap_err().to_string();
+        assert!(error.starts_with("cannot write the recipe") && error.contains("absent"), "{error}");
     }
 }

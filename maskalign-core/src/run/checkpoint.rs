@@ -50,18 +50,10 @@ impl Checkpoint {
     /// Writes a checkpoint from borrowed slices; nothing is copied but a small buffer. Equal input gives equal bytes.
     ///
     /// `what` names the kind of file in errors.
-    pub fn save(
-        path: &Path,
-        what: &str,
-        header: &CheckpointHeader,
-        tensors: &[TensorRef<'_>],
-    ) -> Result<(), RunError> {
+    pub fn save(path: &Path, what: &str, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
         let blake3 = digest(tensors).to_string();
-        let stored = serde_json::to_string(&Stored {
-            header: Cow::Borrowed(header),
-            blake3,
-        })
-        .map_err(|error| RunError::writing(what, path, error.into()))?;
+        let stored = serde_json::to_string(&Stored { header: Cow::Borrowed(header), blake3 })
+            .map_err(|error| RunError::writing(what, path, error.into()))?;
         atomic_write(path, what, |file| {
             write_tensors(file, tensors, Some((METADATA_KEY, &stored)))?;
             file.flush()
@@ -75,10 +67,7 @@ impl Checkpoint {
         let header = header.into_owned();
         let tensors = file.read_all().map_err(|error| damaged(path, error))?;
         if digest(&TensorRef::all_of(&tensors)).to_string() != blake3 {
-            return Err(RunError::damaged(
-                path,
-                "its content differs from its checksum",
-            ));
+            return Err(RunError::damaged(path, "its content differs from its checksum"));
         }
         Ok(Checkpoint { header, tensors })
     }
@@ -92,14 +81,10 @@ impl Checkpoint {
 
 fn stored(path: &Path, file: &TensorFile) -> Result<Stored<'static>, RunError> {
     let metadata = file.metadata();
-    let text = metadata.get(METADATA_KEY).ok_or_else(|| {
-        RunError::damaged(
-            path,
-            format!("it is not a checkpoint: no metadata `{METADATA_KEY}`"),
-        )
-    })?;
-    serde_json::from_str(text)
-        .map_err(|error| RunError::damaged(path, format!("its metadata does not parse: {error}")))
+    let text = metadata
+        .get(METADATA_KEY)
+        .ok_or_else(|| RunError::damaged(path, format!("it is not a checkpoint: no metadata `{METADATA_KEY}`")))?;
+    serde_json::from_str(text).map_err(|error| RunError::damaged(path, format!("its metadata does not parse: {error}")))
 }
 
 fn damaged(path: &Path, error: WeightsError) -> RunError {
@@ -134,11 +119,7 @@ impl Retention {
         let old = checkpoints.len().saturating_sub(self.keep_last.max(1));
         checkpoints[..old]
             .iter()
-            .filter(move |(step, _)| {
-                !self
-                    .keep_every
-                    .is_some_and(|every| every > 0 && step % every == 0)
-            })
+            .filter(move |(step, _)| !self.keep_every.is_some_and(|every| every > 0 && step % every == 0))
             .map(|(_, path)| path.as_path())
     }
 }
@@ -163,21 +144,9 @@ mod tests {
 
     fn tensors<'a>(weight: &'a [f32], average: &'a [f32]) -> Vec<TensorRef<'a>> {
         vec![
-            TensorRef {
-                name: "optimizer.exp_avg.w".into(),
-                shape: vec![2, 3],
-                data: average,
-            },
-            TensorRef {
-                name: "model.w".into(),
-                shape: vec![2, 3],
-                data: weight,
-            },
-            TensorRef {
-                name: "model.none".into(),
-                shape: vec![0, 4],
-                data: &[],
-            },
+            TensorRef { name: "optimizer.exp_avg.w".into(), shape: vec![2, 3], data: average },
+            TensorRef { name: "model.w".into(), shape: vec![2, 3], data: weight },
+            TensorRef { name: "model.none".into(), shape: vec![0, 4], data: &[] },
         ]
     }
 
@@ -188,13 +157,7 @@ mod tests {
     fn a_checkpoint_reads_back_bit_for_bit() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.safetensors");
-        Checkpoint::save(
-            &path,
-            "checkpoint",
-            &header(12),
-            &tensors(&WEIGHT, &AVERAGE),
-        )
-        .unwrap();
+        Checkpoint::save(&path, "checkpoint", &header(12), &tensors(&WEIGHT, &AVERAGE)).unwrap();
         let read = Checkpoint::load(&path).unwrap();
         assert_eq!(read.header, header(12));
         assert_eq!(Checkpoint::load_header(&path).unwrap(), header(12));
@@ -219,21 +182,12 @@ mod tests {
     fn every_damaged_byte_and_every_truncation_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.safetensors");
-        Checkpoint::save(
-            &path,
-            "checkpoint",
-            &header(12),
-            &tensors(&WEIGHT, &AVERAGE),
-        )
-        .unwrap();
+        Checkpoint::save(&path, "checkpoint", &header(12), &tensors(&WEIGHT, &AVERAGE)).unwrap();
         let whole = fs::read(&path).unwrap();
         let data_starts = whole.len() - 2 * 6 * 4;
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
-            assert!(
-                matches!(Checkpoint::load(&path), Err(RunError::Damaged { .. })),
-                "length {length}"
-            );
+            assert!(matches!(Checkpoint::load(&path), Err(RunError::Damaged { .. })), "length {length}");
         }
         for byte in data_starts..whole.len() {
             let mut damaged = whole.clone();
@@ -257,29 +211,20 @@ mod tests {
     fn a_shape_that_does_not_fit_its_data_writes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.safetensors");
-        let wrong = [TensorRef {
-            name: "w".into(),
-            shape: vec![2],
-            data: &WEIGHT,
-        }];
+        let wrong = [TensorRef { name: "w".into(), shape: vec![2], data: &WEIGHT }];
         assert!(Checkpoint::save(&path, "checkpoint", &header(0), &wrong).is_err());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]
     fn the_last_few_and_every_nth_stay() {
-        let all: Vec<_> = (1..=10)
-            .map(|i| (i * 100, PathBuf::from(i.to_string())))
-            .collect();
+        let all: Vec<_> = (1..=10).map(|i| (i * 100, PathBuf::from(i.to_string()))).collect();
         let deleted = |keep_last, keep_every| {
-            Retention {
-                keep_last,
-                keep_every,
-            }
-            .to_delete(&all)
-            .map(|p| p.to_str().unwrap())
-            .collect::<Vec<_>>()
-            .join(" ")
+            Retention { keep_last, keep_every }
+                .to_delete(&all)
+                .map(|p| p.to_str().unwrap())
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         assert_eq!(deleted(3, None), "1 2 3 4 5 6 7");
         assert_eq!(deleted(2, Some(300)), "1 2 4 5 7 8");

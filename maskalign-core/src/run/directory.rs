@@ -2,7 +2,8 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -16,8 +17,7 @@ use super::metrics::Metrics;
 use crate::weights::TensorRef;
 
 const MARKER: &str = ".maskalign-run";
-const MARKER_LINE: &str =
-    "A MaskAlign run. The lines below name files it made besides the usual ones.\n";
+const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made besides the usual ones.\n";
 const RECIPE: &str = "recipe.resolved.yaml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
@@ -63,22 +63,9 @@ impl RunDir {
         let name: String = name
             .trim_start_matches('.')
             .chars()
-            .map(|c| {
-                if c.is_ascii_alphanumeric() || "_-.".contains(c) {
-                    c
-                } else {
-                    '-'
-                }
-            })
+            .map(|c| if c.is_ascii_alphanumeric() || "_-.".contains(c) { c } else { '-' })
             .collect();
-        let Utc {
-            year,
-            month,
-            day,
-            hour,
-            minute,
-            second,
-        } = utc(now);
+        let Utc { year, month, day, hour, minute, second } = utc(now);
         let base = format!("{name}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}");
         let runs = Path::new("runs");
         let mut path = runs.join(&base);
@@ -104,26 +91,17 @@ impl RunDir {
             path: path.clone(),
             source,
         })?;
-        let empty = fs::read_dir(&path)
-            .map_err(|e| RunError::reading("run directory", &path, e))?
-            .next()
-            .is_none();
+        let empty = fs::read_dir(&path).map_err(|e| RunError::reading("run directory", &path, e))?.next().is_none();
         let marked = is_plain_file(&path.join(MARKER));
         match mode {
             _ if empty => {}
             Mode::Fresh => return Err(RunError::NotEmpty { path }),
             Mode::Force | Mode::Resume if !marked => {
-                return Err(RunError::NotARun {
-                    path,
-                    marker: MARKER,
-                });
+                return Err(RunError::NotARun { path, marker: MARKER });
             }
             Mode::Force | Mode::Resume => {}
         }
-        let mut run = RunDir {
-            marker: open_marker(&path)?,
-            path,
-        };
+        let mut run = RunDir { marker: open_marker(&path)?, path };
         match mode {
             Mode::Fresh => {}
             Mode::Force => run.delete_previous_run()?,
@@ -160,9 +138,7 @@ impl RunDir {
 
     /// `checkpoints/STAGE/step-00001234.safetensors`. An error if the stage's name cannot be a folder's.
     pub fn checkpoint_path(&self, stage: &str, step: u64) -> Result<PathBuf, RunError> {
-        Ok(self
-            .stage_folder(stage)?
-            .join(format!("step-{step:08}.safetensors")))
+        Ok(self.stage_folder(stage)?.join(format!("step-{step:08}.safetensors")))
     }
 
     /// `checkpoints/STAGE/final.safetensors`. An error if the stage's name cannot be a folder's.
@@ -174,10 +150,7 @@ impl RunDir {
     /// then delete it. Note it before it is made.
     pub fn record(&mut self, inside: &str) -> Result<(), RunError> {
         if !is_inside(inside) || inside.contains('\n') {
-            return Err(RunError::Name {
-                what: "file of a run",
-                name: inside.to_owned(),
-            });
+            return Err(RunError::Name { what: "file of a run", name: inside.to_owned() });
         }
         let path = self.path.join(MARKER);
         self.marker
@@ -188,9 +161,7 @@ impl RunDir {
 
     /// Writes `recipe.resolved.yaml`.
     pub fn write_recipe(&self, text: &str) -> Result<(), RunError> {
-        atomic_write(&self.recipe_path(), "recipe", |file| {
-            file.write_all(text.as_bytes())
-        })
+        atomic_write(&self.recipe_path(), "recipe", |file| file.write_all(text.as_bytes()))
     }
 
     /// Reads `recipe.resolved.yaml`; `None` if the run was killed before it was written.
@@ -214,11 +185,7 @@ impl RunDir {
     }
 
     /// Writes a checkpoint of `header.stage` at `header.step` and returns its path.
-    pub fn save_checkpoint(
-        &self,
-        header: &CheckpointHeader,
-        tensors: &[TensorRef<'_>],
-    ) -> Result<PathBuf, RunError> {
+    pub fn save_checkpoint(&self, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<PathBuf, RunError> {
         let path = self.checkpoint_path(&header.stage, header.step)?;
         self.create_stage_folder(&header.stage)?;
         Checkpoint::save(&path, "checkpoint", header, tensors)?;
@@ -228,10 +195,8 @@ impl RunDir {
     /// The checkpoints of a stage in ascending order of steps, whether they can be read or not.
     pub fn checkpoints(&self, stage: &str) -> Result<Vec<(u64, PathBuf)>, RunError> {
         let folder = self.stage_folder(stage)?;
-        let mut found: Vec<_> = file_names(&folder)?
-            .into_iter()
-            .filter_map(|name| Some((step_of(&name)?, folder.join(&name))))
-            .collect();
+        let mut found: Vec<_> =
+            file_names(&folder)?.into_iter().filter_map(|name| Some((step_of(&name)?, folder.join(&name)))).collect();
         found.sort();
         Ok(found)
     }
@@ -242,10 +207,7 @@ impl RunDir {
         for (_, path) in self.checkpoints(stage)?.into_iter().rev() {
             match Checkpoint::load(&path) {
                 Ok(checkpoint) => {
-                    return Ok(Latest {
-                        checkpoint: Some(checkpoint),
-                        refused,
-                    });
+                    return Ok(Latest { checkpoint: Some(checkpoint), refused });
                 }
                 Err(error @ RunError::Damaged { .. }) => {
                     tracing::warn!("{error}: going back to the checkpoint before it");
@@ -254,10 +216,7 @@ impl RunDir {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Latest {
-            checkpoint: None,
-            refused,
-        })
+        Ok(Latest { checkpoint: None, refused })
     }
 
     /// Deletes the checkpoints of a stage that need not stay.
@@ -293,9 +252,7 @@ impl RunDir {
     /// Completes `summary.json` if a kill came between the two.
     pub fn finished_stage(&self, stage: &str) -> Result<Option<FinishedStage>, RunError> {
         let folder = self.stage_folder(stage)?;
-        let Some(finished) =
-            read_json::<FinishedStage>(&folder.join(DONE), "record of a finished stage")?
-        else {
+        let Some(finished) = read_json::<FinishedStage>(&folder.join(DONE), "record of a finished stage")? else {
             return Ok(None);
         };
         match Checkpoint::load_header(&folder.join(FINAL)) {
@@ -331,18 +288,14 @@ impl RunDir {
     fn stage_folder(&self, stage: &str) -> Result<PathBuf, RunError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         if stage.is_empty() || stage.starts_with('.') || !stage.chars().all(plain) {
-            return Err(RunError::Name {
-                what: "stage",
-                name: stage.to_owned(),
-            });
+            return Err(RunError::Name { what: "stage", name: stage.to_owned() });
         }
         Ok(self.path.join(CHECKPOINTS).join(stage))
     }
 
     fn create_stage_folder(&self, stage: &str) -> Result<PathBuf, RunError> {
         let folder = self.stage_folder(stage)?;
-        fs::create_dir_all(&folder)
-            .map_err(|source| RunError::writing("folder", &folder, source))?;
+        fs::create_dir_all(&folder).map_err(|source| RunError::writing("folder", &folder, source))?;
         Ok(folder)
     }
 
@@ -386,9 +339,7 @@ impl RunDir {
             let _ = fs::remove_dir(&folder);
         }
         let _ = fs::remove_dir(self.path.join(CHECKPOINTS));
-        self.marker
-            .set_len(0)
-            .map_err(|source| RunError::writing("run directory's marker", &path, source))
+        self.marker.set_len(0).map_err(|source| RunError::writing("run directory's marker", &path, source))
     }
 
     /// Deletes temporary files that a kill left.
@@ -401,13 +352,9 @@ impl RunDir {
             }
             Ok::<_, RunError>(())
         };
-        delete_in(&self.path, &|name| {
-            [RECIPE, MANIFEST, SUMMARY].contains(&name)
-        })?;
+        delete_in(&self.path, &|name| [RECIPE, MANIFEST, SUMMARY].contains(&name))?;
         for folder in self.stage_folders()? {
-            delete_in(&folder, &|name| {
-                name == FINAL || name == DONE || step_of(name).is_some()
-            })?;
+            delete_in(&folder, &|name| name == FINAL || name == DONE || step_of(name).is_some())?;
         }
         Ok(())
     }
@@ -421,9 +368,7 @@ impl RunDir {
         let entries = fs::read_dir(&folder).map_err(|e| RunError::reading("folder", &folder, e))?;
         let mut found = Vec::new();
         for entry in entries {
-            let path = entry
-                .map_err(|e| RunError::reading("folder", &folder, e))?
-                .path();
+            let path = entry.map_err(|e| RunError::reading("folder", &folder, e))?.path();
             if is_plain_folder(&path) {
                 found.push(path);
             }
@@ -440,11 +385,18 @@ fn open_marker(folder: &Path) -> Result<File, RunError> {
         .append(true)
         .open(&path)
         .map_err(|source| RunError::writing("run directory's marker", &path, source))?;
-    match marker.try_lock() {
+    // A process that was killed a moment ago may still be on its way out with the lock.
+    let mut locked = marker.try_lock();
+    for _ in 0..20 {
+        if !matches!(locked, Err(TryLockError::WouldBlock)) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(25));
+        locked = marker.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(marker),
-        Err(TryLockError::WouldBlock) => Err(RunError::InUse {
-            path: folder.to_owned(),
-        }),
+        Err(TryLockError::WouldBlock) => Err(RunError::InUse { path: folder.to_owned() }),
         Err(TryLockError::Error(error)) => {
             // Some network file systems know no locks; a run there is only less guarded.
             tracing::warn!("cannot lock {}: {error}", path.display());
@@ -456,24 +408,17 @@ fn open_marker(folder: &Path) -> Result<File, RunError> {
 /// `step-00001234.safetensors` -> 1234.
 fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("step-")?.strip_suffix(".safetensors")?;
-    (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit()))
-        .then(|| digits.parse().ok())?
+    (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
 /// Whether a relative path stays inside the folder it is joined to.
 fn is_inside(path: &str) -> bool {
-    !path.is_empty()
-        && Path::new(path)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
+    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Whether no folder on the way from `root` to `root/inside` is a link.
 fn has_plain_folders(root: &Path, inside: &str) -> bool {
-    let mut folders = Path::new(inside)
-        .ancestors()
-        .skip(1)
-        .filter(|folder| !folder.as_os_str().is_empty());
+    let mut folders = Path::new(inside).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
     folders.all(|folder| is_plain_folder(&root.join(folder)))
 }
 
@@ -502,11 +447,9 @@ fn file_names(folder: &Path) -> Result<BTreeSet<String>, RunError> {
 
 fn delete(path: &Path) -> Result<(), RunError> {
     match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RunError::Io {
-            action: "delete".into(),
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(RunError::Io { action: "delete".into(), path: path.to_owned(), source })
+        }
         _ => Ok(()),
     }
 }
@@ -555,11 +498,7 @@ mod tests {
 
     fn save(run: &RunDir, stage: &str, step: u64) -> PathBuf {
         let data = [step as f32];
-        let tensors = [TensorRef {
-            name: "model.w".into(),
-            shape: vec![1],
-            data: &data,
-        }];
+        let tensors = [TensorRef { name: "model.w".into(), shape: vec![1], data: &data }];
         run.save_checkpoint(&header(stage, step), &tensors).unwrap()
     }
 
@@ -569,22 +508,10 @@ mod tests {
         let path = folder.path().join("mine");
         fs::create_dir(&path).unwrap();
         fs::write(path.join("manifest.json"), "my own").unwrap();
-        assert!(matches!(
-            RunDir::create(&path, Mode::Fresh),
-            Err(RunError::NotEmpty { .. })
-        ));
-        assert!(matches!(
-            RunDir::create(&path, Mode::Force),
-            Err(RunError::NotARun { .. })
-        ));
-        assert!(matches!(
-            RunDir::create(&path, Mode::Resume),
-            Err(RunError::NotARun { .. })
-        ));
-        assert_eq!(
-            fs::read_to_string(path.join("manifest.json")).unwrap(),
-            "my own"
-        );
+        assert!(matches!(RunDir::create(&path, Mode::Fresh), Err(RunError::NotEmpty { .. })));
+        assert!(matches!(RunDir::create(&path, Mode::Force), Err(RunError::NotARun { .. })));
+        assert!(matches!(RunDir::create(&path, Mode::Resume), Err(RunError::NotARun { .. })));
+        assert_eq!(fs::read_to_string(path.join("manifest.json")).unwrap(), "my own");
         let error = RunDir::create(folder.path().join("absent"), Mode::Resume).unwrap_err();
         assert!(matches!(error, RunError::NothingToResume { .. }) && error.is_user_mistake());
     }
@@ -595,12 +522,7 @@ mod tests {
         let run = RunDir::create(folder.path(), Mode::Resume).unwrap();
         assert_eq!(run.read_recipe().unwrap(), None);
         assert!(run.read_manifest().unwrap().is_none());
-        assert!(
-            run.latest_checkpoint("pretrain")
-                .unwrap()
-                .checkpoint
-                .is_none()
-        );
+        assert!(run.latest_checkpoint("pretrain").unwrap().checkpoint.is_none());
     }
 
     #[test]
@@ -612,33 +534,20 @@ mod tests {
         let mut run = RunDir::create(&path, Mode::Fresh).unwrap();
         run.write_recipe("seed: 1\n").unwrap();
         run.write_manifest(&Manifest::default()).unwrap();
-        run.metrics(0)
-            .unwrap()
-            .append(&json!({ "step": 0 }))
-            .unwrap();
+        run.metrics(0).unwrap().append(&json!({ "step": 0 })).unwrap();
         save(&run, "pretrain", 5);
         save(&run, "probe", 5);
-        run.finish_stage(&header("pretrain", 5), &[], json!({ "loss": 1 }))
-            .unwrap();
+        run.finish_stage(&header("pretrain", 5), &[], json!({ "loss": 1 })).unwrap();
         run.record("export/student.safetensors").unwrap();
         fs::create_dir(path.join("export")).unwrap();
         fs::write(path.join("export/student.safetensors"), "s").unwrap();
         fs::write(path.join("notes.txt"), "mine").unwrap();
         fs::write(path.join("checkpoints/pretrain/copy.safetensors"), "mine").unwrap();
-        fs::write(
-            path.join("checkpoints/probe/.step-00000007.safetensors.tmp"),
-            "torn",
-        )
-        .unwrap();
+        fs::write(path.join("checkpoints/probe/.step-00000007.safetensors.tmp"), "torn").unwrap();
         assert!(run.record("../outside").is_err());
         drop(run);
-        let mut marker = OpenOptions::new()
-            .append(true)
-            .open(path.join(MARKER))
-            .unwrap();
-        marker
-            .write_all(format!("../outside\n{}\n", outside.display()).as_bytes())
-            .unwrap();
+        let mut marker = OpenOptions::new().append(true).open(path.join(MARKER)).unwrap();
+        marker.write_all(format!("../outside\n{}\n", outside.display()).as_bytes()).unwrap();
 
         let run = RunDir::create(&path, Mode::Force).unwrap();
         assert!(run.read_recipe().unwrap().is_none());
@@ -646,10 +555,7 @@ mod tests {
         assert!(!path.join("checkpoints/probe").exists());
         assert!(!path.join("export/student.safetensors").exists());
         assert_eq!(fs::read_to_string(path.join("notes.txt")).unwrap(), "mine");
-        assert_eq!(
-            fs::read_to_string(path.join("checkpoints/pretrain/copy.safetensors")).unwrap(),
-            "mine"
-        );
+        assert_eq!(fs::read_to_string(path.join("checkpoints/pretrain/copy.safetensors")).unwrap(), "mine");
         assert_eq!(fs::read_to_string(&outside).unwrap(), "keep");
         assert_eq!(fs::read_to_string(path.join(MARKER)).unwrap(), MARKER_LINE);
     }
@@ -676,14 +582,8 @@ mod tests {
     fn a_run_in_use_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let _run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
-        assert!(matches!(
-            RunDir::create(folder.path(), Mode::Resume),
-            Err(RunError::InUse { .. })
-        ));
-        assert!(matches!(
-            RunDir::create(folder.path(), Mode::Force),
-            Err(RunError::InUse { .. })
-        ));
+        assert!(matches!(RunDir::create(folder.path(), Mode::Resume), Err(RunError::InUse { .. })));
+        assert!(matches!(RunDir::create(folder.path(), Mode::Force), Err(RunError::InUse { .. })));
     }
 
     #[test]
@@ -710,20 +610,8 @@ mod tests {
         for step in 1..=6 {
             save(&run, "pretrain", step);
         }
-        run.prune_checkpoints(
-            "pretrain",
-            Retention {
-                keep_last: 2,
-                keep_every: Some(3),
-            },
-        )
-        .unwrap();
-        let steps: Vec<_> = run
-            .checkpoints("pretrain")
-            .unwrap()
-            .into_iter()
-            .map(|(step, _)| step)
-            .collect();
+        run.prune_checkpoints("pretrain", Retention { keep_last: 2, keep_every: Some(3) }).unwrap();
+        let steps: Vec<_> = run.checkpoints("pretrain").unwrap().into_iter().map(|(step, _)| step).collect();
         assert_eq!(steps, [3, 5, 6]);
     }
 
@@ -731,14 +619,8 @@ mod tests {
     fn a_resume_removes_what_a_kill_left_and_completes_the_summary() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
-        run.finish_stage(&header("pretrain", 4), &[], json!({ "loss": 0.5 }))
-            .unwrap();
-        run.finish_stage(
-            &header("knn", 0),
-            &[],
-            json!({ "accuracy": { "student": 83.0 } }),
-        )
-        .unwrap();
+        run.finish_stage(&header("pretrain", 4), &[], json!({ "loss": 0.5 })).unwrap();
+        run.finish_stage(&header("knn", 0), &[], json!({ "accuracy": { "student": 83.0 } })).unwrap();
         drop(run);
         fs::remove_file(folder.path().join(SUMMARY)).unwrap();
         let torn = folder.path().join("checkpoints/knn/.final.safetensors.tmp");
@@ -760,16 +642,11 @@ mod tests {
     fn final_weights_do_not_depend_on_the_results() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
-        run.finish_stage(&header("knn", 0), &[], json!({ "seconds": 1.5 }))
-            .unwrap();
+        run.finish_stage(&header("knn", 0), &[], json!({ "seconds": 1.5 })).unwrap();
         let first = fs::read(run.final_path("knn").unwrap()).unwrap();
-        run.finish_stage(&header("knn", 0), &[], json!({ "seconds": 2.5 }))
-            .unwrap();
+        run.finish_stage(&header("knn", 0), &[], json!({ "seconds": 2.5 })).unwrap();
         assert_eq!(first, fs::read(run.final_path("knn").unwrap()).unwrap());
-        assert_eq!(
-            run.read_summary().unwrap()["knn"],
-            json!({ "seconds": 2.5 })
-        );
+        assert_eq!(run.read_summary().unwrap()["knn"], json!({ "seconds": 2.5 }));
     }
 
     #[test]
@@ -777,19 +654,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
         for name in ["", "..", "a/b", ".hidden", "a\\b", "C:"] {
-            assert!(
-                matches!(run.final_path(name), Err(RunError::Name { .. })),
-                "{name}"
-            );
+            assert!(matches!(run.final_path(name), Err(RunError::Name { .. })), "{name}");
         }
     }
 
     #[test]
     fn the_default_path_holds_name_and_time() {
         let now = UNIX_EPOCH + Duration::from_secs(1_687_080_600);
-        assert_eq!(
-            RunDir::default_path("quick start/1", now),
-            Path::new("runs/quick-start-1-20230618-093000")
-        );
+        assert_eq!(RunDir::default_path("quick start/1", now), Path::new("runs/quick-start-1-20230618-093000"));
     }
 }

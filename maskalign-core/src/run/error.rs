@@ -38,9 +38,7 @@ pub enum RunError {
         path: PathBuf,
     },
     /// A name that would become part of a path cannot be one.
-    #[error(
-        "`{name}` cannot name a {what}: use letters, digits, `_`, `-` and `.`, and do not begin with `.`"
-    )]
+    #[error("`{name}` cannot name a {what}: use letters, digits, `_`, `-` and `.`, and do not begin with `.`")]
     Name {
         /// What was to be named.
         what: &'static str,
@@ -90,30 +88,18 @@ impl RunError {
 
     pub(crate) fn writing(what: &str, path: &Path, source: io::Error) -> RunError {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => RunError::DiskFull {
-                what: what.to_owned(),
-                path: path.to_owned(),
-            },
-            _ => RunError::Io {
-                action: format!("write the {what}"),
-                path: path.to_owned(),
-                source,
-            },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                RunError::DiskFull { what: what.to_owned(), path: path.to_owned() }
+            }
+            _ => RunError::Io { action: format!("write the {what}"), path: path.to_owned(), source },
         }
     }
 
     pub(crate) fn reading(what: &str, path: &Path, source: io::Error) -> RunError {
-        RunError::Io {
-            action: format!("read the {what}"),
-            path: path.to_owned(),
-            source,
-        }
+        RunError::Io { action: format!("read the {what}"), path: path.to_owned(), source }
     }
 
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> RunError {
-        RunError::Damaged {
-            path: path.to_owned(),
-            reason: reason.into(),
-        }
+        RunError::Damaged { path: path.to_owned(), reason: reason.into() }
     }
 }

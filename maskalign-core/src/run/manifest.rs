@@ -53,11 +53,7 @@ impl FileRecord {
         let file = File::open(path).map_err(reading)?;
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(file).map_err(reading)?;
-        Ok(FileRecord {
-            path: path.to_owned(),
-            bytes: hasher.count(),
-            blake3: hasher.finalize().to_hex().to_string(),
-        })
+        Ok(FileRecord { path: path.to_owned(), bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
     }
 }
 
@@ -84,19 +80,12 @@ mod tests {
         let record = FileRecord::of(&path).unwrap();
         assert_eq!(record.bytes, 3);
         // b3sum of "abc", from BLAKE3's published examples.
-        assert_eq!(
-            record.blake3,
-            "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
-        );
+        assert_eq!(record.blake3, "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85");
     }
 
     #[test]
     fn a_manifest_of_an_older_version_still_reads() {
-        let manifest: Manifest =
-            serde_json::from_str(r#"{ "version": "0.0.1", "seed": 3 }"#).unwrap();
-        assert_eq!(
-            (manifest.version.as_str(), manifest.seed, manifest.threads),
-            ("0.0.1", 3, 0)
-        );
+        let manifest: Manifest = serde_json::from_str(r#"{ "version": "0.0.1", "seed": 3 }"#).unwrap();
+        assert_eq!((manifest.version.as_str(), manifest.seed, manifest.threads), ("0.0.1", 3, 0));
     }
 }

@@ -29,46 +29,30 @@ impl Metrics {
     pub fn open(path: &Path, records: u64) -> Result<Metrics, RunError> {
         let writing = |source| RunError::writing("metrics", path, source);
         let (kept, bytes) = match File::open(path) {
-            Ok(file) => {
-                whole_records(file, records).map_err(|e| RunError::reading("metrics", path, e))?
-            }
+            Ok(file) => whole_records(file, records).map_err(|e| RunError::reading("metrics", path, e))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => (0, 0),
             Err(error) => return Err(RunError::reading("metrics", path, error)),
         };
         if kept < records {
-            tracing::warn!(
-                "{} holds {kept} whole records where {records} were expected",
-                path.display()
-            );
+            tracing::warn!("{} holds {kept} whole records where {records} were expected", path.display());
         }
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(writing)?;
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(writing)?;
         file.set_len(bytes).map_err(writing)?;
-        Ok(Metrics {
-            path: path.to_owned(),
-            file,
-            bytes,
-            records: kept,
-        })
+        Ok(Metrics { path: path.to_owned(), file, bytes, records: kept })
     }
 
     /// Appends one record as one line.
     ///
     /// If that fails half way, for one on a full disk, the half line is taken back.
     pub fn append(&mut self, record: &impl Serialize) -> Result<(), RunError> {
-        let written = serde_json::to_vec(record)
-            .map_err(io::Error::from)
-            .and_then(|mut line| {
-                line.push(b'\n');
-                fail_point_after("metrics", "append", || {
-                    let _ = self.file.write_all(&line[..line.len() / 2]);
-                });
-                self.file.write_all(&line)?;
-                Ok(line.len() as u64)
+        let written = serde_json::to_vec(record).map_err(io::Error::from).and_then(|mut line| {
+            line.push(b'\n');
+            fail_point_after("metrics", "append", || {
+                let _ = self.file.write_all(&line[..line.len() / 2]);
             });
+            self.file.write_all(&line)?;
+            Ok(line.len() as u64)
+        });
         match written {
             Ok(length) => {
                 self.bytes += length;
@@ -90,9 +74,7 @@ impl Metrics {
 
     /// Makes the records so far last; call it before a checkpoint that counts them is written.
     pub fn sync(&self) -> Result<(), RunError> {
-        self.file
-            .sync_data()
-            .map_err(|source| RunError::writing("metrics", &self.path, source))
+        self.file.sync_data().map_err(|source| RunError::writing("metrics", &self.path, source))
     }
 }
 
@@ -142,9 +124,7 @@ mod tests {
             metrics.append(&json!({ "step": step })).unwrap();
         }
         assert_eq!(metrics.records(), 5);
-        let expected: String = (0..5)
-            .map(|step| format!("{{\"step\":{step}}}\n"))
-            .collect();
+        let expected: String = (0..5).map(|step| format!("{{\"step\":{step}}}\n")).collect();
         assert_eq!(fs::read_to_string(&path).unwrap(), expected);
     }
 

@@ -128,7 +128,13 @@ impl<D: Dev> Classifier<D> {
         &*self.student
     }
 
-    fn logits(&self, cx: &Context<D>, r: &mut Recorder<D>, images: &ImageBatch, scales: Option<&crate::nn::BranchScales>) -> Result<Matrix<D>> {
+    fn logits(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        images: &ImageBatch,
+        scales: Option<&crate::nn::BranchScales>,
+    ) -> Result<Matrix<D>> {
         let shape = self.student.shape();
         let features = self.student.forward(cx, r, images, None, scales, &|_| false)?;
         let pooled = match &self.norm {
@@ -196,8 +202,8 @@ impl<D: Dev> Classifier<D> {
         let unmixed = targets.clone();
         for i in 0..images.batch {
             for class in 0..classes {
-                targets[i * classes + class] =
-                    unmixed[i * classes + class] * kept as f32 + unmixed[opposite(i) * classes + class] * (1.0 - kept) as f32;
+                targets[i * classes + class] = unmixed[i * classes + class] * kept as f32
+                    + unmixed[opposite(i) * classes + class] * (1.0 - kept) as f32;
             }
         }
         Ok(targets)
@@ -240,7 +246,9 @@ impl Finetune {
     fn classes_of(&self, data: &OpenData) -> Result<usize, Refusal> {
         let labels = || (0..data.images.len()).map(|i| data.images.label(i));
         if labels().any(|l| l.is_none()) {
-            return Err(Refusal::new("dataset", "the images have no labels, which supervised training needs").under("data"));
+            return Err(
+                Refusal::new("dataset", "the images have no labels, which supervised training needs").under("data")
+            );
         }
         let most = labels().flatten().max().unwrap_or(0) as usize;
         let named = data.images.classes().map(|c| c.len());
@@ -275,7 +283,14 @@ impl Finetune {
     ///
     /// # Errors
     /// What planning and loading answer.
-    pub fn prepare<D: Dev>(&self, cx: &Context<D>, stage: &StageContext, data_size: usize, images: usize, classes: usize) -> Result<(Classifier<D>, Trainer<D>)> {
+    pub fn prepare<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        stage: &StageContext,
+        data_size: usize,
+        images: usize,
+        classes: usize,
+    ) -> Result<(Classifier<D>, Trainer<D>)> {
         let init = Init::new(&cx.dev, stage.seed, stage.name);
         let model = self.build(&stage.towers(data_size), &init, stage.seed, classes)?;
         Ok((model, Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, self.length(images))?))
@@ -301,11 +316,15 @@ impl StagePlugin for Finetune {
             } else if let Some(size) = size
                 && open.size != size
             {
-                refusals.push(Refusal::new("eval", format!("images of {} pixels, those of `data` have {size}", open.size)));
+                refusals
+                    .push(Refusal::new("eval", format!("images of {} pixels, those of `data` have {size}", open.size)));
             }
         }
         let length = self.length(plan.images.unwrap_or(self.batch.effective));
-        keep(&mut refusals, Trainer::<Cpu>::new(&self.optimizer, &self.schedule, self.batch.effective, length).map(drop));
+        keep(
+            &mut refusals,
+            Trainer::<Cpu>::new(&self.optimizer, &self.schedule, self.batch.effective, length).map(drop),
+        );
         let Some(size) = size else { return Err(refusals) };
         let towers = cx.towers(size);
         let shape = Build::build::<Cpu>(&self.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
@@ -326,7 +345,8 @@ impl StagePlugin for Finetune {
         }
         plan.tokens = Some((shape.tokens(), shape.tokens()));
         plan.memory = memory::training(&plan, self.batch.micro() * shape.tokens(), shape.arch, cx.recompute);
-        plan.student = Some(StudentRecord { slot: self.student.clone(), shape, weights: None, init_scope: cx.name.to_string() });
+        plan.student =
+            Some(StudentRecord { slot: self.student.clone(), shape, weights: None, init_scope: cx.name.to_string() });
         Ok(plan)
     }
 
@@ -338,9 +358,16 @@ impl StagePlugin for Finetune {
         let init = Init::new(&run.cx.dev, stage.seed, stage.name);
         let mut model = self.build(&towers, &init, stage.seed, self.classes_of(&data)?)?;
         let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
-        let plan = Loop { data: &data, batch: self.batch, length, checkpoints: &self.checkpoints, after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None) };
+        let plan = Loop {
+            data: &data,
+            batch: self.batch,
+            length,
+            checkpoints: &self.checkpoints,
+            after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None),
+        };
         let trained = train(&mut run, &mut model, &mut trainer, plan)?;
-        let mut results = json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
+        let mut results =
+            json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
         if let Some(report) = &trained.last {
             results["loss"] = json!(report.loss);
         }

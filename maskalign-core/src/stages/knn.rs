@@ -140,7 +140,12 @@ impl PeriodicKnn {
 
 impl OpenKnn {
     /// The accuracy of a student in training.
-    pub(super) fn measure<D: Dev>(&self, run: &mut StageRun<D>, student: &dyn Student<D>, epochs: u64) -> Result<Value> {
+    pub(super) fn measure<D: Dev>(
+        &self,
+        run: &mut StageRun<D>,
+        student: &dyn Student<D>,
+        epochs: u64,
+    ) -> Result<Value> {
         let tower = Tower::Student(student);
         let train = extract(run, &tower, &self.train, Pooling::Mean, batch())?;
         let test = extract(run, &tower, &self.test, Pooling::Mean, batch())?;
@@ -209,7 +214,13 @@ pub(crate) struct Bank {
     labels: Vec<u32>,
 }
 
-fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, pooling: Pooling, batch: usize) -> Result<Bank> {
+fn extract<D: Dev>(
+    run: &mut StageRun<D>,
+    tower: &Tower<D>,
+    data: &OpenData,
+    pooling: Pooling,
+    batch: usize,
+) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new() };
     let all = data.images.len() as u64;
     for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
@@ -306,7 +317,8 @@ impl StagePlugin for Knn {
             keep(&mut refusals, towers.student(stage).map_err(|r| r.under("student")));
         }
         if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
-            refusals.push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
+            refusals
+                .push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
         }
         if refusals.is_empty() {
             for (name, slot) in &self.teachers {
@@ -343,7 +355,8 @@ impl StagePlugin for Knn {
             let record = towers.student(stage).map_err(|r| r.under("student"))?;
             let dev = run.cx.dev.clone();
             let init = Init::new(&dev, run.stage.seed, &*record.init_scope);
-            let mut student = Build::build::<D>(&record.slot)?.build(&towers, &init).map_err(|e| under(e, "student"))?;
+            let mut student =
+                Build::build::<D>(&record.slot)?.build(&towers, &init).map_err(|e| under(e, "student"))?;
             student.set_reach(record.shape.arch.depth, false);
             if self.baselines.contains(&Baseline::Untrained) {
                 measure(run, "untrained", &Tower::Student(&*student))?;
@@ -352,7 +365,8 @@ impl StagePlugin for Knn {
             measure(run, "student", &Tower::Student(&*student))?;
         }
         for (name, slot) in &self.teachers {
-            let teacher = Build::build::<D>(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
+            let teacher =
+                Build::build::<D>(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
             measure(run, name, &Tower::Teacher(&*teacher))?;
         }
         Ok(Outcome { results: Value::Object(results), student: None, metric_records: run.metric_records })

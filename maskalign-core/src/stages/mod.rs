@@ -7,10 +7,7 @@ mod memory;
 mod pretrain;
 mod train;
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path};
 
 use maskalign_registry::Refusal;
 use serde::Serialize;
@@ -80,9 +77,6 @@ pub struct StagePlan {
     /// The data that is read: what for, how many images, and the fingerprint of the list.
     #[serde(skip)]
     pub data: Vec<(String, usize, String)>,
-    /// Weight files that are read.
-    #[serde(skip)]
-    pub files: Vec<PathBuf>,
     /// The student that the stage leaves, without weights.
     #[serde(skip)]
     pub student: Option<StudentRecord>,

@@ -17,9 +17,7 @@ use super::{
     Data, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
     knn::PeriodicKnn,
     memory,
-    train::{
-        BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train,
-    },
+    train::{BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train},
 };
 use crate::{
     bench::ForwardTimes,
@@ -68,10 +66,9 @@ impl LevelWeights {
                 let sum = (levels * (levels - 1) / 2) as f64;
                 Ok((0..levels).map(|i| i as f64 / sum).collect())
             }
-            LevelWeights::List(list) if list.len() != levels => Err(Refusal::new(
-                "level_weights",
-                format!("{} weights for {levels} levels", list.len()),
-            )),
+            LevelWeights::List(list) if list.len() != levels => {
+                Err(Refusal::new("level_weights", format!("{} weights for {levels} levels", list.len())))
+            }
             LevelWeights::List(list) if list.iter().all(|&w| w == 0.0) => {
                 Err(Refusal::new("level_weights", "every level has the weight 0"))
             }
@@ -202,7 +199,10 @@ impl Pretrain {
     /// Collects every refusal, not the first.
     fn shape(&self, towers: &PlanContext) -> Result<Shape, Vec<Refusal>> {
         let mut refusals = Vec::new();
-        let student = keep(&mut refusals, Build::build::<Cpu>(&self.student).and_then(|s| s.plan(towers)).map_err(|r| r.under("student")));
+        let student = keep(
+            &mut refusals,
+            Build::build::<Cpu>(&self.student).and_then(|s| s.plan(towers)).map_err(|r| r.under("student")),
+        );
         let mut teachers = BTreeMap::new();
         for (name, slot) in &self.teachers {
             let planned = Build::build::<Cpu>(slot).and_then(|t| t.plan(towers));
@@ -230,7 +230,14 @@ impl Pretrain {
         let teachers_known = teachers.len() == self.teachers.len();
         let mut objectives = Vec::new();
         for (name, objective) in &self.objectives {
-            if !teachers_known && objective.target.options.get("teacher").and_then(|t| t.as_str()).is_some_and(|t| self.teachers.contains_key(t) && !teachers.contains_key(t)) {
+            if !teachers_known
+                && objective
+                    .target
+                    .options
+                    .get("teacher")
+                    .and_then(|t| t.as_str())
+                    .is_some_and(|t| self.teachers.contains_key(t) && !teachers.contains_key(t))
+            {
                 continue;
             }
             let shaped = objective.shape(name, student, &teachers, counts);
@@ -244,21 +251,31 @@ impl Pretrain {
         }
     }
 
-    fn check_masker(&self, masker: &dyn Masker, student: TowerShape, teachers: &BTreeMap<String, TowerShape>) -> Result<(), Refusal> {
+    fn check_masker(
+        &self,
+        masker: &dyn Masker,
+        student: TowerShape,
+        teachers: &BTreeMap<String, TowerShape>,
+    ) -> Result<(), Refusal> {
         let Some(name) = masker.teacher() else { return Ok(()) };
         let Some(teacher) = teachers.get(name) else {
             if self.teachers.contains_key(name) {
                 return Ok(());
             }
             let known: Vec<&str> = self.teachers.keys().map(String::as_str).collect();
-            return Err(Refusal::new("teacher", format!("no teacher is named `{name}`")).help(match known.is_empty() {
-                true => "the stage has no `teachers`".to_string(),
-                false => format!("known teachers: {}", known.join(", ")),
-            }));
+            return Err(Refusal::new("teacher", format!("no teacher is named `{name}`")).help(
+                match known.is_empty() {
+                    true => "the stage has no `teachers`".to_string(),
+                    false => format!("known teachers: {}", known.join(", ")),
+                },
+            ));
         };
         if teacher.grid != student.grid {
-            return Err(Refusal::new("teacher", format!("`{name}` has {} patches, the student {}", teacher.grid, student.grid))
-                .help("set `image_size` of one of the towers so that the grids are equal"));
+            return Err(Refusal::new(
+                "teacher",
+                format!("`{name}` has {} patches, the student {}", teacher.grid, student.grid),
+            )
+            .help("set `image_size` of one of the towers so that the grids are equal"));
         }
         if !teacher.cls_token {
             return Err(Refusal::new("teacher", format!("`{name}` has no class token whose attention could be used")));
@@ -277,7 +294,13 @@ pub(super) fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -
 }
 
 impl Objective {
-    fn shape(&self, name: &str, student: TowerShape, teachers: &BTreeMap<String, TowerShape>, counts: Counts) -> Result<ObjectiveShape, Refusal> {
+    fn shape(
+        &self,
+        name: &str,
+        student: TowerShape,
+        teachers: &BTreeMap<String, TowerShape>,
+        counts: Counts,
+    ) -> Result<ObjectiveShape, Refusal> {
         let tokens = Tokens::from_list(&self.tokens)?;
         if tokens.masked && counts.masked == 0 {
             return Err(Refusal::new("tokens", "`masked` names no patch: nothing is masked")
@@ -345,7 +368,14 @@ pub struct Inspection {
 }
 
 impl<D: Dev> PretrainModel<D> {
-    fn build(stage: &Pretrain, cx: &StageContext, shape: Shape, context: &Context<D>, towers: &PlanContext, init: &Init<D>) -> Result<Self> {
+    fn build(
+        stage: &Pretrain,
+        cx: &StageContext,
+        shape: Shape,
+        context: &Context<D>,
+        towers: &PlanContext,
+        init: &Init<D>,
+    ) -> Result<Self> {
         let mut wants: BTreeMap<&str, Wants> = BTreeMap::new();
         for objective in &shape.objectives {
             if let Some(teacher) = &objective.target.teacher {
@@ -375,8 +405,16 @@ impl<D: Dev> PretrainModel<D> {
             } else {
                 continue;
             };
-            if teacher.shape().projection.is_none() && shape.objectives.iter().any(|o| o.target.teacher.as_deref() == Some(name) && o.target.tap == Tap::Projection) {
-                return Err(Refusal::new("weights", "hold no projection, which a target's `tap` asks for").under(name).under("teachers").into());
+            if teacher.shape().projection.is_none()
+                && shape
+                    .objectives
+                    .iter()
+                    .any(|o| o.target.teacher.as_deref() == Some(name) && o.target.tap == Tap::Projection)
+            {
+                return Err(Refusal::new("weights", "hold no projection, which a target's `tap` asks for")
+                    .under(name)
+                    .under("teachers")
+                    .into());
             }
             teachers.insert(name.to_string(), (teacher, wants));
         }
@@ -442,7 +480,14 @@ impl<D: Dev> PretrainModel<D> {
         Masks::join(&masks)
     }
 
-    fn see(&self, cx: &Context<D>, r: &mut Recorder<D>, images: &ImageBatch, masks: &Masks, scales: Option<&crate::nn::BranchScales>) -> Result<Features<D>> {
+    fn see(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        images: &ImageBatch,
+        masks: &Masks,
+        scales: Option<&crate::nn::BranchScales>,
+    ) -> Result<Features<D>> {
         // Every patch in order needs no gathering; a masker that keeps all of them still chooses the order.
         let visible = (self.masker.is_some() || !self.given_masks.is_empty()).then_some(masks.visible.as_slice());
         self.student.forward(cx, r, images, visible, scales, &|i| self.kept.contains(&i))
@@ -470,7 +515,6 @@ impl<D: Dev> PretrainModel<D> {
     /// # Errors
     /// Out of memory on the device.
     pub fn inspect(&mut self, cx: &Context<D>, images: &ImageBatch, masks: &Masks) -> Result<Inspection> {
-        
         let mut inspection =
             Inspection { attention: Vec::new(), teacher_hidden: BTreeMap::new(), student_hidden: BTreeMap::new() };
         for (teacher, _) in self.teachers.values() {
@@ -523,7 +567,11 @@ impl<D: Dev> Task<D> for PretrainModel<D> {
         let attended = started.elapsed().as_secs_f64();
         let masks = {
             let _span = tracing::info_span!("mask").entered();
-            let attention = self.masker.as_ref().and_then(|m| m.teacher()).map(|name| std::mem::take(&mut passes.get_mut(name).expect("planned").attention));
+            let attention = self
+                .masker
+                .as_ref()
+                .and_then(|m| m.teacher())
+                .map(|name| std::mem::take(&mut passes.get_mut(name).expect("planned").attention));
             self.draw(batch, attention.as_deref())
         };
         let drawn = started.elapsed().as_secs_f64();
@@ -633,8 +681,13 @@ impl StagePlugin for Pretrain {
             init_scope: cx.name.to_string(),
         });
         let dev = Cpu::default();
-        let compared: usize = shape.objectives.iter().map(|o| micro * o.tokens.count(counts.visible, counts.masked) * o.align.width * o.level_weights.len()).sum();
-        let model = PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1, false), &towers, &Init::shapes(&dev));
+        let compared: usize = shape
+            .objectives
+            .iter()
+            .map(|o| micro * o.tokens.count(counts.visible, counts.masked) * o.align.width * o.level_weights.len())
+            .sum();
+        let model =
+            PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1, false), &towers, &Init::shapes(&dev));
         match model {
             Ok(mut model) => {
                 model.visit(&mut |p| {
@@ -678,7 +731,8 @@ impl StagePlugin for Pretrain {
                 },
             },
         )?;
-        let mut results = json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
+        let mut results =
+            json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
         if let Some(report) = &trained.last {
             results["loss"] = json!(report.loss);
         }
@@ -707,7 +761,13 @@ impl Pretrain {
     ///
     /// # Errors
     /// What planning and loading answer.
-    pub fn prepare<D: Dev>(&self, cx: &Context<D>, stage: &StageContext, data_size: usize, images: usize) -> Result<(PretrainModel<D>, Trainer<D>)> {
+    pub fn prepare<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        stage: &StageContext,
+        data_size: usize,
+        images: usize,
+    ) -> Result<(PretrainModel<D>, Trainer<D>)> {
         let towers = stage.towers(data_size);
         let shape = self.shape(&towers).map_err(|mut all| all.swap_remove(0))?;
         let init = Init::new(&cx.dev, stage.seed, stage.name);
@@ -740,4 +800,3 @@ register!(stage "pretrain" => Pretrain, "trains a student against teachers or pi
         aligner: { type: decoder, dim: 64, depth: 1, heads: 2 }, loss: { type: mse } } },
       optimizer: { type: adamw, base_lr: 1.5e-4 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
     paper: "MaskAlign, arXiv 2211.08887");
-

@@ -55,8 +55,11 @@ impl BatchSize {
     /// Names `batch.micro`.
     pub fn check(&self) -> Result<(), Refusal> {
         if self.effective % self.micro() != 0 {
-            return Err(Refusal::new("micro", format!("{} does not divide the effective batch {}", self.micro(), self.effective))
-                .under("batch"));
+            return Err(Refusal::new(
+                "micro",
+                format!("{} does not divide the effective batch {}", self.micro(), self.effective),
+            )
+            .under("batch"));
         }
         Ok(())
     }
@@ -216,7 +219,12 @@ impl<D: Dev> Trainer<D> {
     ///
     /// # Errors
     /// A component refuses its options.
-    pub fn new(optimizer: &Slot<OptimizerTag>, schedule: &Slot<ScheduleTag>, effective: usize, length: Length) -> Result<Self, Refusal> {
+    pub fn new(
+        optimizer: &Slot<OptimizerTag>,
+        schedule: &Slot<ScheduleTag>,
+        effective: usize,
+        length: Length,
+    ) -> Result<Self, Refusal> {
         let optimizer = Build::build::<D>(optimizer).map_err(|r| r.under("optimizer"))?;
         let schedule = Build::build::<D>(schedule).map_err(|r| r.under("schedule"))?;
         optimizer.check().map_err(|r| r.under("optimizer"))?;
@@ -283,7 +291,10 @@ impl<D: Dev> Trainer<D> {
                 })?,
             };
             let forward = started.elapsed();
-            let mut all = r.backward(&loss)?;
+            let mut all = {
+                let _span = tracing::info_span!("backward").entered();
+                r.backward(&loss)?
+            };
             // The parameters' buffers alone go on; everything else the pass needed dies here.
             gradients = Gradients::leaky();
             let mut outcome = Ok(());
@@ -297,7 +308,10 @@ impl<D: Dev> Trainer<D> {
             phases.backward += (started.elapsed() - forward).as_secs_f64();
         }
         let started = Instant::now();
-        let norm = self.update(cx, task, &mut gradients, lr)?;
+        let norm = {
+            let _span = tracing::info_span!("optimizer").entered();
+            self.update(cx, task, &mut gradients, lr)?
+        };
         self.gradients = Some(gradients);
         self.updates += 1;
         phases.optimizer = started.elapsed().as_secs_f64();
@@ -323,10 +337,20 @@ impl<D: Dev> Trainer<D> {
         outcome.map(|()| gradients)
     }
 
-    fn update(&mut self, cx: &Context<D>, task: &mut dyn Task<D>, gradients: &mut Gradients<f32, D>, lr: f64) -> Result<f64> {
+    fn update(
+        &mut self,
+        cx: &Context<D>,
+        task: &mut dyn Task<D>,
+        gradients: &mut Gradients<f32, D>,
+        lr: f64,
+    ) -> Result<f64> {
         let norm = {
             let mut parameters = Vec::new();
-            task.visit(&mut |p| if p.trainable { parameters.push(p.vector()) });
+            task.visit(&mut |p| {
+                if p.trainable {
+                    parameters.push(p.vector())
+                }
+            });
             cx.kernels.square_sum(gradients, &parameters)?.sqrt()
         };
         let gradient_scale = match self.optimizer.clip_norm() {
@@ -382,7 +406,13 @@ impl<D: Dev> Trainer<D> {
     ///
     /// # Errors
     /// Tensors that are missing or do not fit (a checkpoint of another recipe); out of memory on the device.
-    pub fn restore(&mut self, cx: &Context<D>, task: &mut dyn Task<D>, tensors: &TensorMap, updates: u64) -> Result<()> {
+    pub fn restore(
+        &mut self,
+        cx: &Context<D>,
+        task: &mut dyn Task<D>,
+        tensors: &TensorMap,
+        updates: u64,
+    ) -> Result<()> {
         let mut missing = BTreeSet::new();
         task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
             Some(tensor) if tensor.shape == p.dims => p.load(&tensor.data),
@@ -391,7 +421,9 @@ impl<D: Dev> Trainer<D> {
             }
         });
         if let Some(name) = missing.first() {
-            return Err(Error::Usage(format!("the checkpoint has no `{name}` of the model's shape: it is of another recipe")));
+            return Err(Error::Usage(format!(
+                "the checkpoint has no `{name}` of the model's shape: it is of another recipe"
+            )));
         }
         let mut state = BTreeMap::new();
         let mut outcome = Ok(());
@@ -430,6 +462,8 @@ pub(crate) struct Loop<'a, D: Dev, T> {
 
 /// Where a checkpoint's notes hold what was measured after epochs.
 const MEASURED: &str = "measured";
+/// Whether the run was stopped before what follows the checkpoint's epoch was measured.
+const UNMEASURED: &str = "unmeasured";
 
 /// What a training loop leaves besides the task.
 pub(crate) struct Trained {
@@ -464,6 +498,9 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         trainer.restore(&run.cx, task, &checkpoint.tensors, header.step)?;
         records = header.metrics_records;
         measured = header.meta[MEASURED].as_array().cloned().unwrap_or_default();
+        if header.meta[UNMEASURED] == true {
+            measured.extend(after_epoch(run, task, header.step / length.steps_per_epoch)?);
+        }
         tracing::info!("stage `{name}` goes on from step {}", header.step);
     }
     // A kill may have come between a checkpoint and the deletion of those that it replaces.
@@ -498,7 +535,9 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
             })
         });
         let (loss, gradient_norm, lr, _) = stepped.map_err(|error| match error {
-            Error::NonFinite { loss, step, lr, .. } => Error::NonFinite { loss, step, lr, advice: advice(run, last_good) },
+            Error::NonFinite { loss, step, lr, .. } => {
+                Error::NonFinite { loss, step, lr, advice: advice(run, last_good) }
+            }
             other => other,
         })?;
         last_good = last_saved;
@@ -518,11 +557,18 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         last = Some(report);
         let done = trainer.updates;
         if done % length.steps_per_epoch == 0 {
-            measured.extend(after_epoch(run, task, done / length.steps_per_epoch)?);
+            match after_epoch(run, task, done / length.steps_per_epoch) {
+                Ok(result) => measured.extend(result),
+                Err(stopped @ Error::Stopped { .. }) if done < end => {
+                    save(run, task, trainer, &mut metrics, &measured, true)?;
+                    return Err(stopped);
+                }
+                Err(error) => return Err(error),
+            }
         }
         let stop = run.stop.get();
         if done < end && (done % interval == 0 || stop.is_some()) {
-            save(run, task, trainer, &mut metrics, &measured)?;
+            save(run, task, trainer, &mut metrics, &measured, false)?;
             run.dir.prune_checkpoints(name, retention)?;
             last_saved = Some(done);
         }
@@ -554,7 +600,14 @@ fn advice<D: Dev>(run: &StageRun<D>, last_good: Option<u64>) -> String {
     format!("{checkpoint}; lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`")
 }
 
-fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metrics: &mut Metrics, measured: &[serde_json::Value]) -> Result<()> {
+fn save<D: Dev>(
+    run: &mut StageRun<D>,
+    task: &mut dyn Task<D>,
+    trainer: &Trainer<D>,
+    metrics: &mut Metrics,
+    measured: &[serde_json::Value],
+    unmeasured: bool,
+) -> Result<()> {
     metrics.sync()?;
     let tensors = trainer.tensors(task);
     let header = CheckpointHeader {
@@ -562,7 +615,7 @@ fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer
         step: trainer.updates,
         fingerprint: run.fingerprint.to_string(),
         metrics_records: metrics.records(),
-        meta: serde_json::json!({ MEASURED: measured }),
+        meta: serde_json::json!({ MEASURED: measured, UNMEASURED: unmeasured }),
     };
     let path = run.dir.save_checkpoint(&header, &refs(&tensors))?;
     run.progress.saved(&path);
@@ -570,7 +623,13 @@ fn save<D: Dev>(run: &mut StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer
 }
 
 /// Writes what a finished training stage leaves, and gives its parameters by name.
-pub(crate) fn finish<D: Dev>(run: &StageRun<D>, task: &mut dyn Task<D>, trainer: &Trainer<D>, metric_records: u64, results: &serde_json::Value) -> Result<TensorMap> {
+pub(crate) fn finish<D: Dev>(
+    run: &StageRun<D>,
+    task: &mut dyn Task<D>,
+    trainer: &Trainer<D>,
+    metric_records: u64,
+    results: &serde_json::Value,
+) -> Result<TensorMap> {
     let mut weights = TensorMap::new();
     task.visit(&mut |p| {
         weights.insert(p.name.clone(), p.to_host());
@@ -593,7 +652,13 @@ pub(crate) fn refs(tensors: &TensorMap) -> Vec<TensorRef<'_>> {
 
 /// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and
 /// epoch, so that no order of arrival changes them.
-pub(crate) fn branch_scales(rate: f64, depth: usize, seed: u64, epoch: u64, indices: &[usize]) -> Option<crate::nn::BranchScales> {
+pub(crate) fn branch_scales(
+    rate: f64,
+    depth: usize,
+    seed: u64,
+    epoch: u64,
+    indices: &[usize],
+) -> Option<crate::nn::BranchScales> {
     if rate == 0.0 {
         return None;
     }

@@ -39,11 +39,7 @@ fn cubic_weights(t: f32) -> [f32; 4] {
 /// If `data` is not as long as the product of `shape`.
 pub fn resize_images_bicubic(data: &[f32], shape: [usize; 4], to: [usize; 2]) -> Vec<f32> {
     let [batch, channels, height, width] = shape;
-    assert_eq!(
-        data.len(),
-        shape.iter().product::<usize>(),
-        "data and shape disagree"
-    );
+    assert_eq!(data.len(), shape.iter().product::<usize>(), "data and shape disagree");
     if [height, width] == to {
         return data.to_vec();
     }
@@ -52,10 +48,7 @@ pub fn resize_images_bicubic(data: &[f32], shape: [usize; 4], to: [usize; 2]) ->
     let mut wide = vec![0.0; height * to_width];
     let mut out = Vec::with_capacity(batch * channels * to_height * to_width);
     for image in data.chunks_exact(height * width) {
-        for (line, resized) in image
-            .chunks_exact(width)
-            .zip(wide.chunks_exact_mut(to_width))
-        {
+        for (line, resized) in image.chunks_exact(width).zip(wide.chunks_exact_mut(to_width)) {
             for (value, taps) in resized.iter_mut().zip(&columns.0) {
                 let [a, b, c, d] = taps.map(|(x, weight)| line[x] * weight);
                 *value = a + b + c + d;
@@ -75,20 +68,13 @@ pub fn resize_images_bicubic(data: &[f32], shape: [usize; 4], to: [usize; 2]) ->
 /// CLIP-L/14 at 196 (MaskAlign's third published model) and DINOv2 at 224 resize alike: to the size, without the offset
 /// of 0.1 that DINOv2's own code adds by default (the recorded outputs agree with this form alone).
 pub fn resize_positions(positions: &HostTensor, grid: usize) -> Result<HostTensor, WeightsError> {
-    let refuse = |reason: &str| WeightsError::Positions {
-        shape: positions.shape.clone(),
-        grid,
-        reason: reason.to_owned(),
-    };
+    let refuse =
+        |reason: &str| WeightsError::Positions { shape: positions.shape.clone(), grid, reason: reason.to_owned() };
     let &[1, rows, channels] = positions.shape.as_slice() else {
         return Err(refuse("expected [1, 1 + n * n, channels]"));
     };
     let side = rows.saturating_sub(1).isqrt();
-    if side == 0
-        || channels == 0
-        || side * side + 1 != rows
-        || positions.data.len() != rows * channels
-    {
+    if side == 0 || channels == 0 || side * side + 1 != rows || positions.data.len() != rows * channels {
         return Err(refuse("they are not one class row and a square grid"));
     }
     if grid == 0 || grid > 4096 {
@@ -102,17 +88,12 @@ pub fn resize_positions(positions: &HostTensor, grid: usize) -> Result<HostTenso
     let resized = resize_images_bicubic(&planes, [1, channels, side, side], [grid, grid]);
     let mut data = class.to_vec();
     data.extend(transposed(&resized, channels, grid * grid));
-    Ok(HostTensor {
-        shape: vec![1, 1 + grid * grid, channels],
-        data,
-    })
+    Ok(HostTensor { shape: vec![1, 1 + grid * grid, channels], data })
 }
 
 /// `[rows, columns]` -> `[columns, rows]`.
 pub(super) fn transposed(data: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    (0..columns)
-        .flat_map(|column| (0..rows).map(move |row| data[row * columns + column]))
-        .collect()
+    (0..columns).flat_map(|column| (0..rows).map(move |row| data[row * columns + column])).collect()
 }
 
 #[cfg(test)]
@@ -121,27 +102,14 @@ mod tests {
 
     #[test]
     fn an_equal_size_changes_nothing() {
-        let positions = HostTensor {
-            shape: vec![1, 10, 2],
-            data: (0..20).map(|v| v as f32).collect(),
-        };
+        let positions = HostTensor { shape: vec![1, 10, 2], data: (0..20).map(|v| v as f32).collect() };
         assert_eq!(resize_positions(&positions, 3).unwrap(), positions);
     }
 
     #[test]
     fn positions_that_are_no_square_are_refused() {
-        for shape in [
-            vec![1, 9, 2],
-            vec![1, 1, 2],
-            vec![10, 2],
-            vec![2, 10, 2],
-            vec![1, 0, 2],
-            vec![1, 10, 0],
-        ] {
-            let positions = HostTensor {
-                data: vec![0.0; shape.iter().product()],
-                shape,
-            };
+        for shape in [vec![1, 9, 2], vec![1, 1, 2], vec![10, 2], vec![2, 10, 2], vec![1, 0, 2], vec![1, 10, 0]] {
+            let positions = HostTensor { data: vec![0.0; shape.iter().product()], shape };
             let error = resize_positions(&positions, 4).unwrap_err().to_string();
             assert!(error.contains("to a grid of 4 x 4"), "{error}");
         }

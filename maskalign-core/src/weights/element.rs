@@ -31,18 +31,8 @@ impl Element {
 
     /// Appends the little-endian numbers in `bytes`, whole numbers only, to `out`.
     pub(super) fn decode(self, bytes: &[u8], out: &mut Vec<f32>) {
-        fn each<const N: usize>(
-            bytes: &[u8],
-            out: &mut Vec<f32>,
-            convert: impl Fn([u8; N]) -> f32,
-        ) {
-            out.extend(
-                bytes
-                    .as_chunks::<N>()
-                    .0
-                    .iter()
-                    .map(|number| convert(*number)),
-            );
+        fn each<const N: usize>(bytes: &[u8], out: &mut Vec<f32>, convert: impl Fn([u8; N]) -> f32) {
+            out.extend(bytes.as_chunks::<N>().0.iter().map(|number| convert(*number)));
         }
         match self {
             Element::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
@@ -64,7 +54,5 @@ impl Element {
 
 /// The product of a shape, unless it overflows.
 pub(super) fn element_count(shape: &[usize]) -> Option<usize> {
-    shape
-        .iter()
-        .try_fold(1usize, |product, &length| product.checked_mul(length))
+    shape.iter().try_fold(1usize, |product, &length| product.checked_mul(length))
 }

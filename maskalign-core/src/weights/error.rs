@@ -71,14 +71,10 @@ impl WeightsError {
     #[must_use]
     pub fn of(self, whose: &str) -> WeightsError {
         match self {
-            WeightsError::Layout { what, reason } => WeightsError::Layout {
-                what: format!("{whose}: {what}"),
-                reason,
-            },
-            WeightsError::Mismatch { what, mismatch } => WeightsError::Mismatch {
-                what: format!("{whose}: {what}"),
-                mismatch,
-            },
+            WeightsError::Layout { what, reason } => WeightsError::Layout { what: format!("{whose}: {what}"), reason },
+            WeightsError::Mismatch { what, mismatch } => {
+                WeightsError::Mismatch { what: format!("{whose}: {what}"), mismatch }
+            }
             other => other,
         }
     }
@@ -89,9 +85,7 @@ impl WeightsError {
         match self {
             WeightsError::Io { source, .. } => matches!(
                 source.kind(),
-                io::ErrorKind::NotFound
-                    | io::ErrorKind::PermissionDenied
-                    | io::ErrorKind::IsADirectory
+                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
             ),
             _ => true,
         }
@@ -101,16 +95,10 @@ impl WeightsError {
         if source.kind() == io::ErrorKind::UnexpectedEof {
             return WeightsError::format(path, "the file is truncated");
         }
-        WeightsError::Io {
-            path: path.to_owned(),
-            source,
-        }
+        WeightsError::Io { path: path.to_owned(), source }
     }
 
     pub(super) fn format(path: &Path, reason: impl Into<String>) -> WeightsError {
-        WeightsError::Format {
-            path: path.to_owned(),
-            reason: reason.into(),
-        }
+        WeightsError::Format { path: path.to_owned(), reason: reason.into() }
     }
 }

@@ -135,11 +135,7 @@ const HF_CLIP: Layout = Layout {
     tower: &[
         ("embeddings.patch_embedding.*", "patch_embed.proj.*", Same),
         ("embeddings.class_embedding", "cls_token", ToRank(3)),
-        (
-            "embeddings.position_embedding.weight",
-            "pos_embed",
-            ToRank(3),
-        ),
+        ("embeddings.position_embedding.weight", "pos_embed", ToRank(3)),
         // The misspelling is theirs.
         ("pre_layrnorm.*", "norm_pre.*", Same),
         ("post_layernorm.*", "norm.*", Same),
@@ -184,11 +180,7 @@ const TIMM: Layout = Layout {
 };
 
 const HF_TOWER: &[Row] = &[
-    (
-        "embeddings.patch_embeddings.projection.*",
-        "patch_embed.proj.*",
-        Same,
-    ),
+    ("embeddings.patch_embeddings.projection.*", "patch_embed.proj.*", Same),
     ("embeddings.cls_token", "cls_token", Same),
     ("embeddings.position_embeddings", "pos_embed", Same),
     ("layernorm.*", "norm.*", Same),
@@ -280,10 +272,7 @@ const OUTSIDE: &[(&str, Outside)] = &[
     ("context_length", Ignored("sizes stored as numbers")),
     ("vocab_size", Ignored("sizes stored as numbers")),
     ("embeddings.position_ids", Ignored("position ids")),
-    (
-        "embeddings.mask_token",
-        Ignored("mask token of the pre-training"),
-    ),
+    ("embeddings.mask_token", Ignored("mask token of the pre-training")),
     ("mask_token", Ignored("mask token of the pre-training")),
     ("decoder_", Extra),
     ("decoder.", Ignored("decoder of the pre-training")),
@@ -325,12 +314,8 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
     let (layout, prefix) = detect(&map, family, &what)?;
     let what = format!("{what} (in {} naming)", layout.name);
 
-    let mut canonical = Canonical {
-        tensors: TensorMap::new(),
-        extra: TensorMap::new(),
-        layout: layout.name,
-        ignored: Vec::new(),
-    };
+    let mut canonical =
+        Canonical { tensors: TensorMap::new(), extra: TensorMap::new(), layout: layout.name, ignored: Vec::new() };
     let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
     let mut mismatch = Mismatch::default();
     for (name, tensor) in map {
@@ -340,9 +325,7 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
                 Ok(tensor) => {
                     canonical.tensors.insert(ours, tensor);
                 }
-                Err(shape) => mismatch
-                    .misshapen
-                    .push((name, shape, "another rank".into())),
+                Err(shape) => mismatch.misshapen.push((name, shape, "another rank".into())),
             },
             Fate::Extra(ours) => {
                 canonical.extra.insert(ours, tensor);
@@ -352,14 +335,7 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
         }
     }
     for (ours, parts) in thirds {
-        fuse(
-            ours,
-            parts,
-            layout,
-            &prefix,
-            &mut canonical.tensors,
-            &mut mismatch,
-        );
+        fuse(ours, parts, layout, &prefix, &mut canonical.tensors, &mut mismatch);
     }
     leave_out_zero_biases(&mut canonical, family);
     look_for_missing(&canonical.tensors, family, layout, &prefix, &mut mismatch);
@@ -377,23 +353,13 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
 }
 
 /// The naming and what stands before it.
-fn detect(
-    map: &TensorMap,
-    family: Family,
-    what: &str,
-) -> Result<(&'static Layout, String), WeightsError> {
-    let is_wrapper = |prefix: &str| {
-        prefix
-            .split_terminator('.')
-            .all(|part| WRAPPERS.contains(&part))
-    };
+fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Layout, String), WeightsError> {
+    let is_wrapper = |prefix: &str| prefix.split_terminator('.').all(|part| WRAPPERS.contains(&part));
     let mut found: Vec<(&'static Layout, &str)> = Vec::new();
     for layout in LAYOUTS {
         let has_blocks = |prefix: &str| {
             let start = format!("{prefix}{}", layout.blocks);
-            map.range(start.clone()..)
-                .next()
-                .is_some_and(|(name, _)| name.starts_with(&start))
+            map.range(start.clone()..).next().is_some_and(|(name, _)| name.starts_with(&start))
         };
         let has_second = |prefix: &str| match layout.second_mark {
             Some(mark) => map.contains_key(&format!("{prefix}{mark}")),
@@ -407,34 +373,21 @@ fn detect(
                 .map(|prefix| (layout, prefix)),
         );
     }
-    let refuse = |reason: String| WeightsError::Layout {
-        what: what.to_owned(),
-        reason,
-    };
+    let refuse = |reason: String| WeightsError::Layout { what: what.to_owned(), reason };
     // The student of a self-distillation is worth less than its teacher.
-    let best = found
-        .into_iter()
-        .min_by_key(|(_, prefix)| (prefix.contains("student"), prefix.len()));
+    let best = found.into_iter().min_by_key(|(_, prefix)| (prefix.contains("student"), prefix.len()));
     let Some((layout, prefix)) = best else {
-        let known = LAYOUTS
-            .map(|layout| format!("{} (has `{}`)", layout.name, layout.mark))
-            .join(", ");
+        let known = LAYOUTS.map(|layout| format!("{} (has `{}`)", layout.name, layout.mark)).join(", ");
         let there: Vec<_> = map.keys().take(5).map(|name| format!("`{name}`")).collect();
-        let there = if there.is_empty() {
-            "nothing".to_owned()
-        } else {
-            there.join(", ")
-        };
+        let there = if there.is_empty() { "nothing".to_owned() } else { there.join(", ") };
         return Err(refuse(format!(
             "no vision transformer is found among {} tensors ({there}, ...); known namings: {known}",
             map.len()
         )));
     };
-    let is_clip = !layout.families.contains(&Family::Vit)
-        && layout.families.contains(&Family::Clip)
+    let is_clip = !layout.families.contains(&Family::Vit) && layout.families.contains(&Family::Clip)
         || map.contains_key(&format!("{prefix}norm_pre.weight"));
-    let has_scale = layout.families == [Family::Dinov2]
-        || map.contains_key(&format!("{prefix}blocks.0.ls1.gamma"));
+    let has_scale = layout.families == [Family::Dinov2] || map.contains_key(&format!("{prefix}blocks.0.ls1.gamma"));
     let actual = match (is_clip, has_scale) {
         (true, _) => "clip",
         (false, true) => "dinov2",
@@ -446,23 +399,12 @@ fn detect(
         Family::Dino | Family::Vit => !is_clip && !has_scale,
     };
     if !fits {
-        let reason = format!(
-            "the file holds a tower of another family ({} naming); use `type: {actual}`",
-            layout.name
-        );
+        let reason = format!("the file holds a tower of another family ({} naming); use `type: {actual}`", layout.name);
         return Err(refuse(reason));
     }
-    if [
-        format!("{prefix}reg_token"),
-        format!("{prefix}embeddings.register_tokens"),
-    ]
-    .iter()
-    .any(|k| map.contains_key(k))
+    if [format!("{prefix}reg_token"), format!("{prefix}embeddings.register_tokens")].iter().any(|k| map.contains_key(k))
     {
-        return Err(refuse(
-            "the tower has register tokens, which are not supported; use weights without them"
-                .into(),
-        ));
+        return Err(refuse("the tower has register tokens, which are not supported; use weights without them".into()));
     }
     Ok((layout, prefix.to_owned()))
 }
@@ -483,16 +425,9 @@ fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
     }
     // What is beside the tower may stand under any part of the prefix.
     let ends = std::iter::once(0).chain(prefix.match_indices('.').map(|(at, _)| at + 1));
-    let inner_first: Vec<&str> = ends
-        .filter_map(|end| name.strip_prefix(&prefix[..end]))
-        .collect();
+    let inner_first: Vec<&str> = ends.filter_map(|end| name.strip_prefix(&prefix[..end])).collect();
     for inner in inner_first.into_iter().rev() {
-        if family == Family::Clip
-            && matches!(
-                inner,
-                "head.weight" | "head.proj.weight" | "visual_projection.weight"
-            )
-        {
+        if family == Family::Clip && matches!(inner, "head.weight" | "head.proj.weight" | "visual_projection.weight") {
             return Fate::Tower("head.weight".into(), Same);
         }
         if family == Family::Clip && inner == "head.bias" {
@@ -511,10 +446,7 @@ fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
             None => {}
         }
         let beside_visual = prefix.contains("visual.") && !name.starts_with(prefix);
-        if beside_visual
-            && let Some((_, Ignored(rule))) =
-                BESIDE_VISUAL.iter().find(|(pattern, _)| fits(pattern))
-        {
+        if beside_visual && let Some((_, Ignored(rule))) = BESIDE_VISUAL.iter().find(|(pattern, _)| fits(pattern)) {
             return Fate::Ignored(rule);
         }
     }
@@ -537,24 +469,18 @@ fn tower_name(name: &str, layout: &Layout) -> Option<(String, Change)> {
 }
 
 fn rename(name: &str, rows: &[Row]) -> Option<(String, Change)> {
-    rows.iter()
-        .find_map(|(theirs, ours, change)| match theirs.strip_suffix('*') {
-            None => (name == *theirs).then(|| ((*ours).to_owned(), *change)),
-            Some(stem) => {
-                let kind = name
-                    .strip_prefix(stem)
-                    .filter(|kind| ["weight", "bias"].contains(kind))?;
-                Some((ours.replace('*', kind), *change))
-            }
-        })
+    rows.iter().find_map(|(theirs, ours, change)| match theirs.strip_suffix('*') {
+        None => (name == *theirs).then(|| ((*ours).to_owned(), *change)),
+        Some(stem) => {
+            let kind = name.strip_prefix(stem).filter(|kind| ["weight", "bias"].contains(kind))?;
+            Some((ours.replace('*', kind), *change))
+        }
+    })
 }
 
 /// Their names of a tensor of ours; three where it is in thirds there, none where they have no such tensor.
 fn their_names(ours: &str, layout: &Layout) -> Vec<(String, Change)> {
-    let (stem, rest, rows) = match ours
-        .strip_prefix("blocks.")
-        .and_then(|rest| rest.split_once('.'))
-    {
+    let (stem, rest, rows) = match ours.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
         Some((number, rest)) => (format!("{}{number}.", layout.blocks), rest, layout.block),
         None => (String::new(), ours, layout.tower),
     };
@@ -563,9 +489,7 @@ fn their_names(ours: &str, layout: &Layout) -> Vec<(String, Change)> {
             let theirs = match ours.strip_suffix('*') {
                 None => (rest == *ours).then(|| (*theirs).to_owned())?,
                 Some(ours) => {
-                    let kind = rest
-                        .strip_prefix(ours)
-                        .filter(|kind| ["weight", "bias"].contains(kind))?;
+                    let kind = rest.strip_prefix(ours).filter(|kind| ["weight", "bias"].contains(kind))?;
                     theirs.replace('*', kind)
                 }
             };
@@ -582,19 +506,14 @@ fn changed(mut tensor: HostTensor, change: Change) -> Result<HostTensor, Vec<usi
             if tensor.shape.len() > rank {
                 return Err(tensor.shape);
             }
-            tensor
-                .shape
-                .splice(0..0, std::iter::repeat_n(1, rank - tensor.shape.len()));
+            tensor.shape.splice(0..0, std::iter::repeat_n(1, rank - tensor.shape.len()));
             Ok(tensor)
         }
         Transposed => {
             let &[rows, columns] = tensor.shape.as_slice() else {
                 return Err(tensor.shape);
             };
-            Ok(HostTensor {
-                shape: vec![columns, rows],
-                data: transposed(&tensor.data, rows, columns),
-            })
+            Ok(HostTensor { shape: vec![columns, rows], data: transposed(&tensor.data, rows, columns) })
         }
     }
 }
@@ -608,16 +527,8 @@ fn fuse(
     tensors: &mut TensorMap,
     mismatch: &mut Mismatch,
 ) {
-    let names: Vec<_> = their_names(&ours, layout)
-        .into_iter()
-        .map(|(name, _)| format!("{prefix}{name}"))
-        .collect();
-    let shape = parts
-        .iter()
-        .flatten()
-        .next()
-        .map(|part| part.shape.clone())
-        .unwrap_or_default();
+    let names: Vec<_> = their_names(&ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+    let shape = parts.iter().flatten().next().map(|part| part.shape.clone()).unwrap_or_default();
     let mut data = Vec::with_capacity(parts.iter().flatten().map(|part| part.data.len()).sum());
     let mut whole = !shape.is_empty();
     for (part, name) in parts.into_iter().zip(names) {
@@ -627,9 +538,7 @@ fn fuse(
                 whole = false;
             }
             Some(part) if part.shape != shape => {
-                mismatch
-                    .misshapen
-                    .push((name, part.shape, format!("{shape:?}")));
+                mismatch.misshapen.push((name, part.shape, format!("{shape:?}")));
                 whole = false;
             }
             Some(part) => data.extend(part.data),
@@ -648,15 +557,9 @@ fn leave_out_zero_biases(canonical: &mut Canonical, family: Family) {
         return;
     }
     for name in ["head.bias", "patch_embed.proj.bias"] {
-        if canonical
-            .tensors
-            .get(name)
-            .is_some_and(|bias| bias.data.iter().all(|value| *value == 0.0))
-        {
+        if canonical.tensors.get(name).is_some_and(|bias| bias.data.iter().all(|value| *value == 0.0)) {
             canonical.tensors.remove(name);
-            canonical
-                .ignored
-                .push((name.to_owned(), "bias that CLIP does not have, all zero"));
+            canonical.ignored.push((name.to_owned(), "bias that CLIP does not have, all zero"));
         }
     }
     canonical.ignored.sort();
@@ -664,67 +567,28 @@ fn leave_out_zero_biases(canonical: &mut Canonical, family: Family) {
 
 /// The tensors each block of a tower has.
 fn block_names(family: Family) -> impl Iterator<Item = String> {
-    let pairs = [
-        "norm1",
-        "attn.qkv",
-        "attn.proj",
-        "norm2",
-        "mlp.fc1",
-        "mlp.fc2",
-    ];
-    let scales: &[&str] = if family == Family::Dinov2 {
-        &["ls1.gamma", "ls2.gamma"]
-    } else {
-        &[]
-    };
+    let pairs = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"];
+    let scales: &[&str] = if family == Family::Dinov2 { &["ls1.gamma", "ls2.gamma"] } else { &[] };
     pairs
         .into_iter()
         .flat_map(|stem| [format!("{stem}.weight"), format!("{stem}.bias")])
         .chain(scales.iter().map(|name| (*name).to_owned()))
 }
 
-fn look_for_missing(
-    tensors: &TensorMap,
-    family: Family,
-    layout: &Layout,
-    prefix: &str,
-    mismatch: &mut Mismatch,
-) {
-    let depth = tensors
-        .keys()
-        .filter_map(|name| block_number(name))
-        .max()
-        .map_or(1, |last| last + 1);
+fn look_for_missing(tensors: &TensorMap, family: Family, layout: &Layout, prefix: &str, mismatch: &mut Mismatch) {
+    let depth = tensors.keys().filter_map(|name| block_number(name)).max().map_or(1, |last| last + 1);
     let mut needed = vec!["patch_embed.proj.weight".to_owned(), "pos_embed".to_owned()];
     match family {
-        Family::Clip => {
-            needed.extend(["cls_token", "norm_pre.weight", "norm_pre.bias"].map(str::to_owned))
-        }
-        Family::Dino | Family::Dinov2 => {
-            needed.extend(["cls_token", "patch_embed.proj.bias"].map(str::to_owned))
-        }
+        Family::Clip => needed.extend(["cls_token", "norm_pre.weight", "norm_pre.bias"].map(str::to_owned)),
+        Family::Dino | Family::Dinov2 => needed.extend(["cls_token", "patch_embed.proj.bias"].map(str::to_owned)),
         Family::Vit => needed.push("patch_embed.proj.bias".to_owned()),
     }
-    needed.extend(
-        (0..depth).flat_map(|block| {
-            block_names(family).map(move |name| format!("blocks.{block}.{name}"))
-        }),
-    );
+    needed.extend((0..depth).flat_map(|block| block_names(family).map(move |name| format!("blocks.{block}.{name}"))));
     let already: BTreeSet<String> = mismatch.missing.iter().cloned().collect();
-    let misshapen: BTreeSet<String> = mismatch
-        .misshapen
-        .iter()
-        .map(|(name, ..)| name.clone())
-        .collect();
+    let misshapen: BTreeSet<String> = mismatch.misshapen.iter().map(|(name, ..)| name.clone()).collect();
     for ours in needed.iter().filter(|name| !tensors.contains_key(*name)) {
-        let theirs: Vec<_> = their_names(ours, layout)
-            .into_iter()
-            .map(|(name, _)| format!("{prefix}{name}"))
-            .collect();
-        if theirs
-            .iter()
-            .any(|name| already.contains(name) || misshapen.contains(name))
-        {
+        let theirs: Vec<_> = their_names(ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+        if theirs.iter().any(|name| already.contains(name) || misshapen.contains(name)) {
             continue;
         }
         mismatch.missing.extend(theirs);
@@ -732,50 +596,27 @@ fn look_for_missing(
 }
 
 fn block_number(name: &str) -> Option<usize> {
-    name.strip_prefix("blocks.")?
-        .split_once('.')?
-        .0
-        .parse()
-        .ok()
+    name.strip_prefix("blocks.")?.split_once('.')?.0.parse().ok()
 }
 
 /// Holds shapes against the width that the patch embedding gives and the first block's hidden width.
-fn look_at_shapes(
-    tensors: &TensorMap,
-    file_name: impl Fn(&str) -> String,
-    mismatch: &mut Mismatch,
-) {
+fn look_at_shapes(tensors: &TensorMap, file_name: impl Fn(&str) -> String, mismatch: &mut Mismatch) {
     let mut refuse = |name: &str, shape: &[usize], needed: String| {
-        mismatch
-            .misshapen
-            .push((file_name(name), shape.to_vec(), needed));
+        mismatch.misshapen.push((file_name(name), shape.to_vec(), needed));
     };
     let Some(patch) = tensors.get("patch_embed.proj.weight") else {
         return;
     };
     let &[width, _, side, other_side] = patch.shape.as_slice() else {
-        return refuse(
-            "patch_embed.proj.weight",
-            &patch.shape,
-            "[width, 3, patch, patch]".into(),
-        );
+        return refuse("patch_embed.proj.weight", &patch.shape, "[width, 3, patch, patch]".into());
     };
     if width == 0 || side != other_side {
-        return refuse(
-            "patch_embed.proj.weight",
-            &patch.shape,
-            "[width, 3, patch, patch]".into(),
-        );
+        return refuse("patch_embed.proj.weight", &patch.shape, "[width, 3, patch, patch]".into());
     }
-    let hidden = tensors
-        .get("blocks.0.mlp.fc1.weight")
-        .and_then(|tensor| tensor.shape.first().copied());
+    let hidden = tensors.get("blocks.0.mlp.fc1.weight").and_then(|tensor| tensor.shape.first().copied());
     for (name, tensor) in tensors {
         let shape = tensor.shape.as_slice();
-        let inner = match name
-            .strip_prefix("blocks.")
-            .and_then(|rest| rest.split_once('.'))
-        {
+        let inner = match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
             Some((_, inner)) => inner,
             None => name,
         };
@@ -826,20 +667,12 @@ pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsEr
         }
         for (name, change) in theirs {
             // The projection is beside Hugging Face's vision tower, not in it.
-            let name = if name == "visual_projection.weight" {
-                name
-            } else {
-                format!("{prefix}{name}")
-            };
+            let name = if name == "visual_projection.weight" { name } else { format!("{prefix}{name}") };
             match reverted(tensor, change) {
                 Some(tensor) => {
                     renamed.insert(name, tensor);
                 }
-                None => mismatch.misshapen.push((
-                    ours.clone(),
-                    tensor.shape.clone(),
-                    "another rank".into(),
-                )),
+                None => mismatch.misshapen.push((ours.clone(), tensor.shape.clone(), "another rank".into())),
             }
         }
     }
@@ -852,15 +685,8 @@ fn reverted(tensor: &HostTensor, change: Change) -> Option<HostTensor> {
     match change {
         Same => Some(tensor.clone()),
         ToRank(_) => {
-            let ones = tensor
-                .shape
-                .iter()
-                .take_while(|length| **length == 1)
-                .count();
-            Some(HostTensor {
-                shape: tensor.shape[ones..].to_vec(),
-                data: tensor.data.clone(),
-            })
+            let ones = tensor.shape.iter().take_while(|length| **length == 1).count();
+            Some(HostTensor { shape: tensor.shape[ones..].to_vec(), data: tensor.data.clone() })
         }
         Transposed => changed(tensor.clone(), Transposed).ok(),
         Third(part) => {
@@ -868,10 +694,7 @@ fn reverted(tensor: &HostTensor, change: Change) -> Option<HostTensor> {
             let mut shape = tensor.shape.clone();
             shape[0] = rows / 3;
             let length = tensor.data.len() / 3;
-            Some(HostTensor {
-                shape,
-                data: tensor.data[part * length..(part + 1) * length].to_vec(),
-            })
+            Some(HostTensor { shape, data: tensor.data[part * length..(part + 1) * length].to_vec() })
         }
     }
 }

@@ -19,11 +19,7 @@ pub(super) const WEIGHT_FILES: [&str; 6] = [
 /// Turns what a recipe names into the path of a file: `hf://ORG/REPO[@REVISION][/FILE]` through the local hub cache,
 /// anything else as the path it is.
 pub fn locate(spec: &str) -> Result<PathBuf, WeightsError> {
-    if spec.starts_with("hf://") {
-        HubCache::from_environment().find(spec)
-    } else {
-        Ok(PathBuf::from(spec))
-    }
+    if spec.starts_with("hf://") { HubCache::from_environment().find(spec) } else { Ok(PathBuf::from(spec)) }
 }
 
 /// The folder in which Hugging Face's tools keep what they downloaded.
@@ -35,9 +31,7 @@ pub struct HubCache {
 impl HubCache {
     /// A cache in this folder.
     pub fn at(root: impl Into<PathBuf>) -> HubCache {
-        HubCache {
-            root: Some(root.into()),
-        }
+        HubCache { root: Some(root.into()) }
     }
 
     /// The folder those tools would use: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME/hub`,
@@ -47,22 +41,12 @@ impl HubCache {
     }
 
     fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> HubCache {
-        let folder = |name: &str| {
-            variable(name)
-                .filter(|value| !value.is_empty())
-                .map(PathBuf::from)
-        };
+        let folder = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let root = folder("HF_HUB_CACHE")
             .or_else(|| folder("HUGGINGFACE_HUB_CACHE"))
             .or_else(|| Some(folder("HF_HOME")?.join("hub")))
             .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("huggingface/hub")))
-            .or_else(|| {
-                Some(
-                    folder("HOME")
-                        .or_else(|| folder("USERPROFILE"))?
-                        .join(".cache/huggingface/hub"),
-                )
-            });
+            .or_else(|| Some(folder("HOME").or_else(|| folder("USERPROFILE"))?.join(".cache/huggingface/hub")));
         HubCache { root }
     }
 
@@ -72,18 +56,11 @@ impl HubCache {
     /// names for them. If the file is not in the cache, the error says which one to get, how, and where it was looked for.
     pub fn find(&self, spec: &str) -> Result<PathBuf, WeightsError> {
         let address = Address::parse(spec)?;
-        let not_in_cache = |problem: String| WeightsError::NotInCache {
-            message: address.advice(self, &problem),
-        };
+        let not_in_cache = |problem: String| WeightsError::NotInCache { message: address.advice(self, &problem) };
         let Some(root) = &self.root else {
-            return Err(not_in_cache(
-                "no cache folder is known, since neither HF_HOME nor HOME is set".into(),
-            ));
+            return Err(not_in_cache("no cache folder is known, since neither HF_HOME nor HOME is set".into()));
         };
-        let folder = root.join(format!(
-            "models--{}--{}",
-            address.organisation, address.repository
-        ));
+        let folder = root.join(format!("models--{}--{}", address.organisation, address.repository));
         if !folder.is_dir() {
             return Err(not_in_cache(format!("{} does not exist", folder.display())));
         }
@@ -92,17 +69,11 @@ impl HubCache {
             Some(file) => vec![file],
             None => WEIGHT_FILES.to_vec(),
         };
-        let found = wanted
-            .iter()
-            .map(|file| snapshot.join(file))
-            .find(|path| path.is_file());
+        let found = wanted.iter().map(|file| snapshot.join(file)).find(|path| path.is_file());
         found.ok_or_else(|| {
             let names = wanted.join(", ");
             let there = names_in(&snapshot);
-            not_in_cache(format!(
-                "{} holds none of {names}; it holds {there}",
-                snapshot.display()
-            ))
+            not_in_cache(format!("{} holds none of {names}; it holds {there}", snapshot.display()))
         })
     }
 }
@@ -118,16 +89,9 @@ struct Address<'a> {
 
 impl<'a> Address<'a> {
     fn parse(spec: &'a str) -> Result<Address<'a>, WeightsError> {
-        let refuse = |reason: &str| WeightsError::Address {
-            spec: spec.to_owned(),
-            reason: reason.to_owned(),
-        };
-        let rest = spec
-            .strip_prefix("hf://")
-            .ok_or_else(|| refuse("it does not begin with `hf://`"))?;
-        let (organisation, rest) = rest
-            .split_once('/')
-            .ok_or_else(|| refuse("it names no repository"))?;
+        let refuse = |reason: &str| WeightsError::Address { spec: spec.to_owned(), reason: reason.to_owned() };
+        let rest = spec.strip_prefix("hf://").ok_or_else(|| refuse("it does not begin with `hf://`"))?;
+        let (organisation, rest) = rest.split_once('/').ok_or_else(|| refuse("it names no repository"))?;
         let (repository, file) = match rest.split_once('/') {
             Some((repository, file)) => (repository, Some(file)),
             None => (rest, None),
@@ -136,11 +100,9 @@ impl<'a> Address<'a> {
             Some((repository, revision)) => (repository, Some(revision)),
             None => (repository, None),
         };
-        for (part, what) in [
-            (Some(organisation), "organisation"),
-            (Some(repository), "repository"),
-            (revision, "revision"),
-        ] {
+        for (part, what) in
+            [(Some(organisation), "organisation"), (Some(repository), "repository"), (revision, "revision")]
+        {
             if part.is_some_and(|part| !is_plain_name(part)) {
                 return Err(refuse(&format!("its {what} is not a plain name")));
             }
@@ -148,13 +110,7 @@ impl<'a> Address<'a> {
         if file.is_some_and(|file| !file.split('/').all(is_plain_name)) {
             return Err(refuse("its file is not a plain path"));
         }
-        Ok(Address {
-            spec,
-            organisation,
-            repository,
-            revision,
-            file,
-        })
+        Ok(Address { spec, organisation, repository, revision, file })
     }
 
     /// The folder of the revision's files, or what is missing.
@@ -172,25 +128,14 @@ impl<'a> Address<'a> {
             return Ok(snapshot);
         }
         let there = names_in(&snapshots);
-        Err(format!(
-            "{} holds no revision `{revision}`; it holds the snapshots {there}",
-            folder.display()
-        ))
+        Err(format!("{} holds no revision `{revision}`; it holds the snapshots {there}", folder.display()))
     }
 
     /// One message: what is missing, the command that gets it, where it was looked for.
     fn advice(&self, cache: &HubCache, problem: &str) -> String {
-        let Address {
-            spec,
-            organisation,
-            repository,
-            ..
-        } = self;
+        let Address { spec, organisation, repository, .. } = self;
         let file = self.file.unwrap_or(WEIGHT_FILES[0]);
-        let revision = self
-            .revision
-            .map(|revision| format!(" --revision {revision}"))
-            .unwrap_or_default();
+        let revision = self.revision.map(|revision| format!(" --revision {revision}")).unwrap_or_default();
         let place = match &cache.root {
             Some(root) => format!("the cache is looked for in {}", root.display()),
             None => "the cache is looked for in HF_HUB_CACHE or HF_HOME/hub".to_owned(),
@@ -212,9 +157,7 @@ fn is_plain_name(name: &str) -> bool {
     !name.is_empty()
         && name != "."
         && name != ".."
-        && name
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || "_-.+".contains(c))
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.+".contains(c))
 }
 
 /// The names in a folder, sorted, for a message.
@@ -227,11 +170,7 @@ fn names_in(folder: &Path) -> String {
         .collect();
     names.sort();
     names.truncate(10);
-    if names.is_empty() {
-        "nothing".into()
-    } else {
-        names.join(", ")
-    }
+    if names.is_empty() { "nothing".into() } else { names.join(", ") }
 }
 
 #[cfg(test)]
@@ -256,12 +195,9 @@ mod tests {
 
     #[test]
     fn safetensors_are_preferred_and_revisions_and_files_are_followed() {
-        let (_folder, cache) =
-            cache_with(&["pytorch_model.bin", "model.safetensors", "config.json"]);
+        let (_folder, cache) = cache_with(&["pytorch_model.bin", "model.safetensors", "config.json"]);
         let found = |spec: &str| {
-            let path = cache
-                .find(&format!("hf://openai/clip-vit-base-patch16{spec}"))
-                .unwrap();
+            let path = cache.find(&format!("hf://openai/clip-vit-base-patch16{spec}")).unwrap();
             assert!(path.parent().unwrap().ends_with(COMMIT));
             path.file_name().unwrap().to_str().unwrap().to_owned()
         };
@@ -270,12 +206,7 @@ mod tests {
         assert_eq!(found(&format!("@{COMMIT}")), "model.safetensors");
         assert_eq!(found("/pytorch_model.bin"), "pytorch_model.bin");
         let (_folder, cache) = cache_with(&["pytorch_model.bin"]);
-        assert!(
-            cache
-                .find("hf://openai/clip-vit-base-patch16")
-                .unwrap()
-                .ends_with("pytorch_model.bin")
-        );
+        assert!(cache.find("hf://openai/clip-vit-base-patch16").unwrap().ends_with("pytorch_model.bin"));
     }
 
     #[test]
@@ -284,28 +215,13 @@ mod tests {
         let error = cache.find("hf://openai/clip-vit-base-patch16").unwrap_err();
         assert!(error.is_user_mistake());
         let error = error.to_string();
-        assert!(
-            error.contains("`hf download openai/clip-vit-base-patch16 model.safetensors`"),
-            "{error}"
-        );
+        assert!(error.contains("`hf download openai/clip-vit-base-patch16 model.safetensors`"), "{error}");
         assert!(error.contains("it holds config.json"), "{error}");
         assert!(error.contains(folder.path().to_str().unwrap()), "{error}");
-        let error = cache
-            .find("hf://facebook/dino-vitb16@v2/pytorch_model.bin")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("`hf download facebook/dino-vitb16 pytorch_model.bin --revision v2`"),
-            "{error}"
-        );
-        let error = cache
-            .find("hf://openai/clip-vit-base-patch16@v9")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("no revision `v9`") && error.contains(COMMIT),
-            "{error}"
-        );
+        let error = cache.find("hf://facebook/dino-vitb16@v2/pytorch_model.bin").unwrap_err().to_string();
+        assert!(error.contains("`hf download facebook/dino-vitb16 pytorch_model.bin --revision v2`"), "{error}");
+        let error = cache.find("hf://openai/clip-vit-base-patch16@v9").unwrap_err().to_string();
+        assert!(error.contains("no revision `v9`") && error.contains(COMMIT), "{error}");
     }
 
     #[test]
@@ -324,47 +240,28 @@ mod tests {
             "hf://a/b\\c",
             "model.safetensors",
         ] {
-            assert!(
-                matches!(cache.find(spec), Err(WeightsError::Address { .. })),
-                "{spec}"
-            );
+            assert!(matches!(cache.find(spec), Err(WeightsError::Address { .. })), "{spec}");
         }
     }
 
     #[test]
     fn the_cache_is_where_the_hub_tools_put_it() {
         let with = |set: &'static [(&str, &str)]| {
-            HubCache::from_variables(move |name| {
-                set.iter()
-                    .find(|(key, _)| *key == name)
-                    .map(|(_, v)| v.into())
-            })
+            HubCache::from_variables(move |name| set.iter().find(|(key, _)| *key == name).map(|(_, v)| v.into()))
         };
-        assert_eq!(
-            with(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h"), ("HOME", "/u")]),
-            HubCache::at("/c")
-        );
-        assert_eq!(
-            with(&[("HF_HOME", "/h"), ("HOME", "/u")]),
-            HubCache::at("/h/hub")
-        );
+        assert_eq!(with(&[("HF_HUB_CACHE", "/c"), ("HF_HOME", "/h"), ("HOME", "/u")]), HubCache::at("/c"));
+        assert_eq!(with(&[("HF_HOME", "/h"), ("HOME", "/u")]), HubCache::at("/h/hub"));
         assert_eq!(
             with(&[("HF_HOME", ""), ("XDG_CACHE_HOME", "/x"), ("HOME", "/u")]),
             HubCache::at("/x/huggingface/hub")
         );
-        assert_eq!(
-            with(&[("HOME", "/u")]),
-            HubCache::at("/u/.cache/huggingface/hub")
-        );
+        assert_eq!(with(&[("HOME", "/u")]), HubCache::at("/u/.cache/huggingface/hub"));
         let error = with(&[]).find("hf://a/b").unwrap_err().to_string();
         assert!(error.contains("HF_HOME"), "{error}");
     }
 
     #[test]
     fn a_path_is_left_as_it_is() {
-        assert_eq!(
-            locate("weights/clip.safetensors").unwrap(),
-            Path::new("weights/clip.safetensors")
-        );
+        assert_eq!(locate("weights/clip.safetensors").unwrap(), Path::new("weights/clip.safetensors"));
     }
 }

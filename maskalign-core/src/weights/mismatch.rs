@@ -24,22 +24,14 @@ pub struct Mismatch {
 impl Mismatch {
     /// Whether everything fits.
     pub fn is_empty(&self) -> bool {
-        self.missing.is_empty()
-            && self.extra.is_empty()
-            && self.misshapen.is_empty()
-            && self.non_finite.is_empty()
+        self.missing.is_empty() && self.extra.is_empty() && self.misshapen.is_empty() && self.non_finite.is_empty()
     }
 
     /// Notes a tensor's values that are not finite.
     pub(super) fn look_for_non_finite(&mut self, name: &str, tensor: &HostTensor) {
-        let count = tensor
-            .data
-            .iter()
-            .filter(|value| !value.is_finite())
-            .count();
+        let count = tensor.data.iter().filter(|value| !value.is_finite()).count();
         if count > 0 {
-            self.non_finite
-                .push((name.to_owned(), count, tensor.data.len()));
+            self.non_finite.push((name.to_owned(), count, tensor.data.len()));
         }
     }
 
@@ -47,10 +39,7 @@ impl Mismatch {
         if self.is_empty() {
             return Ok(());
         }
-        Err(WeightsError::Mismatch {
-            what: what.to_owned(),
-            mismatch: Box::new(self),
-        })
+        Err(WeightsError::Mismatch { what: what.to_owned(), mismatch: Box::new(self) })
     }
 }
 
@@ -61,30 +50,16 @@ impl fmt::Display for Mismatch {
             None => String::new(),
         };
         write!(f, "do not fit:")?;
-        list(f, "missing", &self.missing, |name| {
-            format!("`{name}`{}", near(name, &self.extra))
+        list(f, "missing", &self.missing, |name| format!("`{name}`{}", near(name, &self.extra)))?;
+        list(f, "not expected", &self.extra, |name| format!("`{name}`{}", near(name, &self.missing)))?;
+        list(f, "of another shape", &self.misshapen, |(name, found, needed)| {
+            format!("`{name}` is {found:?}, expected {needed}")
         })?;
-        list(f, "not expected", &self.extra, |name| {
-            format!("`{name}`{}", near(name, &self.missing))
-        })?;
-        list(
-            f,
-            "of another shape",
-            &self.misshapen,
-            |(name, found, needed)| format!("`{name}` is {found:?}, expected {needed}"),
-        )?;
-        list(f, "not finite", &self.non_finite, |(name, count, all)| {
-            format!("`{name}` in {count} of {all} values")
-        })
+        list(f, "not finite", &self.non_finite, |(name, count, all)| format!("`{name}` in {count} of {all} values"))
     }
 }
 
-fn list<T>(
-    f: &mut fmt::Formatter<'_>,
-    kind: &str,
-    items: &[T],
-    show: impl Fn(&T) -> String,
-) -> fmt::Result {
+fn list<T>(f: &mut fmt::Formatter<'_>, kind: &str, items: &[T], show: impl Fn(&T) -> String) -> fmt::Result {
     if items.is_empty() {
         return Ok(());
     }
@@ -100,34 +75,19 @@ fn list<T>(
 /// Holds tensors against those a model needs: the same names, the same shapes, finite values.
 ///
 /// Returns the tensors as they came, or one error with all that does not fit; `what` says whose they are.
-pub fn check_against(
-    expected: &[(String, Vec<usize>)],
-    got: TensorMap,
-    what: &str,
-) -> Result<TensorMap, WeightsError> {
-    let expected: BTreeMap<&str, &[usize]> = expected
-        .iter()
-        .map(|(name, shape)| (&**name, &**shape))
-        .collect();
+pub fn check_against(expected: &[(String, Vec<usize>)], got: TensorMap, what: &str) -> Result<TensorMap, WeightsError> {
+    let expected: BTreeMap<&str, &[usize]> = expected.iter().map(|(name, shape)| (&**name, &**shape)).collect();
     let mut mismatch = Mismatch::default();
     for (name, shape) in &expected {
         match got.get(*name) {
             None => mismatch.missing.push((*name).to_owned()),
             Some(tensor) if tensor.shape != *shape => {
-                mismatch.misshapen.push((
-                    (*name).to_owned(),
-                    tensor.shape.clone(),
-                    format!("{shape:?}"),
-                ));
+                mismatch.misshapen.push(((*name).to_owned(), tensor.shape.clone(), format!("{shape:?}")));
             }
             Some(tensor) => mismatch.look_for_non_finite(name, tensor),
         }
     }
-    mismatch.extra.extend(
-        got.keys()
-            .filter(|name| !expected.contains_key(name.as_str()))
-            .cloned(),
-    );
+    mismatch.extra.extend(got.keys().filter(|name| !expected.contains_key(name.as_str())).cloned());
     mismatch.into_result(what)?;
     Ok(got)
 }
@@ -138,12 +98,7 @@ fn nearest<'a>(name: &str, candidates: &'a [String]) -> Option<&'a str> {
     candidates
         .iter()
         .take(MAX_CANDIDATES)
-        .map(|candidate| {
-            (
-                distance(name.as_bytes(), candidate.as_bytes(), limit),
-                candidate.as_str(),
-            )
-        })
+        .map(|candidate| (distance(name.as_bytes(), candidate.as_bytes(), limit), candidate.as_str()))
         .filter(|(distance, _)| *distance <= limit)
         .min()
         .map(|(_, candidate)| candidate)
@@ -172,10 +127,7 @@ mod tests {
     use super::*;
 
     fn tensor(shape: &[usize], value: f32) -> HostTensor {
-        HostTensor {
-            shape: shape.to_vec(),
-            data: vec![value; shape.iter().product()],
-        }
+        HostTensor { shape: shape.to_vec(), data: vec![value; shape.iter().product()] }
     }
 
     #[test]
@@ -208,25 +160,15 @@ mod tests {
 
     #[test]
     fn long_lists_are_cut_and_counted() {
-        let expected: Vec<_> = (0..25)
-            .map(|i| (format!("tensor{i:02}"), vec![1]))
-            .collect();
-        let error = check_against(&expected, TensorMap::new(), "w")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("25 missing: ") && error.contains("`tensor09`, ..."),
-            "{error}"
-        );
+        let expected: Vec<_> = (0..25).map(|i| (format!("tensor{i:02}"), vec![1])).collect();
+        let error = check_against(&expected, TensorMap::new(), "w").unwrap_err().to_string();
+        assert!(error.contains("25 missing: ") && error.contains("`tensor09`, ..."), "{error}");
         assert!(!error.contains("tensor10"), "{error}");
     }
 
     #[test]
     fn what_fits_comes_back() {
         let got = TensorMap::from([("a".to_owned(), tensor(&[3], 2.0))]);
-        assert_eq!(
-            check_against(&[("a".to_owned(), vec![3])], got.clone(), "w").unwrap(),
-            got
-        );
+        assert_eq!(check_against(&[("a".to_owned(), vec![3])], got.clone(), "w").unwrap(), got);
     }
 }

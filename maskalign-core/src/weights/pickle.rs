@@ -111,10 +111,7 @@ impl Pickle {
             return None;
         };
         let is_key = |id: &Id| matches!(self.node(*id), Node::Text(text) if text == key);
-        entries
-            .iter()
-            .find(|(name, _)| is_key(name))
-            .map(|(_, value)| *value)
+        entries.iter().find(|(name, _)| is_key(name)).map(|(_, value)| *value)
     }
 }
 
@@ -125,10 +122,9 @@ fn class_of(module: &str, name: &str) -> Option<Class> {
         ("torch._utils", "_rebuild_tensor") => Class::RebuildTensor,
         ("torch._utils", "_rebuild_parameter") => Class::RebuildParameter,
         ("torch", "Size") => Class::Same,
-        (
-            "torch.jit._pickle",
-            "build_intlist" | "build_doublelist" | "build_boollist" | "build_tensorlist",
-        ) => Class::Same,
+        ("torch.jit._pickle", "build_intlist" | "build_doublelist" | "build_boollist" | "build_tensorlist") => {
+            Class::Same
+        }
         ("torch", "device") => Class::Device,
         ("argparse", "Namespace") => Class::Object,
         (module, _) if module == "__torch__" || module.starts_with("__torch__.") => Class::Object,
@@ -165,10 +161,7 @@ impl Machine<'_> {
             let opcode = self.byte()?;
             if opcode == b'.' {
                 let root = self.pop()?;
-                return Ok(Pickle {
-                    nodes: self.nodes,
-                    root,
-                });
+                return Ok(Pickle { nodes: self.nodes, root });
             }
             self.execute(opcode)?;
         }
@@ -271,16 +264,10 @@ impl Machine<'_> {
                 let items = self.stack.split_off(start);
                 self.push(Node::Tuple(items));
             }
-            b'}' => self.push(Node::Dict {
-                entries: Vec::new(),
-                kind: DictKind::Dictionary,
-            }),
+            b'}' => self.push(Node::Dict { entries: Vec::new(), kind: DictKind::Dictionary }),
             b'd' => {
                 let items = self.pop_to_mark()?;
-                self.push(Node::Dict {
-                    entries: pairs(&items)?,
-                    kind: DictKind::Dictionary,
-                });
+                self.push(Node::Dict { entries: pairs(&items)?, kind: DictKind::Dictionary });
             }
             b's' => {
                 let value = self.pop()?;
@@ -322,9 +309,7 @@ impl Machine<'_> {
             0x93 => {
                 let name = self.pop()?;
                 let module = self.pop()?;
-                let (Node::Text(module), Node::Text(name)) =
-                    (&self.nodes[module], &self.nodes[name])
-                else {
+                let (Node::Text(module), Node::Text(name)) = (&self.nodes[module], &self.nodes[name]) else {
                     return Err("a name in it is no text".into());
                 };
                 let (module, name) = (module.clone(), name.clone());
@@ -337,9 +322,7 @@ impl Machine<'_> {
             0x81 => self.new_object()?,
             b'b' => self.build()?,
             _ => {
-                return Err(format!(
-                    "its pickle uses the instruction {opcode:#04x}, which no state dictionary needs"
-                ));
+                return Err(format!("its pickle uses the instruction {opcode:#04x}, which no state dictionary needs"));
             }
         }
         Ok(())
@@ -362,22 +345,15 @@ impl Machine<'_> {
         let &[tag, class, key, _device, count] = self.items(id).ok_or_else(wrong)? else {
             return Err(wrong());
         };
-        let (Node::Text(tag), Node::Class(Class::Storage(element)), Node::Text(key), Some(count)) = (
-            &self.nodes[tag],
-            &self.nodes[class],
-            &self.nodes[key],
-            self.size(count),
-        ) else {
+        let (Node::Text(tag), Node::Class(Class::Storage(element)), Node::Text(key), Some(count)) =
+            (&self.nodes[tag], &self.nodes[class], &self.nodes[key], self.size(count))
+        else {
             return Err(wrong());
         };
         if tag != "storage" {
             return Err(wrong());
         }
-        let storage = Storage {
-            element: *element,
-            key: key.clone(),
-            count,
-        };
+        let storage = Storage { element: *element, key: key.clone(), count };
         self.spend(storage.key.len())?;
         self.push(Node::Storage(Box::new(storage)));
         Ok(())
@@ -401,18 +377,11 @@ impl Machine<'_> {
                             _ => None,
                         };
                         let items = self.items(*list).ok_or_else(wrong)?;
-                        items
-                            .iter()
-                            .map(pair)
-                            .collect::<Option<_>>()
-                            .ok_or_else(wrong)?
+                        items.iter().map(pair).collect::<Option<_>>().ok_or_else(wrong)?
                     }
                 };
                 self.spend(entries.len())?;
-                self.push(Node::Dict {
-                    entries,
-                    kind: DictKind::Dictionary,
-                });
+                self.push(Node::Dict { entries, kind: DictKind::Dictionary });
             }
             Class::RebuildTensorV2 | Class::RebuildTensor => {
                 let &[storage, offset, shape, strides, ..] = arguments else {
@@ -438,10 +407,7 @@ impl Machine<'_> {
                 self.stack.push(same);
             }
             Class::Device => self.push(Node::Other),
-            Class::Object => self.push(Node::Dict {
-                entries: Vec::new(),
-                kind: DictKind::Object,
-            }),
+            Class::Object => self.push(Node::Dict { entries: Vec::new(), kind: DictKind::Object }),
             Class::Storage(_) => return Err(wrong()),
         }
         Ok(())
@@ -451,15 +417,9 @@ impl Machine<'_> {
         self.pop()?;
         let class = self.pop()?;
         match self.nodes[class] {
-            Node::Class(Class::Object) => self.push(Node::Dict {
-                entries: Vec::new(),
-                kind: DictKind::Object,
-            }),
+            Node::Class(Class::Object) => self.push(Node::Dict { entries: Vec::new(), kind: DictKind::Object }),
             Node::Class(Class::OrderedDict) => {
-                self.push(Node::Dict {
-                    entries: Vec::new(),
-                    kind: DictKind::Dictionary,
-                });
+                self.push(Node::Dict { entries: Vec::new(), kind: DictKind::Dictionary });
             }
             _ => return Err("its pickle makes an object of an unknown class".into()),
         }
@@ -503,8 +463,7 @@ impl Machine<'_> {
 
     fn spend(&mut self, elements: usize) -> Step<()> {
         let left = self.may_copy.checked_sub(elements);
-        self.may_copy =
-            left.ok_or_else(|| "its pickle repeats itself far more than weights do".to_owned())?;
+        self.may_copy = left.ok_or_else(|| "its pickle repeats itself far more than weights do".to_owned())?;
         Ok(())
     }
 
@@ -533,11 +492,7 @@ impl Machine<'_> {
 
     fn top(&self) -> Step<Id> {
         let floor = self.marks.last().copied().unwrap_or(0);
-        self.stack
-            .get(floor..)
-            .and_then(<[Id]>::last)
-            .copied()
-            .ok_or_else(underflow)
+        self.stack.get(floor..).and_then(<[Id]>::last).copied().ok_or_else(underflow)
     }
 
     fn pop(&mut self) -> Step<Id> {
@@ -558,20 +513,13 @@ impl Machine<'_> {
     }
 
     fn recall(&mut self, place: u32) -> Step<()> {
-        let id = self
-            .memo
-            .get(&place)
-            .copied()
-            .ok_or_else(|| "its pickle recalls what it never stored".to_owned())?;
+        let id = self.memo.get(&place).copied().ok_or_else(|| "its pickle recalls what it never stored".to_owned())?;
         self.stack.push(id);
         Ok(())
     }
 
     fn take(&mut self, count: usize) -> Step<&[u8]> {
-        let (taken, rest) = self
-            .rest
-            .split_at_checked(count)
-            .ok_or_else(|| "its pickle is truncated".to_owned())?;
+        let (taken, rest) = self.rest.split_at_checked(count).ok_or_else(|| "its pickle is truncated".to_owned())?;
         self.rest = rest;
         Ok(taken)
     }
@@ -592,8 +540,7 @@ impl Machine<'_> {
     }
 
     fn length8(&mut self) -> Step<usize> {
-        usize::try_from(u64::from_le_bytes(self.array()?))
-            .map_err(|_| "its pickle is truncated".to_owned())
+        usize::try_from(u64::from_le_bytes(self.array()?)).map_err(|_| "its pickle is truncated".to_owned())
     }
 
     fn line(&mut self) -> Step<String> {
@@ -657,12 +604,8 @@ mod tests {
     #[test]
     fn a_pickle_that_would_run_code_is_refused_by_name() {
         // pickle.dumps of an object whose __reduce__ is (os.system, ("true",)), protocol 2
-        let error =
-            refusal(b"\x80\x02cposix\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03.");
-        assert!(
-            error.contains("`posix.system`") && error.contains("refused"),
-            "{error}"
-        );
+        let error = refusal(b"\x80\x02cposix\nsystem\nq\x00X\x04\x00\x00\x00trueq\x01\x85q\x02Rq\x03.");
+        assert!(error.contains("`posix.system`") && error.contains("refused"), "{error}");
         let error = refusal(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.");
         assert!(error.contains("`builtins.eval`"), "{error}");
     }

@@ -57,16 +57,10 @@ fn weights_file(path: &Path) -> Result<PathBuf, WeightsError> {
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
-    let found = WEIGHT_FILES
-        .iter()
-        .map(|name| path.join(name))
-        .find(|file| file.is_file());
+    let found = WEIGHT_FILES.iter().map(|name| path.join(name)).find(|file| file.is_file());
     found.ok_or_else(|| {
         let names = WEIGHT_FILES.join(", ");
-        WeightsError::format(
-            path,
-            format!("it is a folder that holds none of {names}; name the file"),
-        )
+        WeightsError::format(path, format!("it is a folder that holds none of {names}; name the file"))
     })
 }
 
@@ -92,9 +86,7 @@ fn kind_of(path: &Path) -> Result<Kind, WeightsError> {
             "it is a web page, not weights; download the file itself"
         }
         start if start.len() < 9 => "the file is truncated",
-        _ => {
-            "it is neither safetensors nor a PyTorch zip file (.pth, .pt, .bin) nor an index of shards"
-        }
+        _ => "it is neither safetensors nor a PyTorch zip file (.pth, .pt, .bin) nor an index of shards",
     };
     Err(WeightsError::format(path, reason))
 }
@@ -110,18 +102,11 @@ impl Index {
     fn read(path: &Path) -> Result<Index, WeightsError> {
         let io = |error| WeightsError::io(path, error);
         if fs::metadata(path).map_err(io)?.len() > MAX_INDEX_BYTES {
-            return Err(WeightsError::format(
-                path,
-                "it is too large for an index of shards",
-            ));
+            return Err(WeightsError::format(path, "it is too large for an index of shards"));
         }
         let text = fs::read(path).map_err(io)?;
-        serde_json::from_slice(&text).map_err(|error| {
-            WeightsError::format(
-                path,
-                format!("it is not a readable index of shards: {error}"),
-            )
-        })
+        serde_json::from_slice(&text)
+            .map_err(|error| WeightsError::format(path, format!("it is not a readable index of shards: {error}")))
     }
 
     /// The tensors of each shard, by its path.
@@ -129,19 +114,10 @@ impl Index {
         let mut shards: BTreeMap<PathBuf, BTreeSet<String>> = BTreeMap::new();
         for (tensor, file) in self.weight_map {
             let mut parts = Path::new(&file).components();
-            if !matches!(
-                (parts.next(), parts.next()),
-                (Some(Component::Normal(_)), None)
-            ) {
-                return Err(WeightsError::format(
-                    index,
-                    format!("it names a shard `{file}` outside its folder"),
-                ));
+            if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+                return Err(WeightsError::format(index, format!("it names a shard `{file}` outside its folder")));
             }
-            shards
-                .entry(index.with_file_name(file))
-                .or_default()
-                .insert(tensor);
+            shards.entry(index.with_file_name(file)).or_default().insert(tensor);
         }
         Ok(shards)
     }
@@ -154,17 +130,11 @@ fn read_shards(index: &Path) -> Result<TensorMap, WeightsError> {
             Kind::Safetensors => TensorFile::open(&shard)?.read_all()?,
             Kind::Torch => torch_file::read(&shard)?,
             Kind::Index => {
-                return Err(WeightsError::format(
-                    &shard,
-                    "it is an index where a shard is expected",
-                ));
+                return Err(WeightsError::format(&shard, "it is an index where a shard is expected"));
             }
         };
         if let Some(missing) = expected.iter().find(|name| !read.contains_key(*name)) {
-            return Err(WeightsError::format(
-                &shard,
-                format!("it lacks `{missing}`, which the index places there"),
-            ));
+            return Err(WeightsError::format(&shard, format!("it lacks `{missing}`, which the index places there")));
         }
         tensors.extend(read);
     }

@@ -37,9 +37,7 @@ impl TensorFile {
         file.read_exact(&mut header_bytes).map_err(io)?;
         let header_bytes = u64::from_le_bytes(header_bytes);
         if header_bytes > MAX_HEADER_BYTES {
-            return Err(format(format!(
-                "its header claims {header_bytes} bytes: it is not a safetensors file"
-            )));
+            return Err(format(format!("its header claims {header_bytes} bytes: it is not a safetensors file")));
         }
         let data_starts = 8 + header_bytes;
         if data_starts > length {
@@ -51,48 +49,25 @@ impl TensorFile {
         file.read_exact(&mut header).map_err(io)?;
         let header: Metadata = serde_json::from_slice(&header)
             .map_err(|error| format(format!("its safetensors header is not valid: {error}")))?;
-        let data_bytes = header
-            .tensors()
-            .values()
-            .map(|info| info.data_offsets.1)
-            .max()
-            .unwrap_or(0);
+        let data_bytes = header.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0);
         let expected = data_starts.saturating_add(data_bytes as u64);
         if expected != length {
-            let problem = if length < expected {
-                "is truncated"
-            } else {
-                "has bytes after its last tensor"
-            };
+            let problem = if length < expected { "is truncated" } else { "has bytes after its last tensor" };
             return Err(format(format!(
                 "the file {problem}: its header describes {expected} bytes, the file has {length}"
             )));
         }
-        Ok(TensorFile {
-            path: path.to_owned(),
-            file,
-            header,
-            data_starts,
-        })
+        Ok(TensorFile { path: path.to_owned(), file, header, data_starts })
     }
 
     /// The header's free metadata.
     pub fn metadata(&self) -> BTreeMap<String, String> {
-        self.header
-            .metadata()
-            .clone()
-            .unwrap_or_default()
-            .into_iter()
-            .collect()
+        self.header.metadata().clone().unwrap_or_default().into_iter().collect()
     }
 
     /// Names and shapes of all tensors.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        self.header
-            .tensors()
-            .into_iter()
-            .map(|(name, info)| (name, info.shape.clone()))
-            .collect()
+        self.header.tensors().into_iter().map(|(name, info)| (name, info.shape.clone())).collect()
     }
 
     /// Reads all tensors, one after another: memory beyond the result is one small buffer.
@@ -104,17 +79,12 @@ impl TensorFile {
         let mut chunk = vec![0; CHUNK_BYTES];
         for (name, info) in by_offset {
             let element = element_of(info.dtype).ok_or_else(|| {
-                let reason = format!(
-                    "tensor `{name}` holds {:?}, which is not supported",
-                    info.dtype
-                );
+                let reason = format!("tensor `{name}` holds {:?}, which is not supported", info.dtype);
                 WeightsError::format(&self.path, reason)
             })?;
             let (start, end) = info.data_offsets;
             let io = |source| WeightsError::io(&self.path, source);
-            self.file
-                .seek(SeekFrom::Start(self.data_starts + start as u64))
-                .map_err(io)?;
+            self.file.seek(SeekFrom::Start(self.data_starts + start as u64)).map_err(io)?;
             let mut data = Vec::with_capacity((end - start) / element.size());
             let mut left = end - start;
             while left > 0 {
@@ -123,13 +93,7 @@ impl TensorFile {
                 element.decode(&chunk[..part], &mut data);
                 left -= part;
             }
-            tensors.insert(
-                name,
-                HostTensor {
-                    shape: info.shape.clone(),
-                    data,
-                },
-            );
+            tensors.insert(name, HostTensor { shape: info.shape.clone(), data });
         }
         Ok(tensors)
     }
@@ -170,11 +134,7 @@ impl<'a> TensorRef<'a> {
     pub fn all_of(tensors: &'a TensorMap) -> Vec<TensorRef<'a>> {
         tensors
             .iter()
-            .map(|(name, t)| TensorRef {
-                name: name.clone(),
-                shape: t.shape.clone(),
-                data: &t.data,
-            })
+            .map(|(name, t)| TensorRef { name: name.clone(), shape: t.shape.clone(), data: &t.data })
             .collect()
     }
 }
@@ -183,14 +143,8 @@ impl<'a> TensorRef<'a> {
 ///
 /// Tensors are sorted by name. `metadata` is one key and its text: the format's metadata is a map without order, so more
 /// than one would not be reproducible by other writers.
-pub fn write_safetensors(
-    path: &Path,
-    tensors: &TensorMap,
-    metadata: Option<(&str, &str)>,
-) -> Result<(), RunError> {
-    atomic_write(path, "weights", |file| {
-        write_tensors(file, &TensorRef::all_of(tensors), metadata)
-    })
+pub fn write_safetensors(path: &Path, tensors: &TensorMap, metadata: Option<(&str, &str)>) -> Result<(), RunError> {
+    atomic_write(path, "weights", |file| write_tensors(file, &TensorRef::all_of(tensors), metadata))
 }
 
 /// Writes the safetensors format, tensors sorted by name, values in a small buffer.
@@ -209,9 +163,7 @@ pub(crate) fn write_tensors(
     for tensor in &sorted {
         if element_count(&tensor.shape) != Some(tensor.data.len()) {
             let (name, shape, length) = (&tensor.name, &tensor.shape, tensor.data.len());
-            return Err(invalid(format!(
-                "tensor `{name}` of shape {shape:?} has {length} values"
-            )));
+            return Err(invalid(format!("tensor `{name}` of shape {shape:?} has {length} values")));
         }
         let end = offset + tensor.data.len() * Element::F32.size();
         let entry = json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end] });
@@ -222,10 +174,7 @@ pub(crate) fn write_tensors(
     }
     let mut header = Value::Object(header).to_string();
     // Values begin at a multiple of eight bytes.
-    header.extend(std::iter::repeat_n(
-        ' ',
-        header.len().next_multiple_of(8) - header.len(),
-    ));
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
     for tensor in &sorted {
@@ -259,10 +208,7 @@ fn sorted<'a, 'b>(tensors: &'b [TensorRef<'a>]) -> Vec<&'b TensorRef<'a>> {
 }
 
 /// Hands out the little-endian bytes of `data`, a buffer at a time.
-fn for_each_chunk<E>(
-    data: &[f32],
-    mut use_bytes: impl FnMut(&[u8]) -> Result<(), E>,
-) -> Result<(), E> {
+fn for_each_chunk<E>(data: &[f32], mut use_bytes: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
     let mut buffer = Vec::with_capacity(CHUNK_BYTES.min(data.len() * Element::F32.size()));
     for part in data.chunks(CHUNK_BYTES / Element::F32.size()) {
         buffer.clear();
@@ -279,14 +225,8 @@ mod tests {
     use super::*;
 
     fn one() -> TensorMap {
-        let a = HostTensor {
-            shape: vec![2, 2],
-            data: vec![1.0, 2.0, 3.0, 4.5],
-        };
-        let b = HostTensor {
-            shape: vec![],
-            data: vec![-1.0],
-        };
+        let a = HostTensor { shape: vec![2, 2], data: vec![1.0, 2.0, 3.0, 4.5] };
+        let b = HostTensor { shape: vec![], data: vec![-1.0] };
         TensorMap::from([("a".to_owned(), a), ("b".to_owned(), b)])
     }
 
@@ -299,15 +239,9 @@ mod tests {
         let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let a = read.tensor("a").unwrap();
         assert_eq!((a.dtype(), a.shape()), (Dtype::F32, &[2, 2][..]));
-        assert_eq!(
-            a.data(),
-            [1.0f32, 2.0, 3.0, 4.5].map(f32::to_le_bytes).concat()
-        );
+        assert_eq!(a.data(), [1.0f32, 2.0, 3.0, 4.5].map(f32::to_le_bytes).concat());
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-        assert_eq!(
-            header.metadata().as_ref().unwrap()["maskalign"],
-            "{\"a\": \"\\n\"}"
-        );
+        assert_eq!(header.metadata().as_ref().unwrap()["maskalign"], "{\"a\": \"\\n\"}");
         assert_eq!(TensorFile::open(&path).unwrap().read_all().unwrap(), one());
     }
 
@@ -343,15 +277,9 @@ mod tests {
             bytes.extend_from_slice(header.as_bytes());
             bytes.extend_from_slice(&[0; 8]);
             fs::write(&path, bytes).unwrap();
-            assert!(
-                matches!(TensorFile::open(&path), Err(WeightsError::Format { .. })),
-                "{header}"
-            );
+            assert!(matches!(TensorFile::open(&path), Err(WeightsError::Format { .. })), "{header}");
         }
         fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
-        assert!(matches!(
-            TensorFile::open(&path),
-            Err(WeightsError::Format { .. })
-        ));
+        assert!(matches!(TensorFile::open(&path), Err(WeightsError::Format { .. })));
     }
 }

@@ -19,14 +19,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_VISITS: usize = 1 << 20;
 const MAX_NAME_BYTES: usize = 1024;
 /// Keys under which training scripts keep the weights, the preferred one first. DINO's own evaluation takes the teacher.
-const WRAPPERS: [&str; 6] = [
-    "model",
-    "state_dict",
-    "model_state_dict",
-    "teacher",
-    "student",
-    "module",
-];
+const WRAPPERS: [&str; 6] = ["model", "state_dict", "model_state_dict", "teacher", "student", "module"];
 
 type Archive = ZipArchive<BufReader<File>>;
 
@@ -34,27 +27,19 @@ type Archive = ZipArchive<BufReader<File>>;
 pub(super) fn read(path: &Path) -> Result<TensorMap, WeightsError> {
     let format = |reason: String| WeightsError::format(path, reason);
     let file = File::open(path).map_err(|e| WeightsError::io(path, e))?;
-    let file_bytes = file
-        .metadata()
-        .map_err(|e| WeightsError::io(path, e))?
-        .len();
+    let file_bytes = file.metadata().map_err(|e| WeightsError::io(path, e))?.len();
     let zip = |error: ZipError| format(format!("the archive is truncated or damaged: {error}"));
     let mut archive = ZipArchive::new(BufReader::new(file)).map_err(zip)?;
     let folder = archive
         .file_names()
         .find_map(|name| Some(name.strip_suffix("data.pkl")?.to_owned()))
-        .ok_or_else(|| {
-            format("the archive holds no `data.pkl`: it is not a PyTorch file".into())
-        })?;
+        .ok_or_else(|| format("the archive holds no `data.pkl`: it is not a PyTorch file".into()))?;
     if let Ok(order) = entry(&mut archive, &format!("{folder}byteorder"), 16)
         && order != b"little"
     {
-        return Err(format(
-            "its numbers are big-endian; save it anew on a little-endian machine".into(),
-        ));
+        return Err(format("its numbers are big-endian; save it anew on a little-endian machine".into()));
     }
-    let bytes =
-        entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
+    let bytes = entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
     let pickle = Pickle::parse(&bytes).map_err(format)?;
     drop(bytes);
     let tensors = named_tensors(&pickle).map_err(format)?;
@@ -66,24 +51,17 @@ pub(super) fn read(path: &Path) -> Result<TensorMap, WeightsError> {
 
 /// One entry's bytes, its checksum verified.
 fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>, String> {
-    let mut entry = archive
-        .by_name(name)
-        .map_err(|error| format!("the archive's `{name}` cannot be read: {error}"))?;
+    let mut entry = archive.by_name(name).map_err(|error| format!("the archive's `{name}` cannot be read: {error}"))?;
     if entry.compression() != CompressionMethod::Stored {
         return Err(format!(
             "the archive's `{name}` is compressed, which PyTorch never does; save it anew with torch.save"
         ));
     }
     if entry.size() > limit {
-        return Err(format!(
-            "the archive's `{name}` has {} bytes where at most {limit} are expected",
-            entry.size()
-        ));
+        return Err(format!("the archive's `{name}` has {} bytes where at most {limit} are expected", entry.size()));
     }
     let mut bytes = Vec::new();
-    entry
-        .read_to_end(&mut bytes)
-        .map_err(|error| format!("the archive's `{name}` is damaged: {error}"))?;
+    entry.read_to_end(&mut bytes).map_err(|error| format!("the archive's `{name}` is damaged: {error}"))?;
     Ok(bytes)
 }
 
@@ -128,9 +106,7 @@ fn named_tensors(pickle: &Pickle) -> Result<BTreeMap<String, Tensor>, String> {
 fn state_dictionary(pickle: &Pickle) -> Id {
     let is_dictionary = |id: Id| matches!(pickle.node(id), Node::Dict { .. });
     let holds_tensors = |id: Id| match pickle.node(id) {
-        Node::Dict { entries, .. } => entries
-            .iter()
-            .any(|(_, value)| matches!(pickle.node(*value), Node::Tensor(_))),
+        Node::Dict { entries, .. } => entries.iter().any(|(_, value)| matches!(pickle.node(*value), Node::Tensor(_))),
         _ => false,
     };
     let mut current = pickle.root();
@@ -138,10 +114,7 @@ fn state_dictionary(pickle: &Pickle) -> Id {
         if holds_tensors(current) {
             break;
         }
-        let inner = WRAPPERS
-            .iter()
-            .filter_map(|key| pickle.get(current, key))
-            .find(|id| is_dictionary(*id));
+        let inner = WRAPPERS.iter().filter_map(|key| pickle.get(current, key)).find(|id| is_dictionary(*id));
         match inner {
             Some(inner) => current = inner,
             None => break,
@@ -162,60 +135,36 @@ fn load(
     let mut elements: u64 = 0;
     let mut by_storage: BTreeMap<String, (Storage, Vec<(String, Tensor)>)> = BTreeMap::new();
     for (name, tensor) in tensors {
-        let count = element_count(&tensor.shape)
-            .ok_or_else(|| format!("the shape of `{name}` is absurd"))?;
+        let count = element_count(&tensor.shape).ok_or_else(|| format!("the shape of `{name}` is absurd"))?;
         elements = elements.saturating_add(count as u64);
         if elements > most_elements {
             return Err("its tensors are far larger than the file".into());
         }
-        let (storage, views) = by_storage
-            .entry(tensor.storage.key.clone())
-            .or_insert_with(|| (tensor.storage.clone(), Vec::new()));
+        let (storage, views) =
+            by_storage.entry(tensor.storage.key.clone()).or_insert_with(|| (tensor.storage.clone(), Vec::new()));
         if *storage != tensor.storage {
-            return Err(format!(
-                "storage `{}` is described in two ways",
-                storage.key
-            ));
+            return Err(format!("storage `{}` is described in two ways", storage.key));
         }
         views.push((name, tensor));
     }
     let mut loaded = TensorMap::new();
     for (key, (storage, views)) in by_storage {
-        let data = load_storage(
-            archive,
-            &format!("{folder}data/{key}"),
-            &storage,
-            file_bytes,
-        )?;
+        let data = load_storage(archive, &format!("{folder}data/{key}"), &storage, file_bytes)?;
         for (name, tensor) in views {
-            let data = lay_out(&data, &tensor)
-                .ok_or_else(|| format!("`{name}` reaches beyond its storage"))?;
-            loaded.insert(
-                name,
-                HostTensor {
-                    shape: tensor.shape,
-                    data,
-                },
-            );
+            let data = lay_out(&data, &tensor).ok_or_else(|| format!("`{name}` reaches beyond its storage"))?;
+            loaded.insert(name, HostTensor { shape: tensor.shape, data });
         }
     }
     Ok(loaded)
 }
 
-fn load_storage(
-    archive: &mut Archive,
-    name: &str,
-    storage: &Storage,
-    file_bytes: u64,
-) -> Result<Vec<f32>, String> {
+fn load_storage(archive: &mut Archive, name: &str, storage: &Storage, file_bytes: u64) -> Result<Vec<f32>, String> {
     let bytes = entry(archive, name, file_bytes)?;
     let expected = storage.count.checked_mul(storage.element.size());
-    let bytes = expected
-        .and_then(|expected| bytes.get(..expected))
-        .ok_or_else(|| {
-            let (there, count) = (bytes.len(), storage.count);
-            format!("the archive's `{name}` is truncated: it has {there} bytes for {count} numbers")
-        })?;
+    let bytes = expected.and_then(|expected| bytes.get(..expected)).ok_or_else(|| {
+        let (there, count) = (bytes.len(), storage.count);
+        format!("the archive's `{name}` is truncated: it has {there} bytes for {count} numbers")
+    })?;
     let mut data = Vec::with_capacity(storage.count);
     storage.element.decode(bytes, &mut data);
     Ok(data)
@@ -283,9 +232,7 @@ mod tests {
         let whole = entry(&mut archive, "views/data.pkl", MAX_PICKLE_BYTES).unwrap();
         let mut state = 221_108_887_u64;
         let mut draw = |below: usize| {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as usize % below
         };
         let (mut parsed, mut loaded) = (0, 0);
@@ -315,10 +262,7 @@ mod tests {
             let elements: usize = tensors.values().map(|tensor| tensor.data.len()).sum();
             assert!(elements as u64 <= 4 * file_bytes);
         }
-        assert!(
-            parsed > 500 && loaded > 300,
-            "{parsed} parsed, {loaded} loaded"
-        );
+        assert!(parsed > 500 && loaded > 300, "{parsed} parsed, {loaded} loaded");
     }
 
     #[test]
@@ -334,11 +278,7 @@ mod tests {
         }
         bytes.push(b'.');
         let pickle = Pickle::parse(&bytes).unwrap();
-        assert!(
-            named_tensors(&pickle)
-                .unwrap_err()
-                .contains("nested too deeply")
-        );
+        assert!(named_tensors(&pickle).unwrap_err().contains("nested too deeply"));
         // An object that takes over the same attributes again and again.
         let mut bytes = b"\x80\x02}(".to_vec();
         for key in 0..200u8 {
@@ -347,10 +287,6 @@ mod tests {
         bytes.extend_from_slice(b"uq\x000cargparse\nNamespace\n)\x81");
         bytes.extend(b"h\x00b".repeat(1_000));
         bytes.push(b'.');
-        assert!(
-            Pickle::parse(&bytes)
-                .unwrap_err()
-                .contains("repeats itself")
-        );
+        assert!(Pickle::parse(&bytes).unwrap_err().contains("repeats itself"));
     }
 }

@@ -52,9 +52,7 @@ impl Finish<'_> {
             c,
             ldc: self.ldc,
             alpha: self.alpha,
-            bias: self
-                .bias
-                .map_or(std::ptr::null(), |bias| bias.as_ptr().wrapping_add(j0)),
+            bias: self.bias.map_or(std::ptr::null(), |bias| bias.as_ptr().wrapping_add(j0)),
             add,
             add_stride,
         }
@@ -62,19 +60,8 @@ impl Finish<'_> {
 
     /// What the epilogue from `(i0, j0)` will read and write.
     pub fn soon(&self, i0: usize, j0: usize) -> Output {
-        let Direct {
-            c,
-            ldc,
-            add,
-            add_stride,
-            ..
-        } = self.direct(i0, j0);
-        Output::Soon {
-            c,
-            ldc,
-            add,
-            add_stride,
-        }
+        let Direct { c, ldc, add, add_stride, .. } = self.direct(i0, j0);
+        Output::Soon { c, ldc, add, add_stride }
     }
 
     /// Applies the epilogue to finished tiles below each other and stores them.
@@ -122,11 +109,7 @@ unsafe fn finish_avx2(finish: &Finish, tile: &mut [f32], place: Place) {
 /// # Safety
 /// As for [`Finish::tiles`].
 #[inline(always)]
-unsafe fn finish_any<const NR: usize, const FMA: bool>(
-    finish: &Finish,
-    tile: &mut [f32],
-    place: Place,
-) {
+unsafe fn finish_any<const NR: usize, const FMA: bool>(finish: &Finish, tile: &mut [f32], place: Place) {
     // SAFETY: passed on.
     unsafe {
         if place.cols == NR {

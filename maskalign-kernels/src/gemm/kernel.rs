@@ -50,12 +50,7 @@ pub(super) enum Output {
     Sums,
     /// They stay in `acc` for now; rows of `nr` elements `ldc` apart at `c`, and the like at `add`
     /// unless it is null, are wanted next.
-    Soon {
-        c: *const f32,
-        ldc: usize,
-        add: *const f32,
-        add_stride: usize,
-    },
+    Soon { c: *const f32, ldc: usize, add: *const f32, add_stride: usize },
     /// Only kernels that say so support it.
     Direct(Direct),
 }
@@ -98,39 +93,11 @@ pub(super) struct Kernel {
 pub(super) fn kernel(isa: Isa) -> &'static Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => &Kernel {
-            isa: Isa::Avx512,
-            mr: 12,
-            nr: 32,
-            kc: 192,
-            direct: true,
-            panel: avx512,
-        },
+        Isa::Avx512 => &Kernel { isa: Isa::Avx512, mr: 12, nr: 32, kc: 192, direct: true, panel: avx512 },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => &Kernel {
-            isa: Isa::Avx2,
-            mr: 6,
-            nr: 16,
-            kc: 256,
-            direct: true,
-            panel: avx2,
-        },
-        Isa::Neon => &Kernel {
-            isa: Isa::Neon,
-            mr: 6,
-            nr: 16,
-            kc: 256,
-            direct: false,
-            panel: neon,
-        },
-        _ => &Kernel {
-            isa: Isa::Scalar,
-            mr: 6,
-            nr: 8,
-            kc: 256,
-            direct: false,
-            panel: scalar,
-        },
+        Isa::Avx2 => &Kernel { isa: Isa::Avx2, mr: 6, nr: 16, kc: 256, direct: true, panel: avx2 },
+        Isa::Neon => &Kernel { isa: Isa::Neon, mr: 6, nr: 16, kc: 256, direct: false, panel: neon },
+        _ => &Kernel { isa: Isa::Scalar, mr: 6, nr: 8, kc: 256, direct: false, panel: scalar },
     }
 }
 
@@ -150,12 +117,7 @@ struct Strip {
 fn for_each_strip(p: &Panel, mr: usize, nr: usize, mut tile: impl FnMut(Strip, usize)) {
     let ahead = (p.kc * nr).div_ceil(p.rows.div_ceil(mr));
     let ahead_step = ahead.div_ceil((p.kc / 4).max(1));
-    let mut strip = Strip {
-        a: p.a,
-        row: 0,
-        ahead: p.b_next,
-        ahead_step,
-    };
+    let mut strip = Strip { a: p.a, row: 0, ahead: p.b_next, ahead_step };
     while strip.row < p.rows {
         let rows = (p.rows - strip.row).min(mr);
         let next = strip.a.wrapping_add(p.a_strip);
@@ -172,18 +134,8 @@ fn for_each_strip(p: &Panel, mr: usize, nr: usize, mut tile: impl FnMut(Strip, u
         }
         let (c, ldc, add, add_stride) = match p.output {
             // The sums of the next strip.
-            Output::Sums => (
-                p.acc.wrapping_add(mr * nr).cast_const(),
-                nr,
-                std::ptr::null(),
-                0,
-            ),
-            Output::Soon {
-                c,
-                ldc,
-                add,
-                add_stride,
-            } => (c, ldc, add, add_stride),
+            Output::Sums => (p.acc.wrapping_add(mr * nr).cast_const(), nr, std::ptr::null(), 0),
+            Output::Soon { c, ldc, add, add_stride } => (c, ldc, add, add_stride),
             Output::Direct(d) => (d.c.cast_const(), d.ldc, d.add, d.add_stride),
         };
         prefetch_rows(c, ldc, nr, strip.row, rows);
@@ -360,17 +312,13 @@ x86_panel!(
 unsafe fn neon(p: &Panel) {
     const FMA: bool = cfg!(target_arch = "aarch64");
     // SAFETY: the caller vouches for the operands of `p`, and a strip lies inside them.
-    for_each_strip(p, 6, 16, |strip, rows| unsafe {
-        by_rows!(p, strip, rows, portable_tile, [6 5 4 3 2 1], 16, FMA)
-    });
+    for_each_strip(p, 6, 16, |strip, rows| unsafe { by_rows!(p, strip, rows, portable_tile, [6 5 4 3 2 1], 16, FMA) });
 }
 
 /// The portable tiles at the size of a machine with 16 registers of 4 elements.
 unsafe fn scalar(p: &Panel) {
     // SAFETY: the caller vouches for the operands of `p`, and a strip lies inside them.
-    for_each_strip(p, 6, 8, |strip, rows| unsafe {
-        by_rows!(p, strip, rows, portable_tile, [6 5 4 3 2 1], 8, false)
-    });
+    for_each_strip(p, 6, 8, |strip, rows| unsafe { by_rows!(p, strip, rows, portable_tile, [6 5 4 3 2 1], 8, false) });
 }
 
 /// `M` rows by `NR` columns, vectorised by the compiler for its target.

@@ -20,12 +20,7 @@ impl Buffer {
         if self.0.len() < lines {
             // The old content need not be copied.
             self.0 = Vec::new();
-            self.0.resize(
-                lines,
-                Line {
-                    _elements: [0.0; 16],
-                },
-            );
+            self.0.resize(lines, Line { _elements: [0.0; 16] });
         }
         let data = self.0.as_mut_ptr().cast::<f32>();
         // SAFETY: a line is 16 elements without padding.
@@ -57,12 +52,7 @@ pub(super) struct Part {
 /// The part lies inside `b`, no other thread uses the elements of `dst` named above, and the machine
 /// has the instruction set.
 pub(super) unsafe fn panels(isa: Isa, b: MatRef, width: usize, part: Part, dst: *mut f32) {
-    let Part {
-        p0,
-        count,
-        j0,
-        cols,
-    } = part;
+    let Part { p0, count, j0, cols } = part;
     let stride = count * width;
     for (panel, j) in (0..cols).step_by(width).enumerate() {
         let live = (cols - j).min(width);
@@ -115,23 +105,12 @@ fn rows_avx2<const W: usize, const R: usize>(src: &[f32], stride: usize, dst: &m
     let count = dst.len() / W;
     let readable = (src.len() + stride).saturating_sub(R) / stride.max(1);
     let writable = (dst.len() + W).saturating_sub(R) / W;
-    let wide = if stride == 0 {
-        0
-    } else {
-        count.min(readable).min(writable)
-    };
+    let wide = if stride == 0 { 0 } else { count.min(readable).min(writable) };
     for p in 0..wide {
         // SAFETY: `p < wide`, so `p * stride + R <= src.len()` and `p * W + R <= dst.len()`.
         unsafe {
-            let row = src
-                .as_ptr()
-                .add(p * stride)
-                .cast::<[f32; R]>()
-                .read_unaligned();
-            dst.as_mut_ptr()
-                .add(p * W)
-                .cast::<[f32; R]>()
-                .write_unaligned(row);
+            let row = src.as_ptr().add(p * stride).cast::<[f32; R]>().read_unaligned();
+            dst.as_mut_ptr().add(p * W).cast::<[f32; R]>().write_unaligned(row);
         }
     }
     for p in wide..count {
@@ -140,15 +119,7 @@ fn rows_avx2<const W: usize, const R: usize>(src: &[f32], stride: usize, dst: &m
 }
 
 /// Transposes: `dst[p * width + j] = src[j * stride + p]`.
-pub(crate) fn columns(
-    isa: Isa,
-    src: &[f32],
-    stride: usize,
-    width: usize,
-    kc: usize,
-    live: usize,
-    dst: &mut [f32],
-) {
+pub(crate) fn columns(isa: Isa, src: &[f32], stride: usize, width: usize, kc: usize, live: usize, dst: &mut [f32]) {
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if matches!(isa, Isa::Avx2 | Isa::Avx512) {
@@ -172,14 +143,7 @@ pub(crate) fn columns(
 /// Transposes blocks of 8 columns and returns how many columns it did.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn columns_avx2(
-    src: &[f32],
-    stride: usize,
-    width: usize,
-    kc: usize,
-    live: usize,
-    dst: &mut [f32],
-) -> usize {
+fn columns_avx2(src: &[f32], stride: usize, width: usize, kc: usize, live: usize, dst: &mut [f32]) -> usize {
     use std::arch::x86_64::*;
     let whole = live / 8 * 8;
     if whole == 0 {

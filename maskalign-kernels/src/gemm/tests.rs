@@ -7,9 +7,7 @@ use crate::vmath;
 fn random(len: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 23) as f32 - 1.0
     };
     (0..len).map(|_| next()).collect()
@@ -17,9 +15,7 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
 
 /// Those of this machine, and the portable code in the size for NEON, which runs anywhere.
 fn instruction_sets() -> impl Iterator<Item = Isa> {
-    Isa::all_available()
-        .filter(|&isa| isa != Isa::Neon)
-        .chain([Isa::Neon])
+    Isa::all_available().filter(|&isa| isa != Isa::Neon).chain([Isa::Neon])
 }
 
 /// Storage and strides of a matrix of a given shape.
@@ -31,12 +27,7 @@ enum Order {
     Scattered,
 }
 
-const ORDERS: [Order; 4] = [
-    Order::Rows,
-    Order::Columns,
-    Order::PaddedRows,
-    Order::Scattered,
-];
+const ORDERS: [Order; 4] = [Order::Rows, Order::Columns, Order::PaddedRows, Order::Scattered];
 
 impl Order {
     fn strides(self, rows: usize, cols: usize) -> (usize, usize) {
@@ -65,9 +56,7 @@ fn oracle(m: usize, n: usize, k: usize, a: MatRef, b: MatRef) -> Vec<(f64, f64)>
     let mut c = Vec::with_capacity(m * n);
     for i in 0..m {
         for j in 0..n {
-            let terms = (0..k).map(|p| {
-                f64::from(a.data[i * a.rs + p * a.cs]) * f64::from(b.data[p * b.rs + j * b.cs])
-            });
+            let terms = (0..k).map(|p| f64::from(a.data[i * a.rs + p * a.cs]) * f64::from(b.data[p * b.rs + j * b.cs]));
             c.push(terms.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs())));
         }
     }
@@ -76,10 +65,7 @@ fn oracle(m: usize, n: usize, k: usize, a: MatRef, b: MatRef) -> Vec<(f64, f64)>
 
 fn assert_close(what: &dyn std::fmt::Debug, got: f32, want: f64, scale: f64) {
     let error = (f64::from(got) - want).abs();
-    assert!(
-        error <= 4e-6 * (1.0 + scale),
-        "{what:?}: {got}, expected {want}"
-    );
+    assert!(error <= 4e-6 * (1.0 + scale), "{what:?}: {got}, expected {want}");
 }
 
 #[test]
@@ -109,27 +95,12 @@ fn every_instruction_set_multiplies_every_shape_and_order() {
                     let ldc = n + 3;
                     let before = random(m * ldc, 3);
                     let mut c = before.clone();
-                    let ep = Epilogue {
-                        accumulate: true,
-                        ..Epilogue::default()
-                    };
+                    let ep = Epilogue { accumulate: true, ..Epilogue::default() };
                     gemm_on(isa, None, m, n, k, a, Rhs::Strided(b), &mut c, ldc, 0.5, ep);
                     let mut plain = before.clone();
                     let ep = Epilogue::default();
                     let strided = Rhs::Strided(b);
-                    gemm_on(
-                        isa,
-                        Some(&pool),
-                        m,
-                        n,
-                        k,
-                        a,
-                        strided,
-                        &mut plain,
-                        ldc,
-                        1.0,
-                        ep,
-                    );
+                    gemm_on(isa, Some(&pool), m, n, k, a, strided, &mut plain, ldc, 1.0, ep);
                     for (i, row) in oracle(m, n, k, a, b).chunks(n).enumerate() {
                         for (j, &(want, scale)) in row.iter().enumerate() {
                             let at = i * ldc + j;
@@ -156,12 +127,8 @@ fn finish_oracle(x: f64, ep: &Epilogue, old: f32, i: usize, j: usize, n: usize) 
         Act::QuickGelu => pre / (1.0 + (-1.702 * pre).exp()),
     };
     y *= ep.col_scale.map_or(1.0, |scale| f64::from(scale[j]));
-    y *= ep
-        .row_scale
-        .map_or(1.0, |(scale, rows)| f64::from(scale[i / rows]));
-    y += ep
-        .residual
-        .map_or(0.0, |residual| f64::from(residual[i * n + j]));
+    y *= ep.row_scale.map_or(1.0, |(scale, rows)| f64::from(scale[i / rows]));
+    y += ep.residual.map_or(0.0, |residual| f64::from(residual[i * n + j]));
     (pre, if ep.accumulate { y + f64::from(old) } else { y })
 }
 
@@ -192,10 +159,7 @@ fn every_epilogue_option_applies_in_order_alone_and_together() {
                     accumulate: on(4),
                 };
                 let keep = options % 3 == 0;
-                let ep = Epilogue {
-                    pre: keep.then_some(&mut pre),
-                    ..make()
-                };
+                let ep = Epilogue { pre: keep.then_some(&mut pre), ..make() };
                 let b = Rhs::Packed(&packed);
                 gemm_on(isa, Some(&pool), m, n, k, a, b, &mut c, n, 1.0, ep);
                 for (at, &(x, scale)) in product.iter().enumerate() {
@@ -218,20 +182,13 @@ fn the_bits_do_not_depend_on_the_number_of_threads() {
     for isa in instruction_sets() {
         for (m, n, k, transposed) in [(197, 400, 300, false), (150, 192, 2100, true)] {
             let (a, b) = (random(m * k, 1), random(k * n, 2));
-            let a = if transposed {
-                MatRef::row_major(&a, m).t()
-            } else {
-                MatRef::row_major(&a, k)
-            };
+            let a = if transposed { MatRef::row_major(&a, m).t() } else { MatRef::row_major(&a, k) };
             let b = MatRef::row_major(&b, n);
             let packed = PackedB::for_isa(isa, b, k, n);
             let results = pools.iter().flat_map(|pool| {
                 [Rhs::Strided(b), Rhs::Packed(&packed)].map(|b| {
                     let mut c = vec![0.25; m * n];
-                    let ep = Epilogue {
-                        accumulate: !transposed,
-                        ..Epilogue::default()
-                    };
+                    let ep = Epilogue { accumulate: !transposed, ..Epilogue::default() };
                     gemm_on(isa, Some(pool), m, n, k, a, b, &mut c, n, 1.0, ep);
                     c.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 })
@@ -252,22 +209,9 @@ fn a_large_product_agrees_with_double_precision() {
     let (a, b) = (MatRef::row_major(&a, k), MatRef::row_major(&w, k).t());
     let mut c = vec![0.0; m * n];
     let pool = Pool::new(2);
-    gemm(
-        &pool,
-        m,
-        n,
-        k,
-        a,
-        Rhs::Strided(b),
-        &mut c,
-        n,
-        Epilogue::default(),
-    );
-    let largest = oracle(m, n, k, a, b)
-        .iter()
-        .zip(&c)
-        .map(|(want, &got)| (want.0 - f64::from(got)).abs())
-        .fold(0.0, f64::max);
+    gemm(&pool, m, n, k, a, Rhs::Strided(b), &mut c, n, Epilogue::default());
+    let largest =
+        oracle(m, n, k, a, b).iter().zip(&c).map(|(want, &got)| (want.0 - f64::from(got)).abs()).fold(0.0, f64::max);
     assert!(largest < 5e-5, "largest error {largest}");
 }
 
@@ -275,32 +219,12 @@ fn a_large_product_agrees_with_double_precision() {
 #[should_panic(expected = "a [3, 4] with strides 4 and 1 exceeds its 11 elements")]
 fn a_short_operand_is_refused() {
     let (a, b, mut c) = (vec![0.0; 11], vec![0.0; 8], vec![0.0; 6]);
-    gemm_st(
-        3,
-        2,
-        4,
-        1.0,
-        MatRef::row_major(&a, 4),
-        MatRef::row_major(&b, 2),
-        &mut c,
-        2,
-        false,
-    );
+    gemm_st(3, 2, 4, 1.0, MatRef::row_major(&a, 4), MatRef::row_major(&b, 2), &mut c, 2, false);
 }
 
 #[test]
 #[should_panic(expected = "overlap")]
 fn overlapping_rows_of_the_result_are_refused() {
     let (a, b, mut c) = (vec![0.0; 12], vec![0.0; 8], vec![0.0; 6]);
-    gemm_st(
-        3,
-        2,
-        4,
-        1.0,
-        MatRef::row_major(&a, 4),
-        MatRef::row_major(&b, 2),
-        &mut c,
-        1,
-        false,
-    );
+    gemm_st(3, 2, 4, 1.0, MatRef::row_major(&a, 4), MatRef::row_major(&b, 2), &mut c, 1, false);
 }

@@ -25,11 +25,7 @@ pub fn wide(x: &[f32]) -> Vec<f64> {
 pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square = |x: f64| x * x;
-    let difference: f64 = got
-        .iter()
-        .zip(want)
-        .map(|(&g, &w)| square(f64::from(g) - w))
-        .sum();
+    let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - w)).sum();
     let norm: f64 = want.iter().map(|&w| square(w)).sum();
     assert!(difference.is_finite(), "not finite");
     (difference / norm.max(1e-30)).sqrt()
@@ -38,10 +34,7 @@ pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
 #[track_caller]
 pub fn assert_close(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
     let error = relative_error(got, want);
-    assert!(
-        error <= tolerance,
-        "{what}: relative error {error:.2e} beyond {tolerance:.0e}"
-    );
+    assert!(error <= tolerance, "{what}: relative error {error:.2e} beyond {tolerance:.0e}");
 }
 
 /// Central differences of `f` at `x`, for the elements `picks`.
@@ -68,9 +61,7 @@ pub fn finite_differences(
 
 /// Runs `f` on pools of one, two and three threads; the results must be equal to the last bit.
 pub fn on_pools<T: PartialEq>(mut f: impl FnMut(&Arc<Pool>, &Arena) -> T) -> T {
-    let mut results = [1, 2, 3]
-        .map(|threads| f(&Pool::new(threads), &Arena::new()))
-        .into_iter();
+    let mut results = [1, 2, 3].map(|threads| f(&Pool::new(threads), &Arena::new())).into_iter();
     let first = results.next().expect("three results");
     for other in results {
         assert!(first == other, "the number of threads changes the result");
@@ -82,22 +73,14 @@ pub fn weighted_sum(y: &[f64], w: &[f32]) -> f64 {
     y.iter().zip(w).map(|(y, &w)| y * f64::from(w)).sum()
 }
 
-pub fn wide_layer_norm(
-    x: &[f64],
-    cols: usize,
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
-) -> Vec<f64> {
+pub fn wide_layer_norm(x: &[f64], cols: usize, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Vec<f64> {
     x.chunks(cols)
         .flat_map(|x| {
             let mean = x.iter().sum::<f64>() / cols as f64;
             let var = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / cols as f64;
             let scale = 1.0 / (var + eps).sqrt();
             (0..cols)
-                .map(|c| {
-                    (x[c] - mean) * scale * gamma.map_or(1.0, |g| g[c]) + beta.map_or(0.0, |b| b[c])
-                })
+                .map(|c| (x[c] - mean) * scale * gamma.map_or(1.0, |g| g[c]) + beta.map_or(0.0, |b| b[c]))
                 .collect::<Vec<_>>()
         })
         .collect()
@@ -109,9 +92,7 @@ pub fn wide_linear(x: &[f64], w: &[f64], b: Option<&[f64]>, inputs: usize) -> Ve
         .flat_map(|x| {
             w.chunks(inputs)
                 .enumerate()
-                .map(|(o, w)| {
-                    b.map_or(0.0, |b| b[o]) + x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>()
-                })
+                .map(|(o, w)| b.map_or(0.0, |b| b[o]) + x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>())
                 .collect::<Vec<_>>()
         })
         .collect()
@@ -187,9 +168,7 @@ pub fn wide_act(act: Act, x: f64) -> f64 {
 /// The inputs of `fixtures/make_operators.py`.
 pub fn wave(len: usize, seed: u32) -> Vec<f32> {
     let seed = f64::from(seed);
-    (0..len)
-        .map(|i| (i as f64 * (0.37 + 0.11 * seed) + seed).sin() as f32)
-        .collect()
+    (0..len).map(|i| (i as f64 * (0.37 + 0.11 * seed) + seed).sin() as f32).collect()
 }
 
 /// What PyTorch computed under this name.
@@ -198,7 +177,5 @@ pub fn recorded(name: &str) -> Vec<f64> {
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
         .unwrap_or_else(|| panic!("no record {name}"));
-    line.split(' ')
-        .map(|v| v.parse().expect("a number"))
-        .collect()
+    line.split(' ').map(|v| v.parse().expect("a number")).collect()
 }

@@ -7,8 +7,8 @@ use indexmap::IndexMap;
 use maskalign_registry::{
     Entry, Kind, Levels, Registry, Scalar, Slot, Weights,
     plugin::{
-        AlignerTag, DatasetTag, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StudentTag,
-        TargetTag, TeacherTag, TransformTag,
+        AlignerTag, DatasetTag, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StudentTag, TargetTag, TeacherTag,
+        TransformTag,
     },
 };
 use schemars::JsonSchema;

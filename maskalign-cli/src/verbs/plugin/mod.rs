@@ -62,10 +62,8 @@ impl Plugin {
         let folder = parent.join(&self.name);
         let dependencies = self.dependencies()?;
         if folder.symlink_metadata().is_ok() {
-            return Err(
-                Failure::mistake(format!("{} is there already", folder.display()))
-                    .help("choose another name, or remove it"),
-            );
+            return Err(Failure::mistake(format!("{} is there already", folder.display()))
+                .help("choose another name, or remove it"));
         }
         for (path, text) in TEMPLATE {
             let text = text
@@ -75,13 +73,8 @@ impl Plugin {
                 .replace("{{component}}", &name.component())
                 .replace("{{Type}}", &name.type_name());
             let path = folder.join(path);
-            let written = path
-                .parent()
-                .map_or(Ok(()), fs::create_dir_all)
-                .and_then(|()| fs::write(&path, text));
-            written.map_err(|error| {
-                Failure::failed(format!("cannot write {}: {error}", path.display()))
-            })?;
+            let written = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(&path, text));
+            written.map_err(|error| Failure::failed(format!("cannot write {}: {error}", path.display())))?;
         }
         let shown = folder.display();
         Ok(output::print(&format!(
@@ -93,31 +86,20 @@ impl Plugin {
     fn dependencies(&self) -> Result<String, Failure> {
         let Some(checkout) = &self.path else {
             let version = env!("CARGO_PKG_VERSION");
-            return Ok(format!(
-                "maskalign-cli = \"{version}\"\nmaskalign-core = \"{version}\""
-            ));
+            return Ok(format!("maskalign-cli = \"{version}\"\nmaskalign-core = \"{version}\""));
         };
         let not_a_checkout = || {
-            Failure::mistake(format!(
-                "{} is not a checkout of MaskAlign",
-                checkout.display()
-            ))
-            .help("give the folder that holds `maskalign-core` and `maskalign-cli`")
+            Failure::mistake(format!("{} is not a checkout of MaskAlign", checkout.display()))
+                .help("give the folder that holds `maskalign-core` and `maskalign-cli`")
         };
         // Absolute, so that the crate may be moved.
         let root = checkout.canonicalize().map_err(|_| not_a_checkout())?;
         let mut lines = Vec::new();
         for name in ["maskalign-cli", "maskalign-core"] {
             let path = root.join(name);
-            let path = path
-                .to_str()
-                .filter(|_| path.join("Cargo.toml").is_file())
-                .ok_or_else(not_a_checkout)?;
+            let path = path.to_str().filter(|_| path.join("Cargo.toml").is_file()).ok_or_else(not_a_checkout)?;
             // A path as a TOML string: JSON escapes backslashes and quotes in the same way.
-            lines.push(format!(
-                "{name} = {{ path = {} }}",
-                serde_json::Value::from(path)
-            ));
+            lines.push(format!("{name} = {{ path = {} }}", serde_json::Value::from(path)));
         }
         Ok(lines.join("\n"))
     }
@@ -132,10 +114,7 @@ impl Name {
         if !name.starts_with(|c: char| c.is_ascii_lowercase()) {
             return Err(refuse("it must begin with a lower-case letter"));
         }
-        if !name
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_')
-        {
+        if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
             return Err(refuse("use lower-case letters, digits, `-` and `_`"));
         }
         if name.len() > 64 {
@@ -144,11 +123,7 @@ impl Name {
         if RESERVED.contains(&name) || name.starts_with("maskalign") {
             return Err(refuse("the name is taken by Rust or by MaskAlign"));
         }
-        let words: Vec<String> = name
-            .split(['-', '_'])
-            .filter(|word| !word.is_empty())
-            .map(str::to_owned)
-            .collect();
+        let words: Vec<String> = name.split(['-', '_']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
         Ok(Name(words))
     }
 
@@ -232,44 +207,23 @@ mod tests {
 
     #[test]
     fn names_that_cannot_be_crates_are_refused() {
-        for name in [
-            "",
-            "Lattice",
-            "1st",
-            "a b",
-            "a/b",
-            "..",
-            "fn",
-            "test",
-            "maskalign-core",
-            "-a",
-            "\u{e4}",
-        ] {
+        for name in ["", "Lattice", "1st", "a b", "a/b", "..", "fn", "test", "maskalign-core", "-a", "\u{e4}"] {
             assert!(Name::parse(name).is_err(), "{name}");
         }
         let name = Name::parse("my-second_mask2").unwrap();
-        assert_eq!(
-            (name.component(), name.type_name()),
-            ("my_second_mask2".into(), "MySecondMask2".into())
-        );
+        assert_eq!((name.component(), name.type_name()), ("my_second_mask2".into(), "MySecondMask2".into()));
     }
 
     #[test]
     fn nothing_of_the_template_is_left_to_replace() {
         let folder = tempfile::tempdir().unwrap();
-        let plugin = Plugin {
-            name: "my-mask".into(),
-            path: None,
-        };
+        let plugin = Plugin { name: "my-mask".into(), path: None };
         // Printing to a closed stdout is not this test's matter.
         let _ = plugin.write(folder.path());
         for (path, _) in TEMPLATE {
             let text = fs::read_to_string(folder.path().join("my-mask").join(path)).unwrap();
             assert!(!text.contains("{{"), "{path}");
         }
-        assert!(
-            plugin.write(folder.path()).is_err(),
-            "a folder that is there is left alone"
-        );
+        assert!(plugin.write(folder.path()).is_err(), "a folder that is there is left alone");
     }
 }

@@ -107,6 +107,13 @@ impl AlignerPlugin for Decoder {
         if plan.tokens.cls && !plan.student.cls_token {
             return Err(Refusal::whole("the student has no class token to decode").help("leave `cls` out of `tokens`"));
         }
+        if self.attention == DecoderAttention::MaskedQueries && !plan.tokens.masked {
+            return Err(Refusal::new(
+                "attention",
+                "`masked_queries` changes masked patches alone, which are not compared",
+            )
+            .help("add `masked` to `tokens`, or use `attention: full`"));
+        }
         if plan.counts.masked == 0 {
             return Err(Refusal::whole("there is no masked patch to decode")
                 .help("give the stage a `masker`, or raise its ratio"));
@@ -178,7 +185,14 @@ impl<D: Dev> QueryBlock<D> {
 
     /// `x` are the queries' tokens; `context` those that stay, `order` the rows of both that are attended to and
     /// `queries` the rows of `x` among them.
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>, context: &Matrix<D>, layout: &Layout) -> Result<Matrix<D>> {
+    fn forward(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        x: &Matrix<D>,
+        context: &Matrix<D>,
+        layout: &Layout,
+    ) -> Result<Matrix<D>> {
         let k = &cx.kernels;
         let all = k.gather_rows(r, &[context.clone(), x.clone()], &layout.order)?;
         let all = k.layer_norm(r, &all, &self.norm1)?;

@@ -83,8 +83,15 @@ impl AlignerPlugin for Dynamic {
                 .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
         }
         let unequal = |what: &str| {
-            Refusal::new("fusion", format!("`{what}` needs as many student levels as target levels, not {} and {}", all.len(), self.rows(plan)))
-                .help("use `fusion: sum` for unequal depths")
+            Refusal::new(
+                "fusion",
+                format!(
+                    "`{what}` needs as many student levels as target levels, not {} and {}",
+                    all.len(),
+                    self.rows(plan)
+                ),
+            )
+            .help("use `fusion: sum` for unequal depths")
         };
         let needed = match self.fusion {
             Fusion::Linear if all.len() != self.rows(plan) => return Err(unequal("linear")),
@@ -105,7 +112,9 @@ impl AlignerPlugin for Dynamic {
                 let values = (0..rows * rows).map(|i| if i % (rows + 1) == 0 { 1.01 } else { 0.01 }).collect();
                 Some(init.values("distill_weights", &[rows, rows], values)?)
             }
-            Fusion::Sum => Some(init.constant("distill_weights", &[rows, student_levels], 1.0 / student_levels as f32)?),
+            Fusion::Sum => {
+                Some(init.constant("distill_weights", &[rows, student_levels], 1.0 / student_levels as f32)?)
+            }
         };
         let mut heads = (0..rows)
             .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, plan.student.arch.dim, plan.width))

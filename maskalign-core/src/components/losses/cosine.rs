@@ -16,7 +16,13 @@ use crate::{
 pub struct Cosine {}
 
 impl LossPlugin for Cosine {
-    fn term<D: Dev>(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>> {
+    fn term<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>> {
         cx.kernels.distance(r, prediction, target, Distance::Cosine)
     }
 }

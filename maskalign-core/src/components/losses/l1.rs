@@ -16,7 +16,13 @@ use crate::{
 pub struct L1 {}
 
 impl LossPlugin for L1 {
-    fn term<D: Dev>(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>> {
+    fn term<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>> {
         cx.kernels.distance(r, prediction, target, Distance::L1)
     }
 }

@@ -20,7 +20,13 @@ pub trait LossPlugin: Send + Sync {
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn term<D: Dev>(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>>;
+    fn term<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>>;
 }
 
 /// A loss on one device, as stages call it.
@@ -29,11 +35,23 @@ pub trait Loss<D: Dev> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn term(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>>;
+    fn term(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>>;
 }
 
 impl<P: LossPlugin, D: Dev> Loss<D> for P {
-    fn term(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>> {
+    fn term(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>> {
         LossPlugin::term(self, cx, r, prediction, target)
     }
 }

@@ -26,7 +26,13 @@ pub struct SmoothL1 {
 }
 
 impl LossPlugin for SmoothL1 {
-    fn term<D: Dev>(&self, cx: &Context<D>, r: &mut Recorder<D>, prediction: &Matrix<D>, target: &Matrix<D>) -> Result<Scalar<D>> {
+    fn term<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        r: &mut Recorder<D>,
+        prediction: &Matrix<D>,
+        target: &Matrix<D>,
+    ) -> Result<Scalar<D>> {
         cx.kernels.distance(r, prediction, target, Distance::SmoothL1 { beta: self.beta })
     }
 }

@@ -66,7 +66,8 @@ mod tests {
     /// 1/8 + 2/8 (1/6) + 5/8 (1/3) = 0.375, and so on; `torch.multinomial` without replacement is this law.
     #[test]
     fn patches_are_kept_in_proportion_to_attention() {
-        let masker = AttentionMasker { teacher: "t".into(), ratio: None, visible: Some(2), masked: None, predict_ratio: None };
+        let masker =
+            AttentionMasker { teacher: "t".into(), ratio: None, visible: Some(2), masked: None, predict_ratio: None };
         let input = MaskInput { grid: Grid { rows: 1, columns: 3 }, attention: Some(&[0.125, 0.25, 0.625]) };
         let mut kept = [0; 3];
         for image in 0..20_000 {

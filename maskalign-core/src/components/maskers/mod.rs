@@ -71,8 +71,7 @@ fn counts(
         (None, Some(visible), None) => ("visible", visible),
         (None, None, Some(masked)) => ("masked", patches.saturating_sub(masked)),
         (None, None, None) => {
-            return Err(Refusal::new("ratio", "missing")
-                .help("give one of `ratio`, `visible` or `masked`"));
+            return Err(Refusal::new("ratio", "missing").help("give one of `ratio`, `visible` or `masked`"));
         }
         _ => {
             let second = if visible.is_some() { "visible" } else { "masked" };
@@ -114,7 +113,9 @@ mod tests {
     /// The numbers are torch's `int(N * (1 - ratio))`.
     #[test]
     fn ratios_keep_what_the_official_code_keeps() {
-        for (patches, ratio, kept) in [(196, 0.7, 58), (196, 0.75, 49), (36, 0.7, 10), (36, 0.25, 27), (196, 0.0, 196), (49, 0.9, 4)] {
+        for (patches, ratio, kept) in
+            [(196, 0.7, 58), (196, 0.75, 49), (36, 0.7, 10), (36, 0.25, 27), (196, 0.0, 196), (49, 0.9, 4)]
+        {
             let counts = counts(patches, Some(ratio), None, None, None).unwrap();
             assert_eq!(counts.visible, kept, "{patches} patches at {ratio}");
             assert_eq!(counts.masked, patches - kept);

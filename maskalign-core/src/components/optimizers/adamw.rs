@@ -88,7 +88,14 @@ impl OptimizerPlugin for AdamW {
         }
     }
 
-    fn update<D: Dev>(&self, cx: &Context<D>, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, state: &mut [Vector<D>], u: Update) -> Result<()> {
+    fn update<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        state: &mut [Vector<D>],
+        u: Update,
+    ) -> Result<()> {
         let [first, second] = state else { unreachable!("two names, two vectors") };
         let weight_decay = if self.decays(parameter) { self.weight_decay.at(u.progress) } else { 0.0 };
         let step = AdamStep {

@@ -44,7 +44,14 @@ pub trait OptimizerPlugin: Send + Sync {
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn update<D: Dev>(&self, cx: &Context<D>, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, state: &mut [Vector<D>], update: Update) -> Result<()>;
+    fn update<D: Dev>(
+        &self,
+        cx: &Context<D>,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        state: &mut [Vector<D>],
+        update: Update,
+    ) -> Result<()>;
 }
 
 /// An optimizer on one device, as stages call it; see [`OptimizerPlugin`].
@@ -54,7 +61,14 @@ pub trait Optimizer<D: Dev> {
     fn clip_norm(&self) -> Option<f64>;
     fn state_names(&self) -> &'static [&'static str];
     fn check(&self) -> Result<(), Refusal>;
-    fn update(&self, cx: &Context<D>, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, state: &mut [Vector<D>], update: Update) -> Result<()>;
+    fn update(
+        &self,
+        cx: &Context<D>,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        state: &mut [Vector<D>],
+        update: Update,
+    ) -> Result<()>;
 }
 
 impl<P: OptimizerPlugin, D: Dev> Optimizer<D> for P {
@@ -70,7 +84,14 @@ impl<P: OptimizerPlugin, D: Dev> Optimizer<D> for P {
     fn check(&self) -> Result<(), Refusal> {
         OptimizerPlugin::check(self)
     }
-    fn update(&self, cx: &Context<D>, parameter: &mut Param<D>, gradients: &mut Gradients<f32, D>, state: &mut [Vector<D>], update: Update) -> Result<()> {
+    fn update(
+        &self,
+        cx: &Context<D>,
+        parameter: &mut Param<D>,
+        gradients: &mut Gradients<f32, D>,
+        state: &mut [Vector<D>],
+        update: Update,
+    ) -> Result<()> {
         OptimizerPlugin::update(self, cx, parameter, gradients, state, update)
     }
 }

@@ -53,7 +53,15 @@ mod tests {
     #[test]
     fn rates_equal_the_official_ones() {
         let cosine = Cosine { warmup_epochs: 20.0, warmup_lr: 0.0, min_lr: 1e-5, length_epochs: None };
-        for (epoch, rate) in [(0.0, 0.0), (0.5, 1.5e-5), (19.99, 5.997e-4), (20.0, 6e-4), (110.0, 3.05e-4), (155.0, 9.640350e-5), (200.0, 1e-5)] {
+        for (epoch, rate) in [
+            (0.0, 0.0),
+            (0.5, 1.5e-5),
+            (19.99, 5.997e-4),
+            (20.0, 6e-4),
+            (110.0, 3.05e-4),
+            (155.0, 9.640350e-5),
+            (200.0, 1e-5),
+        ] {
             let got = cosine.rate(6e-4, epoch, 200.0);
             assert!((got - rate).abs() < 1e-10, "epoch {epoch}: {got}, expected {rate}");
         }

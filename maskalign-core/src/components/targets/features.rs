@@ -58,7 +58,9 @@ impl TargetPlugin for Features {
             .into_iter()
             .map(|level| match level {
                 LevelRef::Block(i) => Ok(i),
-                LevelRef::Embed => Err(Refusal::new("levels", "a target is taken after a block; `embed` is the student's")),
+                LevelRef::Embed => {
+                    Err(Refusal::new("levels", "a target is taken after a block; `embed` is the student's"))
+                }
             })
             .collect::<Result<_, _>>()?;
         if teacher.grid != cx.student.grid {

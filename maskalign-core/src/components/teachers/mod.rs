@@ -104,7 +104,8 @@ pub trait Teacher<D: Dev>: Module<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn finish(&self, cx: &Context<D>, pass: Pass<D>, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level<D>>>;
+    fn finish(&self, cx: &Context<D>, pass: Pass<D>, wants: &Wants, masks: &Masks)
+    -> Result<BTreeMap<usize, Level<D>>>;
     /// Hidden states after the final norm, or after it and the projection.
     ///
     /// # Errors

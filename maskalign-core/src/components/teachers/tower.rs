@@ -29,7 +29,13 @@ impl<D: Dev> TowerTeacher<D> {
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory on the device.
-    pub fn load(plan: &PlanContext, cx: &Context<D>, config: VitConfig, source: &Weights, family: Family) -> Result<Self> {
+    pub fn load(
+        plan: &PlanContext,
+        cx: &Context<D>,
+        config: VitConfig,
+        source: &Weights,
+        family: Family,
+    ) -> Result<Self> {
         let mut vit = if plan.random_weights {
             Vit::new(&Init::new(&cx.dev, 0, "random teacher"), config)?
         } else {
@@ -67,7 +73,13 @@ impl<D: Dev> Teacher<D> for TowerTeacher<D> {
         Ok(Pass { attention: Vec::new(), features, begun: None })
     }
 
-    fn finish(&self, cx: &Context<D>, pass: Pass<D>, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level<D>>> {
+    fn finish(
+        &self,
+        cx: &Context<D>,
+        pass: Pass<D>,
+        wants: &Wants,
+        masks: &Masks,
+    ) -> Result<BTreeMap<usize, Level<D>>> {
         let last = self.vit.blocks.len() - 1;
         let mut levels = BTreeMap::new();
         if let Some(begun) = pass.begun {

@@ -74,10 +74,8 @@ pub fn existing_folder(option: &str, path: &str) -> Result<PathBuf, Refusal> {
 pub fn existing_file(option: &str, path: &str) -> Result<PathBuf, Refusal> {
     let found = existing(option, path, "file")?;
     if found.is_dir() {
-        return Err(
-            Refusal::new(option, format!("expected a file, but `{path}` is a folder"))
-                .help("name a file; a folder of images is read by `image_folder`"),
-        );
+        return Err(Refusal::new(option, format!("expected a file, but `{path}` is a folder"))
+            .help("name a file; a folder of images is read by `image_folder`"));
     }
     Ok(found)
 }
@@ -93,13 +91,9 @@ fn existing(option: &str, path: &str, what: &str) -> Result<PathBuf, Refusal> {
         Err(error) => error,
     };
     if error.kind() != io::ErrorKind::NotFound {
-        return Err(Refusal::new(
-            option,
-            format!("cannot read `{path}`: {error}"),
-        ));
+        return Err(Refusal::new(option, format!("cannot read `{path}`: {error}")));
     }
-    Err(Refusal::new(option, format!("there is no {what} `{path}`"))
-        .help(why_missing(path, &expanded)))
+    Err(Refusal::new(option, format!("there is no {what} `{path}`")).help(why_missing(path, &expanded)))
 }
 
 fn why_missing(path: &str, expanded: &Path) -> String {
@@ -111,16 +105,10 @@ fn why_missing(path: &str, expanded: &Path) -> String {
         Some(folder) if expanded.is_absolute() && folder.parent().is_none() => format!(
             "not even its first folder is there; where it was written like `${{IMAGENET_DIR}}{path}`, the variable is empty: set it"
         ),
-        Some(folder) => format!(
-            "`{}` is there; check the rest of the path",
-            folder.display()
-        ),
+        Some(folder) => format!("`{}` is there; check the rest of the path", folder.display()),
         None => {
-            let here = std::env::current_dir()
-                .map_or_else(|_| ".".into(), |folder| folder.display().to_string());
-            format!(
-                "the path starts from the current folder, `{here}`: name it in full, or change the folder"
-            )
+            let here = std::env::current_dir().map_or_else(|_| ".".into(), |folder| folder.display().to_string());
+            format!("the path starts from the current folder, `{here}`: name it in full, or change the folder")
         }
     }
 }

@@ -41,27 +41,18 @@ impl Dataset for Idx {
         if self.limit == Some(0) {
             return Err(Refusal::new("limit", "expected at least 1 image, found 0"));
         }
-        let part = Part {
-            skip: self.skip,
-            limit: self.limit,
-        };
+        let part = Part { skip: self.skip, limit: self.limit };
         let (mut images, total) = in_file("images", &self.images, |read| read_images(read, part))?;
         if images.len() == 0 {
-            return Err(Refusal::new(
-                "skip",
-                format!("no image is left: `{}` holds {total}", self.images),
-            )
-            .help(format!("leave out fewer than {total}")));
+            return Err(Refusal::new("skip", format!("no image is left: `{}` holds {total}", self.images))
+                .help(format!("leave out fewer than {total}")));
         }
         images.file = self.images.clone();
         if let Some(file) = &self.labels {
             let (labels, label_total) = in_file("labels", file, |read| read_labels(read, part))?;
             if label_total != total {
-                return Err(Refusal::new(
-                    "labels",
-                    format!("`{file}` has {label_total} labels for {total} images"),
-                )
-                .help("name the label file that belongs to the images"));
+                return Err(Refusal::new("labels", format!("`{file}` has {label_total} labels for {total} images"))
+                    .help("name the label file that belongs to the images"));
             }
             images.labels = Some(labels);
         }
@@ -86,11 +77,7 @@ impl Part {
     /// How many to leave out and to take of `total`.
     fn of(self, total: usize) -> (usize, usize) {
         let skip = self.skip.min(total);
-        (
-            skip,
-            self.limit
-                .map_or(total - skip, |limit| limit.min(total - skip)),
-        )
+        (skip, self.limit.map_or(total - skip, |limit| limit.min(total - skip)))
     }
 }
 
@@ -116,10 +103,7 @@ impl GreyImages {
         let (Some(classes), Some(labels)) = (&self.classes, &self.labels) else {
             return Ok(());
         };
-        match labels
-            .iter()
-            .position(|&label| usize::from(label) >= classes.len())
-        {
+        match labels.iter().position(|&label| usize::from(label) >= classes.len()) {
             Some(at) => Err(Refusal::new(
                 "classes",
                 format!(
@@ -142,11 +126,7 @@ impl Images for GreyImages {
 
     fn image(&self, index: usize) -> Result<RgbImage, DataError> {
         let area = self.area();
-        Ok(RgbImage::from_grey(
-            self.width,
-            self.height,
-            &self.pixels[index * area..][..area],
-        ))
+        Ok(RgbImage::from_grey(self.width, self.height, &self.pixels[index * area..][..area]))
     }
 
     fn label(&self, index: usize) -> Option<u32> {
@@ -178,11 +158,7 @@ impl Images for GreyImages {
 }
 
 /// Opens `path` as named by `option`, and puts the path in front of what `read` has to say.
-fn in_file<T>(
-    option: &str,
-    path: &str,
-    read: impl FnOnce(&mut dyn Read) -> Result<T, String>,
-) -> Result<T, Refusal> {
+fn in_file<T>(option: &str, path: &str, read: impl FnOnce(&mut dyn Read) -> Result<T, String>) -> Result<T, Refusal> {
     let found = existing_file(option, path)?;
     let refused = |message: String| {
         Refusal::new(option, format!("`{path}`: {message}"))
@@ -195,11 +171,7 @@ fn in_file<T>(
 fn unpacked(path: &Path) -> io::Result<Box<dyn Read>> {
     let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
     let is_gzip = file.fill_buf()?.starts_with(&[0x1F, 0x8B]);
-    Ok(if is_gzip {
-        Box::new(MultiGzDecoder::new(file))
-    } else {
-        Box::new(file)
-    })
+    Ok(if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) })
 }
 
 /// Reads images from an unpacked idx file, and how many it holds in all.
@@ -207,23 +179,10 @@ pub(super) fn read_images(read: &mut dyn Read, part: Part) -> Result<(GreyImages
     const MAX_SIDE: usize = 4096;
     let [total, height, width] = read_header::<3>(read)?;
     if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
-        return Err(format!(
-            "expected images of 1 to {MAX_SIDE} pixels a side, found {width} x {height}"
-        ));
+        return Err(format!("expected images of 1 to {MAX_SIDE} pixels a side, found {width} x {height}"));
     }
     let (pixels, skip) = read_part(read, total, width * height, part)?;
-    Ok((
-        GreyImages {
-            width,
-            height,
-            first: skip,
-            pixels,
-            labels: None,
-            classes: None,
-            file: String::new(),
-        },
-        total,
-    ))
+    Ok((GreyImages { width, height, first: skip, pixels, labels: None, classes: None, file: String::new() }, total))
 }
 
 /// Reads labels from an unpacked idx file, and how many it holds in all.
@@ -235,12 +194,10 @@ pub(super) fn read_labels(read: &mut dyn Read, part: Part) -> Result<(Vec<u8>, u
 fn read_header<const DIMS: usize>(read: &mut dyn Read) -> Result<[usize; DIMS], String> {
     let mut number = || {
         let mut bytes = [0; 4];
-        read.read_exact(&mut bytes)
-            .map(|()| bytes)
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::UnexpectedEof => "the file ends inside its header".to_string(),
-                _ => error.to_string(),
-            })
+        read.read_exact(&mut bytes).map(|()| bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => "the file ends inside its header".to_string(),
+            _ => error.to_string(),
+        })
     };
     let expected = [0, 0, 8, DIMS as u8];
     let magic = number()?;
@@ -257,31 +214,18 @@ fn read_header<const DIMS: usize>(read: &mut dyn Read) -> Result<[usize; DIMS], 
 }
 
 /// Reads the wanted items of `size` bytes each, and how many were left out before them.
-fn read_part(
-    read: &mut dyn Read,
-    total: usize,
-    size: usize,
-    part: Part,
-) -> Result<(Vec<u8>, usize), String> {
+fn read_part(read: &mut dyn Read, total: usize, size: usize, part: Part) -> Result<(Vec<u8>, usize), String> {
     let (skip, take) = part.of(total);
     let (skip_bytes, take_bytes) = ((skip as u64) * size as u64, (take as u64) * size as u64);
-    let skipped =
-        io::copy(&mut read.take(skip_bytes), &mut io::sink()).map_err(|error| error.to_string())?;
+    let skipped = io::copy(&mut read.take(skip_bytes), &mut io::sink()).map_err(|error| error.to_string())?;
     let mut items = Vec::new();
-    let got = read
-        .take(take_bytes)
-        .read_to_end(&mut items)
-        .map_err(|error| error.to_string())? as u64;
+    let got = read.take(take_bytes).read_to_end(&mut items).map_err(|error| error.to_string())? as u64;
     if skipped + got < skip_bytes + take_bytes {
         let whole = (skipped + got) / size as u64;
-        return Err(format!(
-            "the header announces {total} items, the file ends after {whole}: get it again"
-        ));
+        return Err(format!("the header announces {total} items, the file ends after {whole}: get it again"));
     }
     if skip + take == total && read.read(&mut [0]).map_err(|error| error.to_string())? > 0 {
-        return Err(format!(
-            "the file goes on after the {total} items its header announces: it is not what it says"
-        ));
+        return Err(format!("the file goes on after the {total} items its header announces: it is not what it says"));
     }
     Ok((items, skip))
 }

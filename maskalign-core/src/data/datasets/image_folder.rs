@@ -30,31 +30,17 @@ pub struct ImageFolder {
 }
 
 fn default_extensions() -> Vec<String> {
-    [
-        "jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp",
-    ]
-    .map(String::from)
-    .to_vec()
+    ["jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"].map(String::from).to_vec()
 }
 
 impl Dataset for ImageFolder {
     fn open(&self) -> Result<Box<dyn Images>, Refusal> {
-        if self
-            .extensions
-            .iter()
-            .all(|ending| ending.trim_start_matches('.').is_empty())
-        {
-            return Err(Refusal::new(
-                "extensions",
-                "expected at least one ending, such as jpg",
-            ));
+        if self.extensions.iter().all(|ending| ending.trim_start_matches('.').is_empty()) {
+            return Err(Refusal::new("extensions", "expected at least one ending, such as jpg"));
         }
         let root = existing_folder("root", &self.root)?;
         let unreadable = |path: &Path, error: io::Error| {
-            Refusal::new(
-                "root",
-                format!("cannot read the folder `{}`: {error}", path.display()),
-            )
+            Refusal::new("root", format!("cannot read the folder `{}`: {error}", path.display()))
         };
         let mut top = read_folder(&root).map_err(|error| unreadable(&root, error))?;
         top.folders.sort();
@@ -66,12 +52,7 @@ impl Dataset for ImageFolder {
         let mut empty = Vec::new();
         for (label, (class, is_link)) in top.folders.into_iter().enumerate() {
             let before = files.len();
-            self.collect(
-                &root,
-                (PathBuf::from(&class), is_link),
-                label as u32,
-                &mut files,
-            )?;
+            self.collect(&root, (PathBuf::from(&class), is_link), label as u32, &mut files)?;
             let class = class.to_string_lossy().into_owned();
             if files.len() == before {
                 empty.push(format!("`{class}`"));
@@ -80,11 +61,7 @@ impl Dataset for ImageFolder {
         }
         if !empty.is_empty() {
             const SHOWN: usize = 5;
-            let more = if empty.len() > SHOWN {
-                format!(" and {} more", empty.len() - SHOWN)
-            } else {
-                String::new()
-            };
+            let more = if empty.len() > SHOWN { format!(" and {} more", empty.len() - SHOWN) } else { String::new() };
             let some = empty[..empty.len().min(SHOWN)].join(", ");
             return Err(Refusal::new("root", format!("no images in the class folders {some}{more} of `{}`", self.root))
                 .help(format!(
@@ -92,11 +69,7 @@ impl Dataset for ImageFolder {
                     self.extensions.join(", ")
                 )));
         }
-        Ok(Box::new(FileImages {
-            root,
-            files,
-            classes: Some(classes),
-        }))
+        Ok(Box::new(FileImages { root, files, classes: Some(classes) }))
     }
 
     fn needs_files(&self) -> bool {
@@ -105,30 +78,17 @@ impl Dataset for ImageFolder {
 }
 
 impl ImageFolder {
-    fn unlabelled(
-        &self,
-        root: PathBuf,
-        mut names: Vec<OsString>,
-    ) -> Result<Box<dyn Images>, Refusal> {
+    fn unlabelled(&self, root: PathBuf, mut names: Vec<OsString>) -> Result<Box<dyn Images>, Refusal> {
         names.retain(|name| self.is_image(name));
         if names.is_empty() {
-            return Err(
-                Refusal::new("root", format!("no images in `{}`", self.root)).help(format!(
-                    "put one folder a class there, or images; files ending in {} count as such",
-                    self.extensions.join(", ")
-                )),
-            );
+            return Err(Refusal::new("root", format!("no images in `{}`", self.root)).help(format!(
+                "put one folder a class there, or images; files ending in {} count as such",
+                self.extensions.join(", ")
+            )));
         }
         names.sort();
-        let files = names
-            .into_iter()
-            .map(|name| (PathBuf::from(name).into_boxed_path(), None))
-            .collect();
-        Ok(Box::new(FileImages {
-            root,
-            files,
-            classes: None,
-        }))
+        let files = names.into_iter().map(|name| (PathBuf::from(name).into_boxed_path(), None)).collect();
+        Ok(Box::new(FileImages { root, files, classes: None }))
     }
 
     /// Appends the images of one class in torchvision's order.
@@ -140,13 +100,7 @@ impl ImageFolder {
         files: &mut Vec<(Box<Path>, Option<u32>)>,
     ) -> Result<(), Refusal> {
         let refused = |path: &Path, what: &str| {
-            Refusal::new(
-                "root",
-                format!(
-                    "cannot read the folder `{}`: {what}",
-                    root.join(path).display()
-                ),
-            )
+            Refusal::new("root", format!("cannot read the folder `{}`: {what}", root.join(path).display()))
         };
         let mut found = Vec::new();
         let mut pending = vec![(class, is_link, Arc::new(Vec::<PathBuf>::new()))];
@@ -154,16 +108,13 @@ impl ImageFolder {
             let full = root.join(&folder);
             if is_link {
                 // A way back into a link already followed would never end.
-                let target = fs::canonicalize(&full)
-                    .map_err(|error| refused(&folder, &error.to_string()))?;
+                let target = fs::canonicalize(&full).map_err(|error| refused(&folder, &error.to_string()))?;
                 if links.contains(&target) {
-                    return Err(refused(&folder, "the links lead round in a circle")
-                        .help("remove the link"));
+                    return Err(refused(&folder, "the links lead round in a circle").help("remove the link"));
                 }
                 Arc::make_mut(&mut links).push(target);
             }
-            let mut content =
-                read_folder(&full).map_err(|error| refused(&folder, &error.to_string()))?;
+            let mut content = read_folder(&full).map_err(|error| refused(&folder, &error.to_string()))?;
             for (name, is_link) in content.folders {
                 pending.push((folder.join(name), is_link, links.clone()));
             }
@@ -172,17 +123,9 @@ impl ImageFolder {
             found.push((folder, content.files));
         }
         // As text, not by components: "a-b" comes before "a/b".
-        found.sort_by(|(a, _), (b, _)| {
-            a.as_os_str()
-                .as_encoded_bytes()
-                .cmp(b.as_os_str().as_encoded_bytes())
-        });
+        found.sort_by(|(a, _), (b, _)| a.as_os_str().as_encoded_bytes().cmp(b.as_os_str().as_encoded_bytes()));
         for (folder, names) in found {
-            files.extend(
-                names
-                    .into_iter()
-                    .map(|name| (folder.join(name).into_boxed_path(), Some(label))),
-            );
+            files.extend(names.into_iter().map(|name| (folder.join(name).into_boxed_path(), Some(label))));
         }
         Ok(())
     }
@@ -191,8 +134,7 @@ impl ImageFolder {
         let name = name.as_encoded_bytes().to_ascii_lowercase();
         self.extensions.iter().any(|ending| {
             let ending = ending.trim_start_matches('.').to_ascii_lowercase();
-            name.strip_suffix(ending.as_bytes())
-                .is_some_and(|rest| rest.ends_with(b"."))
+            name.strip_suffix(ending.as_bytes()).is_some_and(|rest| rest.ends_with(b"."))
         })
     }
 }
@@ -204,10 +146,7 @@ struct Content {
 }
 
 fn read_folder(path: &Path) -> io::Result<Content> {
-    let mut content = Content {
-        folders: Vec::new(),
-        files: Vec::new(),
-    };
+    let mut content = Content { folders: Vec::new(), files: Vec::new() };
     for entry in fs::read_dir(path)? {
         let entry = entry?;
         let kind = entry.file_type()?;

@@ -37,40 +37,24 @@ impl Dataset for ImageList {
             Some(root) => existing_folder("root", root)?,
             None => list.parent().map(Path::to_path_buf).unwrap_or_default(),
         };
-        let bytes = fs::read(&list).map_err(|error| {
-            Refusal::new("file", format!("cannot read `{}`: {error}", self.file))
-        })?;
-        let files = parse(&bytes).map_err(|(line, message)| {
-            Refusal::new("file", format!("{}:{line}: {message}", self.file))
-        })?;
+        let bytes =
+            fs::read(&list).map_err(|error| Refusal::new("file", format!("cannot read `{}`: {error}", self.file)))?;
+        let files = parse(&bytes)
+            .map_err(|(line, message)| Refusal::new("file", format!("{}:{line}: {message}", self.file)))?;
         if files.is_empty() {
-            return Err(
-                Refusal::new("file", format!("`{}` names no images", self.file)).help(
-                    "write one path a line, and after a tab its label where there are labels",
-                ),
-            );
+            return Err(Refusal::new("file", format!("`{}` names no images", self.file))
+                .help("write one path a line, and after a tab its label where there are labels"));
         }
-        if files
-            .iter()
-            .take(LOOKED_FOR)
-            .all(|(path, _)| !root.join(path).exists())
-        {
+        if files.iter().take(LOOKED_FOR).all(|(path, _)| !root.join(path).exists()) {
             let option = if self.root.is_some() { "root" } else { "file" };
             let first = root.join(&files[0].0);
             return Err(Refusal::new(
                 option,
-                format!(
-                    "none of the first images is there, such as `{}`",
-                    first.display()
-                ),
+                format!("none of the first images is there, such as `{}`", first.display()),
             )
             .help("paths in the list start from `root`, or from the folder of the list"));
         }
-        Ok(Box::new(FileImages {
-            root,
-            files,
-            classes: None,
-        }))
+        Ok(Box::new(FileImages { root, files, classes: None }))
     }
 
     fn needs_files(&self) -> bool {
@@ -86,9 +70,7 @@ fn parse(bytes: &[u8]) -> Result<Vec<Entry>, (usize, String)> {
     let mut entries: Vec<Entry> = Vec::new();
     for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         let at = |message: String| (index + 1, message);
-        let line = std::str::from_utf8(line)
-            .map_err(|_| at("expected text in UTF-8".into()))?
-            .trim();
+        let line = std::str::from_utf8(line).map_err(|_| at("expected text in UTF-8".into()))?.trim();
         if line.is_empty() {
             continue;
         }
@@ -112,10 +94,7 @@ fn parse_line(line: &str) -> Result<(&str, Option<u32>), String> {
     let (path, label) = match line.rsplit_once('\t') {
         Some((path, label)) if is_number(label.trim()) => (path, label),
         Some((_, label)) => {
-            return Err(format!(
-                "expected a label from 0 to {} after the tab, found `{label}`",
-                LABELS - 1
-            ));
+            return Err(format!("expected a label from 0 to {} after the tab, found `{label}`", LABELS - 1));
         }
         None => match line.rsplit_once(' ') {
             Some((path, label)) if is_number(label) => (path, label),
@@ -124,10 +103,7 @@ fn parse_line(line: &str) -> Result<(&str, Option<u32>), String> {
     };
     match label.trim().parse::<u32>() {
         Ok(label) if label < LABELS => Ok((path.trim_end(), Some(label))),
-        _ => Err(format!(
-            "expected a label from 0 to {}, found `{label}`",
-            LABELS - 1
-        )),
+        _ => Err(format!("expected a label from 0 to {}, found `{label}`", LABELS - 1)),
     }
 }
 

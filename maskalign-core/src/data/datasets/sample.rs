@@ -38,26 +38,12 @@ pub enum Split {
 
 macro_rules! embedded {
     ($file:literal) => {
-        include_bytes!(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/data/fashion_mnist/",
-            $file
-        ))
+        include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/data/fashion_mnist/", $file))
     };
 }
 
-const CLASSES: [&str; 10] = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-];
+const CLASSES: [&str; 10] =
+    ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"];
 
 impl Dataset for Sample {
     fn open(&self) -> Result<Box<dyn Images>, Refusal> {
@@ -65,27 +51,11 @@ impl Dataset for Sample {
             return Err(Refusal::new("limit", "expected at least 1 image, found 0"));
         }
         let (images, labels, name): (&[u8], &[u8], _) = match self.split {
-            Split::Train => (
-                embedded!("train-images.idx.gz"),
-                embedded!("train-labels.idx.gz"),
-                "training",
-            ),
-            Split::Test => (
-                embedded!("test-images.idx.gz"),
-                embedded!("test-labels.idx.gz"),
-                "test",
-            ),
+            Split::Train => (embedded!("train-images.idx.gz"), embedded!("train-labels.idx.gz"), "training"),
+            Split::Test => (embedded!("test-images.idx.gz"), embedded!("test-labels.idx.gz"), "test"),
         };
-        let damaged = |message| {
-            Refusal::new(
-                "split",
-                format!("the embedded images are damaged: {message}"),
-            )
-        };
-        let part = Part {
-            skip: 0,
-            limit: self.limit,
-        };
+        let damaged = |message| Refusal::new("split", format!("the embedded images are damaged: {message}"));
+        let part = Part { skip: 0, limit: self.limit };
         let unpack = |bytes| -> Box<dyn Read> { Box::new(GzDecoder::new(bytes)) };
         let (mut data, _) = read_images(&mut unpack(images), part).map_err(damaged)?;
         data.labels = Some(read_labels(&mut unpack(labels), part).map_err(damaged)?.0);

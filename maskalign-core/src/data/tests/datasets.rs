@@ -34,12 +34,7 @@ fn write(root: &Path, path: &str, content: impl AsRef<[u8]>) {
 fn entries(images: &dyn Images, root: &Path) -> Vec<(String, Option<u32>)> {
     let start = format!("{}/", root.display());
     (0..images.len())
-        .map(|index| {
-            (
-                images.name(index).strip_prefix(&start).unwrap().to_owned(),
-                images.label(index),
-            )
-        })
+        .map(|index| (images.name(index).strip_prefix(&start).unwrap().to_owned(), images.label(index)))
         .collect()
 }
 
@@ -54,10 +49,7 @@ fn a_folder_has_torchvisions_classes_and_order() {
     let classes: Vec<String> = serde_json::from_value(recorded["classes"].clone()).unwrap();
     assert_eq!(images.classes(), Some(classes));
     let expected: Vec<(String, u32)> = serde_json::from_value(recorded["samples"].clone()).unwrap();
-    let expected: Vec<_> = expected
-        .into_iter()
-        .map(|(path, label)| (path, Some(label)))
-        .collect();
+    let expected: Vec<_> = expected.into_iter().map(|(path, label)| (path, Some(label))).collect();
     assert_eq!(entries(&*images, root.path()), expected);
 }
 
@@ -68,10 +60,7 @@ fn a_flat_folder_is_a_set_without_labels() {
         write(root.path(), path, "");
     }
     let images = folder(root.path()).open().unwrap();
-    assert_eq!(
-        entries(&*images, root.path()),
-        [("1.JPEG".into(), None), ("2.jpg".into(), None)]
-    );
+    assert_eq!(entries(&*images, root.path()), [("1.JPEG".into(), None), ("2.jpg".into(), None)]);
     assert_eq!(images.classes(), None);
 }
 
@@ -80,17 +69,12 @@ fn a_folder_that_is_not_there_says_what_is_and_what_leads_to_it() {
     let root = TempDir::new().unwrap();
     let missing = refusal(&folder(&root.path().join("imagenet/train")));
     assert_eq!(missing.path, ["root"]);
-    assert!(
-        help(&missing).contains(&root.path().display().to_string()),
-        "{missing:?}"
-    );
+    assert!(help(&missing).contains(&root.path().display().to_string()), "{missing:?}");
 
     let unset = refusal(&folder(Path::new("/no_such_folder_anywhere")));
     assert!(help(&unset).contains("variable is empty"), "{unset:?}");
     assert!(help(&refusal(&folder(Path::new("")))).contains("variable is empty"));
-    assert!(
-        help(&refusal(&folder(Path::new("${IMAGENET_DIR}/train")))).contains("was not filled in")
-    );
+    assert!(help(&refusal(&folder(Path::new("${IMAGENET_DIR}/train")))).contains("was not filled in"));
     assert!(help(&refusal(&folder(Path::new("no/such/folder")))).contains("current folder"));
 
     write(root.path(), "list.txt", "");
@@ -104,13 +88,9 @@ fn folders_without_images_are_named() {
     write(root.path(), "cat/1.jpg", "");
     write(root.path(), "dog/readme.txt", "");
     let empty = refusal(&folder(root.path()));
-    assert!(
-        empty.message.contains("`dog`") && !empty.message.contains("`cat`"),
-        "{empty:?}"
-    );
+    assert!(empty.message.contains("`dog`") && !empty.message.contains("`cat`"), "{empty:?}");
     let other: ImageFolder =
-        serde_json::from_value(json!({ "root": root.path(), "extensions": ["TXT", ".jpg"] }))
-            .unwrap();
+        serde_json::from_value(json!({ "root": root.path(), "extensions": ["TXT", ".jpg"] })).unwrap();
     assert_eq!(other.open().unwrap().len(), 2);
 }
 
@@ -123,10 +103,7 @@ fn links_are_followed_and_circles_refused() {
     write(other.path(), "deep/1.jpg", "");
     symlink(other.path(), root.path().join("class")).unwrap();
     let images = folder(root.path()).open().unwrap();
-    assert_eq!(
-        entries(&*images, root.path()),
-        [("class/deep/1.jpg".into(), Some(0))]
-    );
+    assert_eq!(entries(&*images, root.path()), [("class/deep/1.jpg".into(), Some(0))]);
 
     symlink(root.path(), other.path().join("deep/back")).unwrap();
     assert!(refusal(&folder(root.path())).message.contains("circle"));
@@ -159,18 +136,11 @@ fn list(root: &Path, text: impl AsRef<[u8]>) -> ImageList {
 #[test]
 fn a_list_holds_paths_with_labels_or_without() {
     let root = TempDir::new().unwrap();
-    let labelled = list(
-        root.path(),
-        "\u{feff}1.jpg 3\r\n\n  sub/2.jpg\t0\nwith space 3.jpg\t12",
-    )
-    .open()
-    .unwrap();
+    let labelled = list(root.path(), "\u{feff}1.jpg 3\r\n\n  sub/2.jpg\t0\nwith space 3.jpg\t12").open().unwrap();
     let expected = [("1.jpg", 3), ("sub/2.jpg", 0), ("with space 3.jpg", 12)];
     let expected = expected.map(|(path, label)| (path.to_string(), Some(label)));
     assert_eq!(entries(&*labelled, root.path()), expected);
-    let plain = list(root.path(), "1.jpg\nwith space 3.jpg\n")
-        .open()
-        .unwrap();
+    let plain = list(root.path(), "1.jpg\nwith space 3.jpg\n").open().unwrap();
     assert_eq!(plain.len(), 2);
     assert_eq!(plain.label(1), None);
 }
@@ -187,17 +157,10 @@ fn a_bad_line_is_named() {
     ] {
         let refused = refusal(&list(root.path(), text));
         assert_eq!(refused.path, ["file"]);
-        assert!(
-            refused.message.contains(&format!("list.txt:{line}: ")),
-            "{refused:?}"
-        );
+        assert!(refused.message.contains(&format!("list.txt:{line}: ")), "{refused:?}");
         assert!(refused.message.contains(message), "{refused:?}");
     }
-    assert!(
-        refusal(&list(root.path(), "\n\n"))
-            .message
-            .contains("names no images")
-    );
+    assert!(refusal(&list(root.path(), "\n\n")).message.contains("names no images"));
     let elsewhere = refusal(&list(root.path(), "gone/1.jpg\ngone/2.jpg\n"));
     assert!(elsewhere.message.contains("gone/1.jpg"), "{elsewhere:?}");
 }
@@ -211,10 +174,7 @@ fn idx_bytes(magic: u8, dims: &[u32], items: &[u8]) -> Vec<u8> {
 
 fn idx(root: &Path, more: Value) -> Idx {
     let mut options = json!({ "images": root.join("images"), "labels": root.join("labels") });
-    options
-        .as_object_mut()
-        .unwrap()
-        .extend(more.as_object().unwrap().clone());
+    options.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     serde_json::from_value(options).unwrap()
 }
 
@@ -224,56 +184,28 @@ fn idx_files_are_read_packed_or_plain_whole_or_in_part() {
     let pixels: Vec<u8> = (0..5 * 2 * 3).collect();
     write(root.path(), "images", idx_bytes(3, &[5, 2, 3], &pixels));
     let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
-    packed
-        .write_all(&idx_bytes(1, &[5], &[4, 3, 2, 1, 0]))
-        .unwrap();
+    packed.write_all(&idx_bytes(1, &[5], &[4, 3, 2, 1, 0])).unwrap();
     write(root.path(), "labels", packed.finish().unwrap());
 
     let all = idx(root.path(), json!({})).open().unwrap();
-    assert_eq!(
-        (all.len(), all.size(), all.classes()),
-        (5, Some((3, 2)), None)
-    );
+    assert_eq!((all.len(), all.size(), all.classes()), (5, Some((3, 2)), None));
     let second = all.image(1).unwrap();
     assert_eq!(second.size(), (3, 2));
-    assert_eq!(
-        second.pixels,
-        [6, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 11]
-    );
+    assert_eq!(second.pixels, [6, 6, 6, 7, 7, 7, 8, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 11]);
     assert_eq!(all.label(1), Some(3));
 
     let names = ["a", "b", "c", "d", "e"];
-    let part = idx(
-        root.path(),
-        json!({ "skip": 1, "limit": 2, "classes": names }),
-    )
-    .open()
-    .unwrap();
-    assert_eq!(
-        (part.len(), part.label(0), part.label(1)),
-        (2, Some(3), Some(2))
-    );
+    let part = idx(root.path(), json!({ "skip": 1, "limit": 2, "classes": names })).open().unwrap();
+    assert_eq!((part.len(), part.label(0), part.label(1)), (2, Some(3), Some(2)));
     assert_eq!(part.image(0).unwrap(), second);
     assert!(part.name(0).starts_with("image 1 of "));
     assert_ne!(part.fingerprint(), all.fingerprint());
-    assert_eq!(
-        idx(root.path(), json!({ "limit": 900 }))
-            .open()
-            .unwrap()
-            .fingerprint(),
-        all.fingerprint()
-    );
+    assert_eq!(idx(root.path(), json!({ "limit": 900 })).open().unwrap().fingerprint(), all.fingerprint());
 
     let too_few = refusal(&idx(root.path(), json!({ "classes": ["a", "b"] })));
     assert_eq!(too_few.path, ["classes"]);
-    assert_eq!(
-        refusal(&idx(root.path(), json!({ "skip": 5 }))).path,
-        ["skip"]
-    );
-    assert_eq!(
-        refusal(&idx(root.path(), json!({ "limit": 0 }))).path,
-        ["limit"]
-    );
+    assert_eq!(refusal(&idx(root.path(), json!({ "skip": 5 }))).path, ["skip"]);
+    assert_eq!(refusal(&idx(root.path(), json!({ "limit": 0 }))).path, ["limit"]);
 }
 
 #[test]
@@ -281,49 +213,14 @@ fn broken_idx_files_say_what_is_wrong() {
     let root = TempDir::new().unwrap();
     let good_labels = idx_bytes(1, &[2], &[0, 1]);
     for (images, labels, option, message) in [
-        (
-            idx_bytes(3, &[2, 2, 2], &[0; 7]),
-            good_labels.clone(),
-            "images",
-            "ends after 1",
-        ),
-        (
-            idx_bytes(3, &[2, 2, 2], &[0; 9]),
-            good_labels.clone(),
-            "images",
-            "goes on after the 2",
-        ),
-        (
-            good_labels.clone(),
-            good_labels.clone(),
-            "images",
-            "expected a file that begins with",
-        ),
-        (
-            idx_bytes(3, &[u32::MAX, 4096, 4096], &[0; 9]),
-            good_labels.clone(),
-            "images",
-            "ends after",
-        ),
-        (
-            idx_bytes(3, &[2, 0, 2], &[]),
-            good_labels.clone(),
-            "images",
-            "pixels a side",
-        ),
+        (idx_bytes(3, &[2, 2, 2], &[0; 7]), good_labels.clone(), "images", "ends after 1"),
+        (idx_bytes(3, &[2, 2, 2], &[0; 9]), good_labels.clone(), "images", "goes on after the 2"),
+        (good_labels.clone(), good_labels.clone(), "images", "expected a file that begins with"),
+        (idx_bytes(3, &[u32::MAX, 4096, 4096], &[0; 9]), good_labels.clone(), "images", "ends after"),
+        (idx_bytes(3, &[2, 0, 2], &[]), good_labels.clone(), "images", "pixels a side"),
         (vec![0, 0, 8], good_labels, "images", "inside its header"),
-        (
-            idx_bytes(3, &[2, 2, 2], &[0; 8]),
-            idx_bytes(1, &[3], &[0; 3]),
-            "labels",
-            "3 labels for 2 images",
-        ),
-        (
-            idx_bytes(3, &[2, 2, 2], &[0; 8]),
-            vec![0x1F, 0x8B, 8, 0, 1],
-            "labels",
-            "",
-        ),
+        (idx_bytes(3, &[2, 2, 2], &[0; 8]), idx_bytes(1, &[3], &[0; 3]), "labels", "3 labels for 2 images"),
+        (idx_bytes(3, &[2, 2, 2], &[0; 8]), vec![0x1F, 0x8B, 8, 0, 1], "labels", ""),
     ] {
         write(root.path(), "images", images);
         write(root.path(), "labels", labels);
@@ -346,11 +243,7 @@ fn the_sample_is_balanced_and_its_parts_share_no_image() {
         let mut of_class = [0; 10];
         for index in 0..images.len() {
             of_class[images.label(index).unwrap() as usize] += 1;
-            assert!(
-                seen.insert(blake3::hash(&images.image(index).unwrap().pixels)),
-                "{}",
-                images.name(index)
-            );
+            assert!(seen.insert(blake3::hash(&images.image(index).unwrap().pixels)), "{}", images.name(index));
         }
         assert_eq!(of_class, [count / 10; 10]);
         assert_eq!(images.classes().unwrap().len(), 10);
@@ -362,29 +255,14 @@ fn a_limited_sample_is_a_balanced_beginning() {
     let (some, all) = (sample(Split::Test, Some(30)), sample(Split::Test, None));
     assert_eq!(some.len(), 30);
     assert_eq!(some.image(29).unwrap(), all.image(29).unwrap());
-    assert_eq!(
-        (0..30)
-            .filter(|&index| some.label(index) == Some(4))
-            .count(),
-        3
-    );
+    assert_eq!((0..30).filter(|&index| some.label(index) == Some(4)).count(), 3);
     assert_ne!(some.fingerprint(), all.fingerprint());
-    assert_eq!(
-        refusal(&Sample {
-            split: Split::Test,
-            limit: Some(0)
-        })
-        .path,
-        ["limit"]
-    );
+    assert_eq!(refusal(&Sample { split: Split::Test, limit: Some(0) }).path, ["limit"]);
 }
 
 #[test]
 fn the_sample_and_its_licence_take_at_most_three_million_bytes() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/fashion_mnist");
-    let bytes: u64 = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().metadata().unwrap().len())
-        .sum();
+    let bytes: u64 = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
     assert!(bytes <= 3_000_000, "{bytes}");
 }

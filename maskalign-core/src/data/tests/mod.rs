@@ -34,11 +34,7 @@ fn noise(width: usize, height: usize) -> RgbImage {
         (state >> 24) as u8
     };
     let pixels = (0..width * height * 3).map(|_| next()).collect();
-    RgbImage {
-        width,
-        height,
-        pixels,
-    }
+    RgbImage { width, height, pixels }
 }
 
 fn crc32(bytes: &[u8]) -> u64 {

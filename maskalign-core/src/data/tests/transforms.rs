@@ -13,22 +13,13 @@ fn options<T: serde::de::DeserializeOwned>(value: &Value) -> T {
 
 fn crop(value: &Value) -> Crop {
     let side = |name: &str| value[name].as_u64().unwrap() as usize;
-    Crop {
-        top: side("top"),
-        left: side("left"),
-        height: side("height"),
-        width: side("width"),
-    }
+    Crop { top: side("top"), left: side("left"), height: side("height"), width: side("width") }
 }
 
 fn assert_described(image: &RgbImage, case: &Value) {
     let [width, height] = numbers(&case["size"]);
     assert_eq!(image.size(), (width, height), "{case}");
-    assert_eq!(
-        crc32(&image.pixels),
-        case["crc32"].as_u64().unwrap(),
-        "{case}"
-    );
+    assert_eq!(crc32(&image.pixels), case["crc32"].as_u64().unwrap(), "{case}");
 }
 
 #[test]
@@ -37,13 +28,8 @@ fn resizing_gives_pillows_bytes() {
         let [width, height] = numbers(&case["image"]);
         let [new_width, new_height] = numbers(&case["size"]);
         let image = noise(width, height);
-        let mixed = resample::resize(
-            &image,
-            crop(&case["crop"]),
-            new_width,
-            new_height,
-            options(&case["interpolation"]),
-        );
+        let mixed =
+            resample::resize(&image, crop(&case["crop"]), new_width, new_height, options(&case["interpolation"]));
         assert_described(&mixed, case);
     }
 }
@@ -59,11 +45,7 @@ fn resize_and_center_crop_give_torchvisions_bytes() {
         transform.check().unwrap();
         let changed = transform.apply(noise(width, height), &mut Stream::new(0, "test", 0, 0));
         assert_described(&changed, case);
-        assert_eq!(
-            transform.output_size(Some((width, height))),
-            Some(changed.size()),
-            "{case}"
-        );
+        assert_eq!(transform.output_size(Some((width, height))), Some(changed.size()), "{case}");
     }
 }
 
@@ -72,18 +54,12 @@ fn resize_and_center_crop_give_torchvisions_bytes() {
 fn boxes_follow_torchvisions_law() {
     const DRAWS: usize = 40_000;
     for law in oracle("box_law")["laws"].as_array().unwrap() {
-        let transform: RandomResizedCrop =
-            options(&json!({ "size": 8, "scale": law["scale"], "ratio": law["ratio"] }));
+        let transform: RandomResizedCrop = options(&json!({ "size": 8, "scale": law["scale"], "ratio": law["ratio"] }));
         let [width, height] = numbers(&law["image"]);
         let mut rng = Stream::new(1, "test", 0, 0);
         let mut sums = [0.0; 6];
         for _ in 0..DRAWS {
-            let Crop {
-                top,
-                left,
-                height: h,
-                width: w,
-            } = transform.draw(width, height, &mut rng);
+            let Crop { top, left, height: h, width: w } = transform.draw(width, height, &mut rng);
             assert!(left + w <= width && top + h <= height);
             let [w, h, left, top] = [w, h, left, top].map(|side| side as f64);
             let [whole_width, whole_height] = [width, height].map(|side| side as f64);
@@ -103,10 +79,7 @@ fn boxes_follow_torchvisions_law() {
         for (name, sum) in names.into_iter().zip(sums) {
             let (mean, expected) = (sum / DRAWS as f64, law["mean"][name].as_f64().unwrap());
             let error = law["std"][name].as_f64().unwrap() * (2.0 / DRAWS as f64).sqrt();
-            assert!(
-                (mean - expected).abs() <= 5.0 * error,
-                "{name}: {mean}, torchvision {expected} ({law})"
-            );
+            assert!((mean - expected).abs() <= 5.0 * error, "{name}: {mean}, torchvision {expected} ({law})");
         }
     }
 }
@@ -127,48 +100,27 @@ fn any_image_down_to_one_pixel_can_be_cropped() {
     for (width, height) in [(1, 1), (1, 500), (500, 1), (2, 3)] {
         for seed in 0..20 {
             let mut rng = Stream::new(seed, "test", 0, 0);
-            assert_eq!(
-                transform.apply(noise(width, height), &mut rng).size(),
-                (4, 5)
-            );
+            assert_eq!(transform.apply(noise(width, height), &mut rng).size(), (4, 5));
         }
     }
 }
 
 #[test]
 fn a_flip_mirrors_rows_and_happens_as_often_as_asked() {
-    let image = RgbImage {
-        width: 2,
-        height: 2,
-        pixels: (0..12).collect(),
-    };
+    let image = RgbImage { width: 2, height: 2, pixels: (0..12).collect() };
     let flipped = vec![3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8];
     let mut rng = Stream::new(0, "test", 0, 0);
-    assert_eq!(
-        HorizontalFlip { p: 1.0 }
-            .apply(image.clone(), &mut rng)
-            .pixels,
-        flipped
-    );
-    assert_eq!(
-        HorizontalFlip { p: 0.0 }.apply(image.clone(), &mut rng),
-        image
-    );
-    let often = (0..10_000)
-        .filter(|_| HorizontalFlip { p: 0.3 }.apply(image.clone(), &mut rng) != image)
-        .count();
+    assert_eq!(HorizontalFlip { p: 1.0 }.apply(image.clone(), &mut rng).pixels, flipped);
+    assert_eq!(HorizontalFlip { p: 0.0 }.apply(image.clone(), &mut rng), image);
+    let often = (0..10_000).filter(|_| HorizontalFlip { p: 0.3 }.apply(image.clone(), &mut rng) != image).count();
     assert!(often.abs_diff(3000) < 200, "{often}");
 }
 
 #[test]
 fn sizes_are_known_before_reading_where_they_can_be() {
-    let resize =
-        |size| -> Box<dyn Transform> { Box::new(options::<Resize>(&json!({ "size": size }))) };
+    let resize = |size| -> Box<dyn Transform> { Box::new(options::<Resize>(&json!({ "size": size }))) };
     assert_eq!(resize(json!(256)).output_size(None), None);
-    assert_eq!(
-        resize(json!(256)).output_size(Some((500, 375))),
-        Some((341, 256))
-    );
+    assert_eq!(resize(json!(256)).output_size(Some((500, 375))), Some((341, 256)));
     assert_eq!(resize(json!([4, 6])).output_size(None), Some((6, 4)));
     let chain: Vec<Box<dyn Transform>> = vec![
         resize(json!(256)),
@@ -181,31 +133,15 @@ fn sizes_are_known_before_reading_where_they_can_be() {
 
 #[test]
 fn options_that_make_no_sense_are_refused_by_name() {
-    let crop = |value: Value| {
-        options::<RandomResizedCrop>(&value)
-            .check()
-            .unwrap_err()
-            .path
-    };
+    let crop = |value: Value| options::<RandomResizedCrop>(&value).check().unwrap_err().path;
     assert_eq!(crop(json!({ "size": 0 })), ["size"]);
     for scale in [json!([0.0, 1.0]), json!([0.5, 0.2]), json!([0.5, 1.1])] {
         assert_eq!(crop(json!({ "size": 8, "scale": scale })), ["scale"]);
     }
     assert_eq!(crop(json!({ "size": 8, "ratio": [2.0, 0.5] })), ["ratio"]);
     assert_eq!(HorizontalFlip { p: 1.5 }.check().unwrap_err().path, ["p"]);
-    assert_eq!(
-        HorizontalFlip { p: f64::NAN }.check().unwrap_err().path,
-        ["p"]
-    );
-    assert_eq!(
-        CenterCrop {
-            size: Size::HeightWidth(8, 0)
-        }
-        .check()
-        .unwrap_err()
-        .path,
-        ["size"]
-    );
+    assert_eq!(HorizontalFlip { p: f64::NAN }.check().unwrap_err().path, ["p"]);
+    assert_eq!(CenterCrop { size: Size::HeightWidth(8, 0) }.check().unwrap_err().path, ["size"]);
 }
 
 #[test]

@@ -24,12 +24,8 @@ impl Transform for CenterCrop {
             return image;
         }
         let image = pad(image, width, height);
-        let crop = Crop {
-            top: half_to_even(image.height - height),
-            left: half_to_even(image.width - width),
-            height,
-            width,
-        };
+        let crop =
+            Crop { top: half_to_even(image.height - height), left: half_to_even(image.width - width), height, width };
         cut(&image, crop)
     }
 
@@ -65,15 +61,9 @@ fn pad(image: RgbImage, width: usize, height: usize) -> RgbImage {
 fn cut(image: &RgbImage, crop: Crop) -> RgbImage {
     let mut pixels = Vec::with_capacity(crop.width * crop.height * 3);
     for row in crop.top..crop.top + crop.height {
-        pixels.extend_from_slice(
-            &image.pixels[(row * image.width + crop.left) * 3..][..crop.width * 3],
-        );
+        pixels.extend_from_slice(&image.pixels[(row * image.width + crop.left) * 3..][..crop.width * 3]);
     }
-    RgbImage {
-        width: crop.width,
-        height: crop.height,
-        pixels,
-    }
+    RgbImage { width: crop.width, height: crop.height, pixels }
 }
 
 crate::register!(transform "center_crop" => CenterCrop, "the middle of an image",

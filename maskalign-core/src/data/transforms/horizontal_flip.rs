@@ -40,10 +40,7 @@ impl Transform for HorizontalFlip {
         if (0.0..=1.0).contains(&self.p) {
             Ok(())
         } else {
-            Err(Refusal::new(
-                "p",
-                format!("expected a probability from 0 to 1, found {}", self.p),
-            ))
+            Err(Refusal::new("p", format!("expected a probability from 0 to 1, found {}", self.p)))
         }
     }
 }

@@ -51,12 +51,7 @@ impl RandomResizedCrop {
             if (1..=width).contains(&crop_width) && (1..=height).contains(&crop_height) {
                 let top = rng.below(height - crop_height + 1);
                 let left = rng.below(width - crop_width + 1);
-                return Crop {
-                    top,
-                    left,
-                    height: crop_height,
-                    width: crop_width,
-                };
+                return Crop { top, left, height: crop_height, width: crop_width };
             }
         }
         self.middle(width, height)
@@ -74,12 +69,7 @@ impl RandomResizedCrop {
         } else {
             (width, height)
         };
-        Crop {
-            top: (height - crop_height) / 2,
-            left: (width - crop_width) / 2,
-            height: crop_height,
-            width: crop_width,
-        }
+        Crop { top: (height - crop_height) / 2, left: (width - crop_width) / 2, height: crop_height, width: crop_width }
     }
 }
 
@@ -98,20 +88,14 @@ impl Transform for RandomResizedCrop {
         self.size.check("size")?;
         let [smallest, largest] = self.scale;
         if !(smallest > 0.0 && smallest <= largest && largest <= 1.0) {
-            let found = format!(
-                "expected two numbers with 0 < smallest <= largest <= 1, found [{smallest}, {largest}]"
-            );
-            return Err(Refusal::new("scale", found)
-                .help("for boxes of 20 % to 100 % of the image: [0.2, 1.0]"));
+            let found =
+                format!("expected two numbers with 0 < smallest <= largest <= 1, found [{smallest}, {largest}]");
+            return Err(Refusal::new("scale", found).help("for boxes of 20 % to 100 % of the image: [0.2, 1.0]"));
         }
         let [narrowest, widest] = self.ratio;
         if !(narrowest > 0.0 && narrowest <= widest && widest.is_finite()) {
-            let found = format!(
-                "expected two numbers with 0 < narrowest <= widest, found [{narrowest}, {widest}]"
-            );
-            return Err(
-                Refusal::new("ratio", found).help("for boxes from 3:4 to 4:3: [0.75, 1.3333]")
-            );
+            let found = format!("expected two numbers with 0 < narrowest <= widest, found [{narrowest}, {widest}]");
+            return Err(Refusal::new("ratio", found).help("for boxes from 3:4 to 4:3: [0.75, 1.3333]"));
         }
         Ok(())
     }

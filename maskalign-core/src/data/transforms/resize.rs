@@ -29,14 +29,8 @@ impl Resize {
             Size::Side(short) => short,
         };
         // A sliver of an image would get a side that no memory holds: the long side ends at `MAX_SIDE`.
-        let long = |long: usize, by: usize| {
-            ((short as f64 * long as f64 / by as f64) as usize).clamp(1, MAX_SIDE)
-        };
-        if width <= height {
-            (short, long(height, width))
-        } else {
-            (long(width, height), short)
-        }
+        let long = |long: usize, by: usize| ((short as f64 * long as f64 / by as f64) as usize).clamp(1, MAX_SIDE);
+        if width <= height { (short, long(height, width)) } else { (long(width, height), short) }
     }
 }
 
@@ -46,13 +40,7 @@ impl Transform for Resize {
         if image.size() == (width, height) {
             return image;
         }
-        resample::resize(
-            &image,
-            Crop::whole(&image),
-            width,
-            height,
-            self.interpolation,
-        )
+        resample::resize(&image, Crop::whole(&image), width, height, self.interpolation)
     }
 
     fn output_size(&self, input: Option<(usize, usize)>) -> Option<(usize, usize)> {
