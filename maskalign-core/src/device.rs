@@ -34,7 +34,7 @@ pub trait Backend: Sized + 'static {
     where
         Self: Dev;
     /// The value that belongs to this device out of one per device.
-    fn pick<'a, C>(per_device: &'a C) -> &'a C::Of<Self>
+    fn pick<C>(per_device: &C) -> &C::Of<Self>
     where
         Self: Dev,
         C: PerDevice;
@@ -59,7 +59,7 @@ impl Backend for Cpu {
         buffer.fill(0.0);
         Ok(())
     }
-    fn pick<'a, C: PerDevice>(per_device: &'a C) -> &'a C::Of<Self> {
+    fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cpu()
     }
 }
@@ -74,7 +74,7 @@ impl Backend for dfdx::prelude::Cuda {
         *buffer = self.try_alloc_len(Storage::<f32>::len(self, buffer)).map_err(crate::error::device)?;
         Ok(())
     }
-    fn pick<'a, C: PerDevice>(per_device: &'a C) -> &'a C::Of<Self> {
+    fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cuda()
     }
 }

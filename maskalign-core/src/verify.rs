@@ -128,7 +128,7 @@ impl Case {
         if height != width || rows != batch || lr.data.len() != steps {
             return Err(malformed("`images`, `ids_keep` and `lr` do not fit together"));
         }
-        if config.student.patch == 0 || config.student.image % config.student.patch != 0 {
+        if config.student.patch == 0 || !config.student.image.is_multiple_of(config.student.patch) {
             return Err(malformed("the student's image is not a whole number of patches"));
         }
         let patches = (config.student.image / config.student.patch).pow(2) as u32;

@@ -1,6 +1,9 @@
 //! Steps recorded from the PyTorch implementation, replayed by the stage's own step.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use dfdx::prelude::Cpu;
 use maskalign_core::{
@@ -17,7 +20,7 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
-fn replay(cx: &Context<Cpu>, path: &PathBuf, sets: &[&str]) -> CaseReport {
+fn replay(cx: &Context<Cpu>, path: &Path, sets: &[&str]) -> CaseReport {
     let case = Case::read(path).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let teacher = folder.path().join("teacher.safetensors");

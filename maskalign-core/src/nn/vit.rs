@@ -66,7 +66,7 @@ impl Arch {
     /// # Errors
     /// Names `arch` and the size at fault.
     pub fn check(&self) -> Result<(), Refusal> {
-        if self.dim % self.heads != 0 {
+        if !self.dim.is_multiple_of(self.heads) {
             return Err(Refusal::new("arch", format!("dim {} is not a multiple of heads {}", self.dim, self.heads)));
         }
         Ok(())
@@ -77,7 +77,7 @@ impl Arch {
     /// # Errors
     /// The image's side is no multiple of the patch's.
     pub fn grid(&self, image_size: usize) -> Result<Grid, Refusal> {
-        if image_size == 0 || image_size % self.patch != 0 {
+        if image_size == 0 || !image_size.is_multiple_of(self.patch) {
             return Err(Refusal::new(
                 "image_size",
                 format!("{image_size} pixels are not a whole number of patches of {}", self.patch),

@@ -440,7 +440,7 @@ impl<D: Dev> PretrainModel<D> {
                 target: Build::build::<D>(&recipe.target)?,
                 aligner,
                 loss: Build::build::<D>(&recipe.loss)?,
-                weight: recipe.weight.clone(),
+                weight: recipe.weight,
                 shape: objective,
             });
         }

@@ -54,7 +54,7 @@ impl BatchSize {
     /// # Errors
     /// Names `batch.micro`.
     pub fn check(&self) -> Result<(), Refusal> {
-        if self.effective % self.micro() != 0 {
+        if !self.effective.is_multiple_of(self.micro()) {
             return Err(Refusal::new(
                 "micro",
                 format!("{} does not divide the effective batch {}", self.micro(), self.effective),
@@ -556,7 +556,7 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
         run.progress.step(&report);
         last = Some(report);
         let done = trainer.updates;
-        if done % length.steps_per_epoch == 0 {
+        if done.is_multiple_of(length.steps_per_epoch) {
             match after_epoch(run, task, done / length.steps_per_epoch) {
                 Ok(result) => measured.extend(result),
                 Err(stopped @ Error::Stopped { .. }) if done < end => {
@@ -567,7 +567,7 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
             }
         }
         let stop = run.stop.get();
-        if done < end && (done % interval == 0 || stop.is_some()) {
+        if done < end && (done.is_multiple_of(interval) || stop.is_some()) {
             save(run, task, trainer, &mut metrics, &measured, false)?;
             run.dir.prune_checkpoints(name, retention)?;
             last_saved = Some(done);

@@ -98,10 +98,10 @@ impl AlignerPlugin for Decoder {
             return Err(Refusal::whole(format!("a decoder has one output, the target has {}", plan.outputs))
                 .help("choose one level of the target, or `combine: mean`"));
         }
-        if self.dim % self.heads != 0 {
+        if !self.dim.is_multiple_of(self.heads) {
             return Err(Refusal::new("heads", format!("{} does not divide dim {}", self.heads, self.dim)));
         }
-        if self.dim % 4 != 0 {
+        if !self.dim.is_multiple_of(4) {
             return Err(Refusal::new("dim", "sin-cos positions need a multiple of 4"));
         }
         if plan.tokens.cls && !plan.student.cls_token {

@@ -60,8 +60,8 @@ impl Clip {
         let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
         let projection = self.projection.unwrap_or(match arch.dim {
-            ..=768 => 512,
-            ..=1024 => 768,
+            0..=768 => 512,
+            769..=1024 => 768,
             _ => 1024,
         });
         Ok(VitConfig {
