@@ -84,7 +84,7 @@ pub fn bench<D: Dev>(cx: &Context<D>, recipe: &Recipe, options: BenchOptions) ->
     bench_on(cx, recipe, options, &mut synthetic)
 }
 
-/// As [`bench`], on given images.
+/// As [`bench()`], on given images.
 ///
 /// # Errors
 /// As there.

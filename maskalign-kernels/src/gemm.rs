@@ -127,7 +127,7 @@ pub enum Act {
     None,
     /// The exact GELU, [`vmath::gelu`](crate::vmath::gelu).
     Gelu,
-    /// CLIP's `x sigmoid(1.702 x)`, [`vmath::quick_gelu`].
+    /// CLIP's `x sigmoid(1.702 x)`, [`crate::vmath::quick_gelu`].
     QuickGelu,
 }
 
