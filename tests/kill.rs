@@ -88,7 +88,7 @@ fn a_run_survives_kill_upon_kill() {
     ] {
         killed_at(&sandbox, &resume, place);
     }
-    for place in ["metrics.append:7", "summary.rename:2", "stage.after:1", "manifest.write:2"] {
+    for place in ["metrics.append:7", "stage.after:1", "summary.rename:1", "manifest.write:2"] {
         killed_at(&sandbox, &resume, place);
     }
     finished(&sandbox, &resume, "the last");
