@@ -33,7 +33,7 @@ pub use maskalign_registry::Refusal;
 pub mod prelude {
     pub use crate::{
         components::{
-            aligners::{AlignInput, AlignPlan, Aligner, AlignerPlugin},
+            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin},
             losses::LossPlugin,
             maskers::{Counts, Mask, MaskInput, Masker},
             optimizers::{OptimizerPlugin, Update},
