@@ -124,11 +124,10 @@ fn finished_stages(checkpoints: &Path, outcome: impl Fn(&str) -> PathBuf) -> Vec
 
 /// The student's tower: without optimizer state and without what aligned it with the teacher.
 fn tower(tensors: TensorMap) -> TensorMap {
-    const TOWER: [&str; 6] = ["cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "norm_pre."];
     let of_model = |name: String| match name.strip_prefix("model.") {
         Some(name) => name.to_string(),
         None => name,
     };
     let renamed = tensors.into_iter().map(|(name, tensor)| (of_model(name), tensor));
-    renamed.filter(|(name, _)| TOWER.iter().any(|part| name.starts_with(part))).collect()
+    renamed.filter(|(name, _)| maskalign_core::stages::is_tower(name)).collect()
 }

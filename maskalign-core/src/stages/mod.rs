@@ -15,7 +15,7 @@ use serde::Serialize;
 pub use data::{Data, OpenData};
 pub use finetune::Finetune;
 pub use knn::Knn;
-pub(crate) use pretrain::is_tower;
+pub use pretrain::is_tower;
 pub use pretrain::{Inspection, Pretrain, PretrainModel};
 pub use train::{MicroBatch, Phases, StepReport, Task, Trainer};
 

@@ -751,7 +751,7 @@ impl StagePlugin for Pretrain {
 }
 
 /// Whether a parameter belongs to the student's tower, not to an alignment.
-pub(crate) fn is_tower(name: &str) -> bool {
+pub fn is_tower(name: &str) -> bool {
     ["cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "norm_pre."].iter().any(|p| name.starts_with(p))
 }
 
