@@ -329,6 +329,14 @@ pub struct Patches<'a> {
     pub std: [f32; 3],
 }
 
+impl Patches<'_> {
+    /// Values that [`cut_patches`] writes.
+    pub fn elements(&self, index: Option<&[u32]>) -> usize {
+        let all = self.batch * (self.height / self.patch) * (self.width / self.patch);
+        index.map_or(all, <[u32]>::len) * 3 * self.patch * self.patch
+    }
+}
+
 /// Cuts images into rows `[3 * patch * patch]` (channel, row, column: the order of a convolution's
 /// weight), normalised, so that `rows * weight^T` is the patch embedding.
 ///

@@ -9,8 +9,8 @@ use dfdx::prelude::{Cpu, CpuError, Gradients, HasShape, TensorFromVec};
 use maskalign_kernels::{
     Arena, Buf, Epilogue, Pool, attention as attn,
     block::{self as blk, BlockGrads, BlockShape, BlockWeights, DropPath, LastBlock, Save, SplitWeights},
-    elementwise::{self as ew, Write},
-    fma_peak_gflops, isa, loss, norm, optim,
+    elementwise::{self as ew, Patches, Write},
+    fma_peak_gflops, isa, keep_freed_memory, loss, norm, optim,
 };
 
 use super::{
@@ -66,6 +66,7 @@ pub struct Fused {
 impl Fused {
     /// Operators on `threads` threads; the number changes no result.
     pub fn new(threads: usize) -> Self {
+        keep_freed_memory();
         Fused { pool: Pool::new(threads.max(1)), arena: Arena::new() }
     }
 
@@ -278,6 +279,12 @@ impl Kernels<Cpu> for Fused {
     fn pack(&self, weight: &M) -> Option<Packed> {
         let (outputs, inputs) = *weight.shape();
         Some(Packed(Arc::new(blk::pack_weight(view(weight), outputs, inputs))))
+    }
+
+    fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
+        let mut rows = vec![0.0; from.elements(index)];
+        ew::cut_patches(&self.pool, from, index, &mut rows);
+        rows
     }
 
     fn linear(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act) -> Result<M> {

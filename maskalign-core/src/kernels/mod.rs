@@ -19,7 +19,9 @@ use crate::{
     tape::Recorder,
 };
 
-pub use maskalign_kernels::gemm::Act;
+use maskalign_kernels::{Pool, elementwise::cut_patches};
+
+pub use maskalign_kernels::{elementwise::Patches, gemm::Act};
 
 /// Sizes of an attention: queries and keys are the rows of matrices `[batch * tokens, heads * head_dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -127,6 +129,13 @@ pub trait Kernels<D: Dev> {
     }
     /// The fastest form of a frozen weight `[out, in]`, where this device has one.
     fn pack(&self, weight: &Matrix<D>) -> Option<Packed>;
+    /// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel,
+    /// row, column. `index` holds as many patches for each image; without it all are cut.
+    fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
+        let mut rows = vec![0.0; from.elements(index)];
+        cut_patches(&Pool::new(1), from, index, &mut rows);
+        rows
+    }
     /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.
     fn linear(&self, r: &mut Recorder<D>, x: &Matrix<D>, layer: &Linear<D>, act: Act) -> Result<Matrix<D>>;
     /// `data W^T + b` for data that takes no gradient: a patch embedding.

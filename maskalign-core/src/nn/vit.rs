@@ -12,7 +12,7 @@ use crate::{
     device::{Dev, Matrix},
     error::{Result, device},
     images::ImageBatch,
-    kernels::{Act, Begun, BlockRun},
+    kernels::{Act, Begun, BlockRun, Kernels, Patches},
     tape::Recorder,
     weights::resize_images_bicubic,
 };
@@ -204,7 +204,13 @@ pub struct TowerInput {
 impl TowerInput {
     /// Normalised patches as rows of channel, row, column: `[batch * K, 3 * patch * patch]`. `patches` holds the K
     /// wanted patch indices of each image; `None` takes all in order.
-    pub fn patchify(&self, images: &ImageBatch, patch: usize, patches: Option<&[u32]>) -> Vec<f32> {
+    pub fn patchify<D: Dev>(
+        &self,
+        kernels: &dyn Kernels<D>,
+        images: &ImageBatch,
+        patch: usize,
+        patches: Option<&[u32]>,
+    ) -> Vec<f32> {
         let resized;
         let (size, pixels) = if images.size == self.image_size {
             (images.size, &images.pixels)
@@ -215,29 +221,18 @@ impl TowerInput {
             };
             (self.image_size, &resized)
         };
-        let side = size / patch;
-        let all: Vec<u32>;
-        let wanted = match patches {
-            Some(wanted) => wanted,
-            None => {
-                all = (0..images.batch).flat_map(|_| 0..(side * side) as u32).collect();
-                &all
-            }
-        };
-        let each = wanted.len() / images.batch;
-        let mut out = Vec::with_capacity(wanted.len() * 3 * patch * patch);
-        for (i, &index) in wanted.iter().enumerate() {
-            let (top, left) = (index as usize / side * patch, index as usize % side * patch);
-            for channel in 0..3 {
-                let (mean, std) = (self.statistics.mean[channel], self.statistics.std[channel]);
-                let plane = &pixels[(i / each * 3 + channel) * size * size..][..size * size];
-                for row in top..top + patch {
-                    let line = &plane[row * size + left..][..patch];
-                    out.extend(line.iter().map(|v| (v - mean) / std));
-                }
-            }
-        }
-        out
+        kernels.cut_patches(
+            Patches {
+                images: pixels,
+                batch: images.batch,
+                height: size,
+                width: size,
+                patch,
+                mean: self.statistics.mean,
+                std: self.statistics.std,
+            },
+            patches,
+        )
     }
 }
 
@@ -387,7 +382,7 @@ impl<D: Dev> Vit<D> {
         let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
         let batch = images.batch;
         let each = visible.map_or(patches, |v| v.len() / batch);
-        let pixels = self.config.input.patchify(images, self.config.arch.patch, visible);
+        let pixels = self.config.input.patchify(&*cx.kernels, images, self.config.arch.patch, visible);
         let columns = pixels.len() / (batch * each);
         let pixels: Matrix<D> = cx.dev.try_tensor_from_vec(pixels, (batch * each, columns)).map_err(device)?;
         let x = cx.kernels.embed(r, &pixels, &self.patch_embed)?;

@@ -42,7 +42,7 @@ impl TargetPlugin for Pixels {
         let tower = input(student.image_size, student.statistics);
         let wanted = masks.rows(input_.tokens, false);
         let matrix = |patches: Option<&[u32]>| -> Result<Matrix<D>> {
-            let planes = tower.patchify(images, student.arch.patch, patches);
+            let planes = tower.patchify(&*cx.kernels, images, student.arch.patch, patches);
             let pixels = channels_last(&planes, plan.width);
             let rows = pixels.len() / plan.width;
             cx.dev.try_tensor_from_vec(pixels, (rows, plan.width)).map_err(device)
