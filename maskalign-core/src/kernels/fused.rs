@@ -276,6 +276,10 @@ impl Kernels<Cpu> for Fused {
         Some(fma_peak_gflops(self.pool.threads(), &self.pool))
     }
 
+    fn trim(&self) {
+        self.arena.trim();
+    }
+
     fn pack(&self, weight: &M) -> Option<Packed> {
         let (outputs, inputs) = *weight.shape();
         Some(Packed(Arc::new(blk::pack_weight(view(weight), outputs, inputs))))

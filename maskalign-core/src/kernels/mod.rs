@@ -127,6 +127,8 @@ pub trait Kernels<D: Dev> {
     fn peak_gflops(&self) -> Option<f64> {
         None
     }
+    /// Gives idle buffers back to the system: worth it between stages, whose sizes differ.
+    fn trim(&self) {}
     /// The fastest form of a frozen weight `[out, in]`, where this device has one.
     fn pack(&self, weight: &Matrix<D>) -> Option<Packed>;
     /// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel,

@@ -60,7 +60,9 @@ impl<D: Dev> Param<D> {
 
     /// A copy on the host.
     pub fn to_host(&self) -> HostTensor {
-        HostTensor { shape: self.dims.clone(), data: self.value.as_vec() }
+        let mut data = vec![0.0; self.len()];
+        self.value.copy_into(&mut data);
+        HostTensor { shape: self.dims.clone(), data }
     }
 
     /// Replaces the values, keeping the tensor's identity.

@@ -47,7 +47,7 @@ struct Stored<'a> {
 }
 
 impl Checkpoint {
-    /// Writes a checkpoint from borrowed slices; nothing is copied but a small buffer. Equal input gives equal bytes.
+    /// Writes a checkpoint; what is copied is a small buffer and, from a device, one tensor at a time. Equal input gives equal bytes.
     ///
     /// `what` names the kind of file in errors.
     pub fn save(path: &Path, what: &str, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
@@ -126,6 +126,7 @@ impl Retention {
 
 #[cfg(test)]
 mod tests {
+    use crate::weights::TensorData;
     use std::fs;
 
     use serde_json::json;
@@ -144,9 +145,9 @@ mod tests {
 
     fn tensors<'a>(weight: &'a [f32], average: &'a [f32]) -> Vec<TensorRef<'a>> {
         vec![
-            TensorRef { name: "optimizer.exp_avg.w".into(), shape: vec![2, 3], data: average },
-            TensorRef { name: "model.w".into(), shape: vec![2, 3], data: weight },
-            TensorRef { name: "model.none".into(), shape: vec![0, 4], data: &[] },
+            TensorRef { name: "optimizer.exp_avg.w".into(), shape: vec![2, 3], data: TensorData::Host(average) },
+            TensorRef { name: "model.w".into(), shape: vec![2, 3], data: TensorData::Host(weight) },
+            TensorRef { name: "model.none".into(), shape: vec![0, 4], data: TensorData::Host(&[]) },
         ]
     }
 
@@ -211,7 +212,7 @@ mod tests {
     fn a_shape_that_does_not_fit_its_data_writes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.safetensors");
-        let wrong = [TensorRef { name: "w".into(), shape: vec![2], data: &WEIGHT }];
+        let wrong = [TensorRef { name: "w".into(), shape: vec![2], data: TensorData::Host(&WEIGHT) }];
         assert!(Checkpoint::save(&path, "checkpoint", &header(0), &wrong).is_err());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }

@@ -480,6 +480,7 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, what: &str) -> Result<Op
 
 #[cfg(test)]
 mod tests {
+    use crate::weights::TensorData;
     use std::time::{Duration, UNIX_EPOCH};
 
     use serde_json::json;
@@ -498,7 +499,7 @@ mod tests {
 
     fn save(run: &RunDir, stage: &str, step: u64) -> PathBuf {
         let data = [step as f32];
-        let tensors = [TensorRef { name: "model.w".into(), shape: vec![1], data: &data }];
+        let tensors = [TensorRef { name: "model.w".into(), shape: vec![1], data: TensorData::Host(&data) }];
         run.save_checkpoint(&header(stage, step), &tensors).unwrap()
     }
 

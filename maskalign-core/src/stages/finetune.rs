@@ -375,7 +375,7 @@ impl StagePlugin for Finetune {
             let eval = eval.open().map_err(|r| r.under("eval"))?;
             results["accuracy"] = json!(accuracy(&mut run, &model, &eval, self.batch.micro())?);
         }
-        let weights = finish(&run, &mut model, &trainer, trained.metric_records, &results)?;
+        let weights = finish(&run, &mut model, trainer, trained.metric_records, &results)?;
         let record = StudentRecord {
             slot: self.student.clone(),
             shape: model.student.shape(),

@@ -739,7 +739,7 @@ impl StagePlugin for Pretrain {
         if !trained.measured.is_empty() {
             results["knn"] = json!(trained.measured);
         }
-        let weights = finish(&run, &mut model, &trainer, trained.metric_records, &results)?;
+        let weights = finish(&run, &mut model, trainer, trained.metric_records, &results)?;
         let record = StudentRecord {
             slot: self.student.clone(),
             shape: student_shape,

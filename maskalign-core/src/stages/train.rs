@@ -27,7 +27,7 @@ use crate::{
     random::Stream,
     run::{CheckpointHeader, Metrics, Retention, Stop},
     tape::{Recorder, swap_gradient},
-    weights::{HostTensor, TensorMap, TensorRef},
+    weights::{HostTensor, TensorData, TensorMap, TensorRef},
 };
 
 /// Images of an optimizer step.
@@ -387,18 +387,16 @@ impl<D: Dev> Trainer<D> {
     }
 
     /// Parameters and optimizer state as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`.
-    pub fn tensors(&self, task: &mut dyn Task<D>) -> TensorMap {
-        let mut all = TensorMap::new();
+    fn tensors(&self, task: &mut dyn Task<D>) -> Vec<TensorRef<'static>> {
+        let mut all = Vec::new();
         task.visit(&mut |p| {
-            all.insert(format!("model.{}", p.name), p.to_host());
-        });
-        for (name, vectors) in &self.state {
-            let shape = all[&format!("model.{name}")].shape.clone();
-            for (kind, vector) in self.optimizer.state_names().iter().zip(vectors) {
-                let tensor = HostTensor { shape: shape.clone(), data: vector.as_vec() };
-                all.insert(format!("optimizer.{kind}.{name}"), tensor);
+            let name = &p.name;
+            let states = self.state.get(name).into_iter().flatten();
+            for (kind, vector) in self.optimizer.state_names().iter().zip(states) {
+                all.push(on_device(format!("optimizer.{kind}.{name}"), &p.dims, vector));
             }
-        }
+            all.push(on_device(format!("model.{name}"), &p.dims, &p.value));
+        });
         all
     }
 
@@ -617,37 +615,47 @@ fn save<D: Dev>(
         metrics_records: metrics.records(),
         meta: serde_json::json!({ MEASURED: measured, UNMEASURED: unmeasured }),
     };
-    let path = run.dir.save_checkpoint(&header, &refs(&tensors))?;
+    let path = run.dir.save_checkpoint(&header, &tensors)?;
     run.progress.saved(&path);
     Ok(())
 }
 
-/// Writes what a finished training stage leaves, and gives its parameters by name.
+/// Writes what a finished training stage leaves, and gives its parameters by name. The trainer's state is freed first,
+/// and so are the buffers of its steps: the next stage has sizes of its own.
 pub(crate) fn finish<D: Dev>(
     run: &StageRun<D>,
     task: &mut dyn Task<D>,
-    trainer: &Trainer<D>,
+    trainer: Trainer<D>,
     metric_records: u64,
     results: &serde_json::Value,
 ) -> Result<TensorMap> {
+    let step = trainer.updates;
+    drop(trainer);
+    run.cx.kernels.trim();
     let mut weights = TensorMap::new();
     task.visit(&mut |p| {
         weights.insert(p.name.clone(), p.to_host());
     });
     let header = CheckpointHeader {
         stage: run.stage.name.to_string(),
-        step: trainer.updates,
+        step,
         fingerprint: run.fingerprint.to_string(),
         metrics_records: metric_records,
         meta: serde_json::Value::Null,
     };
-    run.dir.finish_stage(&header, &refs(&weights), results.clone())?;
+    run.dir.finish_stage(&header, &TensorRef::all_of(&weights), results.clone())?;
     Ok(weights)
 }
 
-/// Borrowed tensors, as the run directory writes them.
-pub(crate) fn refs(tensors: &TensorMap) -> Vec<TensorRef<'_>> {
-    TensorRef::all_of(tensors)
+/// A tensor that is copied from its device when it is written.
+fn on_device<D: Dev>(name: String, dims: &[usize], values: &Vector<D>) -> TensorRef<'static> {
+    let (len, values) = (dims.iter().product(), values.clone());
+    let read = move || {
+        let mut copy = vec![0.0; len];
+        values.copy_into(&mut copy);
+        copy
+    };
+    TensorRef { name, shape: dims.to_vec(), data: TensorData::Device(len, Box::new(read)) }
 }
 
 /// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and

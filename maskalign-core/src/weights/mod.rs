@@ -24,7 +24,7 @@ pub use families::{Canonical, Export, Family, to_canonical, to_family};
 pub use hub::{HubCache, locate};
 pub use mismatch::{Mismatch, check_against};
 pub use read::{files_of, read};
-pub use tensor_file::{TensorFile, TensorRef, write_safetensors};
+pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
 pub(crate) use tensor_file::{digest, write_tensors};
 
 /// A tensor in host memory: row-major, its `data` as long as the product of its `shape`.

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::fs::File;
@@ -118,15 +119,45 @@ fn element_of(dtype: Dtype) -> Option<Element> {
     })
 }
 
-/// A borrowed tensor, to be written.
-#[derive(Debug, Clone)]
+/// A tensor to be written.
+#[derive(Debug)]
 pub struct TensorRef<'a> {
     /// Its name in the file.
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
     /// Its values, row-major.
-    pub data: &'a [f32],
+    pub data: TensorData<'a>,
+}
+
+/// Where the values of a [`TensorRef`] are.
+pub enum TensorData<'a> {
+    /// In the host's memory.
+    Host(&'a [f32]),
+    /// On a device: so many, copied when they are written. A checkpoint then needs room for one tensor, not for all.
+    Device(usize, Box<dyn Fn() -> Vec<f32> + 'a>),
+}
+
+impl TensorData<'_> {
+    fn len(&self) -> usize {
+        match self {
+            TensorData::Host(values) => values.len(),
+            TensorData::Device(len, _) => *len,
+        }
+    }
+
+    fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            TensorData::Host(values) => Cow::Borrowed(values),
+            TensorData::Device(_, read) => Cow::Owned(read()),
+        }
+    }
+}
+
+impl std::fmt::Debug for TensorData<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} values", self.len())
+    }
 }
 
 impl<'a> TensorRef<'a> {
@@ -134,7 +165,7 @@ impl<'a> TensorRef<'a> {
     pub fn all_of(tensors: &'a TensorMap) -> Vec<TensorRef<'a>> {
         tensors
             .iter()
-            .map(|(name, t)| TensorRef { name: name.clone(), shape: t.shape.clone(), data: &t.data })
+            .map(|(name, t)| TensorRef { name: name.clone(), shape: t.shape.clone(), data: TensorData::Host(&t.data) })
             .collect()
     }
 }
@@ -178,7 +209,7 @@ pub(crate) fn write_tensors(
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
     for tensor in &sorted {
-        for_each_chunk(tensor.data, |bytes| out.write_all(bytes))?;
+        for_each_chunk(&tensor.data.values(), |bytes| out.write_all(bytes))?;
     }
     Ok(())
 }
@@ -193,7 +224,7 @@ pub(crate) fn digest(tensors: &[TensorRef<'_>]) -> blake3::Hash {
         for length in &tensor.shape {
             hasher.update(&(*length as u64).to_le_bytes());
         }
-        let Ok(()) = for_each_chunk(tensor.data, |bytes| {
+        let Ok(()) = for_each_chunk(&tensor.data.values(), |bytes| {
             hasher.update(bytes);
             Ok::<_, Infallible>(())
         });
