@@ -2,19 +2,8 @@
 
 use crate::weights::{HostTensor, TensorMap};
 
-/// The shipped recipes, by name, as YAML.
-pub const RECIPES: &[(&str, &str)] = &[
-    ("bench_vitti", include_str!("../../recipes/bench_vitti.yaml")),
-    ("mae_vitb", include_str!("../../recipes/mae_vitb.yaml")),
-    ("maskalign_vitb_clip", include_str!("../../recipes/maskalign_vitb_clip.yaml")),
-    ("maskalign_vitb_dino", include_str!("../../recipes/maskalign_vitb_dino.yaml")),
-    ("maskalign_vitl_clip_b", include_str!("../../recipes/maskalign_vitl_clip_b.yaml")),
-    ("maskalign_vitl_clip_l", include_str!("../../recipes/maskalign_vitl_clip_l.yaml")),
-    ("milan_vitb", include_str!("../../recipes/milan_vitb.yaml")),
-    ("quickstart", include_str!("../../recipes/quickstart.yaml")),
-    ("quickstart_teacher", include_str!("../../recipes/quickstart_teacher.yaml")),
-    ("umt_image_vitb", include_str!("../../recipes/umt_image_vitb.yaml")),
-];
+/// The shipped recipes, by name, as YAML: what the build script finds in `recipes/`.
+pub const RECIPES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/recipes.rs"));
 
 /// Whether there are embedded weights of that name.
 pub fn has_weights(name: &str) -> bool {

@@ -1,0 +1,22 @@
+//! Writes the list of shipped recipes from the folder that holds them, so that a new recipe is a new file and no more.
+
+use std::{env, error::Error, fs, path::Path};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../recipes");
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed={}", folder.display());
+    let mut recipes = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ending| ending == "yaml") {
+            let text = |part: Option<&str>| part.map(str::to_owned).ok_or(format!("{path:?} is not UTF-8"));
+            recipes.push((text(path.file_stem().and_then(|stem| stem.to_str()))?, text(path.to_str())?));
+        }
+    }
+    recipes.sort();
+    let rows: String =
+        recipes.iter().map(|(name, path)| format!("    ({name:?}, include_str!({path:?})),\n")).collect();
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("recipes.rs"), format!("&[\n{rows}]\n"))?;
+    Ok(())
+}
