@@ -193,6 +193,10 @@ mod composed_operators {
             check(&format!("attention {queries} of {keys}"), inputs, |r, x| {
                 vec![composed::attention(r, &x[0], &x[1], &x[2], shape).unwrap()]
             });
+            let inputs = vec![input("q", 2 * queries, 6), input("kv", 2 * keys, 12)];
+            check(&format!("cross attention {queries} of {keys}"), inputs, |r, x| {
+                vec![composed::cross_attention(r, &x[0], &x[1], shape).unwrap()]
+            });
         }
         let shape = AttentionShape { batch: 1, heads: 1, queries: 3, keys: 3 };
         check("attention of one to itself", vec![input("x", 3, 4)], |r, x| {
@@ -452,6 +456,10 @@ mod fused_operators {
                 [matrix("q", batch * queries, dim), matrix("k", batch * keys, dim), matrix("v", batch * keys, dim)];
             check(&format!("attention {shape:?}"), &inputs, &[], |k, r, x| {
                 Ok(vec![k.attention(r, &x[0], &x[1], &x[2], shape)?])
+            });
+            let inputs = [matrix("q", batch * queries, dim), matrix("kv", batch * keys, 2 * dim)];
+            check(&format!("cross attention {shape:?}"), &inputs, &[], |k, r, x| {
+                Ok(vec![k.cross_attention(r, &x[0], &x[1], shape)?])
             });
         }
     }

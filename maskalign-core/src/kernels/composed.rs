@@ -128,6 +128,17 @@ pub fn attention<E: Float, D: Device<E>>(
     })
 }
 
+/// Scaled dot-product attention of all heads, keys and values side by side.
+pub fn cross_attention<E: Float, D: Device<E>>(
+    r: &mut Recorder<D, E>,
+    q: &Matrix<D, E>,
+    kv: &Matrix<D, E>,
+    s: AttentionShape,
+) -> Result<Matrix<D, E>> {
+    let (k, v) = (part(r, kv, 0, 2)?, part(r, kv, 1, 2)?);
+    attention(r, q, &k, &v, s)
+}
+
 /// Columns `part` of `parts` equal parts.
 ///
 /// The CPU gradient of dfdx's `slice` assigns where it should add, so that the slice is of a temporary here.
@@ -401,6 +412,15 @@ impl<D: Dev> Kernels<D> for Composed {
         shape: AttentionShape,
     ) -> Result<Matrix<D>> {
         attention(r, q, k, v, shape)
+    }
+    fn cross_attention(
+        &self,
+        r: &mut Recorder<D>,
+        q: &Matrix<D>,
+        kv: &Matrix<D>,
+        shape: AttentionShape,
+    ) -> Result<Matrix<D>> {
+        cross_attention(r, q, kv, shape)
     }
     fn block(&self, r: &mut Recorder<D>, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Matrix<D>> {
         let mut parameters = Vec::new();

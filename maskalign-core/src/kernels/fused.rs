@@ -130,6 +130,42 @@ impl Fused {
         });
         Ok(y)
     }
+
+    /// Attention of queries to keys and values, see [`heads`].
+    fn attention_op(&self, r: &mut R, inputs: &[&M], s: AttentionShape) -> Result<M> {
+        let inputs: Vec<M> = inputs.iter().map(|x| contiguous(r, x)).collect::<Result<_>>()?;
+        let dim = inputs[0].shape().1;
+        let shape = attn::AttentionShape {
+            batch: s.batch,
+            heads: s.heads,
+            head_dim: dim / s.heads,
+            queries: s.queries,
+            keys: s.keys,
+        };
+        let mut out = vec![0.0; s.batch * s.queries * dim];
+        let mut lse = r.is_recording().then(|| self.arena.take(shape.lse_len()));
+        let [q, k, v] = heads(&inputs);
+        attn::attention(&self.pool, &self.arena, shape, q, k, v, &mut out, lse.as_deref_mut());
+        let y = matrix(&inputs[0], out, s.batch * s.queries, dim)?;
+        let (pool, arena) = self.handles();
+        let (out, kept) = (y.ghost(), r.is_recording().then(|| y.clone()));
+        r.record(move |g| {
+            let dy = take!(g, &out);
+            let (y, lse) = (kept.expect("kept while recording"), lse.expect("kept while recording"));
+            let mut buffers = Vec::with_capacity(inputs.len());
+            for x in &inputs {
+                buffers.push(lend!(g, x));
+            }
+            let [q, k, v] = heads(&inputs);
+            let into = heads_gradient(&mut buffers);
+            attn::attention_backward(&pool, &arena, shape, q, k, v, view(&y), &lse, &dy, into, Write::Add);
+            for (x, buffer) in inputs.iter().zip(buffers) {
+                restore!(g, x, buffer);
+            }
+            Ok(())
+        });
+        Ok(y)
+    }
 }
 
 /// The tensor itself where its values lie row by row; else a copy that does, recorded.
@@ -337,45 +373,11 @@ impl Kernels<Cpu> for Fused {
     }
 
     fn attention(&self, r: &mut R, q: &M, k: &M, v: &M, s: AttentionShape) -> Result<M> {
-        let (q, k, v) = (contiguous(r, q)?, contiguous(r, k)?, contiguous(r, v)?);
-        let dim = q.shape().1;
-        let shape = attn::AttentionShape {
-            batch: s.batch,
-            heads: s.heads,
-            head_dim: dim / s.heads,
-            queries: s.queries,
-            keys: s.keys,
-        };
-        let mut out = vec![0.0; s.batch * s.queries * dim];
-        let mut lse = r.is_recording().then(|| self.arena.take(shape.lse_len()));
-        let (q_heads, k_heads, v_heads) = (heads(&q), heads(&k), heads(&v));
-        attn::attention(&self.pool, &self.arena, shape, q_heads, k_heads, v_heads, &mut out, lse.as_deref_mut());
-        let y = matrix(&q, out, s.batch * s.queries, dim)?;
-        let (pool, arena) = self.handles();
-        let (out, kept) = (y.ghost(), r.is_recording().then(|| y.clone()));
-        r.record(move |g| {
-            let dy = take!(g, &out);
-            let (y, lse) = (kept.expect("kept while recording"), lse.expect("kept while recording"));
-            let (mut dq, mut dk, mut dv) = (lend!(g, &q), lend!(g, &k), lend!(g, &v));
-            attn::attention_backward(
-                &pool,
-                &arena,
-                shape,
-                heads(&q),
-                heads(&k),
-                heads(&v),
-                view(&y),
-                &lse,
-                &dy,
-                attn::QkvGrad::Separate { q: &mut dq, k: &mut dk, v: &mut dv },
-                Write::Add,
-            );
-            for (x, dx) in [(&q, dq), (&k, dk), (&v, dv)] {
-                restore!(g, x, dx);
-            }
-            Ok(())
-        });
-        Ok(y)
+        self.attention_op(r, &[q, k, v], s)
+    }
+
+    fn cross_attention(&self, r: &mut R, q: &M, kv: &M, s: AttentionShape) -> Result<M> {
+        self.attention_op(r, &[q, kv], s)
     }
 
     fn block(&self, r: &mut R, x: &M, block: &Block<Cpu>, run: &BlockRun) -> Result<M> {
@@ -694,9 +696,27 @@ impl Kernels<Cpu> for Fused {
     }
 }
 
-/// All heads of queries, keys or values.
-fn heads(x: &M) -> attn::Heads<'_> {
-    attn::Heads::separate(view(x), x.shape().1)
+/// All heads of queries, keys and values.
+fn heads(inputs: &[M]) -> [attn::Heads<'_>; 3] {
+    let columns = |x: &M| x.shape().1;
+    let alone = |x| attn::Heads::separate(view(x), columns(x));
+    match inputs {
+        [q, k, v] => [alone(q), alone(k), alone(v)],
+        [q, kv] => {
+            let side = |offset| attn::Heads::new(view(kv), columns(kv), offset);
+            [alone(q), side(0), side(columns(kv) / 2)]
+        }
+        _ => unreachable!("queries, then keys and values, apart or side by side"),
+    }
+}
+
+/// The gradients of what [`heads`] takes.
+fn heads_gradient(buffers: &mut [Vec<f32>]) -> attn::QkvGrad<'_> {
+    match buffers {
+        [q, k, v] => attn::QkvGrad::Separate { q, k, v },
+        [q, kv] => attn::QkvGrad::Cross { q, kv },
+        _ => unreachable!("as many as inputs"),
+    }
 }
 
 fn distance_kernel(pool: &Pool, x: &M, target: &M, distance: Distance, grad: Option<loss::Grad<'_>>) -> f64 {

@@ -153,6 +153,15 @@ pub trait Kernels<D: Dev> {
         v: &Matrix<D>,
         shape: AttentionShape,
     ) -> Result<Matrix<D>>;
+    /// The same with keys and values side by side, as one projection gives them: `kv` is `[batch * keys, 2 * dim]`, the
+    /// keys' columns first.
+    fn cross_attention(
+        &self,
+        r: &mut Recorder<D>,
+        q: &Matrix<D>,
+        kv: &Matrix<D>,
+        shape: AttentionShape,
+    ) -> Result<Matrix<D>>;
     /// A pre-norm transformer block.
     fn block(&self, r: &mut Recorder<D>, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Matrix<D>>;
     /// First half of a frozen tower's last block: enough for the attention of its class token.
