@@ -124,6 +124,20 @@ fn an_mae_checkpoint_keeps_its_decoder_apart() {
 }
 
 #[test]
+fn a_crossmae_checkpoint_keeps_its_decoder_apart() {
+    let mut map = read(&fixture("vit_timm.safetensors")).unwrap();
+    let decoder = ["dec_norms.0.weight", "decoder_blocks.0.cross_attn.kv.weight", "mask_token", "wfm.linear.weight"];
+    for name in decoder {
+        map.insert(name.into(), HostTensor { shape: vec![1], data: vec![1.0] });
+    }
+    // The published encoder has no final norm.
+    map.retain(|name, _| !name.starts_with("norm."));
+    let found = to_canonical(map, Family::Vit).unwrap();
+    assert_eq!(found.extra.keys().map(String::as_str).collect::<Vec<_>>(), decoder);
+    assert!(found.ignored.is_empty());
+}
+
+#[test]
 fn every_number_format_and_every_view_of_a_pytorch_file_is_read() {
     for file in ["views.pth", "views_protocol4.bin"] {
         let read = read(&fixture(file)).unwrap();

@@ -47,6 +47,7 @@ pub struct Canonical {
     pub tensors: TensorMap,
     /// What is no part of the tower but may start another part of a model, under these names: `distill_weights` and
     /// `distill_heads.*` (the official MaskAlign aligner), `decoder_*` and a plain ViT's `mask_token` (MAE's decoder),
+    /// `dec_norms.*` and `wfm.*` (what CrossMAE's decoder has besides),
     /// `head.*` and `fc_norm.*` (a classifier).
     pub extra: TensorMap,
     /// The naming that was found.
@@ -275,6 +276,8 @@ const OUTSIDE: &[(&str, Outside)] = &[
     ("embeddings.mask_token", Ignored("mask token of the pre-training")),
     ("mask_token", Ignored("mask token of the pre-training")),
     ("decoder_", Extra),
+    ("dec_norms.", Extra),
+    ("wfm.", Extra),
     ("decoder.", Ignored("decoder of the pre-training")),
     ("head.mlp.", Ignored("head of the self-distillation")),
     ("head.last_layer.", Ignored("head of the self-distillation")),
