@@ -3,7 +3,8 @@
 use super::StagePlan;
 use crate::{components::towers::TowerShape, nn::Arch};
 
-const FLOAT: u64 = 4;
+/// Bytes of a value.
+pub(super) const FLOAT: u64 = 4;
 
 /// Bytes for weights, gradients, two moments, and a student's activations over `rows` tokens.
 pub(super) fn training(plan: &StagePlan, rows: usize, arch: Arch, recompute: bool) -> u64 {

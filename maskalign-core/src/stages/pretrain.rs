@@ -686,6 +686,11 @@ impl StagePlugin for Pretrain {
             .iter()
             .map(|o| micro * o.tokens.count(counts.visible, counts.masked) * o.align.width * o.level_weights.len())
             .sum();
+        let kept = |o: &ObjectiveShape| {
+            let aligner = Build::build::<Cpu>(&self.objectives[&o.name].aligner);
+            aligner.map_or(0, |aligner| aligner.kept(&o.align, cx.recompute))
+        };
+        let aligned: usize = shape.objectives.iter().map(kept).sum();
         let model =
             PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1, false), &towers, &Init::shapes(&dev));
         match model {
@@ -696,6 +701,7 @@ impl StagePlugin for Pretrain {
                 });
                 plan.memory = memory::training(&plan, micro * visible, student.arch, cx.recompute)
                     + teachers.iter().map(|t| memory::frozen(t, micro)).sum::<u64>()
+                    + memory::FLOAT * (micro * aligned) as u64
                     + 8 * compared as u64;
             }
             Err(error) => return Err(vec![Refusal::whole(error.to_string())]),

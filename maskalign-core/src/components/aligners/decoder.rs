@@ -121,6 +121,20 @@ impl AlignerPlugin for Decoder {
         Ok(AlignNeeds { levels, tap: self.tap })
     }
 
+    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize {
+        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
+        let student = plan.counts.visible + usize::from(plan.student.cls_token);
+        let tokens = student + plan.counts.masked;
+        match self.attention {
+            DecoderAttention::Full if recompute => self.depth * tokens * dim,
+            DecoderAttention::Full => self.depth * tokens * (6 * dim + mlp),
+            // Every operator on its own: rows of all tokens, then of the queries.
+            DecoderAttention::MaskedQueries => {
+                self.depth * (tokens * 4 * dim + plan.counts.masked * (8 * dim + 2 * mlp))
+            }
+        }
+    }
+
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         let grid = plan.student.grid;
         let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));

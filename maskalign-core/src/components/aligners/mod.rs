@@ -69,6 +69,11 @@ pub trait AlignerPlugin: Send + Sync {
     /// # Errors
     /// Names the option that does not fit the depths, tokens or widths.
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal>;
+    /// About how many values of each image a step keeps for its backward pass, inside the alignment; for estimates of
+    /// memory. With `recompute`, blocks keep their input alone.
+    fn kept(&self, _plan: &AlignPlan, _recompute: bool) -> usize {
+        0
+    }
     /// Makes its parameters. Those that no output reaches must be marked as not trainable.
     ///
     /// # Errors
@@ -80,12 +85,16 @@ pub trait AlignerPlugin: Send + Sync {
 #[allow(missing_docs)]
 pub trait AlignerBuilder<D: Dev> {
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal>;
+    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize;
     fn build(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>>;
 }
 
 impl<P: AlignerPlugin, D: Dev> AlignerBuilder<D> for P {
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
         AlignerPlugin::plan(self, plan)
+    }
+    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize {
+        AlignerPlugin::kept(self, plan, recompute)
     }
     fn build(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         AlignerPlugin::build(self, plan, init)
