@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
+use maskalign_kernels::peak_memory_mib;
 use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -298,17 +299,9 @@ impl Timer {
             gflop_per_image: gflop,
             gflops: gflop * batch as f64 / median,
             // Memory first: the probe takes buffers of its own.
-            peak_mib: peak_mib(),
+            peak_mib: peak_memory_mib(),
             peak_gflops: cx.kernels.peak_gflops(),
             losses: self.losses,
         }
     }
-}
-
-/// VmHWM, on Linux.
-fn peak_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").trim().parse().ok()?;
-    Some(kib / 1024.0)
 }

@@ -166,6 +166,7 @@ pub fn run<D: Dev>(
         students.extend(outcome.student.map(|student| (name.clone(), student)));
     }
     manifest.ended = Some(rfc3339(SystemTime::now()));
+    manifest.peak_memory_mib = maskalign_kernels::peak_memory_mib();
     dir.write_manifest(&manifest)?;
     Ok(results)
 }
@@ -230,6 +231,7 @@ fn manifest<D: Dev>(
             .collect(),
         started: earlier.as_ref().map_or(now.clone(), |m| m.started.clone()),
         ended: None,
+        peak_memory_mib: None,
         resumed_at: match earlier {
             Some(m) => m.resumed_at.into_iter().chain([now]).collect(),
             None => Vec::new(),

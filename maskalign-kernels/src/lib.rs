@@ -22,5 +22,5 @@ pub mod vmath;
 pub use arch::{Isa, isa};
 pub use arena::{Arena, Buf};
 pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm, gemm_st};
-pub use memory::keep_freed_memory;
+pub use memory::{keep_freed_memory, peak_memory_mib};
 pub use pool::Pool;

@@ -1,4 +1,4 @@
-//! How the system's allocator treats large buffers.
+//! The process's memory: how the allocator treats large buffers, and how much was used.
 
 /// Asks the allocator to keep freed memory for the next step instead of giving it back to the system.
 ///
@@ -19,4 +19,12 @@ pub fn keep_freed_memory() {
             libc::mallopt(libc::M_TRIM_THRESHOLD, TRIM);
         }
     }
+}
+
+/// The most memory that the process had resident so far, in MiB, where the system tells (`VmHWM` of Linux).
+pub fn peak_memory_mib() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").trim().parse().ok()?;
+    Some(kib / 1024.0)
 }

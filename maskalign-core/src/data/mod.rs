@@ -67,6 +67,11 @@ pub trait Images: Send + Sync {
 
     /// BLAKE3 in hexadecimal of the list: names, labels and sizes, not pixels of files.
     fn fingerprint(&self) -> String;
+
+    /// Bytes of pixels that lie in memory as long as the images are open; for estimates.
+    fn resident_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// Changes one image: the options of a transform component.

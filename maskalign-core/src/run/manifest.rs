@@ -31,6 +31,9 @@ pub struct Manifest {
     pub started: String,
     /// When it ended; absent while it runs, and after a kill.
     pub ended: Option<String>,
+    /// The most memory that the process had resident, in MiB, where the system tells; known when it ended.
+    #[serde(default)]
+    pub peak_memory_mib: Option<f64>,
     /// When it was resumed, in order.
     pub resumed_at: Vec<String>,
 }

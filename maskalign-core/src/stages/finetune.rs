@@ -9,7 +9,7 @@ use super::{
     Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
     data::image_batch,
     knn::Pooling,
-    memory,
+    memory::{self, TrainingStep},
     pretrain::{is_tower, keep, under},
     train::{BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train},
 };
@@ -308,6 +308,7 @@ impl StagePlugin for Finetune {
             let Some(data) = data.filter(|d| size.is_some() && d.may_open(cx.environment)) else { continue };
             let Some(open) = keep(&mut refusals, data.open().map_err(|r| r.under(name))) else { continue };
             plan.data.push((format!("{}.{name}", cx.name), open.images.len(), open.images.fingerprint()));
+            plan.memory += open.images.resident_bytes();
             if name == "data" {
                 plan.images = Some(open.images.len());
                 plan.steps = Some(self.length(open.images.len()).steps());
@@ -344,7 +345,17 @@ impl StagePlugin for Finetune {
             Err(error) => return Err(vec![Refusal::whole(error.to_string())]),
         }
         plan.tokens = Some((shape.tokens(), shape.tokens()));
-        plan.memory = memory::training(&plan, self.batch.micro() * shape.tokens(), shape.arch, cx.recompute);
+        let step = TrainingStep {
+            student: &shape,
+            images: self.batch.micro(),
+            image_size: size,
+            tokens: shape.tokens(),
+            frozen: Vec::new(),
+            compared: self.batch.micro() * classes,
+            aligned: 0,
+            recompute: cx.recompute,
+        };
+        plan.memory += memory::training(&plan, &step);
         plan.student =
             Some(StudentRecord { slot: self.student.clone(), shape, weights: None, init_scope: cx.name.to_string() });
         Ok(plan)

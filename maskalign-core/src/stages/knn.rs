@@ -312,9 +312,12 @@ impl StagePlugin for Knn {
         {
             refusals.push(Refusal::new("test", format!("images of {test} pixels, those of `train` have {train}")));
         }
-        let towers = cx.towers(sizes.0.unwrap_or(0));
+        let size = sizes.0.unwrap_or(0);
+        let towers = cx.towers(size);
+        let mut passes = Vec::new();
         if let Some(stage) = keep(&mut refusals, self.stage()).flatten() {
-            keep(&mut refusals, towers.student(stage).map_err(|r| r.under("student")));
+            let student = keep(&mut refusals, towers.student(stage).map_err(|r| r.under("student")));
+            passes.extend(student.map(|student| student.shape));
         }
         if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
             refusals
@@ -324,9 +327,11 @@ impl StagePlugin for Knn {
             for (name, slot) in &self.teachers {
                 let planned = Build::build::<dfdx::prelude::Cpu>(slot).and_then(|t| t.plan(&towers));
                 if let Some(shape) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
-                    plan.memory = plan.memory.max(memory::frozen(&shape, self.batch));
+                    passes.push(shape);
                 }
             }
+            let pixels = self.baselines.contains(&Baseline::Pixels);
+            plan.memory = memory::features(&passes, pixels, plan.images.unwrap_or(0), size, self.batch);
         }
         match refusals.is_empty() {
             true => Ok(plan),

@@ -1,27 +1,75 @@
-//! Estimates of peak memory, before the first step.
+//! Estimates of peak memory, before the first step. `tests/memory.rs` compares them with measured peaks.
 
 use super::StagePlan;
-use crate::{components::towers::TowerShape, nn::Arch};
+use crate::components::towers::TowerShape;
 
 /// Bytes of a value.
-pub(super) const FLOAT: u64 = 4;
+const FLOAT: u64 = 4;
+/// The program itself and its buffers.
+const BASE: u64 = 20 << 20;
+/// Batches of images that exist at once: the step's, the next one, and one as it is cut into patches.
+const BATCHES: u64 = 3;
 
-/// Bytes for weights, gradients, two moments, and a student's activations over `rows` tokens.
-pub(super) fn training(plan: &StagePlan, rows: usize, arch: Arch, recompute: bool) -> u64 {
-    let (rows, dim, mlp, depth) = (rows as u64, arch.dim as u64, arch.mlp as u64, arch.depth as u64);
-    let kept = if recompute { dim } else { dim * 6 + mlp };
+/// What a step of a training stage needs room for, in values where nothing else is said.
+pub(super) struct TrainingStep<'a> {
+    pub student: &'a TowerShape,
+    /// Images of a micro-batch.
+    pub images: usize,
+    /// Side of an image that is loaded, in pixels.
+    pub image_size: usize,
+    /// Tokens of an image that the student sees.
+    pub tokens: usize,
+    /// Frozen towers, each with the number of levels that it gives.
+    pub frozen: Vec<(TowerShape, usize)>,
+    /// Values that are compared with targets.
+    pub compared: usize,
+    /// Values that alignments keep for the backward pass.
+    pub aligned: usize,
+    /// Whether blocks keep their input alone.
+    pub recompute: bool,
+}
+
+/// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
+/// student's forward and backward passes.
+pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
+    let arch = step.student.arch;
+    let (dim, mlp, depth) = (arch.dim as u64, arch.mlp as u64, arch.depth as u64);
+    let rows = (step.images * step.tokens) as u64;
+    let kept = if step.recompute { dim } else { dim * 6 + mlp };
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
-    FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + depth * rows * kept + passing) + BASE
+    let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;
+    let teachers = step.frozen.iter().map(|(tower, levels)| pass(tower, step.images, *levels)).max().unwrap_or(0);
+    let weights: u64 = step.frozen.iter().map(|(tower, _)| weights(tower)).sum();
+    let images = BATCHES * batch(step.images, step.image_size);
+    FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
 }
 
-/// Bytes for a frozen tower: packed weights, and the states of a pass over `images` images.
-pub(super) fn frozen(tower: &TowerShape, images: usize) -> u64 {
+/// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
+pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
+    let raw = batch(1, size);
+    let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
+    // The features, their copy on the device, and the layout they are multiplied in.
+    let bank = 3 * count as u64 * if pixels { raw.max(widest) } else { widest };
+    let held: u64 = towers.iter().map(weights).sum();
+    let passing = towers.iter().map(|tower| pass(tower, images, 1)).max().unwrap_or(0);
+    FLOAT * (bank + held + BATCHES * batch(images, size) + passing) + BASE
+}
+
+/// Values of a batch of images.
+fn batch(images: usize, size: usize) -> u64 {
+    (images * 3 * size * size) as u64
+}
+
+/// Weights of a frozen tower.
+fn weights(tower: &TowerShape) -> u64 {
     let (dim, mlp, depth) = (tower.arch.dim as u64, tower.arch.mlp as u64, tower.arch.depth as u64);
-    let weights = depth * (4 * dim * dim + 2 * dim * mlp) + dim * 3 * (tower.arch.patch as u64).pow(2);
-    let rows = (images * tower.tokens()) as u64;
-    FLOAT * (weights + rows * (5 * dim + mlp + 3 * dim))
+    depth * (4 * dim * dim + 2 * dim * mlp) + dim * 3 * (tower.arch.patch as u64).pow(2)
 }
 
-/// The program itself and its buffers.
-const BASE: u64 = 48 << 20;
+/// Values of a pass over `images` images that keeps `levels` of its levels. Blocks run some rows at a time, so that
+/// what passes through their MLPs counts for little.
+fn pass(tower: &TowerShape, images: usize, levels: usize) -> u64 {
+    let (dim, cut) = (tower.arch.dim as u64, 3 * (tower.arch.patch as u64).pow(2));
+    (images * tower.tokens()) as u64 * (cut + dim).max((4 + levels as u64) * dim)
+}

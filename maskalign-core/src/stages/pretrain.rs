@@ -16,7 +16,7 @@ use serde_json::json;
 use super::{
     Data, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
     knn::PeriodicKnn,
-    memory,
+    memory::{self, TrainingStep},
     train::{BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train},
 };
 use crate::{
@@ -642,6 +642,7 @@ impl StagePlugin for Pretrain {
             && let Some(data) = size.and_then(|_| keep(&mut refusals, self.data.open().map_err(|r| r.under("data"))))
         {
             plan.images = Some(data.images.len());
+            plan.memory += data.images.resident_bytes();
             plan.data.push((cx.name.to_string(), data.images.len(), data.images.fingerprint()));
             if let Err(refusal) = data.training(cx.seed, self.batch.effective, self.batch.micro(), 0) {
                 if refusals.is_empty() {
@@ -670,7 +671,11 @@ impl StagePlugin for Pretrain {
             return Err(refusals);
         }
         let micro = self.batch.micro();
-        let teachers: Vec<TowerShape> = shape.teachers.values().copied().collect();
+        let levels = |teacher: &str| {
+            let of = |o: &&ObjectiveShape| o.target.teacher.as_deref() == Some(teacher);
+            shape.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
+        };
+        let frozen: Vec<(TowerShape, usize)> = shape.teachers.iter().map(|(name, t)| (*t, levels(name))).collect();
         let (student, counts) = (shape.student, shape.counts);
         let visible = counts.visible + usize::from(student.cls_token);
         plan.tokens = Some((visible, student.tokens()));
@@ -699,10 +704,17 @@ impl StagePlugin for Pretrain {
                     plan.parameters += p.len();
                     plan.trainable += if p.trainable { p.len() } else { 0 };
                 });
-                plan.memory = memory::training(&plan, micro * visible, student.arch, cx.recompute)
-                    + teachers.iter().map(|t| memory::frozen(t, micro)).sum::<u64>()
-                    + memory::FLOAT * (micro * aligned) as u64
-                    + 8 * compared as u64;
+                let step = TrainingStep {
+                    student: &student,
+                    images: micro,
+                    image_size: size,
+                    tokens: visible,
+                    frozen,
+                    compared,
+                    aligned: micro * aligned,
+                    recompute: cx.recompute,
+                };
+                plan.memory += memory::training(&plan, &step);
             }
             Err(error) => return Err(vec![Refusal::whole(error.to_string())]),
         }

@@ -103,6 +103,12 @@ impl AlignerPlugin for Dynamic {
         Ok(AlignNeeds { levels: needed, tap: self.tap })
     }
 
+    /// The mixes and their gradients, and the gradients of the levels.
+    fn kept(&self, plan: &AlignPlan, _recompute: bool) -> usize {
+        let levels = AlignerPlugin::plan(self, plan).map_or(0, |needs| needs.levels.len());
+        plan.tokens.count(plan.counts.visible, 0) * plan.student.arch.dim * (levels + 2 * plan.wanted.len())
+    }
+
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?.len();
         let (rows, active) = (self.rows(plan), self.active(plan));

@@ -145,6 +145,10 @@ impl Images for GreyImages {
         Some((self.width, self.height))
     }
 
+    fn resident_bytes(&self) -> u64 {
+        self.pixels.len() as u64
+    }
+
     /// Covers the pixels too: they are in memory, and the images have no names of their own.
     fn fingerprint(&self) -> String {
         let mut hash = blake3::Hasher::new();
