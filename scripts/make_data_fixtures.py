@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Records what Pillow and torchvision do, for the tests of datasets, transforms and decoding.
 
-usage: python3 scripts/make_data_fixtures.py        (needs: pip install pillow torch torchvision)
+usage: python3 scripts/make_data_fixtures.py        (needs: pip install pillow torch torchvision timm)
 
 Writes maskalign-core/tests/fixtures/data (oracle.json, decode/) and tests/fixtures/{images,bad_images}.
 """
@@ -12,9 +12,11 @@ import random
 import tempfile
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL
+import timm
 import torch
 import torchvision
 from PIL import Image
@@ -84,6 +86,45 @@ def transform_cases():
             out = transforms.CenterCrop(option)(noise(*size))
             cases.append({"image": size, "center_crop": {"size": option}, **described(out)})
     return cases
+
+
+def augment_cases():
+    """timm's operations by name, at magnitudes and in both directions, with the settings of fine-tuning."""
+    from timm.data import auto_augment
+
+    hparams = {"img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
+    size, cases = (53, 37), []
+    images = {"noise": noise(*size), "smooth": noise(7, 5).resize(size, Image.BICUBIC)}
+    for name in auto_augment._RAND_INCREASING_TRANSFORMS:
+        for magnitude in [3.7, 9, 9.9]:
+            for sign in [1, -1]:
+                op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
+                for kind, image in images.items():
+                    # What draws the direction: a number above one half makes it negative.
+                    with mock.patch.object(random, "random", return_value=0.0 if sign > 0 else 1.0):
+                        out = op(image)
+                    case = {"op": name, "magnitude": magnitude, "sign": sign, "kind": kind}
+                    cases.append({**case, "image": size, "crc32": described(out)["crc32"]})
+    return cases
+
+
+def erasing_law():
+    """Means over 40,000 boxes of timm's RandomErasing on 96 x 96 pixels."""
+    from timm.data.random_erasing import RandomErasing
+
+    random.seed(0)
+    erase = RandomErasing(probability=1.0, mode="const", device="cpu")
+    rows = []
+    for _ in range(40_000):
+        image = torch.ones(1, 96, 96)
+        erase(image)
+        rows_hit, columns_hit = (image[0] == 0).any(1).nonzero(), (image[0] == 0).any(0).nonzero()
+        top, left = int(rows_hit[0]), int(columns_hit[0])
+        h, w = len(rows_hit), len(columns_hit)
+        rows.append((h * w / 96**2, math.log(h / w), top + h / 2, left + w / 2))
+    rows = np.array(rows)
+    names = ["area", "log_aspect", "center_y", "center_x"]
+    return {"size": 96, "mean": dict(zip(names, rows.mean(0).tolist())), "std": dict(zip(names, rows.std(0).tolist()))}
 
 
 def box_law():
@@ -224,9 +265,11 @@ def main():
     random.seed(0)
     CORE.mkdir(parents=True, exist_ok=True)
     oracle = {
-        "recorded_with": {"pillow": PIL.__version__, "torchvision": torchvision.__version__},
+        "recorded_with": {"pillow": PIL.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__},
         "resize": resize_cases(),
         "transforms": transform_cases(),
+        "erasing_law": erasing_law(),
+        "augment": augment_cases(),
         "box_law": box_law(),
         "image_folder": folder_order(),
     }

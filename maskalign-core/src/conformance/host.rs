@@ -144,6 +144,14 @@ pub(super) fn transform(text: &str, faults: &mut Faults) {
             let changed = apply();
             sound(&changed, &what, faults);
             faults.unless(changed == apply(), format_args!("{what} differs for equal streams"));
+            let planes = || {
+                let mut planes = vec![0.5; 3 * changed.width * changed.height];
+                transform.apply_planes(&mut planes, changed.size(), &mut Stream::new(0, "augment planes", epoch, 0));
+                planes
+            };
+            let (first, again) = (planes(), planes());
+            faults.unless(first == again, format_args!("{what}, as planes, differs for equal streams"));
+            faults.unless(first.iter().all(|v| v.is_finite()), format_args!("{what}, as planes, is not finite"));
             for told in [Some((width, height)), None] {
                 if let Some(size) = transform.output_size(told) {
                     faults.unless(

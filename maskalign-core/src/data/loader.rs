@@ -330,6 +330,13 @@ impl Source {
         (Outcome { unreadable, chosen: Ok(None) }, None)
     }
 
+    fn change_planes(&self, planes: &mut [f32], index: usize, epoch: u64) {
+        let mut rng = Stream::new(self.config.seed, "augment planes", epoch, index as u64);
+        for transform in &*self.transforms {
+            transform.apply_planes(planes, self.size, &mut rng);
+        }
+    }
+
     fn make_one(&self, index: usize, epoch: u64) -> Result<RgbImage, DataError> {
         let made = catch_unwind(AssertUnwindSafe(|| {
             let mut rng = Stream::new(self.config.seed, "augment", epoch, index as u64);
@@ -520,11 +527,18 @@ impl Shared {
 
     fn fill(&self, Task { batch, number, place }: Task) {
         let (outcome, image) = self.source.make(batch.planned[place], batch.at.epoch);
+        let planes = image.map(|image| {
+            let mut planes = vec![0.0; self.source.image_len()];
+            image.write_planes(&mut planes);
+            if let Ok(Some(index)) = outcome.chosen {
+                self.source.change_planes(&mut planes, index, batch.at.epoch);
+            }
+            planes
+        });
         {
             let mut filled = lock(&batch.filled);
-            if let Some(image) = image {
-                let image_len = self.source.image_len();
-                image.write_planes(&mut filled.images[place * image_len..][..image_len]);
+            if let Some(planes) = planes {
+                filled.images[place * planes.len()..][..planes.len()].copy_from_slice(&planes);
             }
             filled.outcomes[place] = outcome;
         }

@@ -79,6 +79,10 @@ pub trait Transform: Send + Sync {
     /// The changed image. Draws from `rng` alone, which is keyed by the image and the epoch.
     fn apply(&self, image: RgbImage, rng: &mut Stream) -> RgbImage;
 
+    /// Changes what all transforms together have made, as `[3, height, width]` numbers in [0, 1]: for those that draw
+    /// values which eight bits cannot hold. `rng` is keyed like that of [`apply`](Transform::apply), but another.
+    fn apply_planes(&self, _planes: &mut [f32], _size: (usize, usize), _rng: &mut Stream) {}
+
     /// `(width, height)` after it, given the size before it; `None` where that depends on the image.
     fn output_size(&self, input: Option<(usize, usize)>) -> Option<(usize, usize)>;
 

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use super::{crc32, noise, numbers, oracle};
-use crate::data::transforms::{CenterCrop, HorizontalFlip, RandomResizedCrop, Resize};
+use crate::data::transforms::rand_augment::Op;
+use crate::data::transforms::{CenterCrop, HorizontalFlip, RandAugment, RandomErasing, RandomResizedCrop, Resize};
 use crate::data::{Crop, RgbImage, Size, Transform, output_size, resample};
 use crate::random::Stream;
 
@@ -149,4 +150,85 @@ fn defaults_are_torchvisions() {
     let crop: RandomResizedCrop = options(&json!({ "size": 224 }));
     assert_eq!((crop.scale, crop.ratio), ([0.08, 1.0], [0.75, 4.0 / 3.0]));
     assert_eq!(options::<HorizontalFlip>(&json!({})).p, 0.5);
+}
+
+#[test]
+fn every_operation_of_rand_augment_gives_timms_bytes() {
+    let cases = oracle("augment");
+    let mut wrong = Vec::new();
+    for case in cases.as_array().unwrap() {
+        let [width, height] = numbers(&case["image"]);
+        let image = match case["kind"].as_str().unwrap() {
+            "noise" => noise(width, height),
+            _ => resample::resize(
+                &noise(7, 5),
+                Crop { top: 0, left: 0, height: 5, width: 7 },
+                width,
+                height,
+                options(&json!("bicubic")),
+            ),
+        };
+        let op: Op = options(&case["op"]);
+        let changed = op.apply(image, case["magnitude"].as_f64().unwrap(), case["sign"].as_f64().unwrap());
+        if crc32(&changed.pixels) != case["crc32"].as_u64().unwrap() {
+            wrong.push(case.to_string());
+        }
+    }
+    assert!(wrong.is_empty(), "{} of 180:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Of two operations drawn with replacement, each applied to half of the images, a quarter of images see none.
+#[test]
+fn rand_augment_leaves_its_share_of_images_alone() {
+    const DRAWS: u64 = 4000;
+    let transform: RandAugment = options(&json!({}));
+    let image = noise(9, 8);
+    let alone = |i: u64| transform.apply(image.clone(), &mut Stream::new(0, "test", i, 0)) == image;
+    let share = (0..DRAWS).filter(|&i| alone(i)).count() as f64 / DRAWS as f64;
+    // Contrast and equalisation leave noise of all values nearly alone: a little more than a quarter.
+    assert!((0.23..0.40).contains(&share), "{share}");
+    let never: RandAugment = options(&json!({ "prob": 0.0 }));
+    assert_eq!(never.apply(image.clone(), &mut Stream::new(0, "test", 0, 0)), image);
+}
+
+#[test]
+fn erased_boxes_follow_timms_law() {
+    const DRAWS: usize = 40_000;
+    let law = oracle("erasing_law");
+    let side = law["size"].as_u64().unwrap() as usize;
+    let transform: RandomErasing = options(&json!({ "prob": 1.0 }));
+    let mut rng = Stream::new(1, "test", 0, 0);
+    let mut sums = [0.0; 4];
+    for _ in 0..DRAWS {
+        let Crop { top, left, height, width } = transform.draw((side, side), &mut rng).expect("ten tries suffice");
+        let [h, w, top, left] = [height, width, top, left].map(|v| v as f64);
+        let row = [h * w / (side * side) as f64, (h / w).ln(), top + h / 2.0, left + w / 2.0];
+        sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
+    }
+    for (name, sum) in ["area", "log_aspect", "center_y", "center_x"].into_iter().zip(sums) {
+        let (mean, expected) = (sum / DRAWS as f64, law["mean"][name].as_f64().unwrap());
+        let error = law["std"][name].as_f64().unwrap() * (2.0 / DRAWS as f64).sqrt();
+        assert!((mean - expected).abs() < 5.0 * error, "{name}: {mean}, timm has {expected} +- {error}");
+    }
+}
+
+#[test]
+fn erasing_fills_one_box_with_normalised_noise() {
+    let mean = crate::nn::Statistics::IMAGENET.mean;
+    for (mode, colours) in [("const", 1), ("rand", 1), ("pixel", 2)] {
+        let transform: RandomErasing = options(&json!({ "prob": 1.0, "mode": mode }));
+        let mut planes = vec![0.5; 3 * 32 * 24];
+        transform.apply_planes(&mut planes, (32, 24), &mut Stream::new(0, "test", 3, 0));
+        for (channel, plane) in planes.chunks_exact(32 * 24).enumerate() {
+            let mut changed: Vec<f32> = plane.iter().copied().filter(|&v| v != 0.5).collect();
+            assert!(changed.len() >= 10 && changed.len() <= 32 * 24 / 3 + 32, "{mode}: {}", changed.len());
+            changed.dedup();
+            assert!(changed.len() >= colours && (colours > 1 || changed.len() == 1), "{mode}: {changed:?}");
+            assert!(mode != "const" || changed[0] == mean[channel]);
+        }
+    }
+    let never: RandomErasing = options(&json!({ "prob": 0.0 }));
+    let mut planes = vec![0.5; 3 * 32 * 24];
+    never.apply_planes(&mut planes, (32, 24), &mut Stream::new(0, "test", 3, 0));
+    assert!(planes.iter().all(|&v| v == 0.5));
 }
