@@ -92,6 +92,11 @@ pub struct PlanContext<'a> {
 }
 
 impl<'a> PlanContext<'a> {
+    /// Whether a tower that names `weights` gets random ones: they may, and those named cannot be found.
+    pub fn invents(&self, weights: &Weights) -> bool {
+        self.random_weights && (matches!(weights, Weights::Stage(_)) || locate(weights).is_err())
+    }
+
     /// The student of an earlier stage.
     ///
     /// # Errors

@@ -98,7 +98,7 @@ impl StudentPlugin for VitStudent {
 
     fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
         let mut vit = Vit::new(init, self.config(plan)?)?;
-        if let Some(weights) = self.weights.as_ref().filter(|_| init.draws() && !plan.random_weights) {
+        if let Some(weights) = self.weights.as_ref().filter(|w| init.draws() && !plan.invents(w)) {
             towers::load_tower(plan, &mut vit, weights, Family::Vit)?;
         }
         Ok(Box::new(Tower { vit, drop_path: self.drop_path }))

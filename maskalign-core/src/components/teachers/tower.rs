@@ -36,7 +36,7 @@ impl<D: Dev> TowerTeacher<D> {
         source: &Weights,
         family: Family,
     ) -> Result<Self> {
-        let mut vit = if plan.random_weights {
+        let mut vit = if plan.invents(source) {
             Vit::new(&Init::new(&cx.dev, 0, "random teacher"), config)?
         } else {
             let mut vit = Vit::new(&Init::blank(&cx.dev), config)?;

@@ -1,0 +1,107 @@
+//! What `bench` times is the step that `run` takes.
+
+use std::{fs, path::Path};
+
+use dfdx::prelude::Cpu;
+use maskalign_core::{
+    bench::{BenchOptions, Job, bench_on},
+    context::Context,
+    images::ImageBatch,
+    pipeline::{self, PlanOptions, RunOptions},
+    run::{Mode, RunDir, StopFlag},
+    stages::{MicroBatch, Pretrain, Progress, StagePlan, StepReport},
+};
+use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry, ShowOrigin, decode_options};
+
+const STEPS: usize = 5;
+const BATCH: usize = 24;
+
+/// The quickstart's method, small. The rate is constant: a schedule's length is not that of the measurement.
+const RECIPE: &str = r#"
+name: same
+seed: 3
+stages:
+  pretrain:
+    type: pretrain
+    epochs: 1
+    data:
+      dataset: { type: sample, split: train, limit: 240 }
+      transforms: [{ type: random_resized_crop, size: 28, scale: [0.5, 1.0] }]
+    student: { type: vit, arch: { dim: 32, depth: 3, heads: 2, patch: 4 }, drop_path: 0.2 }
+    teachers:
+      teacher: { type: vit, arch: { dim: 96, depth: 6, heads: 3, patch: 4 }, weights: "embedded://quickstart_teacher" }
+    masker: { type: attention, teacher: teacher, ratio: 0.5 }
+    objectives:
+      pixels:
+        target: { type: pixels, normalize: standardize }
+        tokens: [masked]
+        aligner: { type: decoder, dim: 16, depth: 1, heads: 2 }
+        loss: { type: mse }
+    optimizer: { type: adamw, base_lr: 1.0e-2, weight_decay: 0.05 }
+    schedule: { type: constant }
+    batch: { effective: 24 }
+"#;
+
+struct Silent;
+
+impl Progress for Silent {
+    fn stage(&mut self, _: &str, _: &StagePlan) {}
+    fn step(&mut self, _: &StepReport) {}
+    fn count(&mut self, _: &str, _: u64, _: u64) {}
+    fn saved(&mut self, _: &Path) {}
+    fn result(&mut self, _: &str, _: &serde_json::Value) {}
+}
+
+#[test]
+fn the_first_losses_are_those_of_run_on_the_same_data() {
+    let request = LoadRequest {
+        input: Input::Text { name: "same".into(), text: RECIPE.into() },
+        sets: &[],
+        env: &|_| None,
+        builtins: &NoRecipes,
+    };
+    let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
+    let cx = Context::new(Cpu::default(), 2, false);
+
+    let folder = tempfile::tempdir().unwrap();
+    let dir = RunDir::create(folder.path().join("run"), Mode::Fresh).unwrap();
+    let plan = PlanOptions { environment: true, random_weights: false, recompute: false };
+    let plans = pipeline::plan(loaded.recipe(), plan).unwrap_or_else(|_| panic!("the recipe is sound"));
+    let options = RunOptions {
+        resolved: &loaded.resolved_yaml(ShowOrigin::No),
+        fingerprint: &loaded.fingerprint(),
+        step_limit: Some(STEPS as u64),
+        workers: 0,
+        command_line: Vec::new(),
+        commit: None,
+        device: "cpu".into(),
+        stop: &StopFlag::new(),
+        progress: &mut Silent,
+    };
+    pipeline::run(&cx, loaded.recipe(), &plans, &dir, options).unwrap();
+    let metrics = fs::read_to_string(dir.metrics_path()).unwrap();
+    let run: Vec<f32> = metrics
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap() as f32)
+        .collect();
+
+    let stage: Pretrain = decode_options(loaded.recipe().stages["pretrain"].options_value()).unwrap();
+    let data = stage.data().open().unwrap();
+    let loader = data.training(loaded.recipe().seed, BATCH, BATCH, 0).unwrap();
+    let mut batches = loader.batches(Default::default(), Some(STEPS as u64));
+    let mut source = |step: usize| {
+        let batch = batches.next().expect("a batch for every step")?;
+        Ok(MicroBatch {
+            images: ImageBatch { batch: batch.len(), size: batch.size.0, pixels: batch.images },
+            labels: batch.labels,
+            indices: batch.indices,
+            epoch: batch.at.epoch,
+            progress: step as f64 / 10.0,
+        })
+    };
+    let options = BenchOptions { job: Job::Pretrain, steps: STEPS - 1, batch: Some(BATCH) };
+    let report = bench_on(&cx, loaded.recipe(), options, &mut source).unwrap();
+    assert_eq!(run.len(), STEPS);
+    assert!(run.windows(2).all(|pair| pair[0] != pair[1]), "the losses tell steps apart: {run:?}");
+    assert_eq!(run, report.losses);
+}
