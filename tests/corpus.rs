@@ -128,6 +128,19 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "crossmae_vitb",
+        &[
+            (("          attention: cross\n", ""), REFUSED, "levels"),
+            (("attention: cross", "attention: full"), REFUSED, "levels"),
+            (("tokens: [masked]", "tokens: [visible]"), REFUSED, "cross"),
+            (("tokens: [masked]", "tokens: [visible, masked]"), REFUSED, "cross"),
+            (("[embed, 0, 1,", "[embed, 1, 1,"), REFUSED, "levels"),
+            (("10, 11]", "10, 12]"), REFUSED, "levels"),
+            (("predict_ratio: 0.25", "predict_ratio: 0.8"), REFUSED, "0.8"),
+            (("predict_ratio: 0.25", "predict_ratio: 0"), REFUSED, "tokens"),
+        ],
+    ),
+    (
         "quickstart",
         &[
             (("{ stage: pretrain }", "{ stage: pretrian }"), REFUSED, "pretrian"),

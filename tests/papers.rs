@@ -74,6 +74,16 @@ fn mae_trains() {
     assert_between(&losses, 0.5, 3.0);
 }
 
+/// As for MAE's decoder.
+#[test]
+fn crossmae_trains() {
+    let decoder = "stages.pretrain.objectives.pixels.aligner";
+    let small = ["levels=[embed, 0, 1, 2, 3, 4, 5]", "dim=16", "depth=3", "heads=2"];
+    let sets = small.map(|set| format!("{decoder}.{set}"));
+    let losses = two_steps("crossmae_vitb", &sets.each_ref().map(String::as_str));
+    assert_between(&losses, 0.5, 3.0);
+}
+
 /// 2 (1 - cos): features of an untrained student point anywhere, which is near 2 and never past 4.
 #[test]
 fn the_unmasked_teacher_trains() {

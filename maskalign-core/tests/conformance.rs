@@ -25,10 +25,16 @@ fn every_head_and_fusion_of_the_dynamic_alignment_conforms() {
 
 #[test]
 fn every_attention_of_the_decoder_conforms() {
-    for attention in ["full", "masked_queries"] {
+    for attention in ["full", "masked_queries", "cross"] {
         passes(check_as(
             Kind::Aligner,
             &format!("{{ type: decoder, dim: 8, depth: 2, heads: 2, attention: {attention} }}"),
+        ));
+    }
+    for levels in ["levels: [embed, 0, -1], tap: block", "levels: all", "levels: [1], tap: block"] {
+        passes(check_as(
+            Kind::Aligner,
+            &format!("{{ type: decoder, dim: 8, depth: 2, heads: 2, attention: cross, {levels} }}"),
         ));
     }
 }
