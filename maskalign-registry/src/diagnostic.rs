@@ -256,6 +256,10 @@ const SHOWN_COLUMNS: usize = 100;
 fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
     let (line_number, _) = label.place.line_column();
     let text = label.place.source.text();
+    if text.is_empty() {
+        // A file that could not be read, or holds nothing: there is no line to show.
+        return;
+    }
     let start = label.place.span.start.min(text.len());
     let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
     let line_end = text[start..].find('\n').map_or(text.len(), |at| start + at);
