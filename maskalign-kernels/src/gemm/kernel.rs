@@ -172,6 +172,21 @@ macro_rules! by_rows {
     };
 }
 
+/// Rows of a tile that x86 can address from one pointer and the multiples 1, 3 and 5 of their distance, scaled by 1, 2
+/// and 4.
+#[cfg(target_arch = "x86_64")]
+const NEAR_ROWS: usize = 6;
+
+/// Hides where `p` came from. Otherwise the compiler would address all rows of a tall tile from the first and load the
+/// elements of four steps at once, run out of registers and keep the sums in memory, at half the speed.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn opaque(mut p: *const f32) -> *const f32 {
+    // SAFETY: no instruction.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+    p
+}
+
 /// Defines the panels of an x86 instruction set.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_panel {
@@ -222,14 +237,25 @@ macro_rules! x86_panel {
                     }
                 }
                 let (mut a, mut b, mut ahead) = (s.a, p.b, s.ahead);
+                // Rows of a tall tile, from `NEAR_ROWS` on.
+                let tall = M > NEAR_ROWS && !STRIPS;
+                let mut a_far = a.wrapping_add(NEAR_ROWS * stride);
                 macro_rules! step {
                     ($p:expr) => {
+                        if tall {
+                            (a, a_far) = (opaque(a), opaque(a_far));
+                        }
                         let mut bv = [$zero(); V];
                         for v in 0..V {
                             bv[v] = $load(b.add($p * NR + v * $lanes));
                         }
                         for i in 0..M {
-                            let av = $set1(*a.add(i * stride + $p * step));
+                            let row = if tall && i >= NEAR_ROWS {
+                                a_far.add((i - NEAR_ROWS) * stride)
+                            } else {
+                                a.add(i * stride)
+                            };
+                            let av = $set1(*row.add($p * step));
                             for v in 0..V {
                                 c[i][v] = $fmadd(av, bv[v], c[i][v]);
                             }
@@ -244,11 +270,13 @@ macro_rules! x86_panel {
                     step!(2);
                     step!(3);
                     a = a.add(4 * step);
+                    a_far = a_far.wrapping_add(4 * step);
                     b = b.add(4 * NR);
                 }
                 for _ in 0..p.kc % 4 {
                     step!(0);
                     a = a.add(step);
+                    a_far = a_far.wrapping_add(step);
                     b = b.add(NR);
                 }
                 let Output::Direct(d) = &p.output else {
