@@ -10,7 +10,7 @@ pub fn keep_freed_memory() {
     {
         /// Buffers beyond this are still mapped one by one: kept in the heap, those of ViT-B leave gaps that cost a
         /// tenth of its memory, and its steps are too long to gain by it.
-        const LARGEST_KEPT: libc::c_int = 8 << 20;
+        const LARGEST_KEPT: libc::c_int = 12 << 20;
         /// Idle memory at the top of the heap that is worth a system call: what a step of ViT-Ti needs at its peak.
         const TRIM: libc::c_int = 128 << 20;
         // SAFETY: both calls set a number inside the allocator, which locks itself.
