@@ -181,6 +181,7 @@ const NEAR_ROWS: usize = 6;
 /// elements of four steps at once, run out of registers and keep the sums in memory, at half the speed.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
+#[expect(clippy::pointers_in_nomem_asm_block, reason = "the pointer passes through; nothing reads what it points to")]
 fn opaque(mut p: *const f32) -> *const f32 {
     // SAFETY: no instruction.
     unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
