@@ -16,7 +16,7 @@ use crate::{
     nn::{Arch, Init},
     plugin::Build,
     random::Stream,
-    stages::{Finetune, MicroBatch, Phases, Pretrain, StageContext, Task, Trainer},
+    stages::{Finetune, MicroBatch, Phases, Pretrain, StageContext, Step, Task, Trainer},
     tape::Recorder,
 };
 
@@ -208,7 +208,7 @@ fn time_training<D: Dev, T: Task<D>>(
         let mut next = Some(source(step)?);
         let data = images.elapsed().as_secs_f64();
         let started = Instant::now();
-        let (loss, _, _, phases) = trainer.step(cx, task, 1, &mut || Ok(next.take().expect("one micro-batch")))?;
+        let Step { loss, phases, .. } = trainer.step(cx, task, 1, &mut || Ok(next.take().expect("one micro-batch")))?;
         timer.losses.push(loss);
         let forward = task.take_times();
         // The first step warms up.

@@ -38,11 +38,13 @@ pub enum Error {
     /// A request that does not fit this binary or this run (a flag, not an option of a recipe).
     #[error("{0}")]
     Usage(String),
-    /// The loss is NaN or infinite.
-    #[error("the loss is {loss} at step {step} (learning rate {lr:.3e}); {advice}")]
+    /// The loss or the gradient is NaN or infinite; nothing was updated.
+    #[error("the {what} is {value} at step {step} (learning rate {lr:.3e}); {advice}")]
     NonFinite {
-        /// The loss as computed.
-        loss: f32,
+        /// Which of the two.
+        what: &'static str,
+        /// The value as computed.
+        value: f64,
         /// The optimizer step, counted from 0.
         step: u64,
         /// The learning rate of that step.

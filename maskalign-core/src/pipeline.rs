@@ -1,6 +1,6 @@
 //! A recipe's stages, one after another, in a run directory.
 
-use std::{collections::BTreeMap, path::PathBuf, time::SystemTime};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::SystemTime};
 
 use maskalign_registry::{Recipe, Refusal};
 
@@ -12,7 +12,7 @@ use crate::{
     plugin::Build,
     run::{CheckpointHeader, DataRecord, FileRecord, Manifest, RunDir, StopFlag, fail_point, rfc3339},
     stages::{Progress, StageContext, StagePlan, StageRun},
-    weights::{self, TensorMap},
+    weights,
 };
 
 /// What is known of every stage before the first step, by name in order.
@@ -111,20 +111,25 @@ pub fn run<D: Dev>(
     let mut students: BTreeMap<String, StudentRecord> = BTreeMap::new();
     let mut results = serde_json::Map::new();
     let mut metric_records = 0;
-    for ((name, plan), slot) in plans.iter().zip(recipe.stages.values()) {
-        if let Some(finished) = dir.finished_stage(name)? {
+    for (place, ((name, plan), slot)) in plans.iter().zip(recipe.stages.values()).enumerate() {
+        let finished = dir.finished_stage(name)?;
+        let wanted = plan.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
+        if let Some(finished) = finished.filter(|finished| finished.step >= wanted) {
             if finished.fingerprint != options.fingerprint {
                 return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
             }
             tracing::info!("stage `{name}` is finished already");
             metric_records = finished.metrics_records;
             if let Some(record) = &plan.student {
-                let weights = dir.load_final(name)?.tensors;
-                students.insert(name.clone(), with_weights(record, weights));
+                let weights = Some(Arc::new(dir.load_final(name)?.into_student()));
+                students.insert(name.clone(), StudentRecord { weights, ..record.clone() });
             }
             results.insert(name.clone(), finished.results);
             continue;
         }
+        // `--steps` may have ended it early; what came after it built on less.
+        dir.reopen_stage(name)?;
+        plans[place + 1..].iter().try_for_each(|(later, _)| dir.discard_stage(later))?;
         options.progress.stage(name, plan);
         let stage = StageContext {
             name,
@@ -157,6 +162,7 @@ pub fn run<D: Dev>(
                 step: 0,
                 fingerprint: options.fingerprint.to_string(),
                 metrics_records: metric_records,
+                student: Vec::new(),
                 meta: serde_json::Value::Null,
             };
             dir.finish_stage(&header, &[], outcome.results.clone())?;
@@ -171,32 +177,25 @@ pub fn run<D: Dev>(
     Ok(results)
 }
 
-fn with_weights(record: &StudentRecord, weights: TensorMap) -> StudentRecord {
-    let tower = weights.into_iter().filter(|(name, _)| crate::stages::is_tower(name)).collect();
-    StudentRecord { weights: Some(std::sync::Arc::new(tower)), ..record.clone() }
-}
-
-/// The files that the `weights` of a resolved recipe name, wherever a component has such an option.
-fn weight_files(resolved: &str) -> Vec<PathBuf> {
+/// The files that `weights` name, wherever a component of the recipe has such an option.
+fn weight_files(recipe: &Recipe) -> Vec<PathBuf> {
     let mut files = Vec::new();
-    let mut open: Vec<serde_json::Value> = serde_yaml::from_str(resolved).into_iter().collect();
+    let mut open: Vec<serde_json::Value> = recipe.stages.values().map(|slot| slot.options_value()).collect();
     while let Some(value) = open.pop() {
         match value {
             serde_json::Value::Array(items) => open.extend(items),
-            serde_json::Value::Object(entries) => {
-                for (key, value) in entries {
-                    match value.as_str() {
-                        Some(spec) if key == "weights" => {
-                            let found = weights::locate(spec).ok().filter(|path| path.exists());
-                            files.extend(found.and_then(|path| weights::files_of(&path).ok()).into_iter().flatten());
-                        }
-                        _ => open.push(value),
-                    }
+            serde_json::Value::Object(mut entries) => {
+                if let Some(serde_json::Value::String(spec)) = entries.get("weights") {
+                    let found = weights::locate(spec).ok().filter(|path| path.exists());
+                    files.extend(found.and_then(|path| weights::files_of(&path).ok()).into_iter().flatten());
                 }
+                open.extend(entries.values_mut().map(serde_json::Value::take));
             }
             _ => {}
         }
     }
+    files.sort();
+    files.dedup();
     files
 }
 
@@ -209,9 +208,7 @@ fn manifest<D: Dev>(
 ) -> Result<Manifest> {
     let now = rfc3339(SystemTime::now());
     let earlier = dir.read_manifest()?;
-    let mut files = weight_files(options.resolved);
-    files.sort();
-    files.dedup();
+    let files = weight_files(recipe);
     let data = plans.iter().flat_map(|(_, plan)| &plan.data);
     Ok(Manifest {
         version: env!("CARGO_PKG_VERSION").to_string(),

@@ -302,8 +302,8 @@ impl Case {
         let mut losses = Vec::new();
         for (step, &lr) in self.lr.iter().enumerate() {
             model.given_masks.push_back(self.masks[step].clone());
-            let (loss, ..) = trainer.step_at(cx, &mut model, 1, &mut || Ok(self.micro_batch()), f64::from(lr))?;
-            losses.push(loss);
+            let stepped = trainer.step_at(cx, &mut model, 1, &mut || Ok(self.micro_batch()), f64::from(lr))?;
+            losses.push(stepped.loss);
             if step == 0 {
                 let mut reached = BTreeMap::new();
                 let gradients = trainer.gradients().expect("a step was made");

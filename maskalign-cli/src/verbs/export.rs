@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use maskalign_core::{
     run::Checkpoint,
-    weights::{Export, TensorMap, to_family, write_safetensors},
+    weights::{Export, to_family, write_safetensors},
 };
 
 use crate::{failure::Failure, output, table::count};
@@ -77,7 +77,7 @@ impl Args {
         if !path.is_file() {
             return Err(Failure::mistake(format!("there is no checkpoint {}", path.display())));
         }
-        let tower = tower(Checkpoint::load(&path)?.tensors);
+        let tower = Checkpoint::load(&path)?.into_student();
         if tower.is_empty() {
             return Err(Failure::mistake(format!("{} holds no student", path.display()))
                 .help("name a stage that trains one with `--stage`"));
@@ -120,14 +120,4 @@ fn finished_stages(checkpoints: &Path, outcome: impl Fn(&str) -> PathBuf) -> Vec
     stages.retain(|stage| outcome(stage).is_file());
     stages.sort();
     stages
-}
-
-/// The student's tower: without optimizer state and without what aligned it with the teacher.
-fn tower(tensors: TensorMap) -> TensorMap {
-    let of_model = |name: String| match name.strip_prefix("model.") {
-        Some(name) => name.to_string(),
-        None => name,
-    };
-    let renamed = tensors.into_iter().map(|(name, tensor)| (of_model(name), tensor));
-    renamed.filter(|(name, _)| maskalign_core::stages::is_tower(name)).collect()
 }

@@ -72,6 +72,8 @@ pub struct StudentRecord {
     pub slot: Slot<StudentTag>,
     /// Its shape.
     pub shape: TowerShape,
+    /// Blocks that its training reached; later ones, if any, have their initial values.
+    pub reach: usize,
     /// Its parameters; absent while a recipe is only planned.
     pub weights: Option<Arc<TensorMap>>,
     /// Which of equally named initial values are its own: with the seed, this rebuilds the untrained student.

@@ -1,6 +1,6 @@
 //! Batches: read ahead by threads that never change what they hold.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -80,8 +80,6 @@ pub struct Batch {
     pub part: usize,
     /// Places in the dataset of the unreadable images met for this batch.
     pub unreadable: Vec<usize>,
-    /// Unreadable images, each counted once, met since this iteration began.
-    pub skipped: usize,
 }
 
 impl Batch {
@@ -175,7 +173,7 @@ impl Loader {
             done: Condvar::new(),
         });
         let threads = (0..workers).filter_map(|index| spawn(index, &shared)).collect();
-        Batches { shared, threads, skipped: BTreeSet::new(), ended: false }
+        Batches { shared, threads, ended: false }
     }
 }
 
@@ -190,7 +188,6 @@ fn spawn(index: usize, shared: &Arc<Shared>) -> Option<JoinHandle<()>> {
 pub struct Batches {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    skipped: BTreeSet<usize>,
     ended: bool,
 }
 
@@ -228,7 +225,6 @@ impl Batches {
             at: open.at,
             part: open.part,
             unreadable: Vec::new(),
-            skipped: 0,
         };
         for (place, outcome) in outcomes.into_iter().enumerate() {
             let Outcome { unreadable, chosen } = outcome;
@@ -244,8 +240,6 @@ impl Batches {
         }
         images.truncate(batch.indices.len() * image_len);
         batch.images = images;
-        self.skipped.extend(&batch.unreadable);
-        batch.skipped = self.skipped.len();
         Ok(batch)
     }
 }

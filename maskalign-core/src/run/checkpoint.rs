@@ -23,6 +23,8 @@ pub struct CheckpointHeader {
     pub fingerprint: String,
     /// Records in `metrics.jsonl` so far ([`super::Metrics::records`]).
     pub metrics_records: u64,
+    /// Names of the parameters that are the student's, which later stages and exports take; the rest aligned it.
+    pub student: Vec<String>,
     /// What else the stage needs to go on. It must depend on the state alone (no times, no hash map's order).
     pub meta: Value,
 }
@@ -72,6 +74,17 @@ impl Checkpoint {
         Ok(Checkpoint { header, tensors })
     }
 
+    /// The student's parameters under their own names.
+    pub fn into_student(self) -> TensorMap {
+        let Checkpoint { header, mut tensors } = self;
+        let take = |name: String| {
+            // A stage's final weights have no prefix.
+            let tensor = tensors.remove(&format!("model.{name}")).or_else(|| tensors.remove(&name));
+            tensor.map(|tensor| (name, tensor))
+        };
+        header.student.into_iter().filter_map(take).collect()
+    }
+
     /// Reads all but the tensors, whose bytes are not checked; a truncated file is still refused.
     pub fn load_header(path: &Path) -> Result<CheckpointHeader, RunError> {
         let file = TensorFile::open(path).map_err(|error| damaged(path, error))?;
@@ -93,15 +106,6 @@ fn damaged(path: &Path, error: WeightsError) -> RunError {
         WeightsError::Format { reason, .. } => RunError::damaged(path, reason),
         other => RunError::damaged(path, other.to_string()),
     }
-}
-
-/// The newest checkpoint that can be read.
-#[derive(Debug)]
-pub struct Latest {
-    /// It, unless there is none.
-    pub checkpoint: Option<Checkpoint>,
-    /// Newer ones that cannot be read, newest first, and why.
-    pub refused: Vec<(PathBuf, RunError)>,
 }
 
 /// Which checkpoints stay.
@@ -139,6 +143,7 @@ mod tests {
             step,
             fingerprint: "f00d".into(),
             metrics_records: 7,
+            student: vec!["w".into()],
             meta: json!({ "epoch": 0.25, "scale": 1.0e-300 }),
         }
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::atomic::{atomic_write, target_of_temporary};
-use super::checkpoint::{Checkpoint, CheckpointHeader, Latest, Retention};
+use super::checkpoint::{Checkpoint, CheckpointHeader, Retention};
 use super::clock::{Utc, utc};
 use super::error::RunError;
 use super::manifest::Manifest;
@@ -201,22 +201,18 @@ impl RunDir {
         Ok(found)
     }
 
-    /// The newest checkpoint of a stage that can be read. Damaged ones are passed over, logged and returned.
-    pub fn latest_checkpoint(&self, stage: &str) -> Result<Latest, RunError> {
-        let mut refused = Vec::new();
+    /// The newest checkpoint of a stage that can be read. Damaged ones are passed over and logged.
+    pub fn latest_checkpoint(&self, stage: &str) -> Result<Option<Checkpoint>, RunError> {
         for (_, path) in self.checkpoints(stage)?.into_iter().rev() {
             match Checkpoint::load(&path) {
-                Ok(checkpoint) => {
-                    return Ok(Latest { checkpoint: Some(checkpoint), refused });
-                }
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error @ RunError::Damaged { .. }) => {
                     tracing::warn!("{error}: going back to the checkpoint before it");
-                    refused.push((path, error));
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(Latest { checkpoint: None, refused })
+        Ok(None)
     }
 
     /// Deletes the checkpoints of a stage that need not stay.
@@ -264,6 +260,25 @@ impl RunDir {
         };
         self.add_to_summary(stage, &finished.results)?;
         Ok(Some(finished))
+    }
+
+    /// Makes a stage unfinished again, so that it goes on from its last checkpoint.
+    pub fn reopen_stage(&self, stage: &str) -> Result<(), RunError> {
+        let folder = self.stage_folder(stage)?;
+        // Without its record a stage is unfinished, whatever else is there.
+        delete(&folder.join(DONE))?;
+        delete(&folder.join(FINAL))?;
+        let mut summary = self.read_summary()?;
+        if summary.shift_remove(stage).is_some() {
+            write_json(&self.summary_path(), "summary", &summary)?;
+        }
+        Ok(())
+    }
+
+    /// Deletes all that a stage made: what it began with has changed.
+    pub fn discard_stage(&self, stage: &str) -> Result<(), RunError> {
+        self.reopen_stage(stage)?;
+        self.checkpoints(stage)?.iter().try_for_each(|(_, path)| delete(path))
     }
 
     /// What a finished stage left.
@@ -493,6 +508,7 @@ mod tests {
             step,
             fingerprint: "f".into(),
             metrics_records: step,
+            student: Vec::new(),
             meta: Value::Null,
         }
     }
@@ -596,12 +612,9 @@ mod tests {
         let newest = save(&run, "pretrain", 100_000_000);
         let whole = fs::read(&newest).unwrap();
         fs::write(&newest, &whole[..whole.len() - 1]).unwrap();
-        let latest = run.latest_checkpoint("pretrain").unwrap();
-        let checkpoint = latest.checkpoint.unwrap();
+        let checkpoint = run.latest_checkpoint("pretrain").unwrap().unwrap();
         assert_eq!(checkpoint.header, header("pretrain", 10));
         assert_eq!(checkpoint.tensors["model.w"].data, [10.0]);
-        assert_eq!(latest.refused.len(), 1);
-        assert_eq!(latest.refused[0].0, newest);
     }
 
     #[test]

@@ -27,7 +27,7 @@ mod metrics;
 mod stop;
 
 pub use atomic::atomic_write;
-pub use checkpoint::{Checkpoint, CheckpointHeader, Latest, Retention};
+pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use clock::rfc3339;
 pub use directory::{FinishedStage, Mode, RunDir};
 pub use error::RunError;

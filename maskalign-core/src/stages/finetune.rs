@@ -3,21 +3,21 @@
 use dfdx::prelude::Cpu;
 use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot, StudentTag};
 use rand_distr::{Beta, Distribution};
-use serde_json::json;
 
 use super::{
     Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
     data::image_batch,
+    keep,
     knn::Pooling,
     memory::{self, TrainingStep},
-    pretrain::{is_tower, keep, under},
     train::{BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train},
+    under,
 };
 use crate::{
     component,
     components::{
         students::Student,
-        towers::{PlanContext, StudentRecord},
+        towers::{PlanContext, StudentRecord, TowerShape},
     },
     context::Context,
     device::{Dev, Matrix, Scalar},
@@ -217,6 +217,10 @@ impl<D: Dev> Task<D> for Classifier<D> {
         self.head.each_mut(f);
     }
 
+    fn student(&mut self) -> &mut dyn Student<D> {
+        &mut *self.student
+    }
+
     fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
         let mut images = batch.images.clone();
         let targets = self.targets(&mut images, batch)?;
@@ -239,8 +243,14 @@ impl<D: Dev> Task<D> for Classifier<D> {
 }
 
 impl Finetune {
+    /// The student that the stage leaves, without weights.
+    fn record(&self, stage: &str, shape: TowerShape) -> StudentRecord {
+        let reach = shape.arch.depth;
+        StudentRecord { slot: self.student.clone(), shape, reach, weights: None, init_scope: stage.to_string() }
+    }
+
     fn length(&self, images: usize) -> Length {
-        Length { epochs: self.epochs, steps_per_epoch: (images / self.batch.effective).max(1) as u64 }
+        Length::new(self.epochs, images, self.batch.effective)
     }
 
     fn classes_of(&self, data: &OpenData) -> Result<usize, Refusal> {
@@ -356,8 +366,7 @@ impl StagePlugin for Finetune {
             recompute: cx.recompute,
         };
         plan.memory += memory::training(&plan, &step);
-        plan.student =
-            Some(StudentRecord { slot: self.student.clone(), shape, weights: None, init_scope: cx.name.to_string() });
+        plan.student = Some(self.record(cx.name, shape));
         Ok(plan)
     }
 
@@ -376,24 +385,14 @@ impl StagePlugin for Finetune {
             checkpoints: &self.checkpoints,
             after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None),
         };
-        let trained = train(&mut run, &mut model, &mut trainer, plan)?;
-        let mut results =
-            json!({ "steps": trainer.updates, "epochs": trainer.updates as f64 / length.steps_per_epoch as f64 });
-        if let Some(report) = &trained.last {
-            results["loss"] = json!(report.loss);
-        }
+        let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
         if let Some(eval) = &self.eval {
             let eval = eval.open().map_err(|r| r.under("eval"))?;
-            results["accuracy"] = json!(accuracy(&mut run, &model, &eval, self.batch.micro())?);
+            trained.results["accuracy"] = accuracy(&mut run, &model, &eval, self.batch.micro())?.into();
         }
-        let weights = finish(&run, &mut model, trainer, trained.metric_records, &results)?;
-        let record = StudentRecord {
-            slot: self.student.clone(),
-            shape: model.student.shape(),
-            weights: Some(std::sync::Arc::new(weights.into_iter().filter(|(n, _)| is_tower(n)).collect())),
-            init_scope: stage.name.to_string(),
-        };
-        Ok(Outcome { results, student: Some(record), metric_records: trained.metric_records })
+        let weights = finish(&run, &mut model, trainer, &trained)?;
+        let record = StudentRecord { weights: Some(weights), ..self.record(stage.name, model.student.shape()) };
+        Ok(Outcome { results: trained.results, student: Some(record), metric_records: trained.metric_records })
     }
 }
 
@@ -408,6 +407,9 @@ fn accuracy<D: Dev>(run: &mut StageRun<D>, model: &Classifier<D>, data: &OpenDat
         for (row, label) in logits.chunks_exact(classes).zip(&batch.labels) {
             let best = (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
             right += usize::from(best.map(|b| b as u32) == *label && label.is_some());
+        }
+        if let Some(stop) = run.stop.get() {
+            return Err(super::train::stopped(run, stop));
         }
         seen += batch.indices.len();
         run.progress.count("evaluation", seen as u64, data.images.len() as u64);

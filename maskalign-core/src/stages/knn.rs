@@ -6,10 +6,7 @@ use maskalign_registry::{Refusal, Slot, TeacherTag, Weights};
 use serde_json::{Value, json};
 
 use super::{
-    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
-    data::image_batch,
-    memory,
-    pretrain::{keep, under},
+    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun, data::image_batch, keep, memory, under,
 };
 use crate::{
     component,

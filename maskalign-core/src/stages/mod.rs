@@ -15,15 +15,14 @@ use serde::Serialize;
 pub use data::{Data, OpenData};
 pub use finetune::Finetune;
 pub use knn::Knn;
-pub use pretrain::is_tower;
 pub use pretrain::{Inspection, Pretrain, PretrainModel};
-pub use train::{MicroBatch, Phases, StepReport, Task, Trainer};
+pub use train::{MicroBatch, Phases, Step, StepReport, Task, Trainer};
 
 use crate::{
     components::towers::{PlanContext, StudentRecord},
     context::Context,
     device::Dev,
-    error::Result,
+    error::{Error, Result},
     plugin::kind,
     run::{RunDir, StopFlag},
 };
@@ -159,3 +158,16 @@ impl<P: StagePlugin, D: Dev> Stage<D> for P {
 }
 
 kind!(device StageTag, StagePlugin, Stage, stage);
+
+/// Keeps the value, or notes the refusal.
+fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Option<T> {
+    result.map_err(|refusal| refusals.push(refusal)).ok()
+}
+
+/// Prefixes the path of a refusal.
+fn under(error: Error, segment: &str) -> Error {
+    match error {
+        Error::Refused(refusal) => refusal.under(segment).into(),
+        other => other,
+    }
+}

@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Instant,
 };
 
 use dfdx::prelude::Gradients;
 use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{OpenData, StageRun, data::image_batch};
 use crate::{
@@ -16,6 +17,7 @@ use crate::{
     components::{
         optimizers::{Optimizer, Update},
         schedules::Schedule,
+        students::Student,
     },
     context::Context,
     data::{Batch, Position},
@@ -25,9 +27,9 @@ use crate::{
     nn::Param,
     plugin::Build,
     random::Stream,
-    run::{CheckpointHeader, Metrics, Retention, Stop},
+    run::{Checkpoint, CheckpointHeader, Metrics, Retention, Stop},
     tape::{Recorder, swap_gradient},
-    weights::{HostTensor, TensorData, TensorMap, TensorRef},
+    weights::{TensorData, TensorMap, TensorRef},
 };
 
 /// Images of an optimizer step.
@@ -123,6 +125,11 @@ pub struct Length {
 }
 
 impl Length {
+    /// So many epochs over `images` images, `effective` a step.
+    pub fn new(epochs: f64, images: usize, effective: usize) -> Self {
+        Length { epochs, steps_per_epoch: (images / effective).max(1) as u64 }
+    }
+
     /// Optimizer steps of the stage.
     pub fn steps(&self) -> u64 {
         ((self.epochs * self.steps_per_epoch as f64).round() as u64).max(1)
@@ -152,6 +159,8 @@ pub struct MicroBatch {
 pub trait Task<D: Dev> {
     /// Calls `f` on every parameter that checkpoints hold.
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>));
+    /// The tower among them that later stages and exports take.
+    fn student(&mut self) -> &mut dyn Student<D>;
     /// The loss of a micro-batch, averaged over its images.
     ///
     /// # Errors
@@ -203,6 +212,19 @@ pub struct Trainer<D: Dev> {
     pub updates: u64,
 }
 
+/// What one optimizer step answers.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The loss, averaged over the effective batch.
+    pub loss: f32,
+    /// Norm of all gradients together, before clipping.
+    pub gradient_norm: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Where the time went.
+    pub phases: Phases,
+}
+
 /// Time spent in the phases of a step, in seconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Phases {
@@ -243,18 +265,17 @@ impl<D: Dev> Trainer<D> {
         (self.updates as f64 / self.length.steps() as f64).min(1.0)
     }
 
-    /// One optimizer step over `parts` micro-batches, which must be all of an effective batch. Gives the loss, the
-    /// gradient norm, the learning rate and the time of each phase.
+    /// One optimizer step over `parts` micro-batches, which must be all of an effective batch.
     ///
     /// # Errors
-    /// What the micro-batches and the task answer; a loss that is not finite (nothing is updated then).
+    /// What the micro-batches and the task answer; a loss or a gradient that is not finite (nothing is updated then).
     pub fn step(
         &mut self,
         cx: &Context<D>,
         task: &mut dyn Task<D>,
         parts: usize,
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
-    ) -> Result<(f32, f64, f64, Phases)> {
+    ) -> Result<Step> {
         self.step_at(cx, task, parts, micro_batches, self.lr())
     }
 
@@ -269,7 +290,7 @@ impl<D: Dev> Trainer<D> {
         parts: usize,
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
         lr: f64,
-    ) -> Result<(f32, f64, f64, Phases)> {
+    ) -> Result<Step> {
         let mut gradients = self.zeroed(cx, task)?;
         let (mut total, mut phases) = (0.0f64, Phases::default());
         for _ in 0..parts {
@@ -279,7 +300,7 @@ impl<D: Dev> Trainer<D> {
             let loss = task.loss(cx, &mut r, &batch)?;
             let value = loss.as_vec()[0];
             if !value.is_finite() {
-                return Err(Error::NonFinite { loss: value, step: self.updates, lr, advice: String::new() });
+                return Err(self.not_finite("loss", f64::from(value), lr));
             }
             total += f64::from(value) / parts as f64;
             let share = 1.0 / parts as f32;
@@ -308,14 +329,18 @@ impl<D: Dev> Trainer<D> {
             phases.backward += (started.elapsed() - forward).as_secs_f64();
         }
         let started = Instant::now();
-        let norm = {
+        let gradient_norm = {
             let _span = tracing::info_span!("optimizer").entered();
             self.update(cx, task, &mut gradients, lr)?
         };
         self.gradients = Some(gradients);
         self.updates += 1;
         phases.optimizer = started.elapsed().as_secs_f64();
-        Ok((total as f32, norm, lr, phases))
+        Ok(Step { loss: total as f32, gradient_norm, lr, phases })
+    }
+
+    fn not_finite(&self, what: &'static str, value: f64, lr: f64) -> Error {
+        Error::NonFinite { what, value, step: self.updates, lr, advice: String::new() }
     }
 
     /// The gradients of the last step, before clipping.
@@ -353,6 +378,9 @@ impl<D: Dev> Trainer<D> {
             });
             cx.kernels.square_sum(gradients, &parameters)?.sqrt()
         };
+        if !norm.is_finite() {
+            return Err(self.not_finite("norm of the gradients", norm, lr));
+        }
         let gradient_scale = match self.optimizer.clip_norm() {
             // PyTorch's `clip_grad_norm_` adds 1e-6.
             Some(limit) if norm > limit => (limit / (norm + 1e-6)) as f32,
@@ -427,19 +455,23 @@ impl<D: Dev> Trainer<D> {
         let mut outcome = Ok(());
         let names = self.optimizer.state_names();
         task.visit(&mut |p| {
-            let found: Option<Vec<&HostTensor>> =
-                names.iter().map(|kind| tensors.get(&format!("optimizer.{kind}.{}", p.name))).collect();
-            if let (Some(found), true, true) = (found, p.trainable, outcome.is_ok()) {
-                let vectors: Result<Vec<Vector<D>>> = found
-                    .into_iter()
-                    .map(|t| cx.dev.try_tensor_from_vec(t.data.clone(), (t.data.len(),)).map_err(device))
-                    .collect();
-                match vectors {
-                    Ok(vectors) => {
-                        state.insert(p.name.clone(), vectors);
-                    }
-                    Err(error) => outcome = Err(error),
+            if !p.trainable || outcome.is_err() {
+                return;
+            }
+            let vectors = names.iter().map(|kind| {
+                let name = format!("optimizer.{kind}.{}", p.name);
+                let tensor = tensors.get(&name).filter(|tensor| tensor.shape == p.dims).ok_or_else(|| {
+                    Error::Usage(format!(
+                        "the checkpoint has no `{name}` of that parameter's shape: it is of another recipe"
+                    ))
+                })?;
+                cx.dev.try_tensor_from_vec(tensor.data.clone(), (tensor.data.len(),)).map_err(device)
+            });
+            match vectors.collect::<Result<Vec<Vector<D>>>>() {
+                Ok(vectors) => {
+                    state.insert(p.name.clone(), vectors);
                 }
+                Err(error) => outcome = Err(error),
             }
         });
         outcome?;
@@ -458,22 +490,29 @@ pub(crate) struct Loop<'a, D: Dev, T> {
     pub after_epoch: &'a mut dyn FnMut(&mut StageRun<D>, &mut T, u64) -> Result<Option<serde_json::Value>>,
 }
 
-/// Where a checkpoint's notes hold what was measured after epochs.
-const MEASURED: &str = "measured";
-/// Whether the run was stopped before what follows the checkpoint's epoch was measured.
-const UNMEASURED: &str = "unmeasured";
+/// What a checkpoint notes besides tensors, so that a resumed stage ends with the results of an uninterrupted one.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Notes {
+    /// The loss of the last step.
+    loss: Option<f32>,
+    /// What was measured after epochs, in order.
+    measured: Vec<serde_json::Value>,
+    /// Whether the run was stopped before what follows the checkpoint's epoch was measured.
+    unmeasured: bool,
+    /// Places of the images that could not be read so far.
+    skipped: BTreeSet<usize>,
+}
 
 /// What a training loop leaves besides the task.
 pub(crate) struct Trained {
     /// Whole lines in the metrics file.
     pub metric_records: u64,
-    /// The last step, unless there was none to do.
-    pub last: Option<StepReport>,
-    /// What was measured after epochs, in order.
-    pub measured: Vec<serde_json::Value>,
+    /// Steps, epochs, the last loss, and what was measured.
+    pub results: serde_json::Value,
 }
 
-/// Trains to the end of the stage, from its last checkpoint where there is one.
+/// Trains to the end of the stage, from its last checkpoint where there is one. The state at the end is saved too: what
+/// follows may be interrupted, and a run that `--steps` ended may go on.
 pub(crate) fn train<D: Dev, T: Task<D>>(
     run: &mut StageRun<D>,
     task: &mut T,
@@ -481,49 +520,39 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
     plan: Loop<D, T>,
 ) -> Result<Trained> {
     let Loop { data, batch, length, checkpoints, after_epoch } = plan;
-    let name = run.stage.name;
-    let latest = run.dir.latest_checkpoint(name)?;
-    for (path, error) in &latest.refused {
-        tracing::warn!("{} cannot be used: {error}", path.display());
-    }
+    let mut notes = Notes::default();
     let mut records = run.metric_records;
-    let mut measured = Vec::new();
-    if let Some(checkpoint) = latest.checkpoint {
-        let header = &checkpoint.header;
-        if header.fingerprint != run.fingerprint {
-            return Err(Error::Usage(format!("the checkpoints of stage `{name}` are of another recipe")));
+    if let Some(checkpoint) = last_checkpoint(run)? {
+        trainer.restore(&run.cx, task, &checkpoint.tensors, checkpoint.header.step)?;
+        records = checkpoint.header.metrics_records;
+        notes = serde_json::from_value(checkpoint.header.meta).unwrap_or_default();
+        if std::mem::take(&mut notes.unmeasured) {
+            notes.measured.extend(after_epoch(run, task, trainer.updates / length.steps_per_epoch)?);
         }
-        trainer.restore(&run.cx, task, &checkpoint.tensors, header.step)?;
-        records = header.metrics_records;
-        measured = header.meta[MEASURED].as_array().cloned().unwrap_or_default();
-        if header.meta[UNMEASURED] == true {
-            measured.extend(after_epoch(run, task, header.step / length.steps_per_epoch)?);
-        }
-        tracing::info!("stage `{name}` goes on from step {}", header.step);
+        tracing::info!("stage `{}` goes on from step {}", run.stage.name, trainer.updates);
     }
-    // A kill may have come between a checkpoint and the deletion of those that it replaces.
-    let retention = Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps };
-    run.dir.prune_checkpoints(name, retention)?;
-    let mut metrics = run.dir.metrics(records)?;
-    let all = length.steps();
-    let end = run.step_limit.map_or(all, |limit| all.min(limit));
-    let loader = data.training(run.stage.seed, batch.effective, batch.micro(), run.workers)?;
     let start = trainer.updates;
+    let mut saver = Saver {
+        metrics: run.dir.metrics(records)?,
+        retention: Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps },
+        last: (start > 0).then_some(start),
+    };
+    // A kill may have come between a checkpoint and the deletion of those that it replaces.
+    run.dir.prune_checkpoints(run.stage.name, saver.retention)?;
+    let end = run.step_limit.map_or(length.steps(), |limit| length.steps().min(limit));
+    let loader = data.training(run.stage.seed, batch.effective, batch.micro(), run.workers)?;
     let mut batches = loader.batches(length.position(start), Some(end.saturating_sub(start)));
     let parts = batch.effective / batch.micro();
     let interval = checkpoints.interval(length.steps_per_epoch);
-    let mut last = None;
-    let mut last_saved = (start > 0).then_some(start);
     // A checkpoint is known to be good once a loss computed from it is finite.
     let mut last_good = None;
     while trainer.updates < end {
         let began = Instant::now();
         let step = trainer.updates;
         let progress = trainer.progress();
-        let mut skipped = 0;
         let stepped = trainer.step(&run.cx, task, parts, &mut || {
             let mut batch: Batch = batches.next().expect("batches for every step")?;
-            skipped = batch.skipped;
+            notes.skipped.extend(&batch.unreadable);
             Ok(MicroBatch {
                 images: image_batch(&mut batch),
                 labels: batch.labels,
@@ -532,15 +561,11 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
                 progress,
             })
         });
-        let (loss, gradient_norm, lr, _) = stepped.map_err(|error| match error {
-            Error::NonFinite { loss, step, lr, .. } => {
-                Error::NonFinite { loss, step, lr, advice: advice(run, last_good) }
-            }
-            other => other,
-        })?;
-        last_good = last_saved;
+        let Step { loss, gradient_norm, lr, .. } = stepped.map_err(|error| advised(error, run, last_good))?;
+        last_good = saver.last;
+        notes.loss = Some(loss);
         let report = StepReport {
-            stage: name.to_string(),
+            stage: run.stage.name.to_string(),
             step,
             steps: end,
             epoch: step as f64 / length.steps_per_epoch as f64,
@@ -548,36 +573,52 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
             lr,
             gradient_norm,
             images_per_s: batch.effective as f64 / began.elapsed().as_secs_f64(),
-            skipped,
+            skipped: notes.skipped.len(),
         };
-        metrics.append(&report)?;
+        saver.metrics.append(&report)?;
         run.progress.step(&report);
-        last = Some(report);
         let done = trainer.updates;
         if done.is_multiple_of(length.steps_per_epoch) {
             match after_epoch(run, task, done / length.steps_per_epoch) {
-                Ok(result) => measured.extend(result),
-                Err(stopped @ Error::Stopped { .. }) if done < end => {
-                    save(run, task, trainer, &mut metrics, &measured, true)?;
+                Ok(result) => notes.measured.extend(result),
+                Err(stopped @ Error::Stopped { .. }) => {
+                    notes.unmeasured = true;
+                    saver.save(run, task, trainer, &notes)?;
                     return Err(stopped);
                 }
                 Err(error) => return Err(error),
             }
         }
         let stop = run.stop.get();
-        if done < end && (done.is_multiple_of(interval) || stop.is_some()) {
-            save(run, task, trainer, &mut metrics, &measured, false)?;
-            run.dir.prune_checkpoints(name, retention)?;
-            last_saved = Some(done);
+        if done == end || done.is_multiple_of(interval) || stop.is_some() {
+            saver.save(run, task, trainer, &notes)?;
         }
-        if let Some(stop) = stop
-            && done < end
-        {
+        if let Some(stop) = stop {
             return Err(stopped(run, stop));
         }
     }
-    metrics.sync()?;
-    Ok(Trained { metric_records: metrics.records(), last, measured })
+    saver.metrics.sync()?;
+    let epochs = trainer.updates as f64 / length.steps_per_epoch as f64;
+    let mut results = serde_json::json!({ "steps": trainer.updates, "epochs": epochs });
+    if let Some(loss) = notes.loss {
+        results["loss"] = loss.into();
+    }
+    if !notes.measured.is_empty() {
+        results["knn"] = notes.measured.into();
+    }
+    Ok(Trained { metric_records: saver.metrics.records(), results })
+}
+
+/// The newest checkpoint of the stage that can be read.
+fn last_checkpoint<D: Dev>(run: &StageRun<D>) -> Result<Option<Checkpoint>> {
+    let name = run.stage.name;
+    let checkpoint = run.dir.latest_checkpoint(name)?;
+    match &checkpoint {
+        Some(checkpoint) if checkpoint.header.fingerprint != run.fingerprint => {
+            Err(Error::Usage(format!("the checkpoints of stage `{name}` are of another recipe")))
+        }
+        _ => Ok(checkpoint),
+    }
 }
 
 /// The end of a run that the user asked for.
@@ -589,46 +630,71 @@ pub(crate) fn stopped<D: Dev>(run: &StageRun<D>, stop: Stop) -> Error {
     Error::Stopped { signal, code: stop.exit_code(), dir: run.dir.path().display().to_string() }
 }
 
-fn advice<D: Dev>(run: &StageRun<D>, last_good: Option<u64>) -> String {
+/// Adds to a loss or a gradient that is not finite which checkpoint is the last good one, and what to try.
+fn advised<D: Dev>(error: Error, run: &StageRun<D>, last_good: Option<u64>) -> Error {
+    let Error::NonFinite { what, value, step, lr, .. } = error else { return error };
     let path = last_good.and_then(|step| run.dir.checkpoint_path(run.stage.name, step).ok());
     let checkpoint = match path.filter(|path| path.is_file()) {
         Some(path) => format!("the last good checkpoint is {}", path.display()),
         None => "no checkpoint is good".to_string(),
     };
-    format!("{checkpoint}; lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`")
+    let try_this = "lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`";
+    Error::NonFinite { what, value, step, lr, advice: format!("{checkpoint}; {try_this}") }
 }
 
-fn save<D: Dev>(
-    run: &mut StageRun<D>,
+/// Writes metrics, and checkpoints that agree with them.
+struct Saver {
+    metrics: Metrics,
+    retention: Retention,
+    /// The step of the newest checkpoint.
+    last: Option<u64>,
+}
+
+impl Saver {
+    fn save<D: Dev>(
+        &mut self,
+        run: &mut StageRun<D>,
+        task: &mut dyn Task<D>,
+        trainer: &Trainer<D>,
+        notes: &Notes,
+    ) -> Result<()> {
+        self.metrics.sync()?;
+        let tensors = trainer.tensors(task);
+        let meta = serde_json::to_value(notes).expect("numbers and lists");
+        let path =
+            run.dir.save_checkpoint(&header(run, task, trainer.updates, self.metrics.records(), meta), &tensors)?;
+        run.progress.saved(&path);
+        run.dir.prune_checkpoints(run.stage.name, self.retention)?;
+        self.last = Some(trainer.updates);
+        Ok(())
+    }
+}
+
+fn header<D: Dev>(
+    run: &StageRun<D>,
     task: &mut dyn Task<D>,
-    trainer: &Trainer<D>,
-    metrics: &mut Metrics,
-    measured: &[serde_json::Value],
-    unmeasured: bool,
-) -> Result<()> {
-    metrics.sync()?;
-    let tensors = trainer.tensors(task);
-    let header = CheckpointHeader {
+    step: u64,
+    metrics_records: u64,
+    meta: serde_json::Value,
+) -> CheckpointHeader {
+    CheckpointHeader {
         stage: run.stage.name.to_string(),
-        step: trainer.updates,
+        step,
         fingerprint: run.fingerprint.to_string(),
-        metrics_records: metrics.records(),
-        meta: serde_json::json!({ MEASURED: measured, UNMEASURED: unmeasured }),
-    };
-    let path = run.dir.save_checkpoint(&header, &tensors)?;
-    run.progress.saved(&path);
-    Ok(())
+        metrics_records,
+        student: task.student().shapes().into_iter().map(|(name, _)| name).collect(),
+        meta,
+    }
 }
 
-/// Writes what a finished training stage leaves, and gives its parameters by name. The trainer's state is freed first,
-/// and so are the buffers of its steps: the next stage has sizes of its own.
+/// Writes what a finished training stage leaves, and gives its student's parameters by name. The trainer's state is
+/// freed first, and so are the buffers of its steps: the next stage has sizes of its own.
 pub(crate) fn finish<D: Dev>(
     run: &StageRun<D>,
     task: &mut dyn Task<D>,
     trainer: Trainer<D>,
-    metric_records: u64,
-    results: &serde_json::Value,
-) -> Result<TensorMap> {
+    trained: &Trained,
+) -> Result<Arc<TensorMap>> {
     let step = trainer.updates;
     drop(trainer);
     run.cx.kernels.trim();
@@ -636,15 +702,10 @@ pub(crate) fn finish<D: Dev>(
     task.visit(&mut |p| {
         weights.insert(p.name.clone(), p.to_host());
     });
-    let header = CheckpointHeader {
-        stage: run.stage.name.to_string(),
-        step,
-        fingerprint: run.fingerprint.to_string(),
-        metrics_records: metric_records,
-        meta: serde_json::Value::Null,
-    };
-    run.dir.finish_stage(&header, &TensorRef::all_of(&weights), results.clone())?;
-    Ok(weights)
+    let header = header(run, task, step, trained.metric_records, serde_json::Value::Null);
+    run.dir.finish_stage(&header, &TensorRef::all_of(&weights), trained.results.clone())?;
+    weights.retain(|name, _| header.student.contains(name));
+    Ok(Arc::new(weights))
 }
 
 /// A tensor that is copied from its device when it is written.

@@ -1,0 +1,168 @@
+//! One term of the loss: what is compared with what, and by which distance.
+
+use std::collections::BTreeMap;
+
+use dfdx::prelude::Cpu;
+use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
+
+use crate::{
+    component,
+    components::{
+        aligners::{AlignNeeds, AlignPlan},
+        maskers::Counts,
+        targets::{TargetContext, TargetPlan},
+        tokens::{TokenKind, Tokens},
+        towers::TowerShape,
+    },
+    error::Result,
+    plugin::Build,
+};
+
+/// The weights of an objective's levels.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum LevelWeights {
+    /// All equal, summing to 1.
+    #[default]
+    Uniform,
+    /// i / sum of i, from 0: the first takes no part (the official `linear_decay`).
+    Linear,
+    /// As given.
+    List(Vec<f64>),
+}
+
+impl LevelWeights {
+    fn resolve(&self, levels: usize) -> Result<Vec<f64>, Refusal> {
+        match self {
+            LevelWeights::Uniform => Ok(vec![1.0 / levels as f64; levels]),
+            LevelWeights::Linear if levels == 1 => {
+                Err(Refusal::new("level_weights", "`linear` gives the only level the weight 0"))
+            }
+            LevelWeights::Linear => {
+                let sum = (levels * (levels - 1) / 2) as f64;
+                Ok((0..levels).map(|i| i as f64 / sum).collect())
+            }
+            LevelWeights::List(list) if list.len() != levels => {
+                Err(Refusal::new("level_weights", format!("{} weights for {levels} levels", list.len())))
+            }
+            LevelWeights::List(list) if list.iter().all(|&w| w == 0.0) => {
+                Err(Refusal::new("level_weights", "every level has the weight 0"))
+            }
+            LevelWeights::List(list) => Ok(list.clone()),
+        }
+    }
+}
+
+impl serde::Serialize for LevelWeights {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            LevelWeights::Uniform => s.serialize_str("uniform"),
+            LevelWeights::Linear => s.serialize_str("linear"),
+            LevelWeights::List(list) => list.serialize(s),
+        }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for LevelWeights {
+    fn deserialize<De: serde::Deserializer<'de>>(d: De) -> Result<Self, De::Error> {
+        use serde::de::Error;
+        match serde_json::Value::deserialize(d)? {
+            serde_json::Value::String(name) if name == "uniform" => Ok(LevelWeights::Uniform),
+            serde_json::Value::String(name) if name == "linear" => Ok(LevelWeights::Linear),
+            list => serde_json::from_value(list).map(LevelWeights::List).map_err(De::Error::custom),
+        }
+    }
+}
+
+impl schemars::JsonSchema for LevelWeights {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "LevelWeights".into()
+    }
+    fn inline_schema() -> bool {
+        true
+    }
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "x-expected": "`uniform`, `linear`, or a list of numbers",
+            "anyOf": [
+                { "type": "string", "enum": ["uniform", "linear"] },
+                { "type": "array", "items": { "type": "number", "minimum": 0 }, "minItems": 1 },
+            ],
+        })
+    }
+}
+
+fn unit_weight() -> Ramp {
+    Ramp::Constant(1.0)
+}
+
+/// One term of the loss.
+#[component]
+pub struct Objective {
+    /// What the student is to match.
+    pub(super) target: Slot<TargetTag>,
+    /// The tokens that are compared.
+    #[schemars(length(min = 1))]
+    tokens: Vec<TokenKind>,
+    /// The map from the student's outputs to the target's shape.
+    pub(super) aligner: Slot<AlignerTag>,
+    /// The distance between the two.
+    pub(super) loss: Slot<LossTag>,
+    /// Weights of the target's levels: `uniform`, `linear`, or a list. A level of weight 0 takes no part: no gradient,
+    /// no update, no decay of its head.
+    #[serde(default)]
+    level_weights: LevelWeights,
+    /// Weight of the objective.
+    #[serde(default = "unit_weight")]
+    pub(super) weight: Ramp,
+}
+
+/// An objective whose parts fit each other.
+pub(super) struct ObjectiveShape {
+    pub name: String,
+    pub tokens: Tokens,
+    pub target: TargetPlan,
+    pub align: AlignPlan,
+    pub needs: AlignNeeds,
+    pub level_weights: Vec<f32>,
+}
+
+impl Objective {
+    /// Refuses parts that do not fit each other.
+    pub(super) fn shape(
+        &self,
+        name: &str,
+        student: TowerShape,
+        teachers: &BTreeMap<String, TowerShape>,
+        counts: Counts,
+    ) -> Result<ObjectiveShape, Refusal> {
+        let tokens = Tokens::from_list(&self.tokens)?;
+        if tokens.masked && counts.masked == 0 {
+            return Err(Refusal::new("tokens", "`masked` names no patch: nothing is masked")
+                .help("give the stage a `masker`, or raise its ratio"));
+        }
+        let target = Build::build::<Cpu>(&self.target).map_err(|r| r.under("target"))?;
+        let mut target = target.plan(&TargetContext { student, teachers, tokens }).map_err(|r| r.under("target"))?;
+        let weights = self.level_weights.resolve(target.outputs)?;
+        let wanted: Vec<usize> = (0..target.outputs).filter(|&i| weights[i] > 0.0).collect();
+        let align = AlignPlan {
+            student,
+            counts,
+            tokens,
+            target_depth: target.depth,
+            target_levels: target.levels.clone(),
+            outputs: target.outputs,
+            wanted: wanted.clone(),
+            width: target.width,
+        };
+        let aligner = Build::build::<Cpu>(&self.aligner).map_err(|r| r.under("aligner"))?;
+        let needs = aligner.plan(&align).map_err(|r| r.under("aligner"))?;
+        Build::build::<Cpu>(&self.loss).map_err(|r| r.under("loss"))?;
+        if target.outputs == target.levels.len() {
+            // A level of weight 0 is neither computed nor compared.
+            target.levels = wanted.iter().map(|&i| target.levels[i]).collect();
+            target.outputs = target.levels.len();
+        }
+        let level_weights = wanted.iter().map(|&i| weights[i] as f32).collect();
+        Ok(ObjectiveShape { name: name.to_string(), tokens, target, align, needs, level_weights })
+    }
+}
