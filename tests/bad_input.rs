@@ -167,6 +167,50 @@ fn broken_images_end_a_run_or_are_skipped_and_counted() {
     assert_eq!(record.steps.last().expect("steps")["skipped"], 2);
 }
 
+/// A run goes on exactly or not at all: other images or other weights are another run.
+#[test]
+fn a_run_does_not_go_on_with_other_data_or_weights() {
+    let (sandbox, good) = sandbox();
+    let run = aligned(&sandbox, "", "run");
+    assert_eq!(run.status.code(), Some(0), "{}", String::from_utf8_lossy(&run.stderr));
+    let resume = || sandbox.run(["run", "--resume", "run", "-q"]);
+    let work = sandbox.work();
+    let image = files_in(&work.join("images/blobs")).remove(0);
+    let content = fs::read(&image).expect("an image");
+    fs::remove_file(&image).expect("removed");
+    refused(&sandbox, &resume(), 2, &["data of `pretrain`: 8 images then, 7 now", "start a new run"]);
+    fs::write(&image, content).expect("written");
+    let mut other = good.clone();
+    other.get_mut("norm.weight").expect("there").data[0] += 1.0;
+    write_weights(&work.join("teacher.safetensors"), &other);
+    refused(&sandbox, &resume(), 2, &["teacher.safetensors: its content has changed"]);
+    write_weights(&work.join("teacher.safetensors"), &good);
+    assert_eq!(resume().status.code(), Some(0));
+}
+
+/// Labels are numbers of folders: two folders of other names would be compared by number alone.
+#[test]
+fn evaluation_on_other_classes_or_none_is_refused() {
+    let (sandbox, _) = sandbox();
+    let work = sandbox.work();
+    copy_folder(&here().join("fixtures/images"), &work.join("renamed"));
+    fs::rename(work.join("renamed/blobs"), work.join("renamed/zebras")).expect("renamed");
+    fs::create_dir(work.join("flat")).expect("a folder");
+    fs::copy(files_in(&work.join("images/blobs")).remove(0), work.join("flat/one.png")).expect("a copy");
+    let data = |root: &str| {
+        format!("{{dataset: {{type: image_folder, root: {root}}}, transforms: [{{type: resize, size: [28, 28]}}]}}")
+    };
+    for (root, says) in [("renamed", "class 0 is `stripes`, but `blobs` in `train`"), ("flat", "no labels")] {
+        let knn = format!(
+            "stages={{k: {{type: knn, train: {}, test: {}, baselines: [pixels]}}}}",
+            data("images"),
+            data(root)
+        );
+        let output = sandbox.run(["validate", "good.yaml", "--set", &knn]);
+        refused(&sandbox, &output, 2, &[says]);
+    }
+}
+
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run() {
     let sandbox = Sandbox::new(BINARY);

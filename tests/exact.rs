@@ -34,8 +34,25 @@ fn threads_workers_and_recomputation_change_nothing() {
     }
 }
 
+/// A run that `--steps` ended goes on with more steps, and what was built on the shorter stage is made again.
 #[test]
-fn a_run_ended_by_steps_goes_on_elsewhere() {
+fn a_run_ended_by_steps_goes_on() {
+    let sandbox = Sandbox::new(BINARY);
+    run(&sandbox, &["--out", "whole"]);
+    run(&sandbox, &["--out", "run", "--steps", "3"]);
+    let dir = sandbox.work().join("run");
+    let short = run_record(&dir);
+    assert_eq!(short.summary["pretrain"]["steps"], 3);
+    run(&sandbox, &["--resume", "run", "--steps", "3"]);
+    short.assert_same(&run_record(&dir), "the same end");
+    run(&sandbox, &["--resume", "run", "--steps", "5"]);
+    assert_eq!(run_record(&dir).summary["finetune"]["steps"], 5);
+    run(&sandbox, &["--resume", "run"]);
+    run_record(&sandbox.work().join("whole")).assert_same(&run_record(&dir), "three steps, five, all");
+}
+
+#[test]
+fn a_resumed_run_keeps_its_recipe() {
     let sandbox = Sandbox::new(BINARY);
     run(&sandbox, &["--out", "one"]);
     let again = sandbox.run(["run", "tiny.yaml", "--out", "one"]);

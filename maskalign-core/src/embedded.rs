@@ -5,15 +5,15 @@ use crate::weights::{HostTensor, TensorMap};
 /// The shipped recipes, by name, as YAML: what the build script finds in `recipes/`.
 pub const RECIPES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/recipes.rs"));
 
-/// Whether there are embedded weights of that name.
-pub fn has_weights(name: &str) -> bool {
-    WEIGHTS.iter().any(|(known, _)| *known == name)
+/// The safetensors file of embedded weights.
+pub fn weights_file(name: &str) -> Option<&'static [u8]> {
+    WEIGHTS.iter().find(|(known, _)| *known == name).map(|(_, bytes)| *bytes)
 }
 
 /// Small weights that recipes name as `embedded://NAME`.
 pub fn weights(name: &str) -> Option<TensorMap> {
-    let (_, bytes) = WEIGHTS.iter().find(|(known, _)| *known == name)?;
-    let file = safetensors::SafeTensors::deserialize(bytes).expect("an embedded file was written by this program");
+    let file = safetensors::SafeTensors::deserialize(weights_file(name)?)
+        .expect("an embedded file was written by this program");
     let tensor = |view: safetensors::tensor::TensorView| HostTensor {
         shape: view.shape().to_vec(),
         data: view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),

@@ -1,16 +1,22 @@
 //! A recipe's stages, one after another, in a run directory.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use maskalign_registry::{Recipe, Refusal};
 
 use crate::{
-    components::towers::StudentRecord,
+    components::towers::{StudentRecord, no_student},
     context::Context,
     device::Dev,
     error::{Error, Result},
     plugin::Build,
-    run::{CheckpointHeader, DataRecord, FileRecord, Manifest, RunDir, StopFlag, fail_point, rfc3339},
+    run::{
+        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, fail_point, rfc3339,
+    },
     stages::{Progress, StageContext, StagePlan, StageRun},
     weights,
 };
@@ -60,7 +66,7 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plans, Vec<Refusal>
             }
             Err(more) => {
                 // A stage that builds on one that was refused is not blamed for that.
-                let follows = |r: &Refusal| failed.iter().any(|f: &String| r.message.contains(&format!("`{f}`")));
+                let follows = |r: &Refusal| failed.iter().any(|stage: &String| r.message == no_student(stage));
                 refusals.extend(more.into_iter().filter(|r| !follows(r)).map(|r| r.under(name).under("stages")));
                 failed.push(name.clone());
             }
@@ -105,7 +111,7 @@ pub fn run<D: Dev>(
     dir: &RunDir,
     options: RunOptions,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
-    let mut manifest = manifest(cx, recipe, plans, dir, &options)?;
+    let mut manifest = manifest(cx, recipe, plans, dir.read_manifest()?, &options)?;
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
     let mut students: BTreeMap<String, StudentRecord> = BTreeMap::new();
@@ -178,39 +184,44 @@ pub fn run<D: Dev>(
 }
 
 /// The files that `weights` name, wherever a component of the recipe has such an option.
-fn weight_files(recipe: &Recipe) -> Vec<PathBuf> {
-    let mut files = Vec::new();
+fn weight_files(recipe: &Recipe) -> Result<Vec<FileRecord>, RunError> {
+    let mut named = BTreeSet::new();
     let mut open: Vec<serde_json::Value> = recipe.stages.values().map(|slot| slot.options_value()).collect();
     while let Some(value) = open.pop() {
         match value {
             serde_json::Value::Array(items) => open.extend(items),
             serde_json::Value::Object(mut entries) => {
-                if let Some(serde_json::Value::String(spec)) = entries.get("weights") {
-                    let found = weights::locate(spec).ok().filter(|path| path.exists());
-                    files.extend(found.and_then(|path| weights::files_of(&path).ok()).into_iter().flatten());
-                }
+                named.extend(entries.get("weights").and_then(|weights| weights.as_str()).map(str::to_owned));
                 open.extend(entries.values_mut().map(serde_json::Value::take));
             }
             _ => {}
         }
     }
-    files.sort();
-    files.dedup();
-    files
+    let mut records = Vec::new();
+    for spec in named {
+        if let Some(content) = spec.strip_prefix("embedded://").and_then(crate::embedded::weights_file) {
+            records.push(FileRecord::of_bytes(&spec, content));
+            continue;
+        }
+        let found = weights::locate(&spec).ok().filter(|path| path.exists());
+        for file in found.and_then(|path| weights::files_of(&path).ok()).into_iter().flatten() {
+            records.push(FileRecord::of(&file)?);
+        }
+    }
+    Ok(records)
 }
 
+/// The manifest of a run that begins, or goes on from `earlier`.
 fn manifest<D: Dev>(
     cx: &Context<D>,
     recipe: &Recipe,
     plans: &Plans,
-    dir: &RunDir,
+    earlier: Option<Manifest>,
     options: &RunOptions,
 ) -> Result<Manifest> {
     let now = rfc3339(SystemTime::now());
-    let earlier = dir.read_manifest()?;
-    let files = weight_files(recipe);
     let data = plans.iter().flat_map(|(_, plan)| &plan.data);
-    Ok(Manifest {
+    let begun = Manifest {
         version: env!("CARGO_PKG_VERSION").to_string(),
         commit: options.commit.clone(),
         command_line: options.command_line.clone(),
@@ -218,7 +229,7 @@ fn manifest<D: Dev>(
         device: options.device.clone(),
         threads: cx.kernels.threads(),
         isa: cx.kernels.name(),
-        weights: files.iter().map(|path| FileRecord::of(path)).collect::<Result<_, _>>()?,
+        weights: weight_files(recipe)?,
         data: data
             .map(|(stage, images, fingerprint)| DataRecord {
                 stage: stage.clone(),
@@ -226,12 +237,24 @@ fn manifest<D: Dev>(
                 fingerprint: fingerprint.clone(),
             })
             .collect(),
-        started: earlier.as_ref().map_or(now.clone(), |m| m.started.clone()),
+        started: now.clone(),
         ended: None,
         peak_memory_mib: None,
-        resumed_at: match earlier {
-            Some(m) => m.resumed_at.into_iter().chain([now]).collect(),
-            None => Vec::new(),
-        },
+        resumed: Vec::new(),
+    };
+    let Some(earlier) = earlier else { return Ok(begun) };
+    let differences = earlier.differences(&begun);
+    if !differences.is_empty() {
+        return Err(Error::Usage(format!(
+            "the run cannot go on exactly, since it reads something else now:\n  {}\nrestore it, or start a new run",
+            differences.join("\n  ")
+        )));
+    }
+    let resumption = Resumption { at: now, command_line: begun.command_line };
+    Ok(Manifest {
+        command_line: earlier.command_line,
+        started: earlier.started,
+        resumed: earlier.resumed.into_iter().chain([resumption]).collect(),
+        ..begun
     })
 }

@@ -40,6 +40,7 @@ fn plan() -> AlignPlan {
             grid: Grid { rows: 3, columns: 3 },
             image_size: 6,
             cls_token: true,
+            learned_positions: false,
             projection: None,
             statistics: Statistics::IMAGENET,
         },

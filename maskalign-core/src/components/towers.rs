@@ -25,6 +25,8 @@ pub struct TowerShape {
     pub image_size: usize,
     /// Whether a class token leads the patches.
     pub cls_token: bool,
+    /// Whether positions are learned (else fixed sines and cosines).
+    pub learned_positions: bool,
     /// Outputs of the projection after the final norm, where there is one.
     pub projection: Option<usize>,
     /// What the tower's input is normalised by.
@@ -38,6 +40,7 @@ impl From<&VitConfig> for TowerShape {
             grid: config.grid(),
             image_size: config.input.image_size,
             cls_token: config.cls_token,
+            learned_positions: config.learned_positions,
             projection: config.projection,
             statistics: config.input.statistics,
         }
@@ -106,13 +109,18 @@ impl<'a> PlanContext<'a> {
     pub fn student(&self, stage: &str) -> Result<&'a StudentRecord, Refusal> {
         self.students.get(stage).ok_or_else(|| {
             let known: Vec<&str> = self.students.keys().map(String::as_str).collect();
-            let refusal = Refusal::new("stage", format!("no earlier stage `{stage}` leaves a student"));
+            let refusal = Refusal::new("stage", no_student(stage));
             match known.is_empty() {
                 true => refusal.help("no earlier stage trains one"),
                 false => refusal.help(format!("earlier stages with a student: {}", known.join(", "))),
             }
         })
     }
+}
+
+/// What is said of a stage that leaves no student.
+pub(crate) fn no_student(stage: &str) -> String {
+    format!("no earlier stage `{stage}` leaves a student")
 }
 
 /// A tower's options that every kind of tower has: sizes, resolution and weights.
@@ -158,7 +166,7 @@ impl TowerOptions<'_> {
 /// The file that `weights` names; `None` for a stage's student or embedded weights.
 fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
     match weights {
-        Weights::Embedded(name) if !crate::embedded::has_weights(name) => {
+        Weights::Embedded(name) if crate::embedded::weights_file(name).is_none() => {
             Err(Refusal::new("weights", format!("no weights named `{name}` are embedded")))
         }
         Weights::Stage(_) | Weights::Embedded(_) => Ok(None),

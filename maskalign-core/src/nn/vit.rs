@@ -93,20 +93,20 @@ impl Arch {
 #[schemars(inline)]
 struct Sizes {
     /// Channels of a token.
-    #[schemars(range(min = 4))]
+    #[schemars(range(min = 4, max = 65536))]
     dim: usize,
     /// Transformer blocks.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     depth: usize,
     /// Attention heads; `dim` must be a multiple.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     heads: usize,
     /// Channels inside the MLP; absent: four times `dim`.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     mlp: Option<usize>,
     /// Side of a patch in pixels.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 4096))]
     patch: usize,
 }
 

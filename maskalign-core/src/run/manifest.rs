@@ -13,7 +13,7 @@ pub struct Manifest {
     pub version: String,
     /// Commit that the binary was built from, where known.
     pub commit: Option<String>,
-    /// The command line, one argument an entry.
+    /// The command line that began the run, one argument an entry.
     pub command_line: Vec<String>,
     /// The recipe's seed.
     pub seed: u64,
@@ -34,8 +34,38 @@ pub struct Manifest {
     /// The most memory that the process had resident, in MiB, where the system tells; known when it ended.
     #[serde(default)]
     pub peak_memory_mib: Option<f64>,
-    /// When it was resumed, in order.
-    pub resumed_at: Vec<String>,
+    /// Each time it was resumed, in order.
+    pub resumed: Vec<Resumption>,
+}
+
+impl Manifest {
+    /// What a resumed run reads otherwise than it did at first: it would not go on exactly.
+    pub fn differences(&self, resumed: &Manifest) -> Vec<String> {
+        let mut found = Vec::new();
+        for now in &resumed.data {
+            let Some(then) = self.data.iter().find(|then| then.stage == now.stage) else { continue };
+            if then != now {
+                let list = if then.images == now.images { ", another list" } else { "" };
+                found.push(format!("data of `{}`: {} images then, {} now{list}", now.stage, then.images, now.images));
+            }
+        }
+        for now in &resumed.weights {
+            let Some(then) = self.weights.iter().find(|then| then.path == now.path) else { continue };
+            if then != now {
+                found.push(format!("{}: its content has changed", now.path.display()));
+            }
+        }
+        found
+    }
+}
+
+/// A start of a run that went on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumption {
+    /// When.
+    pub at: String,
+    /// The command line, one argument an entry.
+    pub command_line: Vec<String>,
 }
 
 /// A file that a run read.
@@ -57,6 +87,14 @@ impl FileRecord {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(file).map_err(reading)?;
         Ok(FileRecord { path: path.to_owned(), bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
+    }
+}
+
+impl FileRecord {
+    /// Measures what is in memory, such as weights that the binary holds.
+    pub fn of_bytes(path: impl Into<PathBuf>, content: &[u8]) -> FileRecord {
+        let blake3 = blake3::hash(content).to_hex().to_string();
+        FileRecord { path: path.into(), bytes: content.len() as u64, blake3 }
     }
 }
 
@@ -84,6 +122,23 @@ mod tests {
         assert_eq!(record.bytes, 3);
         // b3sum of "abc", from BLAKE3's published examples.
         assert_eq!(record.blake3, "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85");
+    }
+
+    #[test]
+    fn data_and_weights_that_changed_are_named() {
+        let data = |images, list: &str| DataRecord { stage: "pretrain".into(), images, fingerprint: list.into() };
+        let first = Manifest {
+            weights: vec![FileRecord::of_bytes("w", b"abc")],
+            data: vec![data(8, "a")],
+            ..Manifest::default()
+        };
+        assert!(first.differences(&first.clone()).is_empty());
+        let fewer = Manifest { data: vec![data(7, "b")], ..first.clone() };
+        assert_eq!(first.differences(&fewer), ["data of `pretrain`: 8 images then, 7 now"]);
+        let renamed = Manifest { data: vec![data(8, "b")], ..first.clone() };
+        assert_eq!(first.differences(&renamed), ["data of `pretrain`: 8 images then, 8 now, another list"]);
+        let other = Manifest { weights: vec![FileRecord::of_bytes("w", b"abd")], ..first.clone() };
+        assert_eq!(first.differences(&other), ["w: its content has changed"]);
     }
 
     #[test]

@@ -32,6 +32,6 @@ pub use clock::rfc3339;
 pub use directory::{FinishedStage, Mode, RunDir};
 pub use error::RunError;
 pub use fail_point::fail_point;
-pub use manifest::{DataRecord, FileRecord, Manifest};
+pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::Metrics;
 pub use stop::{Stop, StopFlag};

@@ -112,6 +112,39 @@ impl OpenData {
     }
 }
 
+impl OpenData {
+    /// Refuses data without labels; `purpose` says what needs them.
+    pub(super) fn check_labels(&self, purpose: &str) -> Result<(), Refusal> {
+        match (0..self.images.len()).find(|&i| self.images.label(i).is_none()) {
+            None => Ok(()),
+            Some(0) => Err(Refusal::new("dataset", format!("the images have no labels, which {purpose} needs"))),
+            Some(i) => {
+                let name = self.images.name(i);
+                Err(Refusal::new("dataset", format!("{name} has no label, which {purpose} needs")))
+            }
+        }
+    }
+
+    /// Refuses classes that are named otherwise than those of `other`: labels are numbers, counted in each dataset.
+    pub(super) fn check_classes(&self, other: &OpenData, other_name: &str) -> Result<(), Refusal> {
+        let (Some(own), Some(others)) = (self.images.classes(), other.images.classes()) else { return Ok(()) };
+        let quoted = |name: Option<&String>| name.map_or("missing".to_string(), |name| format!("`{name}`"));
+        match (0..own.len().max(others.len())).find(|&i| own.get(i) != others.get(i)) {
+            None => Ok(()),
+            Some(i) => Err(Refusal::new(
+                "dataset",
+                format!("class {i} is {}, but {} in `{other_name}`", quoted(own.get(i)), quoted(others.get(i))),
+            )
+            .help("both need the same classes: one folder for each, empty or not")),
+        }
+    }
+
+    /// What the manifest says of the data: what for, how many images, and the fingerprint of the list.
+    pub(super) fn record(&self, name: String) -> (String, usize, String) {
+        (name, self.images.len(), self.images.fingerprint())
+    }
+}
+
 /// The images of a loader's batch as towers take them.
 pub(crate) fn image_batch(batch: &mut crate::data::Batch) -> ImageBatch {
     ImageBatch { batch: batch.len(), size: batch.size.0, pixels: std::mem::take(&mut batch.images) }

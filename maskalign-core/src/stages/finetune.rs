@@ -21,7 +21,7 @@ use crate::{
     },
     context::Context,
     device::{Dev, Matrix, Scalar},
-    error::Result,
+    error::{Error, Result},
     images::ImageBatch,
     kernels::Act,
     nn::{Init, Linear, Norm, Param},
@@ -41,7 +41,7 @@ fn head_std() -> f64 {
     2e-5
 }
 
-/// Mixing of images and labels within a batch (timm's `Mixup`).
+/// Mixing of images and labels within a micro-batch (timm's `Mixup`).
 #[component]
 #[derive(Copy)]
 pub struct Mixup {
@@ -66,7 +66,7 @@ pub struct Mixup {
 #[component]
 pub struct Finetune {
     /// Epochs to train for.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000000.0))]
     epochs: f64,
     /// The labelled images.
     data: Data,
@@ -95,7 +95,7 @@ pub struct Finetune {
     head_std: f64,
     /// Number of classes; absent: the dataset's.
     #[serde(default)]
-    #[schemars(range(min = 2))]
+    #[schemars(range(min = 2, max = 1000000))]
     classes: Option<usize>,
     /// The rule that updates parameters.
     optimizer: Slot<OptimizerTag>,
@@ -253,20 +253,30 @@ impl Finetune {
         Length::new(self.epochs, images, self.batch.effective)
     }
 
+    /// The number of classes, which the labels must stay below.
     fn classes_of(&self, data: &OpenData) -> Result<usize, Refusal> {
-        let labels = || (0..data.images.len()).map(|i| data.images.label(i));
-        if labels().any(|l| l.is_none()) {
-            return Err(
-                Refusal::new("dataset", "the images have no labels, which supervised training needs").under("data")
-            );
-        }
-        let most = labels().flatten().max().unwrap_or(0) as usize;
+        data.check_labels("supervised training").map_err(|r| r.under("data"))?;
+        let most = largest_label(data);
         let named = data.images.classes().map(|c| c.len());
         let classes = self.classes.or(named).unwrap_or(most + 1).max(2);
         if most >= classes {
             return Err(Refusal::new("classes", format!("{classes} classes, but the data has the label {most}")));
         }
         Ok(classes)
+    }
+
+    /// Refuses data that no accuracy could be measured on.
+    fn check_eval(eval: &OpenData, data: &OpenData, classes: usize) -> Result<(), Refusal> {
+        if eval.size != data.size {
+            let message = format!("images of {} pixels, those of `data` have {}", eval.size, data.size);
+            return Err(Refusal::new("transforms", message));
+        }
+        eval.check_labels("an accuracy")?;
+        eval.check_classes(data, "data")?;
+        match largest_label(eval) {
+            most if most < classes => Ok(()),
+            most => Err(Refusal::new("dataset", format!("the label {most}, but the student learns {classes} classes"))),
+        }
     }
 
     fn build<D: Dev>(&self, towers: &PlanContext, init: &Init<D>, seed: u64, classes: usize) -> Result<Classifier<D>> {
@@ -311,24 +321,33 @@ impl StagePlugin for Finetune {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.batch.check());
+        if self.mixing.is_some() && self.batch.micro() == 1 {
+            refusals.push(Refusal::new("mixing", "images are mixed within a micro-batch, which holds one image"));
+        }
         let mut plan = StagePlan { epochs: Some(self.epochs), ..StagePlan::default() };
         let size = keep(&mut refusals, self.data.size(cx.environment).map_err(|r| r.under("data")));
         let mut classes = self.classes.unwrap_or(1000);
-        for (data, name) in [(Some(&self.data), "data"), (self.eval.as_ref(), "eval")] {
-            let Some(data) = data.filter(|d| size.is_some() && d.may_open(cx.environment)) else { continue };
-            let Some(open) = keep(&mut refusals, data.open().map_err(|r| r.under(name))) else { continue };
-            plan.data.push((format!("{}.{name}", cx.name), open.images.len(), open.images.fingerprint()));
-            plan.memory += open.images.resident_bytes();
-            if name == "data" {
-                plan.images = Some(open.images.len());
-                plan.steps = Some(self.length(open.images.len()).steps());
-                keep(&mut refusals, open.training(cx.seed, self.batch.effective, self.batch.micro(), 0).map(drop));
-                classes = keep(&mut refusals, self.classes_of(&open)).unwrap_or(classes);
-            } else if let Some(size) = size
-                && open.size != size
-            {
-                refusals
-                    .push(Refusal::new("eval", format!("images of {} pixels, those of `data` have {size}", open.size)));
+        let mut open = |data: &Data, name: &str, refusals: &mut Vec<Refusal>| {
+            let open = keep(
+                refusals,
+                data.may_open(cx.environment).then(|| data.open()).transpose().map_err(|r| r.under(name)),
+            );
+            open.flatten().inspect(|open| {
+                plan.data.push(open.record(format!("{}.{name}", cx.name)));
+                plan.memory += open.images.resident_bytes();
+            })
+        };
+        if size.is_some() {
+            let data = open(&self.data, "data", &mut refusals);
+            let eval = self.eval.as_ref().and_then(|eval| open(eval, "eval", &mut refusals));
+            if let Some(data) = &data {
+                plan.images = Some(data.images.len());
+                plan.steps = Some(self.length(data.images.len()).steps());
+                keep(&mut refusals, data.training(cx.seed, self.batch.effective, self.batch.micro(), 0).map(drop));
+                classes = keep(&mut refusals, self.classes_of(data)).unwrap_or(classes);
+            }
+            if let Some((eval, data)) = eval.zip(data) {
+                keep(&mut refusals, Self::check_eval(&eval, &data, classes).map_err(|r| r.under("eval")));
             }
         }
         let length = self.length(plan.images.unwrap_or(self.batch.effective));
@@ -388,7 +407,11 @@ impl StagePlugin for Finetune {
         let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
         if let Some(eval) = &self.eval {
             let eval = eval.open().map_err(|r| r.under("eval"))?;
-            trained.results["accuracy"] = accuracy(&mut run, &model, &eval, self.batch.micro())?.into();
+            let (accuracy, skipped) = accuracy(&mut run, &model, &eval, self.batch.micro())?;
+            trained.results["accuracy"] = accuracy.into();
+            if skipped > 0 {
+                trained.results["eval_skipped"] = skipped.into();
+            }
         }
         let weights = finish(&run, &mut model, trainer, &trained)?;
         let record = StudentRecord { weights: Some(weights), ..self.record(stage.name, model.student.shape()) };
@@ -396,8 +419,18 @@ impl StagePlugin for Finetune {
     }
 }
 
-/// Share of the images whose class the model finds.
-fn accuracy<D: Dev>(run: &mut StageRun<D>, model: &Classifier<D>, data: &OpenData, batch: usize) -> Result<f64> {
+/// The largest label; 0 without any.
+fn largest_label(data: &OpenData) -> usize {
+    (0..data.images.len()).filter_map(|i| data.images.label(i)).max().unwrap_or(0) as usize
+}
+
+/// Share of the images whose class the model finds, and how many could not be read.
+fn accuracy<D: Dev>(
+    run: &mut StageRun<D>,
+    model: &Classifier<D>,
+    data: &OpenData,
+    batch: usize,
+) -> Result<(f64, usize)> {
     let (mut right, mut seen) = (0usize, 0usize);
     let classes = model.head.outputs();
     for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
@@ -414,7 +447,10 @@ fn accuracy<D: Dev>(run: &mut StageRun<D>, model: &Classifier<D>, data: &OpenDat
         seen += batch.indices.len();
         run.progress.count("evaluation", seen as u64, data.images.len() as u64);
     }
-    Ok(right as f64 / seen.max(1) as f64)
+    if seen == 0 {
+        return Err(Error::Usage(format!("none of the {} images of `eval` can be read", data.images.len())));
+    }
+    Ok((right as f64 / seen as f64, data.images.len() - seen))
 }
 
 register!(stage "finetune" => Finetune, "trains a student and a linear head on labelled images",

@@ -14,11 +14,11 @@ use crate::{
         students::Student,
         teachers::{Teacher, Wants},
         tokens::Masks,
-        towers::TowerShape,
+        towers::{PlanContext, Tap, TowerShape},
     },
     context::Context,
     device::{Dev, Matrix},
-    error::{Result, device},
+    error::{Error, Result, device},
     images::ImageBatch,
     kernels::Act,
     nn::{Init, Linear},
@@ -53,6 +53,18 @@ pub enum Pooling {
     Cls,
 }
 
+/// Where a tower's features are taken.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum FeatureTap {
+    /// The residual stream after the last block.
+    #[default]
+    Block,
+    /// After the final norm.
+    Norm,
+}
+
 fn neighbours() -> Vec<usize> {
     vec![20]
 }
@@ -84,9 +96,13 @@ pub struct Knn {
     /// How a tower's tokens become one feature.
     #[serde(default)]
     pooling: Pooling,
+    /// Where a tower's tokens are taken: after its last block that was trained, or after the final norm too, as DINO's
+    /// own evaluation does (with `pooling: cls`). A norm that training never reached is the identity but for its scale.
+    #[serde(default)]
+    tap: FeatureTap,
     /// Images that go through a tower together.
     #[serde(default = "batch")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     batch: usize,
 }
 
@@ -119,10 +135,25 @@ pub(super) struct OpenKnn {
 }
 
 impl PeriodicKnn {
-    /// Refuses data that cannot be opened or has no labels.
-    pub(super) fn check(&self, environment: bool) -> Result<(), Refusal> {
-        check_data(&self.train, "train", environment)?;
-        check_data(&self.test, "test", environment).map(drop)
+    /// Refuses data that cannot be opened or has no labels, and a measurement that never comes. Adds what is read, and
+    /// the memory it takes for features of `width` values, to the stage's plan.
+    pub(super) fn plan(
+        &self,
+        cx: &StageContext,
+        epochs: f64,
+        width: usize,
+        plan: &mut StagePlan,
+    ) -> Result<(), Vec<Refusal>> {
+        if self.every_epochs as f64 > epochs {
+            let message =
+                format!("{} epochs are more than the stage's {epochs}: nothing would be measured", self.every_epochs);
+            return Err(vec![Refusal::new("every_epochs", message)]);
+        }
+        let Some((train, test)) = open_both(&self.train, &self.test, cx.environment)? else { return Ok(()) };
+        plan.data.push(train.record(format!("{}.knn.train", cx.name)));
+        plan.data.push(test.record(format!("{}.knn.test", cx.name)));
+        plan.memory += memory::bank(train.images.len() + test.images.len(), width);
+        Ok(())
     }
 
     pub(super) fn open(&self) -> Result<OpenKnn, Refusal> {
@@ -144,24 +175,43 @@ impl OpenKnn {
         epochs: u64,
     ) -> Result<Value> {
         let tower = Tower::Student(student);
-        let train = extract(run, &tower, &self.train, Pooling::Mean, batch())?;
-        let test = extract(run, &tower, &self.test, Pooling::Mean, batch())?;
+        let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: batch() };
+        let train = extract(run, &tower, &self.train, view)?;
+        let test = extract(run, &tower, &self.test, view)?;
         let accuracy = accuracy(&run.cx, &train, &test, &[self.k])?;
         Ok(json!({ "epoch": epochs, "accuracy": accuracy[0] }))
     }
 }
 
-/// Opens data where that is allowed and refuses it without labels. Gives the number of images.
-fn check_data(data: &Data, name: &str, environment: bool) -> Result<Option<(usize, String)>, Refusal> {
-    data.size(environment).map_err(|r| r.under(name))?;
-    if !data.may_open(environment) {
-        return Ok(None);
+/// Opens both sides where that is allowed, and refuses them without labels, or with sizes or classes that differ.
+fn open_both(train: &Data, test: &Data, environment: bool) -> Result<Option<(OpenData, OpenData)>, Vec<Refusal>> {
+    let mut refusals = Vec::new();
+    let mut open = |data: &Data, name: &str| {
+        let size = keep(&mut refusals, data.size(environment).map_err(|r| r.under(name)))?;
+        let open = data.may_open(environment).then(|| data.open().and_then(|d| d.check_labels("k-NN").map(|()| d)));
+        let open = keep(&mut refusals, open.transpose().map_err(|r| r.under(name)))?;
+        Some((size, open))
+    };
+    let sides = (open(train, "train"), open(test, "test"));
+    let (Some((train_size, train)), Some((test_size, test))) = sides else { return Err(refusals) };
+    if train_size != test_size {
+        let message = format!("images of {test_size} pixels, those of `train` have {train_size}");
+        return Err(vec![Refusal::new("test", message)]);
     }
-    let open = data.open().map_err(|r| r.under(name))?;
-    if open.images.label(0).is_none() {
-        return Err(Refusal::new("dataset", "the images have no labels, which k-NN needs").under(name));
+    let both = train.zip(test);
+    if let Some((train, test)) = &both {
+        test.check_classes(train, "train").map_err(|r| vec![r.under("test")])?;
     }
-    Ok(Some((open.images.len(), open.images.fingerprint())))
+    Ok(both)
+}
+
+/// How features are taken.
+#[derive(Clone, Copy)]
+struct View {
+    pooling: Pooling,
+    tap: FeatureTap,
+    /// Images that go through a tower together.
+    batch: usize,
 }
 
 /// What features are taken from.
@@ -173,17 +223,18 @@ enum Tower<'a, D: Dev> {
 
 impl<D: Dev> Tower<'_, D> {
     /// One feature an image, `[batch, width]`.
-    fn features(&self, cx: &Context<D>, images: ImageBatch, pooling: Pooling) -> Result<Matrix<D>> {
+    fn features(&self, cx: &Context<D>, images: ImageBatch, view: View) -> Result<Matrix<D>> {
         let batch = images.batch;
         let off = &mut Recorder::inference();
+        let normed = view.tap == FeatureTap::Norm;
         let (x, shape): (Matrix<D>, TowerShape) = match self {
             Tower::Pixels => {
                 let width = images.pixels.len() / batch;
                 return cx.dev.try_tensor_from_vec(images.pixels, (batch, width)).map_err(device);
             }
             Tower::Student(student) => {
-                let features = student.forward(cx, off, &images, None, None, &|_| false)?;
-                (features.last, student.shape())
+                let last = student.forward(cx, off, &images, None, None, &|_| false)?.last;
+                (if normed { student.norm(cx, off, &last)? } else { last }, student.shape())
             }
             Tower::Teacher(teacher) => {
                 let last = teacher.shape().arch.depth - 1;
@@ -191,10 +242,11 @@ impl<D: Dev> Tower<'_, D> {
                 let pass = teacher.begin(cx, &images, &wants)?;
                 let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
                 let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
-                (levels.remove(&last).expect("wanted").x, teacher.shape())
+                let x = levels.remove(&last).expect("wanted").x;
+                (if normed { teacher.tap(cx, &x, Tap::Norm)? } else { x }, teacher.shape())
             }
         };
-        match pooling {
+        match view.pooling {
             Pooling::Mean => cx.kernels.mean_tokens(off, &x, batch, usize::from(shape.cls_token)),
             Pooling::Cls => {
                 let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
@@ -209,30 +261,30 @@ pub(crate) struct Bank {
     features: Vec<f32>,
     width: usize,
     labels: Vec<u32>,
+    /// Images that could not be read.
+    skipped: usize,
 }
 
-fn extract<D: Dev>(
-    run: &mut StageRun<D>,
-    tower: &Tower<D>,
-    data: &OpenData,
-    pooling: Pooling,
-    batch: usize,
-) -> Result<Bank> {
-    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new() };
+fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, view: View) -> Result<Bank> {
+    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;
-    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
+    for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
         let mut batch = batch?;
         for (label, index) in batch.labels.iter().zip(&batch.indices) {
             let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
             bank.labels.push(label);
         }
-        let x = tower.features(&run.cx, image_batch(&mut batch), pooling)?;
+        let x = tower.features(&run.cx, image_batch(&mut batch), view)?;
         bank.width = x.shape().1;
         bank.features.extend(x.as_vec());
         run.progress.count("features", bank.labels.len() as u64, all);
         if let Some(stop) = run.stop.get() {
             return Err(super::train::stopped(run, stop));
         }
+    }
+    bank.skipped = data.images.len() - bank.labels.len();
+    if bank.labels.is_empty() {
+        return Err(Error::Usage(format!("none of the {all} images of `{}` can be read", run.stage.name)));
     }
     for row in bank.features.chunks_exact_mut(bank.width) {
         let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
@@ -275,8 +327,11 @@ pub(crate) fn accuracy<D: Dev>(cx: &Context<D>, train: &Bank, test: &Bank, ks: &
 }
 
 impl Knn {
-    fn report(&self, accuracies: &[f64]) -> Value {
+    fn report(&self, accuracies: &[f64], skipped: usize) -> Value {
         let mut report = json!({ "accuracy": accuracies[0] });
+        if skipped > 0 {
+            report["skipped"] = skipped.into();
+        }
         if self.k.len() > 1 {
             report["by_k"] = self.k.iter().zip(accuracies).map(|(k, a)| (k.to_string(), json!(a))).collect();
         }
@@ -297,19 +352,20 @@ impl StagePlugin for Knn {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         let mut plan = StagePlan::default();
-        for (data, name) in [(&self.train, "train"), (&self.test, "test")] {
-            if let Some(Some((images, fingerprint))) = keep(&mut refusals, check_data(data, name, cx.environment)) {
-                plan.images = Some(plan.images.unwrap_or(0) + images);
-                plan.data.push((format!("{}.{name}", cx.name), images, fingerprint));
+        match open_both(&self.train, &self.test, cx.environment) {
+            Ok(Some((train, test))) => {
+                let neighbours = train.images.len();
+                if let Some(i) = self.k.iter().position(|&k| k > neighbours) {
+                    let message = format!("{} neighbours of {neighbours} images", self.k[i]);
+                    refusals.push(Refusal::new(i.to_string(), message).under("k"));
+                }
+                plan.images = Some(neighbours + test.images.len());
+                plan.data = vec![train.record(format!("{}.train", cx.name)), test.record(format!("{}.test", cx.name))];
             }
+            Ok(None) => {}
+            Err(more) => refusals.extend(more),
         }
-        let sizes = (self.train.size(cx.environment), self.test.size(cx.environment));
-        if let (Ok(train), Ok(test)) = &sizes
-            && train != test
-        {
-            refusals.push(Refusal::new("test", format!("images of {test} pixels, those of `train` have {train}")));
-        }
-        let size = sizes.0.unwrap_or(0);
+        let size = self.train.size(cx.environment).unwrap_or(0);
         let towers = cx.towers(size);
         let mut passes = Vec::new();
         if let Some(stage) = keep(&mut refusals, self.stage()).flatten() {
@@ -319,6 +375,11 @@ impl StagePlugin for Knn {
         if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
             refusals
                 .push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
+        }
+        if self.student.is_none() && self.baselines.is_empty() && self.teachers.is_empty() {
+            refusals.push(
+                Refusal::whole("nothing is measured").help("give a `student`, `teachers`, or `baselines: [pixels]`"),
+            );
         }
         if refusals.is_empty() {
             for (name, slot) in &self.teachers {
@@ -343,9 +404,10 @@ impl StagePlugin for Knn {
         let towers = run.stage.towers(train.size);
         let mut results = serde_json::Map::new();
         let mut measure = |run: &mut StageRun<D>, name: &str, tower: &Tower<D>| -> Result<()> {
-            let near = extract(run, tower, &train, self.pooling, self.batch)?;
-            let far = extract(run, tower, &test, self.pooling, self.batch)?;
-            let report = self.report(&accuracy(&run.cx, &near, &far, &self.k)?);
+            let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
+            let near = extract(run, tower, &train, view)?;
+            let far = extract(run, tower, &test, view)?;
+            let report = self.report(&accuracy(&run.cx, &near, &far, &self.k)?, near.skipped + far.skipped);
             run.progress.result(run.stage.name, &json!({ name: report }));
             results.insert(name.to_string(), report);
             Ok(())
@@ -357,9 +419,11 @@ impl StagePlugin for Knn {
             let record = towers.student(stage).map_err(|r| r.under("student"))?;
             let dev = run.cx.dev.clone();
             let init = Init::new(&dev, run.stage.seed, &*record.init_scope);
+            // It runs at the size it was trained at, and resizes these images to that.
+            let trained_at = PlanContext { data_size: record.shape.image_size, ..towers };
             let mut student =
-                Build::build::<D>(&record.slot)?.build(&towers, &init).map_err(|e| under(e, "student"))?;
-            student.set_reach(record.shape.arch.depth, false);
+                Build::build::<D>(&record.slot)?.build(&trained_at, &init).map_err(|e| under(e, "student"))?;
+            student.set_reach(record.reach, false);
             if self.baselines.contains(&Baseline::Untrained) {
                 measure(run, "untrained", &Tower::Student(&*student))?;
             }
@@ -393,6 +457,7 @@ mod tests {
             features: angles.iter().flat_map(|&a| angle(a)).collect(),
             width: 2,
             labels: labels.to_vec(),
+            skipped: 0,
         };
         let train = bank(&[5.0, 40.0, 42.0], &[0, 1, 1]);
         let test = bank(&[0.0, 41.0], &[0, 1]);

@@ -49,11 +49,16 @@ pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
 pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
     let raw = batch(1, size);
     let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
-    // The features, their copy on the device, and the layout they are multiplied in.
-    let bank = 3 * count as u64 * if pixels { raw.max(widest) } else { widest };
+    let bank = bank(count, if pixels { raw.max(widest) } else { widest } as usize);
     let held: u64 = towers.iter().map(weights).sum();
     let passing = towers.iter().map(|tower| pass(tower, images, 1)).max().unwrap_or(0);
-    FLOAT * (bank + held + BATCHES * batch(images, size) + passing) + BASE
+    bank + FLOAT * (held + BATCHES * batch(images, size) + passing) + BASE
+}
+
+/// Bytes for `count` features of `width` values: themselves, their copy on the device, and the layout they are
+/// multiplied in.
+pub(super) fn bank(count: usize, width: usize) -> u64 {
+    FLOAT * 3 * (count * width) as u64
 }
 
 /// Values of a batch of images.

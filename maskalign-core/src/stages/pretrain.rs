@@ -38,7 +38,7 @@ use crate::{
 #[component]
 pub struct Pretrain {
     /// Epochs to train for.
-    #[schemars(extend("exclusiveMinimum" = 0))]
+    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000000.0))]
     epochs: f64,
     /// The images.
     data: Data,
@@ -116,43 +116,31 @@ impl Pretrain {
             }
         }
         let Some(student) = student else { return Err(refusals) };
-        let patches = student.grid.patches();
-        let mut counts = Counts { visible: patches, masked: 0 };
-        if let Some(slot) = &self.masker {
-            let planned = Build::build::<Cpu>(slot).and_then(|masker| {
-                self.check_masker(&*masker, student, &teachers)?;
-                masker.plan(student.grid)
-            });
-            match keep(&mut refusals, planned.map_err(|r| r.under("masker"))) {
-                Some(planned) => counts = planned,
-                None => return Err(refusals),
+        let counts = match &self.masker {
+            None => Some(Counts { visible: student.grid.patches(), masked: 0 }),
+            Some(slot) => {
+                let planned = Build::build::<Cpu>(slot).and_then(|masker| {
+                    self.check_masker(&*masker, student, &teachers)?;
+                    masker.plan(student.grid)
+                });
+                keep(&mut refusals, planned.map_err(|r| r.under("masker")))
             }
-        }
-        if self.objectives.is_empty() {
-            refusals.push(Refusal::new("objectives", "expected at least one"));
-        }
-        // A teacher that was refused would be reported as unknown as well.
-        let teachers_known = teachers.len() == self.teachers.len();
+        };
         let mut objectives = Vec::new();
         for (name, objective) in &self.objectives {
-            if !teachers_known
-                && objective
-                    .target
-                    .options
-                    .get("teacher")
-                    .and_then(|t| t.as_str())
-                    .is_some_and(|t| self.teachers.contains_key(t) && !teachers.contains_key(t))
-            {
+            // A teacher that was refused would be reported as unknown as well.
+            let asks = objective.target.options.get("teacher").and_then(|teacher| teacher.as_str());
+            if asks.is_some_and(|name| self.teachers.contains_key(name) && !teachers.contains_key(name)) {
                 continue;
             }
-            let shaped = objective.shape(name, student, &teachers, counts);
-            if let Some(shape) = keep(&mut refusals, shaped.map_err(|r| r.under(name).under("objectives"))) {
-                objectives.push(shape);
+            match objective.shape(name, student, &teachers, counts) {
+                Ok(shape) => objectives.extend(shape),
+                Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
             }
         }
-        match refusals.is_empty() {
-            true => Ok(Shape { student, teachers, counts, objectives }),
-            false => Err(refusals),
+        match counts {
+            Some(counts) if refusals.is_empty() => Ok(Shape { student, teachers, counts, objectives }),
+            _ => Err(refusals),
         }
     }
 
@@ -209,7 +197,7 @@ impl StagePlugin for Pretrain {
         {
             plan.images = Some(data.images.len());
             plan.memory += data.images.resident_bytes();
-            plan.data.push((cx.name.to_string(), data.images.len(), data.images.fingerprint()));
+            plan.data.push(data.record(cx.name.to_string()));
             if let Err(refusal) = data.training(cx.seed, self.batch.effective, self.batch.micro(), 0) {
                 if refusals.is_empty() {
                     refusals.push(refusal);
@@ -231,7 +219,9 @@ impl StagePlugin for Pretrain {
             }
         };
         if let Some(knn) = &self.knn {
-            keep(&mut refusals, knn.check(cx.environment).map_err(|r| r.under("knn")));
+            let width = shape.student.arch.dim;
+            let planned = knn.plan(cx, self.epochs, width, &mut plan);
+            refusals.extend(planned.err().into_iter().flatten().map(|r| r.under("knn")));
         }
         if !refusals.is_empty() {
             return Err(refusals);

@@ -37,11 +37,11 @@ use crate::{
 #[derive(Copy)]
 pub struct BatchSize {
     /// Images that one update is computed from.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     pub effective: usize,
     /// Images that go through the model together; effective / micro gradients are accumulated. Absent: all.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     pub micro: Option<usize>,
 }
 

@@ -37,10 +37,10 @@ impl AlignerPlugin for Pointwise {
 
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         let norm = match self.norm {
-            true => Some(Norm::new(init, "norm", plan.student.arch.dim, 1e-6)?),
+            true => Some(Norm::new(init, "pointwise.norm", plan.student.arch.dim, 1e-6)?),
             false => None,
         };
-        let linear = Linear::new(init, "linear", plan.width, plan.student.arch.dim, true)?;
+        let linear = Linear::new(init, "pointwise.linear", plan.width, plan.student.arch.dim, true)?;
         Ok(Box::new(Layers { norm, linear }))
     }
 }

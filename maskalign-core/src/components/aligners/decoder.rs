@@ -70,19 +70,19 @@ pub struct Decoder {
     attention: DecoderAttention,
     /// Channels.
     #[serde(default = "dim")]
-    #[schemars(range(min = 4))]
+    #[schemars(range(min = 4, max = 65536))]
     dim: usize,
     /// Blocks.
     #[serde(default = "depth")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     depth: usize,
     /// Attention heads; `dim` must be a multiple.
     #[serde(default = "heads")]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1024))]
     heads: usize,
     /// Channels inside the MLPs; absent: four times `dim`.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1048576))]
     mlp: Option<usize>,
     /// Added to the variance in LayerNorms.
     #[serde(default = "eps")]

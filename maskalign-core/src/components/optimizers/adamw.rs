@@ -44,6 +44,7 @@ pub struct AdamW {
     weight_decay: Scalar,
     /// Decay rates of the first and second moment.
     #[serde(default = "betas")]
+    #[schemars(inner(range(min = 0.0, max = 1.0)))]
     betas: [f64; 2],
     /// Added to the root of the second moment.
     #[serde(default = "eps")]
@@ -51,10 +52,11 @@ pub struct AdamW {
     eps: f64,
     /// Largest norm of all gradients together; larger ones are scaled down. Absent: no clipping.
     #[serde(default)]
-    #[schemars(range(min = 0.0))]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     clip_norm: Option<f64>,
-    /// Further parameters that do not decay: names, or beginnings or ends of names.
+    /// Further parameters that do not decay: beginnings or ends of names.
     #[serde(default)]
+    #[schemars(inner(length(min = 1)))]
     no_decay: Vec<String>,
 }
 
@@ -63,7 +65,7 @@ impl AdamW {
         let name = &parameter.name;
         let spared = parameter.dims.len() <= 1
             || name.ends_with(".bias")
-            || self.no_decay.iter().any(|n| name == n || name.ends_with(n) || name.starts_with(n));
+            || self.no_decay.iter().any(|part| name.ends_with(part) || name.starts_with(part));
         !spared
     }
 }
@@ -82,8 +84,14 @@ impl OptimizerPlugin for AdamW {
     }
 
     fn check(&self) -> Result<(), Refusal> {
-        match self.betas.iter().position(|beta| !(0.0..1.0).contains(beta)) {
-            Some(i) => Err(Refusal::new(i.to_string(), "must be at least 0 and less than 1").under("betas")),
+        if self.weight_decay.bounds().0 < 0.0 {
+            return Err(Refusal::new("weight_decay", format!("must not be negative, found {}", self.weight_decay)));
+        }
+        match self.betas.iter().position(|&beta| beta >= 1.0) {
+            Some(i) => {
+                let message = format!("expected a decay rate below 1, found {}", self.betas[i]);
+                Err(Refusal::new(i.to_string(), message).under("betas"))
+            }
             None => Ok(()),
         }
     }

@@ -22,7 +22,7 @@ pub struct Cosine {
     min_lr: f64,
     /// Epochs until `min_lr` is reached; absent: the stage's.
     #[serde(default)]
-    #[schemars(range(min = 0.0))]
+    #[schemars(extend("exclusiveMinimum" = 0))]
     length_epochs: Option<f64>,
 }
 

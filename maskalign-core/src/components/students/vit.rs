@@ -19,19 +19,15 @@ use crate::{
 
 /// Positions of a student.
 #[component]
-#[derive(Copy, Default, PartialEq, Eq)]
+#[derive(Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum Positions {
     /// Fixed two-dimensional sines and cosines.
-    #[default]
     Sincos,
     /// Learned, truncated normal .02 at first.
     Learned,
 }
 
-fn yes() -> bool {
-    true
-}
 fn eps() -> f64 {
     1e-6
 }
@@ -45,20 +41,20 @@ pub struct VitStudent {
     arch: Option<Arch>,
     /// Side in pixels of the image the tower runs at; absent: the data's.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
     /// Weights to start from (the optimizer starts afresh): a file or an earlier stage's student. Absent: random.
     #[serde(default)]
     weights: Option<Weights>,
-    /// Kind of positions.
+    /// Kind of positions. Absent: those of the stage's student in `weights`, else `sincos`.
     #[serde(default)]
-    positions: Positions,
-    /// Whether a class token leads the patches.
-    #[serde(default = "yes")]
-    cls_token: bool,
+    positions: Option<Positions>,
+    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, else `true`.
+    #[serde(default)]
+    cls_token: Option<bool>,
     /// Stochastic depth: the rate of the last block; it grows linearly from 0 at the first.
     #[serde(default)]
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     drop_path: f64,
     /// Added to the variance in LayerNorms.
     #[serde(default = "eps")]
@@ -70,17 +66,27 @@ impl VitStudent {
     fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
         let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: self.weights.as_ref() };
         let (arch, image_size) = options.resolve(cx)?;
-        if self.positions == Positions::Sincos && arch.dim % 4 != 0 {
-            return Err(Refusal::new("arch", format!("sin-cos positions need a dim that 4 divides, not {}", arch.dim)));
+        let earlier = match &self.weights {
+            Some(Weights::Stage(stage)) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape),
+            _ => None,
+        };
+        let cls_token = self.cls_token.or(earlier.map(|shape| shape.cls_token)).unwrap_or(true);
+        if cls_token && earlier.is_some_and(|shape| !shape.cls_token) {
+            return Err(Refusal::new("cls_token", "the student in `weights` has no class token")
+                .help("leave `cls_token` out: it follows from `weights`"));
         }
-        if self.drop_path >= 1.0 {
-            return Err(Refusal::new("drop_path", "a rate of 1 would drop the last block for good"));
+        let learned_positions = match (self.positions, earlier) {
+            (Some(positions), _) => positions == Positions::Learned,
+            (None, earlier) => earlier.is_some_and(|shape| shape.learned_positions),
+        };
+        if !learned_positions && arch.dim % 4 != 0 {
+            return Err(Refusal::new("arch", format!("sin-cos positions need a dim that 4 divides, not {}", arch.dim)));
         }
         Ok(VitConfig {
             arch,
             input: input(image_size, Statistics::IMAGENET),
-            cls_token: self.cls_token,
-            learned_positions: self.positions == Positions::Learned,
+            cls_token,
+            learned_positions,
             pre_norm: false,
             patch_bias: true,
             layer_scale: false,

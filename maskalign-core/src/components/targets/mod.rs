@@ -112,7 +112,8 @@ pub enum Normalize {
     Whiten,
     /// Each token by its mean and unbiased variance, eps 1e-6 (MAE's `norm_pix_loss`).
     Standardize,
-    /// All tokens of the batch by one mean and one unbiased variance, eps 1e-6 (the official `bn`).
+    /// All tokens of the micro-batch by one mean and one unbiased variance, eps 1e-6 (the official `bn`): accumulated
+    /// micro-batches are not quite one batch then.
     StandardizeBatch,
 }
 

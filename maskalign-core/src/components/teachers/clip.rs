@@ -40,14 +40,14 @@ pub struct Clip {
     weights: Weights,
     /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
     /// Activation of the MLPs.
     #[serde(default)]
     activation: Activation,
     /// Outputs of the projection; absent: 512 for tiny to base, 768 for large, 1024 for huge.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     projection: Option<usize>,
     /// Added to the variance in LayerNorms.
     #[serde(default = "eps")]

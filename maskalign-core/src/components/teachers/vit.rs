@@ -29,7 +29,7 @@ pub struct VitTeacher {
     weights: Weights,
     /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
     #[serde(default)]
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
     /// Added to the variance in LayerNorms.
     #[serde(default = "eps")]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use dfdx::prelude::Cpu;
 use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
+use super::super::keep;
 use crate::{
     component,
     components::{
@@ -127,22 +128,35 @@ pub(super) struct ObjectiveShape {
 }
 
 impl Objective {
-    /// Refuses parts that do not fit each other.
+    /// Refuses parts that do not fit each other: every refusal, not the first. `counts` are absent where the masker was
+    /// refused; what depends on them is left out then, and there may be no shape although nothing is refused here.
     pub(super) fn shape(
         &self,
         name: &str,
         student: TowerShape,
         teachers: &BTreeMap<String, TowerShape>,
-        counts: Counts,
-    ) -> Result<ObjectiveShape, Refusal> {
-        let tokens = Tokens::from_list(&self.tokens)?;
-        if tokens.masked && counts.masked == 0 {
-            return Err(Refusal::new("tokens", "`masked` names no patch: nothing is masked")
-                .help("give the stage a `masker`, or raise its ratio"));
+        counts: Option<Counts>,
+    ) -> Result<Option<ObjectiveShape>, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        keep(&mut refusals, self.check_weight());
+        let tokens = keep(&mut refusals, Tokens::from_list(&self.tokens));
+        if tokens.is_some_and(|tokens| tokens.masked) && counts.is_some_and(|counts| counts.masked == 0) {
+            refusals.push(
+                Refusal::new("tokens", "`masked` names no patch: nothing is masked")
+                    .help("give the stage a `masker`, or raise its ratio"),
+            );
         }
-        let target = Build::build::<Cpu>(&self.target).map_err(|r| r.under("target"))?;
-        let mut target = target.plan(&TargetContext { student, teachers, tokens }).map_err(|r| r.under("target"))?;
-        let weights = self.level_weights.resolve(target.outputs)?;
+        let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default() };
+        let target = Build::build::<Cpu>(&self.target).and_then(|target| target.plan(&at));
+        let target = keep(&mut refusals, target.map_err(|r| r.under("target")));
+        let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
+        let aligner = keep(&mut refusals, Build::build::<Cpu>(&self.aligner).map_err(|r| r.under("aligner")));
+        keep(&mut refusals, Build::build::<Cpu>(&self.loss).map_err(|r| r.under("loss")));
+        let (Some(tokens), Some(mut target), Some(weights), Some(aligner), Some(counts), true) =
+            (tokens, target, weights, aligner, counts, refusals.is_empty())
+        else {
+            return if refusals.is_empty() { Ok(None) } else { Err(refusals) };
+        };
         let wanted: Vec<usize> = (0..target.outputs).filter(|&i| weights[i] > 0.0).collect();
         let align = AlignPlan {
             student,
@@ -154,15 +168,22 @@ impl Objective {
             wanted: wanted.clone(),
             width: target.width,
         };
-        let aligner = Build::build::<Cpu>(&self.aligner).map_err(|r| r.under("aligner"))?;
-        let needs = aligner.plan(&align).map_err(|r| r.under("aligner"))?;
-        Build::build::<Cpu>(&self.loss).map_err(|r| r.under("loss"))?;
+        let needs = aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?;
         if target.outputs == target.levels.len() {
             // A level of weight 0 is neither computed nor compared.
             target.levels = wanted.iter().map(|&i| target.levels[i]).collect();
             target.outputs = target.levels.len();
         }
         let level_weights = wanted.iter().map(|&i| weights[i] as f32).collect();
-        Ok(ObjectiveShape { name: name.to_string(), tokens, target, align, needs, level_weights })
+        Ok(Some(ObjectiveShape { name: name.to_string(), tokens, target, align, needs, level_weights }))
+    }
+
+    fn check_weight(&self) -> Result<(), Refusal> {
+        let (least, most) = self.weight.bounds();
+        if least < 0.0 || most == 0.0 {
+            let message = format!("expected a weight above 0, found {}", self.weight);
+            return Err(Refusal::new("weight", message).help("to leave an objective out, remove it"));
+        }
+        Ok(())
     }
 }
