@@ -596,9 +596,7 @@ impl Kernels<Cpu> for Fused {
         match kind {
             Standardize::Length => norm::l2_normalize(&self.pool, view(&x), columns, &mut y),
             Standardize::Rows => norm::standardize_rows(&self.pool, view(&x), columns, &mut y),
-            Standardize::All => {
-                norm::standardize_all(&self.pool, view(&x), &mut y);
-            }
+            Standardize::All => norm::standardize_all(&self.pool, view(&x), &mut y),
         }
         matrix(&x, y, rows, columns)
     }
@@ -633,13 +631,13 @@ impl Kernels<Cpu> for Fused {
     fn cross_entropy(&self, r: &mut R, logits: &M, targets: Vec<f32>) -> Result<Scalar<Cpu>> {
         let x = contiguous(r, logits)?;
         let columns = x.shape().1;
-        let value = loss::cross_entropy(&self.pool, view(&x), columns, loss::Classes::Soft(&targets), None);
+        let value = loss::cross_entropy(&self.pool, view(&x), &targets, columns, None);
         let y = scalar(&x, value)?;
         let (pool, out) = (Arc::clone(&self.pool), y.ghost());
         r.record(move |g| {
             let scale = take!(g, &out)[0];
             let grad = loss::Grad { into: g.get_or_alloc_mut(&x)?, scale, write: Write::Add };
-            loss::cross_entropy(&pool, view(&x), columns, loss::Classes::Soft(&targets), Some(grad));
+            loss::cross_entropy(&pool, view(&x), &targets, columns, Some(grad));
             Ok(())
         });
         Ok(y)
@@ -726,6 +724,6 @@ fn distance_kernel(pool: &Pool, x: &M, target: &M, distance: Distance, grad: Opt
         Distance::L1 => loss::pointwise(pool, loss::Pointwise::L1, x, y, grad),
         Distance::SmoothL1 { beta } => loss::pointwise(pool, loss::Pointwise::SmoothL1 { beta }, x, y, grad),
         Distance::Cosine => loss::cosine(pool, x, y, columns, grad),
-        Distance::Kl => loss::kl(pool, x, y, columns, 1.0, loss::KlMean::Elements, grad),
+        Distance::Kl => loss::kl(pool, x, y, columns, grad),
     }
 }
