@@ -29,10 +29,6 @@ pub trait Backend: Sized + 'static {
     fn kernels(threads: usize) -> Arc<dyn Kernels<Self>>
     where
         Self: Dev;
-    /// Sets every value of a gradient buffer to zero, in place where the device can.
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()>
-    where
-        Self: Dev;
     /// The value that belongs to this device out of one per device.
     fn pick<C>(per_device: &C) -> &C::Of<Self>
     where
@@ -55,10 +51,6 @@ impl Backend for Cpu {
     fn kernels(threads: usize) -> Arc<dyn Kernels<Self>> {
         Arc::new(Fused::new(threads))
     }
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()> {
-        buffer.fill(0.0);
-        Ok(())
-    }
     fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cpu()
     }
@@ -68,11 +60,6 @@ impl Backend for Cpu {
 impl Backend for dfdx::prelude::Cuda {
     fn kernels(_: usize) -> Arc<dyn Kernels<Self>> {
         Arc::new(crate::kernels::composed::Composed)
-    }
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()> {
-        // dfdx allocates zeros.
-        *buffer = self.try_alloc_len(Storage::<f32>::len(self, buffer)).map_err(crate::error::device)?;
-        Ok(())
     }
     fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cuda()
