@@ -1,6 +1,8 @@
 //! Every operator from dfdx's own, for any device. The functions are generic over the float as well: finite
 //! differences need f64.
 
+use std::ops::Range;
+
 use dfdx::prelude::*;
 
 use super::{Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Standardize};
@@ -388,7 +390,7 @@ impl<D: Dev> Kernels<D> for Composed {
     fn threads(&self) -> usize {
         1
     }
-    fn pack(&self, _: &Matrix<D>) -> Option<Packed> {
+    fn pack(&self, _: &Matrix<D>, _: Range<usize>) -> Option<Packed> {
         None
     }
     fn linear(&self, r: &mut Recorder<D>, x: &Matrix<D>, layer: &Linear<D>, act: Act) -> Result<Matrix<D>> {

@@ -3,7 +3,7 @@
 //! What a backward pass needs is kept in the closure that the recorder holds and freed as that closure runs; buffers
 //! come from a pool that lives as long as the run.
 
-use std::{mem, sync::Arc};
+use std::{mem, ops::Range, sync::Arc};
 
 use dfdx::prelude::{Cpu, CpuError, Gradients, HasShape, TensorFromVec};
 use maskalign_kernels::{
@@ -316,9 +316,10 @@ impl Kernels<Cpu> for Fused {
         self.arena.trim();
     }
 
-    fn pack(&self, weight: &M) -> Option<Packed> {
-        let (outputs, inputs) = *weight.shape();
-        Some(Packed(Arc::new(blk::pack_weight(view(weight), outputs, inputs))))
+    fn pack(&self, weight: &M, rows: Range<usize>) -> Option<Packed> {
+        let inputs = weight.shape().1;
+        let values = &view(weight)[rows.start * inputs..rows.end * inputs];
+        Some(Packed(Arc::new(blk::pack_weight(values, rows.len(), inputs))))
     }
 
     fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {

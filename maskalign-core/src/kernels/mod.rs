@@ -8,7 +8,7 @@ pub mod composed;
 pub mod fused;
 mod view;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use dfdx::prelude::Gradients;
 
@@ -129,8 +129,8 @@ pub trait Kernels<D: Dev> {
     }
     /// Gives idle buffers back to the system: worth it between stages, whose sizes differ.
     fn trim(&self) {}
-    /// The fastest form of a frozen weight `[out, in]`, where this device has one.
-    fn pack(&self, weight: &Matrix<D>) -> Option<Packed>;
+    /// The fastest form of some rows of a frozen weight `[out, in]`, where this device has one.
+    fn pack(&self, weight: &Matrix<D>, rows: Range<usize>) -> Option<Packed>;
     /// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel,
     /// row, column. `index` holds as many patches for each image; without it all are cut.
     fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {

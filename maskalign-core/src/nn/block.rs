@@ -3,7 +3,7 @@
 use super::{Init, Linear, Norm, Param, layers::dev_empty};
 use crate::{
     device::Dev,
-    error::{Result, device},
+    error::Result,
     kernels::{Act, Kernels, Packed},
 };
 
@@ -97,16 +97,9 @@ impl<D: Dev> Block<D> {
     /// # Errors
     /// Out of memory on the device.
     pub fn pack_split(&mut self, kernels: &dyn Kernels<D>) -> Result<()> {
-        let parts = self.qkv.weight.to_host().data;
-        let (dim, dev) = (self.proj.outputs(), self.qkv.weight.value.device().clone());
-        let part = |range: std::ops::Range<usize>| -> Result<Option<Packed>> {
-            let rows = range.len();
-            let values = parts[range.start * dim..range.end * dim].to_vec();
-            Ok(kernels.pack(&dev.try_tensor_from_vec(values, (rows, dim)).map_err(device)?))
-        };
-        if let (Some(q), Some(kv)) = (part(0..dim)?, part(dim..3 * dim)?) {
-            self.split_qkv = Some((q, kv));
-        }
+        let dim = self.proj.outputs();
+        let part = |rows| kernels.pack(&self.qkv.weight(), rows);
+        self.split_qkv = part(0..dim).zip(part(dim..3 * dim));
         self.pack(kernels)
     }
 

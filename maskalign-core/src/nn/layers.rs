@@ -60,7 +60,7 @@ impl<D: Dev> Linear<D> {
     /// Out of memory on the device.
     pub fn pack(&mut self, kernels: &dyn Kernels<D>) -> Result<()> {
         self.each_mut(&mut |p| p.trainable = false);
-        if let Some(packed) = kernels.pack(&self.weight()) {
+        if let Some(packed) = kernels.pack(&self.weight(), 0..self.outputs()) {
             self.weight.value = dev_empty(&self.weight.value)?;
             self.packed = Some(packed);
         }
