@@ -638,13 +638,18 @@ mod fused_operators {
         for len in [1, 7, 1003, 70_001] {
             agree(&format!("adamw of {len}"), |k| {
                 let mut parameter = Param::new(&dev, "p", &[len], floats("p", len)).unwrap();
+                let other = Param::new(&dev, "other", &[3], floats("other", 3)).unwrap();
                 let zeros = || -> Vector<Cpu> { dev.tensor_from_vec(vec![0.0; len], (len,)) };
                 let (mut first, mut second, mut norms) = (zeros(), zeros(), Vec::new());
                 for step in 1..4u64 {
                     let mut gradients = Gradients::leaky();
                     let buffer: &mut Vec<f32> = gradients.get_or_alloc_mut(&parameter.value).unwrap();
                     buffer.copy_from_slice(&floats(&format!("g{step}"), len));
-                    norms.push(k.square_sum(&mut gradients, &[parameter.vector()]).unwrap() as f32);
+                    let buffer: &mut Vec<f32> = gradients.get_or_alloc_mut(&other.value).unwrap();
+                    buffer.copy_from_slice(&floats("h", 3));
+                    for parameters in [vec![parameter.vector(), other.vector()], vec![other.vector()], Vec::new()] {
+                        norms.push(k.square_sum(&mut gradients, &parameters).unwrap() as f32);
+                    }
                     let step = AdamStep {
                         lr: 0.01 * step as f64,
                         betas: (0.9, 0.95),

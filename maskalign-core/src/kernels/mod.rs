@@ -99,6 +99,12 @@ pub struct AdamStep {
 #[derive(Clone)]
 pub struct Packed(pub(crate) Arc<maskalign_kernels::gemm::PackedB>);
 
+/// Indices into `[batch * tokens]` of the given token indices of each image (`rows` holds `rows.len() / batch` each).
+pub fn flat_rows(rows: &[u32], batch: usize, tokens: usize) -> Vec<u32> {
+    let each = rows.len() / batch;
+    rows.iter().enumerate().map(|(i, &row)| ((i / each.max(1)) * tokens) as u32 + row).collect()
+}
+
 /// What the last block of a frozen tower gives before it is finished.
 pub struct Begun<D: Dev> {
     /// Attention of the class token to each patch, mean over heads: `[batch, patches]`, row-major.
@@ -205,6 +211,7 @@ pub trait Kernels<D: Dev> {
         second: &mut Vector<D>,
         step: AdamStep,
     ) -> Result<()>;
-    /// Sum of squares of the gradients of the given parameters, in double precision.
+    /// Sum of squares of the gradients of the given parameters: in double precision throughout for the fused operators,
+    /// over the parameters alone for the composed, which sum each one's on the device and wait for it once.
     fn square_sum(&self, gradients: &mut Gradients<f32, D>, parameters: &[Vector<D>]) -> Result<f64>;
 }
