@@ -25,7 +25,7 @@ impl<D: Device<f32> + Backend> Dev for D {}
 /// What differs from device to device, implemented once for each: a registry entry cannot be generic, so it holds
 /// one constructor per device and this trait picks.
 pub trait Backend: Sized + 'static {
-    /// The operators of this device, on `threads` threads where that means something.
+    /// The operators of this device; what runs on the host runs on `threads` threads.
     fn kernels(threads: usize) -> Arc<dyn Kernels<Self>>
     where
         Self: Dev;
@@ -58,8 +58,8 @@ impl Backend for Cpu {
 
 #[cfg(feature = "cuda")]
 impl Backend for dfdx::prelude::Cuda {
-    fn kernels(_: usize) -> Arc<dyn Kernels<Self>> {
-        Arc::new(crate::kernels::composed::Composed)
+    fn kernels(threads: usize) -> Arc<dyn Kernels<Self>> {
+        Arc::new(crate::kernels::composed::Composed::new(threads))
     }
     fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cuda()

@@ -4,9 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use maskalign_core::images::resize_images_bicubic;
+use maskalign_core::kernels::Pool;
 use maskalign_core::weights::{
     Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, read,
-    resize_images_bicubic, resize_positions, to_canonical, to_family, write_safetensors,
+    resize_positions, to_canonical, to_family, write_safetensors,
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -345,7 +347,9 @@ fn resized_images_are_those_of_pytorch() {
     let recorded = read(&fixture("resizes.safetensors")).unwrap();
     let images = &recorded["images"];
     for [height, width] in [[14, 10], [9, 25], [1, 1]] {
-        let data = resize_images_bicubic(&images.data, [2, 3, 16, 12], [height, width]);
+        let on = |threads| resize_images_bicubic(&Pool::new(threads), &images.data, [2, 3, 16, 12], [height, width]);
+        let data = on(1);
+        assert!((2..4).all(|threads| on(threads) == data), "the number of threads changes the result");
         let resized = HostTensor { shape: vec![2, 3, height, width], data };
         let expected = &recorded[&format!("images_{height}x{width}")];
         assert!(difference(&resized, expected) < ROUNDING, "{height}: {}", difference(&resized, expected));

@@ -1,12 +1,12 @@
 //! Every operator from dfdx's own, for any device. The functions are generic over the float as well: finite
 //! differences need f64.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use dfdx::prelude::*;
 
 use super::{
-    Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Standardize, flat_rows,
+    Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Pool, Standardize, flat_rows,
 };
 use crate::{
     device::{Dev, Matrix, Scalar, Vector},
@@ -305,9 +305,17 @@ fn standardize_rows<D: Dev>(r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix
 }
 
 /// The table of composed operators.
-pub struct Composed;
+#[derive(Clone)]
+pub struct Composed {
+    pool: Arc<Pool>,
+}
 
 impl Composed {
+    /// Operators of any device; `threads` are the host's, for images.
+    pub fn new(threads: usize) -> Self {
+        Composed { pool: Pool::new(threads.max(1)) }
+    }
+
     fn scaled<D: Dev>(
         r: &mut Recorder<D>,
         x: Matrix<D>,
@@ -386,8 +394,8 @@ impl<D: Dev> Kernels<D> for Composed {
     fn name(&self) -> String {
         "composed".into()
     }
-    fn threads(&self) -> usize {
-        1
+    fn pool(&self) -> &Pool {
+        &self.pool
     }
     fn pack(&self, _: &Matrix<D>, _: Range<usize>) -> Option<Packed> {
         None
@@ -430,10 +438,10 @@ impl<D: Dev> Kernels<D> for Composed {
                 parameters.push(p.vector())
             }
         });
-        let (block, run, recompute) = (block.clone(), run.clone(), run.recompute);
+        let (kernels, block, run, recompute) = (self.clone(), block.clone(), run.clone(), run.recompute);
         r.segment(parameters, x, recompute, move |r, x| {
-            let heads = Composed.heads(r, x, &block)?;
-            Composed.after_heads(r, x, heads, &block, &run)
+            let heads = kernels.heads(r, x, &block)?;
+            kernels.after_heads(r, x, heads, &block, &run)
         })
     }
     fn begin_block(&self, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Begun<D>> {

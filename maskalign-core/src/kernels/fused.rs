@@ -9,7 +9,7 @@ use dfdx::prelude::{Cpu, CpuError, Gradients, HasShape, TensorFromVec};
 use maskalign_kernels::{
     Arena, Buf, Epilogue, Pool, attention as attn,
     block::{self as blk, BlockGrads, BlockShape, BlockWeights, DropPath, LastBlock, Save, SplitWeights},
-    elementwise::{self as ew, Patches, Write},
+    elementwise::{self as ew, Write},
     fma_peak_gflops, isa, keep_freed_memory, loss, norm, optim,
 };
 
@@ -68,11 +68,6 @@ impl Fused {
     pub fn new(threads: usize) -> Self {
         keep_freed_memory();
         Fused { pool: Pool::new(threads.max(1)), arena: Arena::new() }
-    }
-
-    /// The threads, for measurements of the machine.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
     }
 
     fn handles(&self) -> (Arc<Pool>, Arena) {
@@ -304,8 +299,8 @@ impl Kernels<Cpu> for Fused {
         format!("fused, {}", isa().name())
     }
 
-    fn threads(&self) -> usize {
-        self.pool.threads()
+    fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     fn peak_gflops(&self) -> Option<f64> {
@@ -320,12 +315,6 @@ impl Kernels<Cpu> for Fused {
         let inputs = weight.shape().1;
         let values = &view(weight)[rows.start * inputs..rows.end * inputs];
         Some(Packed(Arc::new(blk::pack_weight(values, rows.len(), inputs))))
-    }
-
-    fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
-        let mut rows = vec![0.0; from.elements(index)];
-        ew::cut_patches(&self.pool, from, index, &mut rows);
-        rows
     }
 
     fn linear(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act) -> Result<M> {

@@ -19,9 +19,9 @@ use crate::{
     tape::Recorder,
 };
 
-use maskalign_kernels::{Pool, elementwise::cut_patches};
+use maskalign_kernels::elementwise::cut_patches;
 
-pub use maskalign_kernels::{elementwise::Patches, gemm::Act};
+pub use maskalign_kernels::{Pool, elementwise::Patches, gemm::Act};
 
 /// Sizes of an attention: queries and keys are the rows of matrices `[batch * tokens, heads * head_dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -127,8 +127,13 @@ pub(crate) enum BegunState<D: Dev> {
 pub trait Kernels<D: Dev> {
     /// Name for manifests: `composed`, or `fused` with its instruction set.
     fn name(&self) -> String;
-    /// Threads the operators run on.
-    fn threads(&self) -> usize;
+    /// The host's threads: the CPU's operators run on them and, on every device, what is done with images before they
+    /// reach it.
+    fn pool(&self) -> &Pool;
+    /// How many threads that is.
+    fn threads(&self) -> usize {
+        self.pool().threads()
+    }
     /// The machine's peak of fused multiply-adds in GFLOP/s, measured now on these threads.
     fn peak_gflops(&self) -> Option<f64> {
         None
@@ -141,7 +146,7 @@ pub trait Kernels<D: Dev> {
     /// row, column. `index` holds as many patches for each image; without it all are cut.
     fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
         let mut rows = vec![0.0; from.elements(index)];
-        cut_patches(&Pool::new(1), from, index, &mut rows);
+        cut_patches(self.pool(), from, index, &mut rows);
         rows
     }
     /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.

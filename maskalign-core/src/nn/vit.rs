@@ -11,10 +11,9 @@ use crate::{
     context::Context,
     device::{Dev, Matrix},
     error::{Result, device},
-    images::ImageBatch,
+    images::{ImageBatch, resize_images_bicubic},
     kernels::{Act, Begun, BlockRun, Kernels, Patches},
     tape::Recorder,
-    weights::resize_images_bicubic,
 };
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
@@ -217,7 +216,7 @@ impl TowerInput {
         } else {
             resized = {
                 let (from, to) = (images.size, self.image_size);
-                resize_images_bicubic(&images.pixels, [images.batch, 3, from, from], [to, to])
+                resize_images_bicubic(kernels.pool(), &images.pixels, [images.batch, 3, from, from], [to, to])
             };
             (self.image_size, &resized)
         };

@@ -10,9 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::bicubic::transposed;
 use super::element::element_count;
 use super::mismatch::Mismatch;
+use super::positions::transposed;
 use super::{HostTensor, TensorMap, WeightsError};
 
 /// A family of vision towers, as far as weights are concerned.
