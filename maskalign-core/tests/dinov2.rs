@@ -69,13 +69,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
     assert_eq!(levels.len(), 5);
     // With the attention of the last block, which then runs in two halves, and without.
     for attention in [true, false] {
-        let wants = Wants {
-            levels: levels.iter().copied().collect(),
-            attention,
-            whole: true,
-            tap: Tap::Norm,
-            ..Wants::default()
-        };
+        let wants = Wants { levels: levels.iter().copied().collect(), attention, whole: true, ..Wants::default() };
         let pass = teacher.begin(&cx, &images, &wants).unwrap();
         let masks = Masks::all_visible(1, shape.grid.patches());
         let found = teacher.finish(&cx, pass, &wants, &masks).unwrap();
