@@ -269,7 +269,7 @@ mod fused_operators {
         kernels::{
             Act, AdamStep, AttentionShape, BlockRun, Distance, Kernels, Standardize, composed::Composed, fused::Fused,
         },
-        nn::{Block, BlockConfig, Init, Linear, Norm, Param},
+        nn::{Bias, Block, BlockConfig, Init, Linear, Norm, Param},
         tape::{Recorder, gradient},
     };
 
@@ -298,7 +298,7 @@ mod fused_operators {
         p.load(&values);
     }
 
-    fn linear(outputs: usize, inputs: usize, bias: bool) -> Linear<Cpu> {
+    fn linear(outputs: usize, inputs: usize, bias: Bias) -> Linear<Cpu> {
         let mut layer = Linear::new(&Init::new(&Cpu::default(), 3, "test"), "layer", outputs, inputs, bias).unwrap();
         layer.each_mut(&mut shake);
         layer
@@ -401,15 +401,15 @@ mod fused_operators {
     fn linear_and_embed() {
         for (rows, inputs, outputs) in [(1, 1, 1), (7, 5, 3), (37, 19, 65), (130, 67, 33)] {
             for act in [Act::None, Act::Gelu, Act::QuickGelu] {
-                for bias in [true, false] {
+                for bias in [Bias::With, Bias::Without] {
                     let layer = linear(outputs, inputs, bias);
                     let all = parameters(|f| layer.each(f));
                     let x = matrix("x", rows, inputs);
-                    let name = format!("linear {rows} x {inputs} -> {outputs} {act:?}, bias {bias}");
+                    let name = format!("linear {rows} x {inputs} -> {outputs} {act:?}, bias {bias:?}");
                     check(&name, &[x], &all, |k, r, x| Ok(vec![k.linear(r, &x[0], &layer, act)?]));
                 }
             }
-            let layer = linear(outputs, inputs, true);
+            let layer = linear(outputs, inputs, Bias::With);
             let all = parameters(|f| layer.each(f));
             let data = matrix("data", rows, inputs);
             let strided = matrix("strided", inputs, rows).permute::<(usize, usize), Axes2<1, 0>>();
@@ -422,7 +422,7 @@ mod fused_operators {
     #[test]
     fn frozen_weights_are_packed_without_a_change() {
         for (rows, inputs, outputs) in [(3, 5, 7), (41, 33, 70)] {
-            let layer = linear(outputs, inputs, true);
+            let layer = linear(outputs, inputs, Bias::With);
             let x = matrix("x", rows, inputs);
             agree("packed", |k| {
                 let mut layer = layer.clone();

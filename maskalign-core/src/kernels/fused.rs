@@ -57,6 +57,15 @@ macro_rules! restore {
 type M = Matrix<Cpu>;
 type R = Recorder<Cpu>;
 
+/// What a linear layer is given.
+#[derive(Clone, Copy, PartialEq)]
+enum Input {
+    /// States of the model, which take a gradient.
+    Hidden,
+    /// Data, which takes none.
+    Data,
+}
+
 /// The table of fused operators.
 pub struct Fused {
     pool: Arc<Pool>,
@@ -74,7 +83,7 @@ impl Fused {
         (Arc::clone(&self.pool), self.arena.clone())
     }
 
-    fn linear_op(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act, input_gradient: bool) -> Result<M> {
+    fn linear_op(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act, input: Input) -> Result<M> {
         let x = contiguous(r, x)?;
         let (rows, inputs) = *x.shape();
         let outputs = layer.outputs();
@@ -108,7 +117,7 @@ impl Fused {
             );
             give_back(g, Some(&layer.weight), dw)?;
             give_back(g, layer.bias.as_ref(), db)?;
-            if input_gradient {
+            if input == Input::Hidden {
                 let dx = g.get_or_alloc_mut(&x)?;
                 blk::linear_backward_input(
                     &pool,
@@ -318,11 +327,11 @@ impl Kernels<Cpu> for Fused {
     }
 
     fn linear(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act) -> Result<M> {
-        self.linear_op(r, x, layer, act, true)
+        self.linear_op(r, x, layer, act, Input::Hidden)
     }
 
     fn embed(&self, r: &mut R, data: &M, layer: &Linear<Cpu>) -> Result<M> {
-        self.linear_op(r, data, layer, Act::None, false)
+        self.linear_op(r, data, layer, Act::None, Input::Data)
     }
 
     fn layer_norm(&self, r: &mut R, x: &M, layer: &Norm<Cpu>) -> Result<M> {

@@ -1,6 +1,6 @@
 //! The pre-norm transformer block.
 
-use super::{Init, Linear, Norm, Param, layers::dev_empty};
+use super::{Bias, Init, Linear, Norm, Param, layers::dev_empty};
 use crate::{
     device::Dev,
     error::Result,
@@ -63,12 +63,12 @@ impl<D: Dev> Block<D> {
         };
         Ok(Block {
             norm1: Norm::new(init, &format!("{prefix}.norm1"), c.dim, c.eps)?,
-            qkv: Linear::new(init, &format!("{prefix}.attn.qkv"), 3 * c.dim, c.dim, true)?,
-            proj: Linear::new(init, &format!("{prefix}.attn.proj"), c.dim, c.dim, true)?,
+            qkv: Linear::new(init, &format!("{prefix}.attn.qkv"), 3 * c.dim, c.dim, Bias::With)?,
+            proj: Linear::new(init, &format!("{prefix}.attn.proj"), c.dim, c.dim, Bias::With)?,
             ls1: scale("ls1")?,
             norm2: Norm::new(init, &format!("{prefix}.norm2"), c.dim, c.eps)?,
-            fc1: Linear::new(init, &format!("{prefix}.mlp.fc1"), c.mlp, c.dim, true)?,
-            fc2: Linear::new(init, &format!("{prefix}.mlp.fc2"), c.dim, c.mlp, true)?,
+            fc1: Linear::new(init, &format!("{prefix}.mlp.fc1"), c.mlp, c.dim, Bias::With)?,
+            fc2: Linear::new(init, &format!("{prefix}.mlp.fc2"), c.dim, c.mlp, Bias::With)?,
             ls2: scale("ls2")?,
             heads: c.heads,
             act: c.act,
