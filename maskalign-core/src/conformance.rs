@@ -141,7 +141,7 @@ fn fused() -> Context<Cpu> {
 
 /// The operators built from dfdx's own, which a component must agree with to run on CUDA.
 fn composed() -> Context<Cpu> {
-    let kernels = std::sync::Arc::new(crate::kernels::composed::Composed);
+    let kernels = std::sync::Arc::new(crate::kernels::composed::Composed::new(1));
     Context { dev: Cpu::default(), kernels, recompute: false }
 }
 

@@ -25,12 +25,8 @@ impl<D: Device<f32> + Backend> Dev for D {}
 /// What differs from device to device, implemented once for each: a registry entry cannot be generic, so it holds
 /// one constructor per device and this trait picks.
 pub trait Backend: Sized + 'static {
-    /// The operators of this device, on `threads` threads where that means something.
+    /// The operators of this device; what runs on the host runs on `threads` threads.
     fn kernels(threads: usize) -> Arc<dyn Kernels<Self>>
-    where
-        Self: Dev;
-    /// Sets every value of a gradient buffer to zero, in place where the device can.
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()>
     where
         Self: Dev;
     /// The value that belongs to this device out of one per device.
@@ -55,10 +51,6 @@ impl Backend for Cpu {
     fn kernels(threads: usize) -> Arc<dyn Kernels<Self>> {
         Arc::new(Fused::new(threads))
     }
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()> {
-        buffer.fill(0.0);
-        Ok(())
-    }
     fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cpu()
     }
@@ -66,13 +58,8 @@ impl Backend for Cpu {
 
 #[cfg(feature = "cuda")]
 impl Backend for dfdx::prelude::Cuda {
-    fn kernels(_: usize) -> Arc<dyn Kernels<Self>> {
-        Arc::new(crate::kernels::composed::Composed)
-    }
-    fn zero(&self, buffer: &mut Buffer<Self>) -> Result<()> {
-        // dfdx allocates zeros.
-        *buffer = self.try_alloc_len(Storage::<f32>::len(self, buffer)).map_err(crate::error::device)?;
-        Ok(())
+    fn kernels(threads: usize) -> Arc<dyn Kernels<Self>> {
+        Arc::new(crate::kernels::composed::Composed::new(threads))
     }
     fn pick<C: PerDevice>(per_device: &C) -> &C::Of<Self> {
         per_device.cuda()
@@ -156,21 +143,85 @@ impl DeviceChoice {
     }
 }
 
-/// Opens a CUDA device and runs one operator on it: the driver library, the device and the run-time compiler are each
-/// found missing only at first use, some of them by a panic inside the bindings.
+/// Opens a CUDA device that computes what the CPU does.
+///
+/// What may be missing is found only at first use, some of it by a panic inside the bindings: a device and a driver that
+/// fit, and for the operators that dfdx compiles at run time the toolkit's headers and dfdx's own build folder, both
+/// where they were at the build.
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> Result<dfdx::prelude::Cuda> {
-    use dfdx::prelude::*;
+    let refuse = |why: String| Error::Device(format!("cuda:{ordinal} does not answer: {why}"));
     let attempt = std::panic::catch_unwind(|| {
-        let device = Cuda::try_build(ordinal, 0).map_err(|e| e.to_string())?;
-        let x: Tensor<(usize,), f32, Cuda> =
-            device.try_tensor_from_vec(vec![1.0, 2.0], (2,)).map_err(|e| e.to_string())?;
-        x.try_square().map_err(|e| e.to_string())?;
-        Ok::<_, String>(device)
+        let device = dfdx::prelude::Cuda::try_build(ordinal, 0).map_err(|e| refuse(e.to_string()))?;
+        let found = probe(&device).map_err(|error| match error {
+            Error::Device(why) => refuse(why),
+            other => other,
+        })?;
+        let expected = probe(&Cpu::default())?;
+        match far_apart(&found, &expected) {
+            Some((found, expected)) => Err(refuse(format!("it computes {found} where the CPU computes {expected}"))),
+            None => Ok(device),
+        }
     });
-    match attempt {
-        Ok(Ok(device)) => Ok(device),
-        Ok(Err(error)) => Err(Error::Device(format!("cuda:{ordinal} does not answer: {error}"))),
-        Err(_) => Err(Error::Device(format!("cuda:{ordinal} does not answer: is the NVIDIA driver installed?"))),
+    attempt.unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
+        Err(refuse(format!(
+            "{}; it needs the NVIDIA driver, and the CUDA toolkit and the folder that this binary was built with",
+            text.unwrap_or("the bindings panicked")
+        )))
+    })
+}
+
+/// A small pass, forward and backward: the values and the gradients. Besides a product and sums it has all that dfdx
+/// compiles at run time for CUDA (`reshape_to` of a permuted tensor, `concat_along`, the gradient of `stack`), in the
+/// operators that use it.
+#[cfg(any(feature = "cuda", test))]
+fn probe<D: Dev>(dev: &D) -> Result<Vec<f32>> {
+    use crate::{
+        kernels::{AttentionShape, Distance, composed},
+        tape::{Recorder, gradient},
+    };
+    let matrix = |rows: usize, columns: usize, phase: f32| -> Result<Matrix<D>> {
+        let values = (0..rows * columns).map(|i| (i as f32 + phase).sin()).collect();
+        dev.try_tensor_from_vec(values, (rows, columns)).map_err(crate::error::device)
+    };
+    let (x, y, w, target) = (matrix(4, 4, 0.0)?, matrix(2, 4, 0.3)?, matrix(1, 2, 0.6)?, matrix(4, 4, 0.9)?);
+    let mut r = Recorder::training();
+    let rows = composed::gather_rows(&mut r, &[x.clone(), y.clone()], &[5, 0, 2, 1])?;
+    let shape = AttentionShape { batch: 2, heads: 2, queries: 2, keys: 2 };
+    let attended = composed::attention(&mut r, &rows, &rows, &rows, shape)?;
+    let mixed = composed::mix(&mut r, &[rows, attended], &w, &[0])?;
+    let loss = composed::distance(&mut r, &mixed[0], &target, Distance::Mse)?;
+    let mut gradients = r.backward(&loss)?;
+    let mut values = [mixed[0].as_vec(), loss.as_vec()].concat();
+    for input in [&x, &y, &w] {
+        values.extend(gradient(&mut gradients, input)?.as_vec());
+    }
+    Ok(values)
+}
+
+/// The first two values that rounding does not explain.
+#[cfg(any(feature = "cuda", test))]
+fn far_apart(found: &[f32], expected: &[f32]) -> Option<(f32, f32)> {
+    let mut pairs = found.iter().copied().zip(expected.iter().copied());
+    // TF32 products have 10 bits.
+    pairs.find(|(found, expected)| found.is_nan() || (found - expected).abs() > 1e-2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_tells_a_wrong_value_from_rounding() {
+        let expected = probe(&Cpu::default()).unwrap();
+        assert_eq!(expected.len(), 16 + 1 + 16 + 8 + 2);
+        assert!(expected.iter().all(|v| v.is_finite()) && expected.iter().filter(|v| v.abs() > 0.02).count() > 30);
+        for (i, wrong) in [(3, 0.0), (16, f32::NAN), (42, 7.0)] {
+            let mut found: Vec<f32> = expected.iter().map(|v| v + 1e-4).collect();
+            assert_eq!(far_apart(&found, &expected), None);
+            found[i] = wrong;
+            assert!(far_apart(&found, &expected).is_some_and(|(_, e)| e == expected[i]));
+        }
     }
 }

@@ -46,7 +46,7 @@ pub mod prelude {
         device::{Dev, Matrix, Scalar, Vector},
         error::{Error, Result},
         kernels::{Act, AttentionShape, Distance},
-        nn::{Grid, Init, Linear, Module, Norm, Param},
+        nn::{Bias, Grid, Init, Linear, Module, Norm, Param},
         random::Stream,
         register,
         tape::Recorder,

@@ -4,19 +4,21 @@
 //! values carry no tape: a [`Recorder`] lends its tape to an operator's first operand and takes it back. Gradients
 //! flow by tensor id.
 
-use std::mem;
+use std::{cell::RefCell, mem, rc::Rc};
 
 use dfdx::prelude::*;
 
 use crate::{
     device::{Buffer, Dev, Matrix, Scalar},
-    error::{Result, device},
+    error::{Error, Result, device},
 };
 
 /// The tape of a step, or none for inference.
 pub struct Recorder<D: Device<E>, E: Dtype = f32> {
     tape: OwnedTape<E, D>,
     recording: bool,
+    /// The first error of this crate in a backward pass; dfdx's tape passes on none but the device's.
+    failure: Rc<RefCell<Option<Error>>>,
 }
 
 /// A tensor that carries the tape, inside [`Recorder::run`].
@@ -25,19 +27,24 @@ pub type Taped<S, D, E = f32> = Tensor<S, E, D, OwnedTape<E, D>>;
 impl<D: Device<E>, E: Dtype> Recorder<D, E> {
     /// Records what is needed for a backward pass.
     pub fn training() -> Self {
-        Recorder { tape: OwnedTape::default(), recording: true }
+        Recorder { tape: OwnedTape::default(), recording: true, failure: Rc::default() }
     }
 
     /// Records nothing.
     pub fn inference() -> Self {
-        Recorder { tape: OwnedTape::default(), recording: false }
+        Recorder { tape: OwnedTape::default(), recording: false, failure: Rc::default() }
     }
 
     /// Records, and accumulates into gradients that exist already (earlier micro-batches).
     pub fn onto(dev: &D, gradients: Gradients<E, D>) -> Self {
         // The only public way to put gradients into a tape is to trace a tensor with them.
         let seed: Tensor<(), E, D> = dev.zeros();
-        Recorder { tape: seed.traced(gradients).split_tape().1, recording: true }
+        Recorder { tape: seed.traced(gradients).split_tape().1, recording: true, failure: Rc::default() }
+    }
+
+    /// A recorder whose backward pass runs inside this one's.
+    fn inside(&self) -> Self {
+        Recorder { failure: Rc::clone(&self.failure), ..Self::training() }
     }
 
     /// Whether a backward pass may follow.
@@ -72,9 +79,13 @@ impl<D: Device<E>, E: Dtype> Recorder<D, E> {
     /// Runs the backward pass of `loss` and gives all gradient buffers.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Out of memory, also where a segment is computed again.
     pub fn backward(self, loss: &Scalar<D, E>) -> Result<Gradients<E, D>> {
-        loss.clone().put_tape(self.tape).try_backward().map_err(device)
+        let gradients = loss.clone().put_tape(self.tape).try_backward().map_err(device)?;
+        match self.failure.take() {
+            Some(error) => Err(error),
+            None => Ok(gradients),
+        }
     }
 }
 
@@ -97,22 +108,31 @@ impl<D: Dev> Recorder<D> {
         if !self.recording {
             return f(self, x);
         }
-        let mut inner = if recompute { Recorder::inference() } else { Recorder::training() };
+        let mut inner = if recompute { Recorder::inference() } else { self.inside() };
         let y = f(&mut inner, x)?;
         let out = y.clone();
         let kept = (!recompute).then_some((y.clone(), inner));
         let (y_ghost, dev, x) = (y.ghost(), y.device().clone(), x.clone());
+        let inside = self.inside();
         self.record(move |outer| {
+            if inside.failure.borrow().is_some() {
+                return Ok(());
+            }
             outer.get_or_alloc_mut(&y_ghost)?;
             let dy: Matrix<D> = outer.get(&y_ghost);
             *outer.get_or_alloc_mut(&y_ghost)? = empty(&dev)?;
             let (y, inner) = match kept {
                 Some(kept) => kept,
                 None => {
-                    let mut again = Recorder::training();
-                    // The first run of the same closure on the same input succeeded.
-                    let y = f(&mut again, &x).expect("a recomputed segment repeats its first run");
-                    (y, again)
+                    let mut again = inside;
+                    match f(&mut again, &x) {
+                        Ok(y) => (y, again),
+                        Err(error) => {
+                            // The gradients are wrong from here on; `backward` gives the error in their place.
+                            *again.failure.borrow_mut() = Some(error);
+                            return Ok(());
+                        }
+                    }
                 }
             };
             let mut lent = Vec::with_capacity(parameters.len());
@@ -174,4 +194,52 @@ pub fn swap_gradient<S: Shape, D: Dev>(
     let left: &mut Buffer<D> = a.get_or_alloc_mut(of).map_err(device)?;
     mem::swap(left, b.get_or_alloc_mut(of).map_err(device)?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    type Segment = Rc<dyn Fn(&mut Recorder<Cpu>, &Matrix<Cpu>) -> Result<Matrix<Cpu>>>;
+
+    fn recomputed(r: &mut Recorder<Cpu>, x: &Matrix<Cpu>, f: &Segment) -> Result<Matrix<Cpu>> {
+        let f = Rc::clone(f);
+        r.segment(Vec::new(), x, true, move |r, x| f(r, x))
+    }
+
+    /// The gradient of `x^2`, whose run number `bad` fails for want of memory, in `depth` segments inside each other.
+    fn gradient_of_square(bad: usize, depth: usize) -> Result<Vec<f32>> {
+        let x: Matrix<Cpu> = Cpu::default().tensor_from_vec(vec![1.0, 2.0, 3.0], (1, 3));
+        let runs = Cell::new(0);
+        let mut square: Segment = Rc::new(move |r, x| {
+            runs.set(runs.get() + 1);
+            match runs.get() == bad {
+                true => Err(Error::Device("out of memory".into())),
+                false => r.run(x, |x| x.try_square()),
+            }
+        });
+        for _ in 1..depth {
+            square = Rc::new(move |r, x| recomputed(r, x, &square));
+        }
+        let mut r = Recorder::training();
+        let same: Segment = Rc::new(|r, x| r.run(x, |x| x.try_mul(1.0)));
+        let y = recomputed(&mut r, &x, &same)?;
+        let y = recomputed(&mut r, &y, &square)?;
+        let loss = r.run(&y, |y| y.try_reshape_like(&(3,))?.try_sum::<(), Axis<0>>())?;
+        let mut gradients = r.backward(&loss)?;
+        Ok(gradient(&mut gradients, &x)?.as_vec())
+    }
+
+    #[test]
+    fn a_segment_that_fails_when_it_is_computed_again_fails_the_backward_pass() {
+        for depth in 1..4 {
+            assert_eq!(gradient_of_square(0, depth).unwrap(), [2.0, 4.0, 6.0]);
+            for bad in 1..=depth + 1 {
+                let error = gradient_of_square(bad, depth).unwrap_err();
+                assert_eq!(error.to_string(), "device: out of memory", "run {bad} of {depth} segments");
+            }
+        }
+    }
 }

@@ -15,7 +15,7 @@ use maskalign_core::{
     context::Context,
     images::ImageBatch,
     kernels::Act,
-    nn::{Arch, Statistics, TowerInput, VitConfig},
+    nn::{Arch, Bias, Statistics, TowerInput, VitConfig},
     weights::{self, Family},
 };
 use maskalign_registry::Weights;
@@ -45,7 +45,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         cls_token: true,
         learned_positions: true,
         pre_norm: false,
-        patch_bias: true,
+        patch_bias: Bias::With,
         layer_scale: true,
         act: Act::Gelu,
         eps: 1e-6,
@@ -69,13 +69,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
     assert_eq!(levels.len(), 5);
     // With the attention of the last block, which then runs in two halves, and without.
     for attention in [true, false] {
-        let wants = Wants {
-            levels: levels.iter().copied().collect(),
-            attention,
-            whole: true,
-            tap: Tap::Norm,
-            ..Wants::default()
-        };
+        let wants = Wants { levels: levels.iter().copied().collect(), attention, whole: true, ..Wants::default() };
         let pass = teacher.begin(&cx, &images, &wants).unwrap();
         let masks = Masks::all_visible(1, shape.grid.patches());
         let found = teacher.finish(&cx, pass, &wants, &masks).unwrap();

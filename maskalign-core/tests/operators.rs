@@ -269,7 +269,7 @@ mod fused_operators {
         kernels::{
             Act, AdamStep, AttentionShape, BlockRun, Distance, Kernels, Standardize, composed::Composed, fused::Fused,
         },
-        nn::{Block, BlockConfig, Init, Linear, Norm, Param},
+        nn::{Bias, Block, BlockConfig, Init, Linear, Norm, Param},
         tape::{Recorder, gradient},
     };
 
@@ -298,7 +298,7 @@ mod fused_operators {
         p.load(&values);
     }
 
-    fn linear(outputs: usize, inputs: usize, bias: bool) -> Linear<Cpu> {
+    fn linear(outputs: usize, inputs: usize, bias: Bias) -> Linear<Cpu> {
         let mut layer = Linear::new(&Init::new(&Cpu::default(), 3, "test"), "layer", outputs, inputs, bias).unwrap();
         layer.each_mut(&mut shake);
         layer
@@ -370,7 +370,7 @@ mod fused_operators {
 
     /// Fused on 1, 2 and 3 threads: near the composed operator, and the same bits whatever the threads.
     fn agree(name: &str, of: impl Fn(&K) -> Numbers) {
-        let expected = of(&Composed);
+        let expected = of(&Composed::new(1));
         let got = of(&Fused::new(1));
         assert_eq!(got.len(), expected.len());
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
@@ -401,15 +401,15 @@ mod fused_operators {
     fn linear_and_embed() {
         for (rows, inputs, outputs) in [(1, 1, 1), (7, 5, 3), (37, 19, 65), (130, 67, 33)] {
             for act in [Act::None, Act::Gelu, Act::QuickGelu] {
-                for bias in [true, false] {
+                for bias in [Bias::With, Bias::Without] {
                     let layer = linear(outputs, inputs, bias);
                     let all = parameters(|f| layer.each(f));
                     let x = matrix("x", rows, inputs);
-                    let name = format!("linear {rows} x {inputs} -> {outputs} {act:?}, bias {bias}");
+                    let name = format!("linear {rows} x {inputs} -> {outputs} {act:?}, bias {bias:?}");
                     check(&name, &[x], &all, |k, r, x| Ok(vec![k.linear(r, &x[0], &layer, act)?]));
                 }
             }
-            let layer = linear(outputs, inputs, true);
+            let layer = linear(outputs, inputs, Bias::With);
             let all = parameters(|f| layer.each(f));
             let data = matrix("data", rows, inputs);
             let strided = matrix("strided", inputs, rows).permute::<(usize, usize), Axes2<1, 0>>();
@@ -422,7 +422,7 @@ mod fused_operators {
     #[test]
     fn frozen_weights_are_packed_without_a_change() {
         for (rows, inputs, outputs) in [(3, 5, 7), (41, 33, 70)] {
-            let layer = linear(outputs, inputs, true);
+            let layer = linear(outputs, inputs, Bias::With);
             let x = matrix("x", rows, inputs);
             agree("packed", |k| {
                 let mut layer = layer.clone();
@@ -517,7 +517,7 @@ mod fused_operators {
             })
         };
         assert!(of(&Fused::new(2), true) == of(&Fused::new(2), false));
-        assert!(of(&Composed, true) == of(&Composed, false));
+        assert!(of(&Composed::new(1), true) == of(&Composed::new(1), false));
     }
 
     #[test]
@@ -638,13 +638,18 @@ mod fused_operators {
         for len in [1, 7, 1003, 70_001] {
             agree(&format!("adamw of {len}"), |k| {
                 let mut parameter = Param::new(&dev, "p", &[len], floats("p", len)).unwrap();
+                let other = Param::new(&dev, "other", &[3], floats("other", 3)).unwrap();
                 let zeros = || -> Vector<Cpu> { dev.tensor_from_vec(vec![0.0; len], (len,)) };
                 let (mut first, mut second, mut norms) = (zeros(), zeros(), Vec::new());
                 for step in 1..4u64 {
                     let mut gradients = Gradients::leaky();
                     let buffer: &mut Vec<f32> = gradients.get_or_alloc_mut(&parameter.value).unwrap();
                     buffer.copy_from_slice(&floats(&format!("g{step}"), len));
-                    norms.push(k.square_sum(&mut gradients, &[parameter.vector()]).unwrap() as f32);
+                    let buffer: &mut Vec<f32> = gradients.get_or_alloc_mut(&other.value).unwrap();
+                    buffer.copy_from_slice(&floats("h", 3));
+                    for parameters in [vec![parameter.vector(), other.vector()], vec![other.vector()], Vec::new()] {
+                        norms.push(k.square_sum(&mut gradients, &parameters).unwrap() as f32);
+                    }
                     let step = AdamStep {
                         lr: 0.01 * step as f64,
                         betas: (0.9, 0.95),

@@ -37,7 +37,7 @@ fn replay(cx: &Context<Cpu>, path: &Path, sets: &[&str]) -> CaseReport {
 }
 
 fn contexts() -> Vec<Context<Cpu>> {
-    let composed: Arc<dyn Kernels<Cpu>> = Arc::new(Composed);
+    let composed: Arc<dyn Kernels<Cpu>> = Arc::new(Composed::new(2));
     vec![
         Context { dev: Cpu::default(), kernels: composed.clone(), recompute: false },
         Context { dev: Cpu::default(), kernels: composed, recompute: true },

@@ -5,7 +5,7 @@
 //! best as a share of the peak measured in between. `peers` adds other crates. The filter is a part of
 //! the line's beginning, such as `teacher`; `""` is everything.
 
-use maskalign_kernels::{Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm, gemm_st};
+use maskalign_kernels::{Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm};
 use std::time::Instant;
 
 /// What is measured for one shape.
@@ -112,27 +112,6 @@ fn main() {
                 }
             });
         }
-        println!();
-    }
-    for (name, m, n, k) in
-        [("scores", 197, 197, 64), ("values", 197, 64, 197), ("scores", 59, 59, 64), ("values", 59, 64, 59)]
-    {
-        let line = format!("{name:12} {m:5} {n:5} {k:5}");
-        if !line.contains(filter) {
-            continue;
-        }
-        print!("{line} ");
-        let qkv = random(m * 2304, 4);
-        let scores = random(m * m, 5);
-        let mut c = vec![0.0; m * n];
-        report(&pools[0], 2 * m * n * k, seconds, &mut || {
-            let rows = |begin: usize| MatRef { data: &qkv[begin..], rs: 2304, cs: 1 };
-            if name == "scores" {
-                gemm_st(m, n, k, 0.125, rows(0), rows(768).t(), &mut c, n, false);
-            } else {
-                gemm_st(m, n, k, 1.0, MatRef::row_major(&scores, m), rows(1536), &mut c, n, false);
-            }
-        });
         println!();
     }
 }

@@ -65,8 +65,3 @@ pub fn isa() -> Isa {
             .unwrap_or(Isa::Scalar)
     })
 }
-
-/// The name of the set in use, for reports.
-pub fn name() -> &'static str {
-    isa().name()
-}

@@ -21,34 +21,17 @@ pub struct Arena {
 
 #[derive(Default)]
 struct Store {
-    inner: Mutex<Idle>,
+    /// Idle buffers by size class.
+    idle: Mutex<Idle>,
 }
 
-#[derive(Default)]
-struct Idle {
-    /// Idle buffers by capacity.
-    free: BTreeMap<usize, Vec<Vec<f32>>>,
-    live_floats: usize,
-    idle_floats: usize,
-    peak_floats: usize,
-}
+type Idle = BTreeMap<usize, Vec<Vec<f32>>>;
 
 impl Store {
     fn lock(&self) -> std::sync::MutexGuard<'_, Idle> {
         // The lists hold no invariant that a panic elsewhere could break.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// What an [`Arena`] holds, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ArenaUse {
-    /// Lent out now.
-    pub live: usize,
-    /// Waiting to be lent again.
-    pub idle: usize,
-    /// Largest sum of both so far.
-    pub peak: usize,
 }
 
 impl Arena {
@@ -66,16 +49,7 @@ impl Arena {
     /// step the store stays small if all of them ask for the same capacity.
     pub fn take_for(&self, len: usize, capacity: usize) -> Buf {
         let class = size_class(capacity.max(len));
-        let reused = {
-            let mut idle = self.store.lock();
-            idle.live_floats += class;
-            let reused = idle.free.get_mut(&class).and_then(Vec::pop);
-            if reused.is_some() {
-                idle.idle_floats -= class;
-            }
-            idle.peak_floats = idle.peak_floats.max(idle.live_floats + idle.idle_floats);
-            reused
-        };
+        let reused = self.store.lock().get_mut(&class).and_then(Vec::pop);
         // Fresh zeroed memory comes from the system untouched: pages appear as they are written.
         let data = reused.unwrap_or_else(|| vec![0.0; class + ALIGN_FLOATS]);
         let misaligned = data.as_ptr().align_offset(ALIGN_FLOATS * size_of::<f32>());
@@ -90,25 +64,14 @@ impl Arena {
         buf
     }
 
-    /// A buffer that holds a copy of `values`.
-    pub fn take_copy(&self, values: &[f32]) -> Buf {
-        let mut buf = self.take(values.len());
-        buf.copy_from_slice(values);
-        buf
-    }
-
     /// Gives all idle buffers back to the system. Worth calling between stages, whose sizes differ.
     pub fn trim(&self) {
-        let mut idle = self.store.lock();
-        idle.free.clear();
-        idle.idle_floats = 0;
+        self.store.lock().clear();
     }
 
-    /// What the store holds now and held at most.
-    pub fn usage(&self) -> ArenaUse {
-        let idle = self.store.lock();
-        let bytes = size_of::<f32>();
-        ArenaUse { live: idle.live_floats * bytes, idle: idle.idle_floats * bytes, peak: idle.peak_floats * bytes }
+    /// Bytes of the buffers that wait to be handed out again: with none on loan, all that the store ever allocated.
+    pub fn idle(&self) -> usize {
+        self.store.lock().iter().map(|(class, buffers)| class * buffers.len() * size_of::<f32>()).sum()
     }
 }
 
@@ -147,10 +110,7 @@ impl DerefMut for Buf {
 impl Drop for Buf {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        let mut idle = self.store.lock();
-        idle.live_floats -= self.class;
-        idle.idle_floats += self.class;
-        idle.free.entry(self.class).or_default().push(data);
+        self.store.lock().entry(self.class).or_default().push(data);
     }
 }
 
@@ -171,15 +131,15 @@ mod tests {
         let again = arena.take(990);
         assert_eq!(first, again.as_ptr());
         assert_eq!(again.len(), 990);
-        assert_eq!(arena.usage().idle, 0);
+        assert_eq!(arena.idle(), 0);
         drop(again);
-        let peak = arena.usage().peak;
+        let one = arena.idle();
         for _ in 0..5 {
             drop(arena.take(1000));
         }
-        assert_eq!(arena.usage().peak, peak);
+        assert_eq!(arena.idle(), one);
         arena.trim();
-        assert_eq!(arena.usage().idle, 0);
+        assert_eq!(arena.idle(), 0);
     }
 
     #[test]
@@ -198,6 +158,5 @@ mod tests {
         let zeroed = arena.take_zeroed(300);
         assert!(zeroed.iter().all(|&v| v == 0.0));
         assert_eq!(zeroed.as_ptr() as usize % 64, 0);
-        assert_eq!(&*arena.take_copy(&[1.0, 2.0]), &[1.0, 2.0]);
     }
 }

@@ -423,28 +423,6 @@ fn elements(shape: BlockShape, images: &Range<usize>) -> Range<usize> {
     images.start * image..images.end * image
 }
 
-/// [`block_forward`] for inference, in place: `x` becomes the block's output.
-///
-/// # Panics
-/// When a length does not fit the shape.
-pub fn block_forward_in_place(
-    pool: &Pool,
-    arena: &Arena,
-    shape: BlockShape,
-    weights: &BlockWeights<'_>,
-    x: &mut [f32],
-) {
-    assert_eq!(x.len(), shape.rows() * shape.dim, "input of the block");
-    for images in groups(shape) {
-        let at = elements(shape, &images);
-        let room = Room { arena, kept: images.len(), all: largest_group(shape) };
-        let shape = shape.with_batch(images.len());
-        let mut x1 = room.take(at.len());
-        attention_forward(pool, room, shape, weights, None, &x[at.clone()], &mut x1, Save::Nothing);
-        mlp_forward(pool, room, shape, weights, None, &x1, &mut x[at], Save::Nothing);
-    }
-}
-
 /// Runs a branch, `run(room, shape, factors, input, output)`, on the samples that are kept; the others'
 /// rows pass through.
 fn branch<S>(

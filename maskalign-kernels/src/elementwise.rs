@@ -3,7 +3,7 @@
 use crate::arena::Arena;
 use crate::gemm::Act;
 use crate::pool::Pool;
-use crate::share::{CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of2, sum_ranges, vectorised};
+use crate::share::{CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of2, vectorised};
 use crate::vmath;
 
 /// What happens to the former contents of an output.
@@ -32,66 +32,22 @@ pub(crate) fn store(write: Write, y: &mut [f32], values: impl Iterator<Item = f3
     }
 }
 
-/// `y = act(x)`.
+/// Writes `act(x)` to `y` and replaces `x` by `act'(x)`: both from one evaluation, for a backward
+/// pass that recomputes the activation.
 ///
 /// # Panics
 /// When the lengths differ, as all functions of this module.
-pub fn activation(pool: &Pool, act: Act, x: &[f32], y: &mut [f32]) {
-    assert_eq!(x.len(), y.len(), "activation output");
-    for_parts(pool, y, CHUNK, |start, y| activate(act, &x[start..][..y.len()], y));
-}
-
-/// `dx = act'(x) dy`, or added to `dx`.
-pub fn activation_backward(pool: &Pool, act: Act, x: &[f32], dy: &[f32], dx: &mut [f32], write: Write) {
-    assert!(x.len() == dy.len() && x.len() == dx.len(), "activation gradient");
-    for_parts(pool, dx, CHUNK, |start, dx| {
-        let n = dx.len();
-        activate_backward(act, &x[start..][..n], &dy[start..][..n], dx, write);
-    });
-}
-
-/// Writes `act(x)` to `y` and replaces `x` by `act'(x)`: both from one evaluation, for a backward
-/// pass that recomputes the activation.
 pub fn activation_and_slope(pool: &Pool, act: Act, x: &mut [f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "activation output");
     let y = Shared::new(y);
     for_parts(pool, x, CHUNK, |start, x| {
         // SAFETY: the parts of `x` are disjoint, and so are these.
-        activate_split(act, x, unsafe { y.part(start..start + x.len()) });
+        activate(act, x, unsafe { y.part(start..start + x.len()) });
     });
 }
 
 vectorised! {
-    fn activate(act: Act, x: &[f32], y: &mut [f32]) {
-        match act {
-            Act::None => y.copy_from_slice(x),
-            Act::Gelu => {
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = vmath::gelu::<FMA>(*x);
-                }
-            }
-            Act::QuickGelu => {
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = vmath::quick_gelu::<FMA>(*x);
-                }
-            }
-        }
-    }
-
-    fn activate_backward(act: Act, x: &[f32], dy: &[f32], dx: &mut [f32], write: Write) {
-        let pairs = x.iter().zip(dy);
-        match act {
-            Act::None => store(write, dx, dy.iter().copied()),
-            Act::Gelu => {
-                store(write, dx, pairs.map(|(x, dy)| vmath::gelu_grad::<FMA>(*x) * dy));
-            }
-            Act::QuickGelu => {
-                store(write, dx, pairs.map(|(x, dy)| vmath::quick_gelu_grad::<FMA>(*x) * dy));
-            }
-        }
-    }
-
-    fn activate_split(act: Act, x: &mut [f32], y: &mut [f32]) {
+    fn activate(act: Act, x: &mut [f32], y: &mut [f32]) {
         match act {
             Act::None => {
                 y.copy_from_slice(x);
@@ -127,11 +83,6 @@ pub fn axpy(pool: &Pool, alpha: f32, x: &[f32], y: &mut [f32]) {
     for_parts(pool, y, CHUNK, |start, y| axpy_part(alpha, &x[start..], y));
 }
 
-/// `y *= alpha`.
-pub fn scale(pool: &Pool, alpha: f32, y: &mut [f32]) {
-    for_parts(pool, y, CHUNK, |_, y| scale_part(alpha, y));
-}
-
 /// `y *= x`, element by element.
 pub fn multiply(pool: &Pool, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "product");
@@ -148,12 +99,6 @@ vectorised! {
     fn axpy_part(alpha: f32, x: &[f32], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y += alpha * x;
-        }
-    }
-
-    fn scale_part(alpha: f32, y: &mut [f32]) {
-        for y in y {
-            *y *= alpha;
         }
     }
 
@@ -527,19 +472,5 @@ vectorised! {
             let rest: f32 = rest.iter().zip(&b[t][start + tail..]).map(|(a, b)| a * b).sum();
             sums[t] += lanes.iter().sum::<f32>() + rest;
         }
-    }
-}
-
-/// Whether every element is finite.
-pub fn all_finite(pool: &Pool, x: &[f32]) -> bool {
-    let [bad] = sum_ranges(pool, x.len(), CHUNK, |range| [if part_is_finite(&x[range]) { 0.0 } else { 1.0 }]);
-    bad == 0.0
-}
-
-vectorised! {
-    fn part_is_finite(x: &[f32]) -> bool {
-        // The exponent is all ones in NaN and infinity alone; `max` keeps the worst.
-        let worst = x.iter().map(|x| x.to_bits() & 0x7fff_ffff).fold(0, u32::max);
-        worst < 0x7f80_0000
     }
 }

@@ -103,11 +103,6 @@ impl PackedB {
     pub fn n(&self) -> usize {
         self.n
     }
-
-    /// Memory held, in bytes.
-    pub fn bytes(&self) -> usize {
-        size_of_val(self.data.as_slice())
-    }
 }
 
 /// The right-hand operand of [`gemm`].
@@ -157,26 +152,7 @@ pub struct Epilogue<'a> {
 /// If an operand is shorter than its shape and strides say, a packed `B` has another shape, or the
 /// rows of `C` overlap.
 pub fn gemm(pool: &Pool, m: usize, n: usize, k: usize, a: MatRef, b: Rhs, c: &mut [f32], ldc: usize, ep: Epilogue) {
-    gemm_on(arch::isa(), Some(pool), m, n, k, a, b, c, ldc, 1.0, ep);
-}
-
-/// `C = alpha A B`, or `C += alpha A B`, on the calling thread; shapes and panics as in [`gemm`].
-///
-/// Meant for small products inside the tasks of a pool; scratch memory belongs to the thread and is
-/// reused.
-pub fn gemm_st(
-    m: usize,
-    n: usize,
-    k: usize,
-    alpha: f32,
-    a: MatRef,
-    b: MatRef,
-    c: &mut [f32],
-    ldc: usize,
-    accumulate: bool,
-) {
-    let ep = Epilogue { accumulate, ..Epilogue::default() };
-    gemm_on(arch::isa(), None, m, n, k, a, Rhs::Strided(b), c, ldc, alpha, ep);
+    gemm_on(arch::isa(), pool, m, n, k, a, b, c, ldc, ep);
 }
 
 /// The arithmetic peak of `threads` threads of `pool`, in 10^9 floating-point operations a second:
@@ -325,7 +301,7 @@ struct Product<'a> {
 
 fn gemm_on(
     isa: Isa,
-    pool: Option<&Pool>,
+    pool: &Pool,
     m: usize,
     n: usize,
     k: usize,
@@ -333,7 +309,6 @@ fn gemm_on(
     b: Rhs,
     c: &mut [f32],
     ldc: usize,
-    alpha: f32,
     ep: Epilogue,
 ) {
     if m == 0 || n == 0 {
@@ -369,7 +344,6 @@ fn gemm_on(
         && ep.row_scale.is_none()
         && ep.residual.is_none();
     let mut finish = Finish {
-        alpha,
         bias: ep.bias,
         pre: ep.pre.map(|pre| Out(pre.as_mut_ptr())),
         act: ep.act,
@@ -400,7 +374,7 @@ fn gemm_on(
 /// Packs what needs packing and runs the blocks; the operands are checked.
 fn product(
     isa: Isa,
-    pool: Option<&Pool>,
+    pool: &Pool,
     m: usize,
     n: usize,
     k: usize,
@@ -411,10 +385,6 @@ fn product(
 ) {
     let kernel = kernel(isa);
     let depth = Depth::new(kernel, k);
-    let run = |tasks: usize, f: &(dyn Fn(usize, usize) + Sync)| match pool {
-        Some(pool) => pool.run(tasks, f),
-        None => (0..tasks).for_each(|task| f(task, 0)),
-    };
     let [mut a_buffer, mut b_buffer] = PACKED.take();
 
     let strips = a.cs != 1 && k > 1;
@@ -423,7 +393,7 @@ fn product(
     let a_out = Out(a_buffer.get(a_jobs.len()).as_mut_ptr());
     let b_out = Out(b_buffer.get(b_jobs.len()).as_mut_ptr());
     let (a_tasks, b_tasks) = (a_jobs.count(), b_jobs.count());
-    run(a_tasks + b_tasks, &|task, _| {
+    pool.run(a_tasks + b_tasks, &|task, _| {
         // SAFETY: the buffers have the lengths asked for, and each task has a range of its own.
         unsafe {
             if task < b_tasks {
@@ -435,11 +405,9 @@ fn product(
     });
 
     let cols = Blocks::new(n, BLOCK_COLS, kernel.nr);
-    // One thread has nothing to balance.
-    let groups = if pool.is_some() { cols.count() } else { LEAST_TASKS };
     let product = Product {
         kernel,
-        rows: Blocks::balanced(m, BLOCK_ROWS, kernel.mr, groups),
+        rows: Blocks::balanced(m, BLOCK_ROWS, kernel.mr, cols.count()),
         cols,
         depth,
         a: if strips {
@@ -455,7 +423,7 @@ fn product(
         finish,
     };
     let col_blocks = product.cols.count();
-    run(product.rows.count() * col_blocks, &|task, _| {
+    pool.run(product.rows.count() * col_blocks, &|task, _| {
         let [mut sums, mut copy] = BLOCK.take();
         // SAFETY: the operands were checked against the shape, and no other task has this block.
         unsafe { product.block(task / col_blocks, task % col_blocks, &mut sums, &mut copy) };

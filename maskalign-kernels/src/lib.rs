@@ -2,8 +2,8 @@
 //!
 //! Plain `f32` slices, no tensor library. Every kernel picks its instruction set once at run time
 //! ([`arch`]) and shares work through one thread pool ([`pool`]); for a given instruction set the
-//! result has the same bits for any number of threads. This is the only crate of the workspace that
-//! contains `unsafe` code.
+//! result has the same bits for any number of threads. All `unsafe` code of the workspace is here, but
+//! for what looks into a tensor's storage (`kernels/view.rs` of `maskalign-core`).
 
 pub mod arch;
 pub mod arena;
@@ -21,6 +21,7 @@ pub mod vmath;
 
 pub use arch::{Isa, isa};
 pub use arena::{Arena, Buf};
-pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm, gemm_st};
+pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm};
 pub use memory::{keep_freed_memory, peak_memory_mib};
 pub use pool::Pool;
+pub use share::for_parts;

@@ -3,7 +3,7 @@
 
 use crate::elementwise::{Write, store};
 use crate::pool::Pool;
-use crate::share::{CHUNK, Shared, for_ranges, max_of, rows_per_task, sum_of2, sum_ranges, vectorised};
+use crate::share::{CHUNK, Shared, max_of, rows_per_task, sum_of, sum_of2, sum_ranges, vectorised};
 use crate::vmath;
 
 /// Where the gradient of a loss goes.
@@ -180,46 +180,24 @@ vectorised! {
     }
 }
 
-/// What a sum of divergences is divided by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KlMean {
-    /// The number of elements: PyTorch's `reduction="mean"`.
-    Elements,
-    /// The number of rows: PyTorch's `reduction="batchmean"`.
-    Rows,
-}
-
-/// The Kullback-Leibler divergence of `softmax(pred / temperature)` from
-/// `softmax(target / temperature)` over rows of `cols` elements:
-/// `F.kl_div(log_softmax(pred / T), softmax(target / T))`, and its gradient by `pred` where asked
-/// for. No factor `T^2` is applied.
-pub fn kl(
-    pool: &Pool,
-    pred: &[f32],
-    target: &[f32],
-    cols: usize,
-    temperature: f32,
-    mean: KlMean,
-    grad: Option<Grad<'_>>,
-) -> f64 {
+/// The Kullback-Leibler divergence of `softmax(pred)` from `softmax(target)` over rows of `cols`
+/// elements, averaged over all elements: `F.kl_div(log_softmax(pred), softmax(target))`, and its
+/// gradient by `pred` where asked for.
+pub fn kl(pool: &Pool, pred: &[f32], target: &[f32], cols: usize, grad: Option<Grad<'_>>) -> f64 {
     let rows = row_count(pred, target, cols);
-    let over = match mean {
-        KlMean::Elements => pred.len(),
-        KlMean::Rows => rows,
-    } as f64;
+    let over = pred.len() as f64;
     let grad = SharedGrad::new(grad, pred.len(), over);
     let [sum] = sum_ranges(pool, rows, rows_per_task(cols), |range| {
         let mut sum = 0.0;
         for row in range {
             let at = row * cols..(row + 1) * cols;
             let (p, t) = (&pred[at.clone()], &target[at.clone()]);
-            let (p_log_sum, t_log_sum) = (log_sum_exp(p, 1.0 / temperature), log_sum_exp(t, 1.0 / temperature));
-            sum += kl_row(p, p_log_sum, t, t_log_sum, 1.0 / temperature);
+            let (p_log_sum, t_log_sum) = (log_sum_exp(p), log_sum_exp(t));
+            sum += kl_row(p, p_log_sum, t, t_log_sum);
             if let Some(grad) = &grad {
                 // SAFETY: a row belongs to one task.
                 let into = unsafe { grad.into.part(at) };
-                let scale = grad.scale / temperature;
-                kl_grad(p, p_log_sum, t, t_log_sum, 1.0 / temperature, scale, grad.write, into);
+                kl_grad(p, p_log_sum, t, t_log_sum, grad.scale, grad.write, into);
             }
         }
         [sum]
@@ -228,15 +206,15 @@ pub fn kl(
 }
 
 vectorised! {
-    fn log_sum_exp(x: &[f32], factor: f32) -> f32 {
-        let largest = max_of(x) * factor;
-        let sum = sum_of2(x, x, |x, _| vmath::exp::<FMA>(x * factor - largest));
+    fn log_sum_exp(x: &[f32]) -> f32 {
+        let largest = max_of(x);
+        let sum = sum_of(x, |x| vmath::exp::<FMA>(x - largest));
         largest + sum.ln()
     }
 
-    fn kl_row(p: &[f32], p_log_sum: f32, t: &[f32], t_log_sum: f32, factor: f32) -> f64 {
+    fn kl_row(p: &[f32], p_log_sum: f32, t: &[f32], t_log_sum: f32) -> f64 {
         f64::from(sum_of2(p, t, |p, t| {
-            let (p, t) = (p * factor - p_log_sum, t * factor - t_log_sum);
+            let (p, t) = (p - p_log_sum, t - t_log_sum);
             let probability = vmath::exp::<FMA>(t);
             // 0 log 0 is 0.
             if probability > 0.0 || t.is_nan() { probability * (t - p) } else { 0.0 }
@@ -248,76 +226,39 @@ vectorised! {
         p_log_sum: f32,
         t: &[f32],
         t_log_sum: f32,
-        factor: f32,
         scale: f32,
         write: Write,
         into: &mut [f32],
     ) {
         store(write, into, p.iter().zip(t).map(|(p, t)| {
-            let p = vmath::exp::<FMA>(p * factor - p_log_sum);
-            let t = vmath::exp::<FMA>(t * factor - t_log_sum);
+            let p = vmath::exp::<FMA>(p - p_log_sum);
+            let t = vmath::exp::<FMA>(t - t_log_sum);
             (p - t) * scale
         }));
     }
 }
 
-/// The target of [`cross_entropy`].
-#[derive(Clone, Copy)]
-pub enum Classes<'a> {
-    /// A distribution for each row, `[rows, cols]`: mixup, or any soft target.
-    Soft(&'a [f32]),
-    /// A class for each row, smoothed: `1 - smoothing` on it and `smoothing / cols` on all.
-    Labels {
-        /// Class indices, `[rows]`.
-        labels: &'a [u32],
-        /// Label smoothing, 0 for none.
-        smoothing: f32,
-    },
-}
-
-/// Softmax cross-entropy, mean over rows of `cols` logits, as `F.cross_entropy`, and its gradient
-/// by the logits where asked for.
+/// Softmax cross-entropy with a distribution over the classes as each row's target, mean over rows
+/// of `cols` logits, as `F.cross_entropy`, and its gradient by the logits where asked for. A row's
+/// target need not sum to 1.
 ///
 /// # Panics
-/// When the lengths do not fit or a label is not below `cols`.
-pub fn cross_entropy(pool: &Pool, logits: &[f32], cols: usize, target: Classes<'_>, grad: Option<Grad<'_>>) -> f64 {
-    assert!(cols > 0 && logits.len().is_multiple_of(cols), "rows of logits");
-    let rows = logits.len() / cols;
-    match target {
-        Classes::Soft(t) => assert_eq!(t.len(), logits.len(), "soft targets"),
-        Classes::Labels { labels, .. } => {
-            assert_eq!(labels.len(), rows, "labels");
-            assert!(labels.iter().all(|&l| (l as usize) < cols), "label beyond the classes");
-        }
-    }
+/// When the lengths do not fit.
+pub fn cross_entropy(pool: &Pool, logits: &[f32], target: &[f32], cols: usize, grad: Option<Grad<'_>>) -> f64 {
+    let rows = row_count(logits, target, cols);
     let grad = SharedGrad::new(grad, logits.len(), rows as f64);
     let [sum] = sum_ranges(pool, rows, rows_per_task(cols), |range| {
         let mut sum = 0.0;
         for row in range {
             let at = row * cols..(row + 1) * cols;
-            let x = &logits[at.clone()];
-            let log_sum = log_sum_exp(x, 1.0);
-            // SAFETY: a row belongs to one task.
-            let into = grad.as_ref().map(|g| (unsafe { g.into.part(at.clone()) }, g.scale, g.write));
-            match target {
-                Classes::Soft(t) => {
-                    let t = &t[at];
-                    let (entropy, mass) = soft_entropy(x, log_sum, t);
-                    sum += entropy;
-                    if let Some((into, scale, write)) = into {
-                        soft_grad(x, log_sum, t, mass * scale, scale, write, into);
-                    }
-                }
-                Classes::Labels { labels, smoothing } => {
-                    let label = labels[row] as usize;
-                    let even = smoothing / cols as f32;
-                    let all = f64::from(log_sum) * cols as f64 - sum_all(x);
-                    sum += f64::from(1.0 - smoothing) * f64::from(log_sum - x[label]) + f64::from(even) * all;
-                    if let Some((into, scale, write)) = into {
-                        label_grad(x, log_sum, even, scale, write, into);
-                        into[label] -= (1.0 - smoothing) * scale;
-                    }
-                }
+            let (x, t) = (&logits[at.clone()], &target[at.clone()]);
+            let log_sum = log_sum_exp(x);
+            let (entropy, mass) = entropy(x, log_sum, t);
+            sum += entropy;
+            if let Some(grad) = &grad {
+                // SAFETY: a row belongs to one task.
+                let into = unsafe { grad.into.part(at) };
+                entropy_grad(x, log_sum, t, mass * grad.scale, grad.scale, grad.write, into);
             }
         }
         [sum]
@@ -326,12 +267,12 @@ pub fn cross_entropy(pool: &Pool, logits: &[f32], cols: usize, target: Classes<'
 }
 
 vectorised! {
-    fn soft_entropy(x: &[f32], log_sum: f32, t: &[f32]) -> (f64, f32) {
+    fn entropy(x: &[f32], log_sum: f32, t: &[f32]) -> (f64, f32) {
         let entropy = sum_of2(x, t, |x, t| if t == 0.0 { 0.0 } else { t * (log_sum - x) });
-        (f64::from(entropy), sum_of2(t, t, |t, _| t))
+        (f64::from(entropy), sum_of(t, |t| t))
     }
 
-    fn soft_grad(
+    fn entropy_grad(
         x: &[f32],
         log_sum: f32,
         t: &[f32],
@@ -343,36 +284,6 @@ vectorised! {
         store(write, into, x.iter().zip(t).map(|(x, t)| {
             vmath::exp::<FMA>(x - log_sum) * mass - t * scale
         }));
-    }
-
-    fn label_grad(x: &[f32], log_sum: f32, even: f32, scale: f32, write: Write, into: &mut [f32]) {
-        store(write, into, x.iter().map(|x| (vmath::exp::<FMA>(x - log_sum) - even) * scale));
-    }
-
-    fn sum_all(x: &[f32]) -> f64 {
-        x.iter().map(|&x| f64::from(x)).sum()
-    }
-}
-
-/// Softmax over rows of `cols` elements.
-pub fn softmax(pool: &Pool, x: &[f32], cols: usize, y: &mut [f32]) {
-    assert!(cols > 0 && x.len() == y.len() && x.len().is_multiple_of(cols), "rows of a softmax");
-    let y = Shared::new(y);
-    for_ranges(pool, x.len() / cols, rows_per_task(cols), |range| {
-        for row in range {
-            let at = row * cols..(row + 1) * cols;
-            let x = &x[at.clone()];
-            // SAFETY: a row belongs to one task.
-            softmax_row(x, log_sum_exp(x, 1.0), unsafe { y.part(at) });
-        }
-    });
-}
-
-vectorised! {
-    fn softmax_row(x: &[f32], log_sum: f32, y: &mut [f32]) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = vmath::exp::<FMA>(x - log_sum);
-        }
     }
 }
 

@@ -251,8 +251,7 @@ vectorised! {
 }
 
 /// Each row of `x` `[rows, cols]` divided by the larger of its Euclidean norm and 1e-12, as
-/// PyTorch's `F.normalize(x, dim=-1)`. Rows may be the same memory only through
-/// [`l2_normalize_in_place`].
+/// PyTorch's `F.normalize(x, dim=-1)`.
 pub fn l2_normalize(pool: &Pool, x: &[f32], cols: usize, y: &mut [f32]) {
     row_count(x, cols);
     assert_eq!(y.len(), x.len(), "l2 normalisation output");
@@ -260,12 +259,6 @@ pub fn l2_normalize(pool: &Pool, x: &[f32], cols: usize, y: &mut [f32]) {
         y.copy_from_slice(&x[start..][..y.len()]);
         l2_rows(y, cols);
     });
-}
-
-/// [`l2_normalize`] in place.
-pub fn l2_normalize_in_place(pool: &Pool, y: &mut [f32], cols: usize) {
-    row_count(y, cols);
-    for_parts(pool, y, rows_per_task(cols) * cols, |_, y| l2_rows(y, cols));
 }
 
 vectorised! {
@@ -307,16 +300,14 @@ vectorised! {
 }
 
 /// The whole of `x` as `(x - mean) / sqrt(var + 1e-6)` with one mean and one unbiased variance,
-/// summed in f64: the official code's `bn` target. Returns the mean and the standard deviation
-/// used.
-pub fn standardize_all(pool: &Pool, x: &[f32], y: &mut [f32]) -> (f64, f64) {
+/// summed in f64: the official code's `bn` target.
+pub fn standardize_all(pool: &Pool, x: &[f32], y: &mut [f32]) {
     assert_eq!(y.len(), x.len(), "standardisation output");
     let [sum] = sum_ranges(pool, x.len(), CHUNK, |range| [sum_f64(&x[range])]);
     let mean = sum / x.len() as f64;
     let [squares] = sum_ranges(pool, x.len(), CHUNK, |range| [squares_f64(&x[range], mean)]);
     let std = (squares / (x.len() as f64 - 1.0) + STANDARDIZE_EPS).sqrt();
     for_parts(pool, y, CHUNK, |start, y| shift_scale(&x[start..][..y.len()], mean, std, y));
-    (mean, std)
 }
 
 vectorised! {

@@ -1,7 +1,7 @@
 //! The optimiser step and the gradient norm over a list of tensors.
 
 use crate::pool::Pool;
-use crate::share::{CHUNK, Shared, for_parts, for_ranges, sum_ranges, vectorised};
+use crate::share::{CHUNK, Shared, for_ranges, sum_ranges, vectorised};
 
 /// One tensor of an AdamW step. All slices have one length.
 pub struct AdamWTensor<'a> {
@@ -156,35 +156,5 @@ vectorised! {
         }
         let tail: f64 = rest.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
         lanes.iter().sum::<f64>() + tail
-    }
-}
-
-/// The factor that brings gradients of this norm down to `max_norm`, as PyTorch's
-/// `clip_grad_norm_`: `max_norm / (norm + 1e-6)`, at most 1.
-pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
-    (max_norm / (norm + 1e-6)).min(1.0) as f32
-}
-
-/// The index of the first tensor with an element that is not finite.
-pub fn first_non_finite(pool: &Pool, tensors: &[&[f32]]) -> Option<usize> {
-    tensors.iter().position(|t| !crate::elementwise::all_finite(pool, t))
-}
-
-/// One step of an exponential moving average on all pairs `(average, value)`:
-/// `average = momentum * average + (1 - momentum) * value`.
-pub fn moving_average(pool: &Pool, momentum: f32, pairs: &mut [(&mut [f32], &[f32])]) {
-    for (average, value) in pairs {
-        assert_eq!(average.len(), value.len(), "moving average");
-        for_parts(pool, average, CHUNK, |start, part| {
-            average_part(momentum, part, &value[start..]);
-        });
-    }
-}
-
-vectorised! {
-    fn average_part(momentum: f32, average: &mut [f32], value: &[f32]) {
-        for (a, v) in average.iter_mut().zip(value) {
-            *a = momentum * *a + (1.0 - momentum) * v;
-        }
     }
 }

@@ -64,8 +64,9 @@ pub(crate) fn for_ranges(pool: &Pool, items: usize, chunk: usize, f: impl Fn(Ran
     });
 }
 
-/// Calls `f(first_element, part)` for consecutive parts of `data`, in parallel.
-pub(crate) fn for_parts(pool: &Pool, data: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+/// Calls `f(first_element, part)` for consecutive parts of `data`, `chunk` elements long but for the last, in parallel.
+/// The result must not depend on the order.
+pub fn for_parts(pool: &Pool, data: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     let len = data.len();
     let shared = Shared::new(data);
     for_ranges(pool, len, chunk, |range| {

@@ -48,42 +48,38 @@ pub fn resize(image: &RgbImage, crop: Crop, width: usize, height: usize, interpo
     debug_assert!(crop.left + crop.width <= image.width && crop.top + crop.height <= image.height);
     let first = (crop.top * image.width + crop.left) * 3;
     let rows = Rows { values: &image.pixels[first..], stride: image.width * 3 };
-    // Compiled for several instruction sets, the machine's best of which runs: the arithmetic is the same in all.
-    let pixels = pulp::Arch::new().dispatch(Passes { rows, crop, width, height, interpolation });
-    RgbImage { width, height, pixels }
+    RgbImage { width, height, pixels: passes(rows, crop, width, height, interpolation) }
 }
 
-/// The work on one image.
-struct Passes<'a> {
-    rows: Rows<'a>,
+maskalign_kernels::simd_fn! {
+    /// The work on one image, with the same arithmetic on every instruction set.
+    fn passes(rows: Rows<'_>, crop: Crop, width: usize, height: usize, interpolation: Interpolation) -> Vec<u8>
+        = passes_body;
+}
+
+// Inlined, as is all below it, so that it is compiled once for each instruction set.
+#[inline(always)]
+fn passes_body<const FMA: bool>(
+    rows: Rows<'_>,
     crop: Crop,
     width: usize,
     height: usize,
     interpolation: Interpolation,
-}
-
-impl pulp::NullaryFnOnce for Passes<'_> {
-    type Output = Vec<u8>;
-
-    // Inlined, as is all below it, so that it is compiled once for each instruction set.
-    #[inline(always)]
-    fn call(self) -> Vec<u8> {
-        let Self { rows, crop, width, height, interpolation } = self;
-        let columns = || Weights::new(crop.width, width, interpolation);
-        let lines = || Weights::new(crop.height, height, interpolation);
-        match (width == crop.width, height == crop.height) {
-            (true, true) => (0..height).flat_map(|row| rows.row(row, width * 3)).copied().collect(),
-            (false, true) => mix_columns(rows, crop, &columns()),
-            (true, false) => mix_lines(rows, width * 3, &lines()),
-            (false, false) if lines_first(crop, width, height) => {
-                let lowered = mix_lines(rows, crop.width * 3, &lines());
-                let rows = Rows { values: &lowered, stride: crop.width * 3 };
-                mix_columns(rows, Crop { height, ..crop }, &columns())
-            }
-            (false, false) => {
-                let narrowed = mix_columns(rows, crop, &columns());
-                mix_lines(Rows { values: &narrowed, stride: width * 3 }, width * 3, &lines())
-            }
+) -> Vec<u8> {
+    let columns = || Weights::new(crop.width, width, interpolation);
+    let lines = || Weights::new(crop.height, height, interpolation);
+    match (width == crop.width, height == crop.height) {
+        (true, true) => (0..height).flat_map(|row| rows.row(row, width * 3)).copied().collect(),
+        (false, true) => mix_columns(rows, crop, &columns()),
+        (true, false) => mix_lines(rows, width * 3, &lines()),
+        (false, false) if lines_first(crop, width, height) => {
+            let lowered = mix_lines(rows, crop.width * 3, &lines());
+            let rows = Rows { values: &lowered, stride: crop.width * 3 };
+            mix_columns(rows, Crop { height, ..crop }, &columns())
+        }
+        (false, false) => {
+            let narrowed = mix_columns(rows, crop, &columns());
+            mix_lines(Rows { values: &narrowed, stride: width * 3 }, width * 3, &lines())
         }
     }
 }

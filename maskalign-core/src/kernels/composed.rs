@@ -1,9 +1,13 @@
 //! Every operator from dfdx's own, for any device. The functions are generic over the float as well: finite
 //! differences need f64.
 
+use std::{ops::Range, sync::Arc};
+
 use dfdx::prelude::*;
 
-use super::{Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Standardize};
+use super::{
+    Act, AdamStep, AttentionShape, Begun, BegunState, BlockRun, Distance, Kernels, Packed, Pool, Standardize, flat_rows,
+};
 use crate::{
     device::{Dev, Matrix, Scalar, Vector},
     error::{Result, device},
@@ -301,9 +305,17 @@ fn standardize_rows<D: Dev>(r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix
 }
 
 /// The table of composed operators.
-pub struct Composed;
+#[derive(Clone)]
+pub struct Composed {
+    pool: Arc<Pool>,
+}
 
 impl Composed {
+    /// Operators of any device; `threads` are the host's, for images.
+    pub fn new(threads: usize) -> Self {
+        Composed { pool: Pool::new(threads.max(1)) }
+    }
+
     fn scaled<D: Dev>(
         r: &mut Recorder<D>,
         x: Matrix<D>,
@@ -329,27 +341,24 @@ impl Composed {
         }
     }
 
-    /// A block, and the attention probabilities of its class token where they are asked for.
-    fn block_with_attention<D: Dev>(
+    /// Queries, keys and values of a block.
+    fn heads<D: Dev>(&self, r: &mut Recorder<D>, x: &Matrix<D>, block: &Block<D>) -> Result<[Matrix<D>; 3]> {
+        let y = self.layer_norm(r, x, &block.norm1)?;
+        let qkv = self.linear(r, &y, &block.qkv, Act::None)?;
+        Ok([part(r, &qkv, 0, 3)?, part(r, &qkv, 1, 3)?, part(r, &qkv, 2, 3)?])
+    }
+
+    /// The rest of a block.
+    fn after_heads<D: Dev>(
         &self,
         r: &mut Recorder<D>,
         x: &Matrix<D>,
+        [q, k, v]: [Matrix<D>; 3],
         block: &Block<D>,
         run: &BlockRun,
-        want_attention: bool,
-    ) -> Result<(Matrix<D>, Vec<f32>)> {
-        let shape = AttentionShape { batch: run.batch, heads: block.heads, queries: run.tokens, keys: run.tokens };
+    ) -> Result<Matrix<D>> {
         let scales = run.branch_scale.as_ref();
-        let y = self.layer_norm(r, x, &block.norm1)?;
-        let qkv = self.linear(r, &y, &block.qkv, Act::None)?;
-        let (q, k, v) = (part(r, &qkv, 0, 3)?, part(r, &qkv, 1, 3)?, part(r, &qkv, 2, 3)?);
-        let attention_row = if want_attention {
-            let p = probabilities(&mut Recorder::inference(), &q, &k, shape)?.as_vec();
-            class_attention(&p, shape)
-        } else {
-            Vec::new()
-        };
-        let y = attention(r, &q, &k, &v, shape)?;
+        let y = attention(r, &q, &k, &v, self_attention(block, run))?;
         let y = self.linear(r, &y, &block.proj, Act::None)?;
         let y = Self::scaled(r, y, block.ls1.as_ref(), scales.map(|s| &*s.0), run.tokens)?;
         let x = self.add(r, x, &y)?;
@@ -357,38 +366,38 @@ impl Composed {
         let y = self.linear(r, &y, &block.fc1, block.act)?;
         let y = self.linear(r, &y, &block.fc2, Act::None)?;
         let y = Self::scaled(r, y, block.ls2.as_ref(), scales.map(|s| &*s.1), run.tokens)?;
-        Ok((self.add(r, &x, &y)?, attention_row))
+        self.add(r, &x, &y)
     }
 }
 
-/// Row 0 of the probabilities `[batch, heads, tokens, tokens]` without its first column, mean over heads.
-fn class_attention(p: &[f32], s: AttentionShape) -> Vec<f32> {
-    let mut out = vec![0.0; s.batch * (s.keys - 1)];
-    for image in 0..s.batch {
-        for head in 0..s.heads {
-            let row = &p[(image * s.heads + head) * s.queries * s.keys..][1..s.keys];
-            for (sum, p) in out[image * (s.keys - 1)..].iter_mut().zip(row) {
-                *sum += p / s.heads as f32;
-            }
-        }
-    }
-    out
+fn self_attention<D: Dev>(block: &Block<D>, run: &BlockRun) -> AttentionShape {
+    AttentionShape { batch: run.batch, heads: block.heads, queries: run.tokens, keys: run.tokens }
 }
 
-/// Indices into `[batch * tokens]` of the given token indices of each image (`rows` holds `rows.len() / batch` each).
-pub(crate) fn flat_rows(rows: &[u32], batch: usize, tokens: usize) -> Vec<u32> {
-    let each = rows.len() / batch;
-    rows.iter().enumerate().map(|(i, &row)| ((i / each.max(1)) * tokens) as u32 + row).collect()
+/// What the class token, the first of each image, attends to: its probabilities over the other tokens, mean over heads,
+/// `[batch, tokens - 1]`. Of the probabilities its rows alone are computed and copied to the host.
+fn class_attention<D: Dev>(q: &Matrix<D>, k: &Matrix<D>, s: AttentionShape) -> Result<Vec<f32>> {
+    let off = &mut Recorder::inference();
+    let class = flat_rows(&vec![0; s.batch], s.batch, s.queries);
+    let q = gather_rows(off, std::slice::from_ref(q), &class)?;
+    let p = probabilities(off, &q, k, AttentionShape { queries: 1, ..s })?.as_vec();
+    let others = s.keys - 1;
+    let mut out = vec![0.0; s.batch * others];
+    for (row, p) in p.chunks_exact(s.keys).enumerate() {
+        let out = &mut out[row / s.heads * others..][..others];
+        out.iter_mut().zip(&p[1..]).for_each(|(sum, p)| *sum += p / s.heads as f32);
+    }
+    Ok(out)
 }
 
 impl<D: Dev> Kernels<D> for Composed {
     fn name(&self) -> String {
         "composed".into()
     }
-    fn threads(&self) -> usize {
-        1
+    fn pool(&self) -> &Pool {
+        &self.pool
     }
-    fn pack(&self, _: &Matrix<D>) -> Option<Packed> {
+    fn pack(&self, _: &Matrix<D>, _: Range<usize>) -> Option<Packed> {
         None
     }
     fn linear(&self, r: &mut Recorder<D>, x: &Matrix<D>, layer: &Linear<D>, act: Act) -> Result<Matrix<D>> {
@@ -429,11 +438,17 @@ impl<D: Dev> Kernels<D> for Composed {
                 parameters.push(p.vector())
             }
         });
-        let (block, run, recompute) = (block.clone(), run.clone(), run.recompute);
-        r.segment(parameters, x, recompute, move |r, x| Ok(Composed.block_with_attention(r, x, &block, &run, false)?.0))
+        let (kernels, block, run, recompute) = (self.clone(), block.clone(), run.clone(), run.recompute);
+        r.segment(parameters, x, recompute, move |r, x| {
+            let heads = kernels.heads(r, x, &block)?;
+            kernels.after_heads(r, x, heads, &block, &run)
+        })
     }
     fn begin_block(&self, x: &Matrix<D>, block: &Block<D>, run: &BlockRun) -> Result<Begun<D>> {
-        let (y, attention) = self.block_with_attention(&mut Recorder::inference(), x, block, run, true)?;
+        let off = &mut Recorder::inference();
+        let heads = self.heads(off, x, block)?;
+        let attention = class_attention(&heads[0], &heads[1], self_attention(block, run))?;
+        let y = self.after_heads(off, x, heads, block, run)?;
         Ok(Begun { attention, state: BegunState::Done(y) })
     }
     fn finish_block(
@@ -529,12 +544,15 @@ impl<D: Dev> Kernels<D> for Composed {
         update().map_err(device)
     }
     fn square_sum(&self, gradients: &mut Gradients<f32, D>, parameters: &[Vector<D>]) -> Result<f64> {
-        let mut total = 0.0;
+        if parameters.is_empty() {
+            return Ok(0.0);
+        }
+        let mut sums: Vec<Scalar<D>> = Vec::with_capacity(parameters.len());
         for parameter in parameters {
             let g = crate::tape::gradient(gradients, parameter)?;
-            let sum: Scalar<D> = g.try_square().map_err(device)?.try_sum::<(), Axis<0>>().map_err(device)?;
-            total += f64::from(sum.as_vec()[0]);
+            sums.push(g.try_square().and_then(|g| g.try_sum::<(), Axis<0>>()).map_err(device)?);
         }
-        Ok(total)
+        let sums: Vector<D> = sums.try_stack().map_err(device)?;
+        Ok(sums.as_vec().into_iter().map(f64::from).sum())
     }
 }

@@ -3,13 +3,13 @@
 //! What a backward pass needs is kept in the closure that the recorder holds and freed as that closure runs; buffers
 //! come from a pool that lives as long as the run.
 
-use std::{mem, sync::Arc};
+use std::{mem, ops::Range, sync::Arc};
 
 use dfdx::prelude::{Cpu, CpuError, Gradients, HasShape, TensorFromVec};
 use maskalign_kernels::{
     Arena, Buf, Epilogue, Pool, attention as attn,
     block::{self as blk, BlockGrads, BlockShape, BlockWeights, DropPath, LastBlock, Save, SplitWeights},
-    elementwise::{self as ew, Patches, Write},
+    elementwise::{self as ew, Write},
     fma_peak_gflops, isa, keep_freed_memory, loss, norm, optim,
 };
 
@@ -57,6 +57,15 @@ macro_rules! restore {
 type M = Matrix<Cpu>;
 type R = Recorder<Cpu>;
 
+/// What a linear layer is given.
+#[derive(Clone, Copy, PartialEq)]
+enum Input {
+    /// States of the model, which take a gradient.
+    Hidden,
+    /// Data, which takes none.
+    Data,
+}
+
 /// The table of fused operators.
 pub struct Fused {
     pool: Arc<Pool>,
@@ -70,16 +79,11 @@ impl Fused {
         Fused { pool: Pool::new(threads.max(1)), arena: Arena::new() }
     }
 
-    /// The threads, for measurements of the machine.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
-    }
-
     fn handles(&self) -> (Arc<Pool>, Arena) {
         (Arc::clone(&self.pool), self.arena.clone())
     }
 
-    fn linear_op(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act, input_gradient: bool) -> Result<M> {
+    fn linear_op(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act, input: Input) -> Result<M> {
         let x = contiguous(r, x)?;
         let (rows, inputs) = *x.shape();
         let outputs = layer.outputs();
@@ -113,7 +117,7 @@ impl Fused {
             );
             give_back(g, Some(&layer.weight), dw)?;
             give_back(g, layer.bias.as_ref(), db)?;
-            if input_gradient {
+            if input == Input::Hidden {
                 let dx = g.get_or_alloc_mut(&x)?;
                 blk::linear_backward_input(
                     &pool,
@@ -304,8 +308,8 @@ impl Kernels<Cpu> for Fused {
         format!("fused, {}", isa().name())
     }
 
-    fn threads(&self) -> usize {
-        self.pool.threads()
+    fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     fn peak_gflops(&self) -> Option<f64> {
@@ -316,23 +320,18 @@ impl Kernels<Cpu> for Fused {
         self.arena.trim();
     }
 
-    fn pack(&self, weight: &M) -> Option<Packed> {
-        let (outputs, inputs) = *weight.shape();
-        Some(Packed(Arc::new(blk::pack_weight(view(weight), outputs, inputs))))
-    }
-
-    fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
-        let mut rows = vec![0.0; from.elements(index)];
-        ew::cut_patches(&self.pool, from, index, &mut rows);
-        rows
+    fn pack(&self, weight: &M, rows: Range<usize>) -> Option<Packed> {
+        let inputs = weight.shape().1;
+        let values = &view(weight)[rows.start * inputs..rows.end * inputs];
+        Some(Packed(Arc::new(blk::pack_weight(values, rows.len(), inputs))))
     }
 
     fn linear(&self, r: &mut R, x: &M, layer: &Linear<Cpu>, act: Act) -> Result<M> {
-        self.linear_op(r, x, layer, act, true)
+        self.linear_op(r, x, layer, act, Input::Hidden)
     }
 
     fn embed(&self, r: &mut R, data: &M, layer: &Linear<Cpu>) -> Result<M> {
-        self.linear_op(r, data, layer, Act::None, false)
+        self.linear_op(r, data, layer, Act::None, Input::Data)
     }
 
     fn layer_norm(&self, r: &mut R, x: &M, layer: &Norm<Cpu>) -> Result<M> {
@@ -596,9 +595,7 @@ impl Kernels<Cpu> for Fused {
         match kind {
             Standardize::Length => norm::l2_normalize(&self.pool, view(&x), columns, &mut y),
             Standardize::Rows => norm::standardize_rows(&self.pool, view(&x), columns, &mut y),
-            Standardize::All => {
-                norm::standardize_all(&self.pool, view(&x), &mut y);
-            }
+            Standardize::All => norm::standardize_all(&self.pool, view(&x), &mut y),
         }
         matrix(&x, y, rows, columns)
     }
@@ -633,13 +630,13 @@ impl Kernels<Cpu> for Fused {
     fn cross_entropy(&self, r: &mut R, logits: &M, targets: Vec<f32>) -> Result<Scalar<Cpu>> {
         let x = contiguous(r, logits)?;
         let columns = x.shape().1;
-        let value = loss::cross_entropy(&self.pool, view(&x), columns, loss::Classes::Soft(&targets), None);
+        let value = loss::cross_entropy(&self.pool, view(&x), &targets, columns, None);
         let y = scalar(&x, value)?;
         let (pool, out) = (Arc::clone(&self.pool), y.ghost());
         r.record(move |g| {
             let scale = take!(g, &out)[0];
             let grad = loss::Grad { into: g.get_or_alloc_mut(&x)?, scale, write: Write::Add };
-            loss::cross_entropy(&pool, view(&x), columns, loss::Classes::Soft(&targets), Some(grad));
+            loss::cross_entropy(&pool, view(&x), &targets, columns, Some(grad));
             Ok(())
         });
         Ok(y)
@@ -726,6 +723,6 @@ fn distance_kernel(pool: &Pool, x: &M, target: &M, distance: Distance, grad: Opt
         Distance::L1 => loss::pointwise(pool, loss::Pointwise::L1, x, y, grad),
         Distance::SmoothL1 { beta } => loss::pointwise(pool, loss::Pointwise::SmoothL1 { beta }, x, y, grad),
         Distance::Cosine => loss::cosine(pool, x, y, columns, grad),
-        Distance::Kl => loss::kl(pool, x, y, columns, 1.0, loss::KlMean::Elements, grad),
+        Distance::Kl => loss::kl(pool, x, y, columns, grad),
     }
 }

@@ -8,7 +8,7 @@ pub mod composed;
 pub mod fused;
 mod view;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use dfdx::prelude::Gradients;
 
@@ -19,9 +19,9 @@ use crate::{
     tape::Recorder,
 };
 
-use maskalign_kernels::{Pool, elementwise::cut_patches};
+use maskalign_kernels::elementwise::cut_patches;
 
-pub use maskalign_kernels::{elementwise::Patches, gemm::Act};
+pub use maskalign_kernels::{Pool, elementwise::Patches, gemm::Act};
 
 /// Sizes of an attention: queries and keys are the rows of matrices `[batch * tokens, heads * head_dim]`.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +99,12 @@ pub struct AdamStep {
 #[derive(Clone)]
 pub struct Packed(pub(crate) Arc<maskalign_kernels::gemm::PackedB>);
 
+/// Indices into `[batch * tokens]` of the given token indices of each image (`rows` holds `rows.len() / batch` each).
+pub fn flat_rows(rows: &[u32], batch: usize, tokens: usize) -> Vec<u32> {
+    let each = rows.len() / batch;
+    rows.iter().enumerate().map(|(i, &row)| ((i / each.max(1)) * tokens) as u32 + row).collect()
+}
+
 /// What the last block of a frozen tower gives before it is finished.
 pub struct Begun<D: Dev> {
     /// Attention of the class token to each patch, mean over heads: `[batch, patches]`, row-major.
@@ -121,21 +127,26 @@ pub(crate) enum BegunState<D: Dev> {
 pub trait Kernels<D: Dev> {
     /// Name for manifests: `composed`, or `fused` with its instruction set.
     fn name(&self) -> String;
-    /// Threads the operators run on.
-    fn threads(&self) -> usize;
+    /// The host's threads: the CPU's operators run on them and, on every device, what is done with images before they
+    /// reach it.
+    fn pool(&self) -> &Pool;
+    /// How many threads that is.
+    fn threads(&self) -> usize {
+        self.pool().threads()
+    }
     /// The machine's peak of fused multiply-adds in GFLOP/s, measured now on these threads.
     fn peak_gflops(&self) -> Option<f64> {
         None
     }
     /// Gives idle buffers back to the system: worth it between stages, whose sizes differ.
     fn trim(&self) {}
-    /// The fastest form of a frozen weight `[out, in]`, where this device has one.
-    fn pack(&self, weight: &Matrix<D>) -> Option<Packed>;
+    /// The fastest form of some rows of a frozen weight `[out, in]`, where this device has one.
+    fn pack(&self, weight: &Matrix<D>, rows: Range<usize>) -> Option<Packed>;
     /// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel,
     /// row, column. `index` holds as many patches for each image; without it all are cut.
     fn cut_patches(&self, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
         let mut rows = vec![0.0; from.elements(index)];
-        cut_patches(&Pool::new(1), from, index, &mut rows);
+        cut_patches(self.pool(), from, index, &mut rows);
         rows
     }
     /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.
@@ -205,6 +216,7 @@ pub trait Kernels<D: Dev> {
         second: &mut Vector<D>,
         step: AdamStep,
     ) -> Result<()>;
-    /// Sum of squares of the gradients of the given parameters, in double precision.
+    /// Sum of squares of the gradients of the given parameters: in double precision throughout for the fused operators,
+    /// over the parameters alone for the composed, which sum each one's on the device and wait for it once.
     fn square_sum(&self, gradients: &mut Gradients<f32, D>, parameters: &[Vector<D>]) -> Result<f64>;
 }

@@ -6,6 +6,9 @@
 use dfdx::prelude::{Cpu, HasShape, Shape, Tensor};
 
 /// The values of a contiguous tensor, row-major.
+///
+/// # Panics
+/// The tensor is strided or broadcast: its storage does not hold the values in a row.
 pub(super) fn view<S: Shape>(tensor: &Tensor<S, f32, Cpu>) -> &[f32]
 where
     Tensor<S, f32, Cpu>: std::ops::Index<S::Concrete, Output = f32>,
@@ -14,14 +17,17 @@ where
     if len == 0 {
         return &[];
     }
-    debug_assert!(is_contiguous(tensor), "a kernel was given a strided tensor");
+    assert!(is_contiguous(tensor), "a kernel was given a strided tensor");
     let first: &f32 = &tensor[S::Concrete::default()];
-    // SAFETY: the tensor is contiguous and not broadcast (its callers make it so), so that its storage holds `len`
-    // values from the first on; the borrow of the tensor keeps the storage alive and unchanged.
+    // SAFETY: the tensor is contiguous and not broadcast, so that its storage holds `len` values from the first on; the
+    // borrow of the tensor keeps the storage alive and unchanged.
     unsafe { std::slice::from_raw_parts(first, len) }
 }
 
 /// The values of a contiguous tensor, to be changed in place; storage that is shared is copied first.
+///
+/// # Panics
+/// As [`view`].
 pub(super) fn view_mut<S: Shape>(tensor: &mut Tensor<S, f32, Cpu>) -> &mut [f32]
 where
     Tensor<S, f32, Cpu>: std::ops::IndexMut<S::Concrete, Output = f32>,
@@ -30,6 +36,7 @@ where
     if len == 0 {
         return &mut [];
     }
+    assert!(is_contiguous(tensor), "a kernel was given a strided tensor");
     let first: &mut f32 = &mut tensor[S::Concrete::default()];
     // SAFETY: as above; `IndexMut` made the storage this tensor's alone, and the borrow is exclusive.
     unsafe { std::slice::from_raw_parts_mut(first, len) }
@@ -56,4 +63,37 @@ pub(super) fn is_contiguous<S: Shape>(tensor: &Tensor<S, f32, Cpu>) -> bool {
         after *= dims[axis];
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use dfdx::prelude::{Axes2, Axis, BroadcastTo, PermuteTo, TensorFromVec};
+
+    use super::*;
+
+    fn matrix() -> Tensor<(usize, usize), f32, Cpu> {
+        Cpu::default().tensor_from_vec(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0], (2, 3))
+    }
+
+    #[test]
+    fn values_that_lie_row_by_row_are_seen_and_changed_in_place() {
+        let mut x = matrix();
+        let before = x.clone();
+        view_mut(&mut x)[4] = 7.0;
+        assert_eq!(view(&x), [1.0, 2.0, 3.0, 4.0, 7.0, 6.0]);
+        assert_eq!(view(&before)[4], 5.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "strided")]
+    fn a_permuted_tensor_is_refused() {
+        view(&matrix().permute::<(usize, usize), Axes2<1, 0>>());
+    }
+
+    #[test]
+    #[should_panic(expected = "strided")]
+    fn a_broadcast_tensor_is_not_written_to() {
+        let row: Tensor<(usize,), f32, Cpu> = Cpu::default().tensor_from_vec(vec![1.0, 2.0], (2,));
+        view_mut(&mut row.broadcast_like::<(usize, usize), Axis<0>>(&(3, 2)));
+    }
 }

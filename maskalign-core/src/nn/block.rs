@@ -1,9 +1,9 @@
 //! The pre-norm transformer block.
 
-use super::{Init, Linear, Norm, Param, layers::dev_empty};
+use super::{Bias, Init, Linear, Norm, Param, layers::dev_empty};
 use crate::{
     device::Dev,
-    error::{Result, device},
+    error::Result,
     kernels::{Act, Kernels, Packed},
 };
 
@@ -63,12 +63,12 @@ impl<D: Dev> Block<D> {
         };
         Ok(Block {
             norm1: Norm::new(init, &format!("{prefix}.norm1"), c.dim, c.eps)?,
-            qkv: Linear::new(init, &format!("{prefix}.attn.qkv"), 3 * c.dim, c.dim, true)?,
-            proj: Linear::new(init, &format!("{prefix}.attn.proj"), c.dim, c.dim, true)?,
+            qkv: Linear::new(init, &format!("{prefix}.attn.qkv"), 3 * c.dim, c.dim, Bias::With)?,
+            proj: Linear::new(init, &format!("{prefix}.attn.proj"), c.dim, c.dim, Bias::With)?,
             ls1: scale("ls1")?,
             norm2: Norm::new(init, &format!("{prefix}.norm2"), c.dim, c.eps)?,
-            fc1: Linear::new(init, &format!("{prefix}.mlp.fc1"), c.mlp, c.dim, true)?,
-            fc2: Linear::new(init, &format!("{prefix}.mlp.fc2"), c.dim, c.mlp, true)?,
+            fc1: Linear::new(init, &format!("{prefix}.mlp.fc1"), c.mlp, c.dim, Bias::With)?,
+            fc2: Linear::new(init, &format!("{prefix}.mlp.fc2"), c.dim, c.mlp, Bias::With)?,
             ls2: scale("ls2")?,
             heads: c.heads,
             act: c.act,
@@ -97,16 +97,9 @@ impl<D: Dev> Block<D> {
     /// # Errors
     /// Out of memory on the device.
     pub fn pack_split(&mut self, kernels: &dyn Kernels<D>) -> Result<()> {
-        let parts = self.qkv.weight.to_host().data;
-        let (dim, dev) = (self.proj.outputs(), self.qkv.weight.value.device().clone());
-        let part = |range: std::ops::Range<usize>| -> Result<Option<Packed>> {
-            let rows = range.len();
-            let values = parts[range.start * dim..range.end * dim].to_vec();
-            Ok(kernels.pack(&dev.try_tensor_from_vec(values, (rows, dim)).map_err(device)?))
-        };
-        if let (Some(q), Some(kv)) = (part(0..dim)?, part(dim..3 * dim)?) {
-            self.split_qkv = Some((q, kv));
-        }
+        let dim = self.proj.outputs();
+        let part = |rows| kernels.pack(&self.qkv.weight(), rows);
+        self.split_qkv = part(0..dim).zip(part(dim..3 * dim));
         self.pack(kernels)
     }
 

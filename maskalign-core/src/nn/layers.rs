@@ -7,6 +7,15 @@ use crate::{
     kernels::{Kernels, Packed},
 };
 
+/// Whether a linear layer adds a learned vector to its product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    /// It does; the vector starts at zero.
+    With,
+    /// It does not.
+    Without,
+}
+
 /// A linear layer, `[out, in]` as checkpoints store it.
 #[derive(Clone)]
 pub struct Linear<D: Dev> {
@@ -23,7 +32,7 @@ impl<D: Dev> Linear<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn new(init: &Init<D>, name: &str, outputs: usize, inputs: usize, bias: bool) -> Result<Self> {
+    pub fn new(init: &Init<D>, name: &str, outputs: usize, inputs: usize, bias: Bias) -> Result<Self> {
         Self::from_weight(init, name, init.xavier(format!("{name}.weight"), &[outputs, inputs])?, bias)
     }
 
@@ -31,10 +40,10 @@ impl<D: Dev> Linear<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn from_weight(init: &Init<D>, name: &str, weight: Param<D>, bias: bool) -> Result<Self> {
+    pub fn from_weight(init: &Init<D>, name: &str, weight: Param<D>, bias: Bias) -> Result<Self> {
         let bias = match bias {
-            true => Some(init.constant(format!("{name}.bias"), &weight.dims[..1], 0.0)?),
-            false => None,
+            Bias::With => Some(init.constant(format!("{name}.bias"), &weight.dims[..1], 0.0)?),
+            Bias::Without => None,
         };
         Ok(Linear { weight, bias, packed: None })
     }
@@ -60,7 +69,7 @@ impl<D: Dev> Linear<D> {
     /// Out of memory on the device.
     pub fn pack(&mut self, kernels: &dyn Kernels<D>) -> Result<()> {
         self.each_mut(&mut |p| p.trainable = false);
-        if let Some(packed) = kernels.pack(&self.weight()) {
+        if let Some(packed) = kernels.pack(&self.weight(), 0..self.outputs()) {
             self.weight.value = dev_empty(&self.weight.value)?;
             self.packed = Some(packed);
         }

@@ -8,7 +8,7 @@ mod positions;
 mod vit;
 
 pub use block::{Block, BlockConfig};
-pub use layers::{Linear, Norm};
+pub use layers::{Bias, Linear, Norm};
 pub use param::{Init, Module, Param, count};
 pub use positions::sincos_positions;
 pub use vit::{Arch, BranchScales, Features, Grid, Statistics, TowerInput, Vit, VitConfig};

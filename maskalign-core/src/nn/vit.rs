@@ -6,15 +6,14 @@ use maskalign_registry::Refusal;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
+use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
 use crate::{
     context::Context,
     device::{Dev, Matrix},
     error::{Result, device},
-    images::ImageBatch,
+    images::{ImageBatch, resize_images_bicubic},
     kernels::{Act, Begun, BlockRun, Kernels, Patches},
     tape::Recorder,
-    weights::resize_images_bicubic,
 };
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
@@ -217,7 +216,7 @@ impl TowerInput {
         } else {
             resized = {
                 let (from, to) = (images.size, self.image_size);
-                resize_images_bicubic(&images.pixels, [images.batch, 3, from, from], [to, to])
+                resize_images_bicubic(kernels.pool(), &images.pixels, [images.batch, 3, from, from], [to, to])
             };
             (self.image_size, &resized)
         };
@@ -250,7 +249,7 @@ pub struct VitConfig {
     /// LayerNorm before the first block (CLIP).
     pub pre_norm: bool,
     /// Bias of the patch embedding (all but CLIP).
-    pub patch_bias: bool,
+    pub patch_bias: Bias,
     /// Learned scales of the branches (DINOv2).
     pub layer_scale: bool,
     /// Of the MLPs.
@@ -333,7 +332,10 @@ impl<D: Dev> Vit<D> {
             norm_pre: config.pre_norm.then(|| Norm::new(init, "norm_pre", dim, config.eps)).transpose()?,
             blocks: (0..depth).map(|i| Block::new(init, &format!("blocks.{i}"), block)).collect::<Result<_>>()?,
             norm: Norm::new(init, "norm", dim, config.eps)?,
-            head: config.projection.map(|outputs| Linear::new(init, "head", outputs, dim, false)).transpose()?,
+            head: config
+                .projection
+                .map(|outputs| Linear::new(init, "head", outputs, dim, Bias::Without))
+                .transpose()?,
             reach: depth,
             config,
         })

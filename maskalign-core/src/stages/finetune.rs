@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     images::ImageBatch,
     kernels::Act,
-    nn::{Init, Linear, Norm, Param},
+    nn::{Bias, Init, Linear, Norm, Param},
     plugin::Build,
     random::Stream,
     register,
@@ -290,7 +290,7 @@ impl Finetune {
         let weight = init.truncated_normal("head.weight", &[classes, shape.arch.dim], self.head_std)?;
         Ok(Classifier {
             norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,
-            head: Linear::from_weight(init, "head", weight, true)?,
+            head: Linear::from_weight(init, "head", weight, Bias::With)?,
             student,
             seed,
             layer_decay: self.layer_decay,

@@ -353,10 +353,8 @@ impl<D: Dev> Trainer<D> {
         let mut outcome = Ok(());
         task.visit(&mut |p| {
             if p.trainable && outcome.is_ok() {
-                outcome = match gradients.get_or_alloc_mut(&p.value).map_err(device) {
-                    Ok(buffer) => cx.dev.zero(buffer),
-                    Err(error) => Err(error),
-                };
+                let zero = gradients.get_or_alloc_mut(&p.value).and_then(|buffer| cx.dev.try_fill_with_zeros(buffer));
+                outcome = zero.map_err(device);
             }
         });
         outcome.map(|()| gradients)

@@ -10,9 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::bicubic::transposed;
 use super::element::element_count;
 use super::mismatch::Mismatch;
+use super::positions::transposed;
 use super::{HostTensor, TensorMap, WeightsError};
 
 /// A family of vision towers, as far as weights are concerned.
@@ -45,11 +45,6 @@ impl Family {
 pub struct Canonical {
     /// The tower's tensors.
     pub tensors: TensorMap,
-    /// What is no part of the tower but may start another part of a model, under these names: `distill_weights` and
-    /// `distill_heads.*` (the official MaskAlign aligner), `decoder_*` and a plain ViT's `mask_token` (MAE's decoder),
-    /// `dec_norms.*` and `wfm.*` (what CrossMAE's decoder has besides),
-    /// `head.*` and `fc_norm.*` (a classifier).
-    pub extra: TensorMap,
     /// The naming that was found.
     pub layout: &'static str,
     /// Tensors left out, each with the rule that says so, sorted by name.
@@ -247,58 +242,45 @@ const WRAPPERS: [&str; 13] = [
     "base_model",
 ];
 
-/// What a tensor outside the tower is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outside {
-    /// Left out by this rule.
-    Ignored(&'static str),
-    /// Kept under `Canonical::extra`.
-    Extra,
-}
-use Outside::{Extra, Ignored};
-
-/// Rules for tensors beside a tower. A name that ends in `.` or `_` stands for all that begin with it; the first row that
+/// Rules that leave out tensors beside a tower. A name that ends in `.` or `_` stands for all that begin with it; the first row that
 /// fits counts.
-const OUTSIDE: &[(&str, Outside)] = &[
-    ("text_model.", Ignored("text tower")),
-    ("text.", Ignored("text tower")),
-    ("text_projection", Ignored("text tower")),
-    ("text_projection.", Ignored("text tower")),
-    ("token_embedding.", Ignored("text tower")),
-    ("ln_final.", Ignored("text tower")),
-    ("attn_mask", Ignored("text tower")),
-    ("logit_scale", Ignored("contrastive loss")),
-    ("logit_bias", Ignored("contrastive loss")),
-    ("input_resolution", Ignored("sizes stored as numbers")),
-    ("context_length", Ignored("sizes stored as numbers")),
-    ("vocab_size", Ignored("sizes stored as numbers")),
-    ("embeddings.position_ids", Ignored("position ids")),
-    ("embeddings.mask_token", Ignored("mask token of the pre-training")),
-    ("mask_token", Ignored("mask token of the pre-training")),
-    ("decoder_", Extra),
-    ("dec_norms.", Extra),
-    ("wfm.", Extra),
-    ("decoder.", Ignored("decoder of the pre-training")),
-    ("head.mlp.", Ignored("head of the self-distillation")),
-    ("head.last_layer.", Ignored("head of the self-distillation")),
-    ("dino_head.", Ignored("head of the self-distillation")),
-    ("ibot_head.", Ignored("head of the self-distillation")),
-    ("pooler.", Ignored("pooler")),
-    ("classifier.", Ignored("classifier")),
-    ("clip_model.", Ignored("frozen teacher")),
-    ("dino_model.", Ignored("frozen teacher")),
-    ("distill_weights", Extra),
-    ("distill_heads.", Extra),
-    ("fc_norm.", Extra),
-    ("head.", Extra),
+const OUTSIDE: &[(&str, &str)] = &[
+    ("text_model.", "text tower"),
+    ("text.", "text tower"),
+    ("text_projection", "text tower"),
+    ("text_projection.", "text tower"),
+    ("token_embedding.", "text tower"),
+    ("ln_final.", "text tower"),
+    ("attn_mask", "text tower"),
+    ("logit_scale", "contrastive loss"),
+    ("logit_bias", "contrastive loss"),
+    ("input_resolution", "sizes stored as numbers"),
+    ("context_length", "sizes stored as numbers"),
+    ("vocab_size", "sizes stored as numbers"),
+    ("embeddings.position_ids", "position ids"),
+    ("embeddings.mask_token", "mask token of the pre-training"),
+    ("mask_token", "mask token of the pre-training"),
+    ("decoder_", "decoder of the pre-training"),
+    ("dec_norms.", "decoder of the pre-training"),
+    ("wfm.", "decoder of the pre-training"),
+    ("decoder.", "decoder of the pre-training"),
+    ("head.mlp.", "head of the self-distillation"),
+    ("head.last_layer.", "head of the self-distillation"),
+    ("dino_head.", "head of the self-distillation"),
+    ("ibot_head.", "head of the self-distillation"),
+    ("pooler.", "pooler"),
+    ("classifier.", "classifier"),
+    ("clip_model.", "frozen teacher"),
+    ("dino_model.", "frozen teacher"),
+    ("distill_weights", "alignment of the pre-training"),
+    ("distill_heads.", "alignment of the pre-training"),
+    ("fc_norm.", "classifier"),
+    ("head.", "classifier"),
 ];
 
 /// As [`OUTSIDE`], for names beside a `visual.` tower, where the text tower has names that a vision tower has too.
-const BESIDE_VISUAL: &[(&str, Outside)] = &[
-    ("transformer.", Ignored("text tower")),
-    ("positional_embedding", Ignored("text tower")),
-    ("cls_emb", Ignored("text tower")),
-];
+const BESIDE_VISUAL: &[(&str, &str)] =
+    &[("transformer.", "text tower"), ("positional_embedding", "text tower"), ("cls_emb", "text tower")];
 
 /// Blocks beyond this number are taken for names that are not understood.
 const MAX_BLOCKS: usize = 1024;
@@ -317,8 +299,7 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
     let (layout, prefix) = detect(&map, family, &what)?;
     let what = format!("{what} (in {} naming)", layout.name);
 
-    let mut canonical =
-        Canonical { tensors: TensorMap::new(), extra: TensorMap::new(), layout: layout.name, ignored: Vec::new() };
+    let mut canonical = Canonical { tensors: TensorMap::new(), layout: layout.name, ignored: Vec::new() };
     let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
     let mut mismatch = Mismatch::default();
     for (name, tensor) in map {
@@ -330,9 +311,6 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
                 }
                 Err(shape) => mismatch.misshapen.push((name, shape, "another rank".into())),
             },
-            Fate::Extra(ours) => {
-                canonical.extra.insert(ours, tensor);
-            }
             Fate::Ignored(rule) => canonical.ignored.push((name, rule)),
             Fate::Unknown => mismatch.extra.push(name),
         }
@@ -348,7 +326,7 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
         _ => ours.to_owned(),
     };
     look_at_shapes(&canonical.tensors, file_name, &mut mismatch);
-    for (ours, tensor) in canonical.tensors.iter().chain(&canonical.extra) {
+    for (ours, tensor) in &canonical.tensors {
         mismatch.look_for_non_finite(&file_name(ours), tensor);
     }
     mismatch.into_result(&what)?;
@@ -415,7 +393,6 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Layou
 /// What becomes of a tensor.
 enum Fate {
     Tower(String, Change),
-    Extra(String),
     Ignored(&'static str),
     Unknown,
 }
@@ -436,20 +413,15 @@ fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
         if family == Family::Clip && inner == "head.bias" {
             return Fate::Tower("head.bias".into(), Same);
         }
-        if family == Family::Vit && inner == "mask_token" {
-            return Fate::Extra(inner.to_owned());
-        }
         let fits = |pattern: &str| match pattern.ends_with(['.', '_']) {
             true => inner.starts_with(pattern),
             false => inner == pattern,
         };
-        match OUTSIDE.iter().find(|(pattern, _)| fits(pattern)) {
-            Some((_, Ignored(rule))) => return Fate::Ignored(rule),
-            Some((_, Extra)) => return Fate::Extra(inner.to_owned()),
-            None => {}
-        }
-        let beside_visual = prefix.contains("visual.") && !name.starts_with(prefix);
-        if beside_visual && let Some((_, Ignored(rule))) = BESIDE_VISUAL.iter().find(|(pattern, _)| fits(pattern)) {
+        let beside: &[_] = match prefix.contains("visual.") && !name.starts_with(prefix) {
+            true => BESIDE_VISUAL,
+            false => &[],
+        };
+        if let Some((_, rule)) = OUTSIDE.iter().chain(beside).find(|(pattern, _)| fits(pattern)) {
             return Fate::Ignored(rule);
         }
     }

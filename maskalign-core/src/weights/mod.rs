@@ -5,24 +5,24 @@
 //! [`check_against`] then holds them against the tensors a model needs. Every tensor of a file is accounted for: used,
 //! left out by a rule that has a name, or an error that names it.
 
-mod bicubic;
 mod element;
 mod error;
 mod families;
 mod hub;
 mod mismatch;
 mod pickle;
+mod positions;
 mod read;
 mod tensor_file;
 mod torch_file;
 
 use std::collections::BTreeMap;
 
-pub use bicubic::{resize_images_bicubic, resize_positions};
 pub use error::WeightsError;
 pub use families::{Canonical, Export, Family, to_canonical, to_family};
 pub use hub::{HubCache, locate};
 pub use mismatch::{Mismatch, check_against};
+pub use positions::resize_positions;
 pub use read::{files_of, read};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
 pub(crate) use tensor_file::{digest, write_tensors};

@@ -17,7 +17,6 @@ unsafe impl Sync for Out {}
 /// [`Epilogue`] with shared outputs.
 #[derive(Clone, Copy)]
 pub(super) struct Finish<'a> {
-    pub alpha: f32,
     pub bias: Option<&'a [f32]>,
     pub pre: Option<Out>,
     pub act: Act,
@@ -51,7 +50,6 @@ impl Finish<'_> {
         Direct {
             c,
             ldc: self.ldc,
-            alpha: self.alpha,
             bias: self.bias.map_or(std::ptr::null(), |bias| bias.as_ptr().wrapping_add(j0)),
             add,
             add_stride,
@@ -152,11 +150,6 @@ unsafe fn finish_body<const NR: usize, const FMA: bool, const FULL: bool>(
     };
     // Several passes over rows that stay in the first cache: a simple loop vectorises best.
     let rows = tile.as_chunks_mut::<NR>().0;
-    if finish.alpha != 1.0 {
-        for x in rows.as_flattened_mut() {
-            *x *= finish.alpha;
-        }
-    }
     if let Some(bias) = finish.bias {
         let bias = load(&bias[j0..]);
         for row in rows.iter_mut() {

@@ -55,13 +55,11 @@ pub(super) enum Output {
     Direct(Direct),
 }
 
-/// An epilogue simple enough to be applied in registers: `C = alpha sum + bias + add` with `nr`
-/// columns.
+/// An epilogue simple enough to be applied in registers: `C = sum + bias + add` with `nr` columns.
 #[derive(Clone, Copy)]
 pub(super) struct Direct {
     pub c: *mut f32,
     pub ldc: usize,
-    pub alpha: f32,
     /// `nr` elements or null.
     pub bias: *const f32,
     /// Rows of `nr` elements or null.
@@ -193,7 +191,7 @@ fn opaque(mut p: *const f32) -> *const f32 {
 macro_rules! x86_panel {
     (
         $panel:ident, $tile:ident, $features:literal, $mr:literal, [$($rows:literal)*], $lanes:literal,
-        $zero:ident, $load:ident, $store:ident, $set1:ident, $fmadd:ident, $add:ident, $mul:ident
+        $zero:ident, $load:ident, $store:ident, $set1:ident, $fmadd:ident, $add:ident
     ) => {
         #[target_feature(enable = $features)]
         unsafe fn $panel(p: &Panel) {
@@ -288,14 +286,6 @@ macro_rules! x86_panel {
                     }
                     return;
                 };
-                if d.alpha != 1.0 {
-                    let alpha = $set1(d.alpha);
-                    for i in 0..M {
-                        for v in 0..V {
-                            c[i][v] = $mul(c[i][v], alpha);
-                        }
-                    }
-                }
                 if !d.bias.is_null() {
                     for v in 0..V {
                         let bias = $load(d.bias.add(v * $lanes));
@@ -327,14 +317,13 @@ macro_rules! x86_panel {
 #[cfg(target_arch = "x86_64")]
 x86_panel!(
     avx2, avx2_tile, "avx2,fma", 6, [6 5 4 3 2 1], 8, _mm256_setzero_ps, _mm256_loadu_ps,
-    _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps, _mm256_mul_ps
+    _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps
 );
 
 #[cfg(target_arch = "x86_64")]
 x86_panel!(
     avx512, avx512_tile, "avx512f", 12, [12 11 10 9 8 7 6 5 4 3 2 1], 16, _mm512_setzero_ps,
-    _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps,
-    _mm512_mul_ps
+    _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps
 );
 
 /// The portable tiles at NEON's size: 24 accumulators of its 32 registers.

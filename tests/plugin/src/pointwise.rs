@@ -40,7 +40,7 @@ impl AlignerPlugin for Pointwise {
             true => Some(Norm::new(init, "pointwise.norm", plan.student.arch.dim, 1e-6)?),
             false => None,
         };
-        let linear = Linear::new(init, "pointwise.linear", plan.width, plan.student.arch.dim, true)?;
+        let linear = Linear::new(init, "pointwise.linear", plan.width, plan.student.arch.dim, Bias::With)?;
         Ok(Box::new(Layers { norm, linear }))
     }
 }

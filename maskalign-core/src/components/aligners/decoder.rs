@@ -14,7 +14,7 @@ use crate::{
     device::{Dev, Matrix},
     error::Result,
     kernels::{Act, AttentionShape, BlockRun},
-    nn::{Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
+    nn::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
     register,
     tape::Recorder,
 };
@@ -162,7 +162,7 @@ impl AlignerPlugin for Decoder {
         positions.trainable = false;
         let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
         let name = |i: usize| format!("decoder_blocks.{i}");
-        let embed = || Linear::new(init, "decoder_embed", dim, plan.student.arch.dim, true);
+        let embed = || Linear::new(init, "decoder_embed", dim, plan.student.arch.dim, Bias::With);
         let blocks = match self.attention {
             DecoderAttention::Full => Blocks::Full(
                 embed()?,
@@ -186,7 +186,7 @@ impl AlignerPlugin for Decoder {
             positions,
             blocks,
             norm: Norm::new(init, "decoder_norm", dim, self.eps)?,
-            pred: Linear::new(init, "decoder_pred", plan.width, dim, true)?,
+            pred: Linear::new(init, "decoder_pred", plan.width, dim, Bias::With)?,
         }))
     }
 }
@@ -205,8 +205,8 @@ impl<D: Dev> Mlp<D> {
     fn new(init: &Init<D>, name: &str, c: BlockConfig) -> Result<Self> {
         Ok(Mlp {
             norm: Norm::new(init, &format!("{name}.norm2"), c.dim, c.eps)?,
-            fc1: Linear::new(init, &format!("{name}.mlp.fc1"), c.mlp, c.dim, true)?,
-            fc2: Linear::new(init, &format!("{name}.mlp.fc2"), c.dim, c.mlp, true)?,
+            fc1: Linear::new(init, &format!("{name}.mlp.fc1"), c.mlp, c.dim, Bias::With)?,
+            fc2: Linear::new(init, &format!("{name}.mlp.fc2"), c.dim, c.mlp, Bias::With)?,
         })
     }
 
@@ -238,7 +238,7 @@ struct QueryBlock<D: Dev> {
 
 impl<D: Dev> QueryBlock<D> {
     fn new(init: &Init<D>, name: &str, c: BlockConfig) -> Result<Self> {
-        let linear = |part: &str| Linear::new(init, &format!("{name}.attn.{part}"), c.dim, c.dim, true);
+        let linear = |part: &str| Linear::new(init, &format!("{name}.attn.{part}"), c.dim, c.dim, Bias::With);
         Ok(QueryBlock {
             norm1: Norm::new(init, &format!("{name}.norm1"), c.dim, c.eps)?,
             q: linear("q")?,
@@ -301,7 +301,7 @@ struct CrossBlock<D: Dev> {
 impl<D: Dev> CrossBlock<D> {
     fn new(init: &Init<D>, name: &str, from: usize, c: BlockConfig) -> Result<Self> {
         let linear = |part: &str, outputs, inputs| {
-            Linear::new(init, &format!("{name}.cross_attn.{part}"), outputs, inputs, true)
+            Linear::new(init, &format!("{name}.cross_attn.{part}"), outputs, inputs, Bias::With)
         };
         Ok(CrossBlock {
             norm1: Norm::new(init, &format!("{name}.norm1"), c.dim, c.eps)?,

@@ -10,7 +10,7 @@ use crate::{
     device::{Dev, Matrix},
     error::Result,
     kernels::Act,
-    nn::{Init, Linear, Module, Norm, Param},
+    nn::{Bias, Init, Linear, Module, Norm, Param},
     register,
     tape::Recorder,
 };
@@ -166,7 +166,8 @@ struct LevelHead<D: Dev>(Vec<Layer<D>>);
 
 impl<D: Dev> LevelHead<D> {
     fn new(init: &Init<D>, name: &str, head: Head, from: usize, to: usize) -> Result<Self> {
-        let linear = |part: &str, outputs, inputs| Linear::new(init, &format!("{name}{part}"), outputs, inputs, true);
+        let linear =
+            |part: &str, outputs, inputs| Linear::new(init, &format!("{name}{part}"), outputs, inputs, Bias::With);
         let norm = |part: &str, width| Norm::new(init, &format!("{name}{part}"), width, 1e-6);
         Ok(LevelHead(match head {
             Head::Linear => vec![Layer::Linear(linear("", to, from)?)],

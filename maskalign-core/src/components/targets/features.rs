@@ -9,6 +9,7 @@ use crate::{
     context::Context,
     device::{Dev, Matrix},
     error::Result,
+    kernels::flat_rows,
     register,
     tape::Recorder,
 };
@@ -110,7 +111,7 @@ impl TargetPlugin for Features {
                 None => {
                     let shape = teacher.shape();
                     let rows = input.masks.rows(input.tokens, shape.cls_token);
-                    Some(crate::kernels::composed::flat_rows(&rows, input.masks.batch, shape.tokens()))
+                    Some(flat_rows(&rows, input.masks.batch, shape.tokens()))
                 }
             };
             if let Some(rows) = rows {

@@ -9,6 +9,7 @@ use crate::{
     context::Context,
     device::{Dev, Matrix},
     error::{Result, device},
+    kernels::flat_rows,
     register,
 };
 
@@ -51,7 +52,7 @@ impl TargetPlugin for Pixels {
             return Ok(vec![self.normalize.apply(cx, &matrix(Some(&wanted))?)?]);
         }
         let all = self.normalize.apply(cx, &matrix(None)?)?;
-        let rows = crate::kernels::composed::flat_rows(&wanted, masks.batch, student.grid.patches());
+        let rows = flat_rows(&wanted, masks.batch, student.grid.patches());
         Ok(vec![cx.kernels.gather_rows(&mut crate::tape::Recorder::inference(), &[all], &rows)?])
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     device::Dev,
     error::Result,
     kernels::Act,
-    nn::{Arch, Statistics, VitConfig},
+    nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -70,7 +70,7 @@ impl Clip {
             cls_token: true,
             learned_positions: true,
             pre_norm: true,
-            patch_bias: false,
+            patch_bias: Bias::Without,
             layer_scale: false,
             act: match self.activation {
                 Activation::QuickGelu => Act::QuickGelu,

@@ -10,7 +10,7 @@ use crate::{
     device::Dev,
     error::Result,
     kernels::Act,
-    nn::{Arch, Statistics, VitConfig},
+    nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -46,7 +46,7 @@ impl Dinov2 {
             cls_token: true,
             learned_positions: true,
             pre_norm: false,
-            patch_bias: true,
+            patch_bias: Bias::With,
             layer_scale: true,
             act: Act::Gelu,
             eps: self.eps,

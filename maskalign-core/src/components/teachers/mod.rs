@@ -37,8 +37,6 @@ pub struct Wants {
     pub whole: bool,
     /// The tokens that targets compare; other rows of the last block are not computed.
     pub tokens: Tokens,
-    /// Whether a tap needs the final norm or the projection.
-    pub tap: Tap,
 }
 
 /// A teacher's pass between attention and outputs, while the mask is drawn.

@@ -10,7 +10,7 @@ use crate::{
     device::Dev,
     error::Result,
     kernels::Act,
-    nn::{Arch, Statistics, VitConfig},
+    nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -51,7 +51,7 @@ impl VitTeacher {
             cls_token,
             learned_positions: true,
             pre_norm: false,
-            patch_bias: true,
+            patch_bias: Bias::With,
             layer_scale: false,
             act: Act::Gelu,
             eps: self.eps,
