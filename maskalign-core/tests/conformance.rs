@@ -46,10 +46,46 @@ fn losses_conform_at_other_options() {
     }
 }
 
+/// The examples of towers are as large as the papers': these are small enough for gradients and both tables of operators.
 #[test]
-fn a_dataset_of_files_conforms() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/images");
+fn towers_conform_at_small_sizes() {
+    let arch = "arch: { dim: 12, depth: 3, heads: 3, mlp: 20, patch: 7 }";
+    for options in ["", ", positions: learned", ", cls_token: false", ", image_size: 21"] {
+        passes(check_as(Kind::Student, &format!("{{ type: vit, {arch}{options} }}")));
+    }
+    for teacher in ["clip", "dino", "dinov2", "vit"] {
+        for options in ["", ", image_size: 21"] {
+            let text = format!("{{ type: {teacher}, {arch}, weights: nowhere.safetensors{options} }}");
+            passes(check_as(Kind::Teacher, &text));
+        }
+    }
+}
+
+#[test]
+fn every_normalisation_and_tap_of_targets_conforms() {
+    for normalize in ["none", "l2", "whiten", "standardize", "standardize_batch"] {
+        passes(check_as(Kind::Target, &format!("{{ type: pixels, normalize: {normalize} }}")));
+        for rest in
+            ["levels: [0, -1]", "tap: norm, levels: { last: 2 }", "tap: projection, levels: [-1]", "combine: mean"]
+        {
+            let text = format!("{{ type: features, teacher: t, normalize: {normalize}, {rest} }}");
+            passes(check_as(Kind::Target, &text));
+        }
+    }
+}
+
+#[test]
+fn datasets_of_files_conform() {
+    let here = env!("CARGO_MANIFEST_DIR");
+    let folder = format!("{here}/../tests/fixtures/images");
     passes(check_as(Kind::Dataset, &format!("{{ type: image_folder, root: {folder:?} }}")));
+    let sample = |file: &str| format!("{here}/data/fashion_mnist/test-{file}.idx.gz");
+    let (images, labels) = (sample("images"), sample("labels"));
+    passes(check_as(Kind::Dataset, &format!("{{ type: idx, images: {images:?}, labels: {labels:?} }}")));
+    let list = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(list.path(), "blobs/0.jpg\t0\nstripes/1.jpg\t1\n").expect("written");
+    let list = list.path();
+    passes(check_as(Kind::Dataset, &format!("{{ type: image_list, file: {list:?}, root: {folder:?} }}")));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use dfdx::prelude::{AsArray, Cpu};
 use maskalign_registry::LossTag;
 
-use super::{Faults, built, composed, fused, matrix, normal, relative_difference};
+use super::{Faults, ROUND_OFF, built, composed, fused, matrix, normal, relative_difference};
 use crate::{
     components::losses::Loss,
     context::Context,
@@ -75,7 +75,7 @@ fn check_shape(loss: &dyn Loss<Cpu>, rows: usize, columns: usize, faults: &mut F
     if let [(a, da), (b, db)] = &seen[..] {
         let apart = relative_difference(&[*a], &[*b]).max(relative_difference(da, db));
         faults.unless(
-            apart < 1e-3,
+            apart < ROUND_OFF,
             format_args!("differs by {apart:.1e} between the CPU's and the composed operators {size}"),
         );
     }

@@ -7,6 +7,7 @@ use super::{Faults, built, composed, fused, matrix, normal, same_bits};
 use crate::{
     components::optimizers::{Optimizer, Update},
     context::Context,
+    device::{Matrix, Vector},
     error::Result,
     kernels::Distance,
     nn::Param,
@@ -41,6 +42,14 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
             one.values.iter().all(|v| v.is_finite()),
             format_args!("a step gives values that are not finite ({name})"),
         );
+        let straight = faults.expect("four steps", train(&*optimizer, &cx, 4));
+        let resumed = faults.expect("four steps, saved and loaded on the way", resumed(&*optimizer, &cx));
+        if let (Some(straight), Some(resumed)) = (straight, resumed) {
+            faults.unless(
+                same_bits(&straight.values, &resumed),
+                format_args!("its state does not hold all it needs: steps differ after saving and loading ({name})"),
+            );
+        }
         if let Some(many) = faults.expect("20 steps", train(&*optimizer, &cx, 20)) {
             faults.unless(
                 many.last < many.first,
@@ -59,29 +68,63 @@ struct Trained {
 
 /// Pulls a parameter to a target by its mean squared distance.
 fn train(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, steps: u64) -> Result<Trained> {
-    let [rows, columns] = DIMS;
-    let before = normal("parameter", rows * columns);
-    let mut parameter = Param::new(&cx.dev, "layer.weight", &DIMS, before.clone())?;
-    let target = matrix(
-        rows,
-        columns,
-        before.iter().zip(normal("pull", rows * columns)).map(|(v, d)| v + d + d.signum()).collect(),
-    );
-    let mut state = Vec::new();
-    for _ in optimizer.state_names() {
-        state.push(Param::new(&cx.dev, "state", &DIMS, vec![0.0; rows * columns])?.value);
+    let mut run = Pull::new(optimizer, cx)?;
+    let before = run.parameter.to_host().data;
+    let first = run.loss(cx)?;
+    for step in 1..=steps {
+        run.step(optimizer, cx, step)?;
     }
-    let mut losses = Vec::new();
-    for step in 1..=steps + 1 {
+    Ok(Trained { before, values: run.parameter.to_host().data, first, last: run.loss(cx)? })
+}
+
+/// Four steps, with the parameter and the state taken to the host and back after two.
+fn resumed(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>) -> Result<Vec<f32>> {
+    let mut run = Pull::new(optimizer, cx)?;
+    for step in 1..=2 {
+        run.step(optimizer, cx, step)?;
+    }
+    let mut again = Pull::new(optimizer, cx)?;
+    again.parameter.load(&run.parameter.to_host().data);
+    for (to, from) in again.state.iter_mut().zip(&run.state) {
+        to.copy_from(&from.as_vec());
+    }
+    for step in 3..=4 {
+        again.step(optimizer, cx, step)?;
+    }
+    Ok(again.parameter.to_host().data)
+}
+
+/// A parameter that is pulled to a target.
+struct Pull {
+    parameter: Param<Cpu>,
+    target: Matrix<Cpu>,
+    state: Vec<Vector<Cpu>>,
+}
+
+impl Pull {
+    fn new(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>) -> Result<Self> {
+        let [rows, columns] = DIMS;
+        let before = normal("parameter", rows * columns);
+        let away = normal("pull", rows * columns);
+        let target = before.iter().zip(away).map(|(v, d)| v + d + d.signum()).collect();
+        let zeros = |_: &&str| Ok(Param::new(&cx.dev, "state", &DIMS, vec![0.0; rows * columns])?.value);
+        Ok(Pull {
+            parameter: Param::new(&cx.dev, "layer.weight", &DIMS, before)?,
+            target: matrix(rows, columns, target),
+            state: optimizer.state_names().iter().map(zeros).collect::<Result<_>>()?,
+        })
+    }
+
+    fn loss(&self, cx: &Context<Cpu>) -> Result<f32> {
+        let off = &mut Recorder::inference();
+        Ok(cx.kernels.distance(off, &self.parameter.matrix(DIMS[0]), &self.target, Distance::Mse)?.array())
+    }
+
+    fn step(&mut self, optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, step: u64) -> Result<()> {
         let mut recorder = Recorder::training();
-        let loss = cx.kernels.distance(&mut recorder, &parameter.matrix(rows), &target, Distance::Mse)?;
-        losses.push(loss.array());
-        if step > steps {
-            break;
-        }
+        let loss = cx.kernels.distance(&mut recorder, &self.parameter.matrix(DIMS[0]), &self.target, Distance::Mse)?;
         let mut gradients = recorder.backward(&loss)?;
         let update = Update { lr: 0.01, progress: 0.0, step, gradient_scale: 1.0 };
-        optimizer.update(cx, &mut parameter, &mut gradients, &mut state, update)?;
+        optimizer.update(cx, &mut self.parameter, &mut gradients, &mut self.state, update)
     }
-    Ok(Trained { before, values: parameter.to_host().data, first: losses[0], last: losses[steps as usize] })
 }
