@@ -89,7 +89,7 @@ fn crossmae_trains() {
 fn the_unmasked_teacher_trains() {
     let sets = clip_tiny();
     let losses = two_steps("umt_image_vitb", &sets.each_ref().map(String::as_str));
-    assert_between(&losses, 1.0, 3.0);
+    assert_between(&losses, 1.7, 2.3);
 }
 
 /// As for the unmasked teacher.
@@ -99,7 +99,7 @@ fn milan_trains() {
     let mut sets = clip_tiny().to_vec();
     sets.extend(["dim=16", "depth=2", "heads=2"].map(|set| format!("{decoder}.{set}")));
     let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
-    assert_between(&two_steps("milan_vitb", &sets), 1.0, 3.0);
+    assert_between(&two_steps("milan_vitb", &sets), 1.7, 2.3);
 }
 
 /// Names and shapes of `openai/clip-vit-base-patch16`'s vision part.

@@ -26,6 +26,7 @@ pub mod tape;
 pub mod verify;
 pub mod weights;
 
+pub use maskalign_kernels::keep_freed_memory;
 pub use maskalign_macros::component;
 pub use maskalign_registry::Refusal;
 
@@ -38,22 +39,28 @@ pub mod prelude {
             maskers::{Counts, Mask, MaskInput, Masker},
             optimizers::{OptimizerPlugin, Update},
             schedules::Schedule,
+            students::{Student, StudentPlugin},
+            targets::{TargetContext, TargetInput, TargetPlan, TargetPlugin},
+            teachers::{Level, Pass, Teacher, TeacherPlugin, TowerTeacher, Wants},
             tokens::{Masks, TokenKind, Tokens},
-            towers::{Tap, TowerShape},
+            towers::{PlanContext, Tap, TowerShape},
         },
         context::Context,
         data::{DataError, Dataset, Images, RgbImage, Transform},
         device::{Dev, Matrix, Scalar, Vector},
         error::{Error, Result},
+        images::ImageBatch,
         kernels::{Act, AttentionShape, Distance},
-        nn::{Bias, Grid, Init, Linear, Module, Norm, Param},
+        nn::{Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Statistics, Vit, VitConfig},
         random::Stream,
         register,
+        stages::{Outcome, StageContext, StagePlan, StagePlugin, StageRun},
         tape::Recorder,
+        weights::Family,
     };
     pub use dfdx::prelude::Gradients;
     pub use maskalign_macros::component;
-    pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp};
+    pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp, Weights};
 }
 
 /// What the macros expand to; not for use by hand.

@@ -137,6 +137,7 @@ pub fn run<D: Dev>(
         dir.reopen_stage(name)?;
         plans[place + 1..].iter().try_for_each(|(later, _)| dir.discard_stage(later))?;
         options.progress.stage(name, plan);
+        warn_of_memory(name, plan);
         let stage = StageContext {
             name,
             seed: recipe.seed,
@@ -181,6 +182,19 @@ pub fn run<D: Dev>(
     manifest.peak_memory_mib = maskalign_kernels::peak_memory_mib();
     dir.write_manifest(&manifest)?;
     Ok(results)
+}
+
+/// Says before the first step that a stage will not fit: the allocator ends the process without a word of advice.
+fn warn_of_memory(stage: &str, plan: &StagePlan) {
+    let gib = |mib: f64| mib / 1024.0;
+    let needed = plan.memory as f64 / f64::from(1 << 20);
+    if let Some(free) = maskalign_kernels::available_memory_mib().filter(|free| needed > *free) {
+        tracing::warn!(
+            "stage `{stage}` needs about {:.1} GiB, and {:.1} GiB are free: lower `batch.micro`, or use `--recompute`",
+            gib(needed),
+            gib(free)
+        );
+    }
 }
 
 /// The files that `weights` name, wherever a component of the recipe has such an option.

@@ -22,6 +22,6 @@ pub mod vmath;
 pub use arch::{Isa, isa};
 pub use arena::{Arena, Buf};
 pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm};
-pub use memory::{keep_freed_memory, peak_memory_mib};
+pub use memory::{available_memory_mib, keep_freed_memory, peak_memory_mib};
 pub use pool::Pool;
 pub use share::for_parts;

@@ -23,8 +23,18 @@ pub fn keep_freed_memory() {
 
 /// The most memory that the process had resident so far, in MiB, where the system tells (`VmHWM` of Linux).
 pub fn peak_memory_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    mib_of("/proc/self/status", "VmHWM:")
+}
+
+/// The memory that a program can have without swapping, in MiB, where the system tells (`MemAvailable` of Linux).
+pub fn available_memory_mib() -> Option<f64> {
+    mib_of("/proc/meminfo", "MemAvailable:")
+}
+
+/// The number of kB in the line of a file of `/proc` that begins with `name`, in MiB.
+fn mib_of(file: &str, name: &str) -> Option<f64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: f64 = line.trim().trim_end_matches(" kB").trim().parse().ok()?;
     Some(kib / 1024.0)
 }

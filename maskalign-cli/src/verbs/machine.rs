@@ -35,6 +35,8 @@ impl Machine {
     /// # Errors
     /// It was asked for by name and is not there, or not in this binary.
     pub fn open(&self) -> Result<Opened, Failure> {
+        // The allocator is the process's: a library leaves it alone, a program may set it.
+        maskalign_core::keep_freed_memory();
         let device = self.device;
         Ok(panics::expected(move || device.open())?)
     }

@@ -10,7 +10,7 @@ use maskalign_kernels::{
     Arena, Buf, Epilogue, Pool, attention as attn,
     block::{self as blk, BlockGrads, BlockShape, BlockWeights, DropPath, LastBlock, Save, SplitWeights},
     elementwise::{self as ew, Write},
-    fma_peak_gflops, isa, keep_freed_memory, loss, norm, optim,
+    fma_peak_gflops, isa, loss, norm, optim,
 };
 
 use super::{
@@ -75,7 +75,6 @@ pub struct Fused {
 impl Fused {
     /// Operators on `threads` threads; the number changes no result.
     pub fn new(threads: usize) -> Self {
-        keep_freed_memory();
         Fused { pool: Pool::new(threads.max(1)), arena: Arena::new() }
     }
 

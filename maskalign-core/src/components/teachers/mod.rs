@@ -44,8 +44,10 @@ pub struct Pass<D: Dev> {
     /// Attention of the class token to each patch in the last block, mean over heads: `[batch, patches]`; empty where
     /// [`Wants::attention`] is false.
     pub attention: Vec<f32>,
-    pub(crate) features: Features<D>,
-    pub(crate) begun: Option<Begun<D>>,
+    /// What the blocks gave so far; a teacher keeps its wanted levels in `hidden`.
+    pub features: Features<D>,
+    /// The last block, where its rows wait for the mask.
+    pub begun: Option<Begun<D>>,
 }
 
 /// One level of a teacher.
