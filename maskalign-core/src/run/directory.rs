@@ -539,7 +539,7 @@ mod tests {
         let run = RunDir::create(folder.path(), Mode::Resume).unwrap();
         assert_eq!(run.read_recipe().unwrap(), None);
         assert!(run.read_manifest().unwrap().is_none());
-        assert!(run.latest_checkpoint("pretrain").unwrap().checkpoint.is_none());
+        assert!(run.latest_checkpoint("pretrain").unwrap().is_none());
     }
 
     #[test]
