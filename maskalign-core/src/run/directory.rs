@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::atomic::{atomic_write, target_of_temporary};
 use super::checkpoint::{Checkpoint, CheckpointHeader, Retention};
-use super::clock::{Utc, utc};
+use super::clock::utc;
 use super::error::RunError;
 use super::manifest::Manifest;
 use super::metrics::Metrics;
@@ -74,8 +74,7 @@ impl RunDir {
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() || "_-.".contains(c) { c } else { '-' })
             .collect();
-        let Utc { year, month, day, hour, minute, second } = utc(now);
-        let base = format!("{name}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}");
+        let base = format!("{name}-{}", utc(now, "%Y%m%d-%H%M%S"));
         let runs = Path::new("runs");
         let mut path = runs.join(&base);
         let mut count = 2;
