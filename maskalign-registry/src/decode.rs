@@ -10,9 +10,9 @@ use serde_json::{Map, Number, Value};
 
 use crate::{
     diagnostic::{Diagnostic, Place, codes, list, quoted},
-    plugin::{Entry, Kind, Registry, nearest},
+    plugin::{Entry, Kind, Registry, distance, nearest},
     schema::{Schemas, reference, required, types, words},
-    source::{Content, Mapping, Node, Origin, Source, Typing, integer, resolve_plain},
+    source::{Content, Mapping, Member, Node, Origin, Source, SourceKind, Typing, integer, resolve_plain},
 };
 
 /// Checks a document and gives it back as JSON, where nothing is wrong.
@@ -41,6 +41,13 @@ struct Frame<'a> {
     depth: usize,
     /// The component whose options these are.
     component: Option<&'static Entry>,
+}
+
+/// The component that a mapping is, and the key that says so.
+#[derive(Clone, Copy)]
+struct Chosen<'a> {
+    entry: &'static Entry,
+    key: &'a str,
 }
 
 struct Checker<'a> {
@@ -165,8 +172,21 @@ impl<'a> Checker<'a> {
                 }
                 has("array").then(|| format!("write a list: [{text}]"))
             }
-            Content::Null => Some("give a value, or remove the key to have the default".to_owned()),
+            Content::Null => Some(self.nothing()),
             _ => None,
+        }
+    }
+
+    /// The way out where nothing is written.
+    fn nothing(&self) -> String {
+        let name = self.path.last().map_or("", String::as_str);
+        let held = self.frames.last().map(|frame| (frame.schema, frame.depth));
+        match held {
+            _ if name.parse::<usize>().is_ok() => "give a value, or remove the item".to_owned(),
+            Some((schema, depth)) if depth + 1 == self.path.len() && !required(schema).any(|key| key == name) => {
+                "give a value, or remove the key to have the default".to_owned()
+            }
+            _ => "give a value: it has no default".to_owned(),
         }
     }
 
@@ -395,30 +415,33 @@ impl<'a> Checker<'a> {
         sound.then_some(Value::Array(values))
     }
 
-    /// A mapping of options: of a component, where `component` says which.
+    /// A mapping of options: of a component, where `chosen` says which.
     fn mapping(
         &mut self,
         node: &'a Node,
         schema: &'a Value,
         map: &'a Mapping,
         key: Option<&'a Origin>,
-        component: Option<&'static Entry>,
+        chosen: Option<Chosen<'a>>,
     ) -> Option<Value> {
+        let component = chosen.map(|chosen| chosen.entry);
         self.frames.push(Frame { schema, map, depth: self.path.len(), component });
         let properties = schema.get("properties").and_then(Value::as_object);
         let additional = schema.get("additionalProperties");
         let schema_of_names = schema.get("propertyNames");
+        let mut missing: Vec<&str> = required(schema).filter(|name| !map.contains_key(*name)).collect();
+        let mut meant = Vec::new();
         let mut sound = true;
         let mut object = Map::new();
         for (name, member) in map {
-            if component.is_some() && name == "type" {
+            if chosen.is_some_and(|chosen| name == chosen.key) {
                 continue;
             }
             self.path.push(name.clone());
             let value = match (properties.and_then(|properties| properties.get(name)), additional) {
                 (Some(schema), _) => self.value(&member.value, schema, Some(&member.key)),
                 (None, Some(Value::Bool(false))) => {
-                    self.unknown_key(name, &member.key, properties);
+                    meant.extend(self.unknown_key(name, &member.key, properties, &missing));
                     None
                 }
                 (None, Some(schema @ Value::Object(_))) => {
@@ -438,11 +461,11 @@ impl<'a> Checker<'a> {
                 None => sound = false,
             }
         }
-        for name in required(schema) {
-            if !map.contains_key(name) {
-                self.missing_key(name, node, key, properties);
-                sound = false;
-            }
+        // A key under a wrong name is one mistake: it is unknown here, not missing there as well.
+        missing.retain(|name| !meant.contains(name));
+        if !missing.is_empty() {
+            self.missing_keys(&missing, node, key, properties);
+            sound = false;
         }
         let least = schema.get("minProperties").and_then(Value::as_u64).unwrap_or(0);
         if (map.len() as u64) < least {
@@ -482,29 +505,74 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn missing_key(&mut self, name: &str, node: &Node, key: Option<&Origin>, properties: Option<&Map<String, Value>>) {
-        let schema = properties.and_then(|properties| properties.get(name));
-        let message = format!("{} lacks `{name}`", self.holder());
-        let mut diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)));
-        if let Some(schema) = schema {
-            let description = schema
-                .get("description")
-                .or_else(|| self.schemas.without_null(schema).get("description"))
-                .and_then(Value::as_str)
-                .map(|description| format!(" {}", first_sentence(description)))
-                .unwrap_or_default();
-            diagnostic = diagnostic.help(format!("add `{name}: ...`, {}.{description}", self.schemas.expected(schema)));
+    /// Required keys of one mapping that are not there: one message, however many they are.
+    fn missing_keys(
+        &mut self,
+        names: &[&str],
+        node: &Node,
+        key: Option<&Origin>,
+        properties: Option<&Map<String, Value>>,
+    ) {
+        let shown: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let message = format!("{} lacks {}", self.holder(), list(&shown, "and"));
+        let mut diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(blamed(node, key)));
+        let outer = self.frames.len().checked_sub(2).and_then(|at| self.frames.get(at));
+        if let Some(sibling) = outer.and_then(|outer| self.sibling(outer)) {
+            diagnostic = diagnostic.allowing([sibling], []);
+        } else {
+            for name in names {
+                let Some(schema) = properties.and_then(|properties| properties.get(*name)) else {
+                    continue;
+                };
+                let description = schema
+                    .get("description")
+                    .or_else(|| self.schemas.without_null(schema).get("description"))
+                    .and_then(Value::as_str)
+                    .map(|description| format!(" {}", first_sentence(description)))
+                    .unwrap_or_default();
+                let expected = self.schemas.expected(schema);
+                diagnostic = diagnostic.help(format!("add `{name}: ...`, {expected}.{description}"));
+            }
         }
-        self.path.push(name.to_owned());
+        let depth = self.path.len();
+        if let [only] = names {
+            self.path.push((*only).to_owned());
+        }
         self.report(diagnostic);
-        self.path.pop();
+        self.path.truncate(depth);
     }
 
-    fn unknown_key(&mut self, name: &str, key: &Origin, properties: Option<&'a Map<String, Value>>) {
-        let known: Vec<&str> =
+    /// The entry of a mapping of named entries that the entry being checked was probably meant to be.
+    fn sibling(&self, holder: &Frame<'a>) -> Option<&'a str> {
+        let named = holder.schema.get("additionalProperties").is_some_and(Value::is_object);
+        let name = self.path.get(holder.depth).filter(|_| named)?;
+        let others = holder.map.keys().map(String::as_str).filter(|other| other != name);
+        nearest(name, others).into_iter().next()
+    }
+
+    /// Reports a key that is not among the options. Gives the missing option that it stands for, if there is one.
+    fn unknown_key(
+        &mut self,
+        name: &str,
+        key: &Origin,
+        properties: Option<&'a Map<String, Value>>,
+        missing: &[&'a str],
+    ) -> Option<&'a str> {
+        let known: Vec<&'a str> =
             properties.into_iter().flat_map(|properties| properties.keys().map(String::as_str)).collect();
         let message = format!("unknown key {} in {}", quoted(name), self.holder());
         let mut diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(key));
+        let mut near = nearest(name, known.iter().copied());
+        let meant = match (missing, known.as_slice()) {
+            // Nothing else can have been meant.
+            (&[missing], [_]) => Some(missing),
+            _ => near.iter().copied().find(|near| missing.contains(near)),
+        };
+        if let Some(meant) = meant {
+            near.retain(|near| *near != meant);
+            near.insert(0, meant);
+        }
+        let is_slip = meant.is_some() || near.first().is_some_and(|near| distance(name, near) <= 2);
         let component = self.frames.last().and_then(|frame| frame.component);
         let others: Vec<String> = match component {
             Some(entry) => self
@@ -515,22 +583,24 @@ impl<'a> Checker<'a> {
                 .collect(),
             None => Vec::new(),
         };
-        let mut homes = Vec::new();
         if let (Some(entry), false) = (component, others.is_empty()) {
             let noun = if others.len() == 1 { entry.kind.name() } else { entry.kind.plural() };
             let others = list(&others, "and");
             diagnostic = diagnostic.help(format!("`{name}` is an option of the {noun} {others}"));
-        } else {
-            homes = self.homes(name);
+        } else if !is_slip {
+            let homes = self.homes(name);
             for home in &homes {
                 diagnostic = diagnostic.help(format!("`{name}` belongs {home}"));
             }
+            if !homes.is_empty() {
+                near.clear();
+            }
         }
-        let near = if homes.is_empty() { nearest(name, known.iter().copied()) } else { Vec::new() };
         if known.is_empty() {
             diagnostic = diagnostic.help(format!("{} takes no options", self.holder()));
         }
         self.report(diagnostic.allowing(near, known));
+        meant
     }
 
     fn has_option(&self, entry: &Entry, option: &str) -> bool {
@@ -662,23 +732,33 @@ impl<'a> Checker<'a> {
             self.report(diagnostic);
             return None;
         };
-        let Some(member) = map.get("type") else {
+        let Some((selector, member)) = self.selector(map, kind) else {
             let name = self.path.last().cloned().unwrap_or_default();
             let message = format!("`{name}` lacks `type`: which {kind}?");
-            let diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)))
-                .allowing([], self.registry.of_kind(kind).map(|entry| entry.name));
+            let near = self.frames.last().and_then(|holder| self.sibling(holder));
+            let diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(blamed(node, key)));
+            let diagnostic = match near {
+                Some(sibling) => diagnostic.allowing([sibling], []),
+                None => diagnostic.allowing([], self.registry.of_kind(kind).map(|entry| entry.name)),
+            };
             self.path.push("type".to_owned());
             self.report(diagnostic);
             self.path.pop();
             return None;
         };
-        self.path.push("type".to_owned());
+        self.path.push(selector.to_owned());
+        if selector != "type" {
+            let holder = self.path.iter().rev().nth(1).map_or("the component", String::as_str);
+            let message = format!("unknown key {} in {}", quoted(selector), quoted(holder));
+            let diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(&member.key));
+            self.report(diagnostic.allowing(["type"], []));
+        }
         let entry = self.component_type(&member.value, kind);
         self.path.pop();
         let entry = entry?;
         let schema = self.schemas.component(kind, entry.name)?;
         let before = self.diagnostics.len();
-        let options = self.mapping(node, schema, map, key, Some(entry));
+        let options = self.mapping(node, schema, map, key, Some(Chosen { entry, key: selector }));
         if self.diagnostics.len() > before {
             return None;
         }
@@ -689,7 +769,7 @@ impl<'a> Checker<'a> {
             let mut path = self.path.clone();
             path.extend(refusal.path);
             let message = format!("{kind} `{}` refuses its options: {}", entry.name, refusal.message);
-            let (place, _) = locate(self.root, &path, self.fallback);
+            let place = locate(self.root, &path, self.fallback).place;
             let mut diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
             diagnostic.help.extend(refusal.help);
             self.diagnostics.push(diagnostic);
@@ -699,6 +779,21 @@ impl<'a> Checker<'a> {
         component.insert("type".to_owned(), Value::String(entry.name.to_owned()));
         component.extend(options);
         Some(Value::Object(component))
+    }
+
+    /// The key that says which component a mapping is: `type`, or the key that was meant to be it.
+    fn selector(&self, map: &'a Mapping, kind: Kind) -> Option<(&'a str, &'a Member)> {
+        if let Some((_, name, member)) = map.get_full("type") {
+            return Some((name, member));
+        }
+        let is_option = |name: &str| self.registry.of_kind(kind).any(|entry| self.has_option(entry, name));
+        let is_selector = |(name, member): &(&'a String, &'a Member)| {
+            let Some(value) = member.value.as_str().filter(|_| !is_option(name)) else {
+                return false;
+            };
+            !nearest(name, ["type"]).is_empty() || self.registry.get(kind, value).is_some()
+        };
+        map.iter().find(is_selector).map(|(name, member)| (name.as_str(), member))
     }
 
     fn component_type(&mut self, node: &Node, kind: Kind) -> Option<&'static Entry> {
@@ -791,43 +886,54 @@ fn admits_content(names: &[&str], content: &Content) -> bool {
     }
 }
 
-/// The place of a path in a document: its value; where it is absent, the key of the nearest
-/// mapping above it. Also says whether it is there.
-pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> (Place, bool) {
-    let mut node = root;
-    let mut key: Option<&Origin> = None;
-    let mut present = true;
-    for segment in path {
-        match &node.content {
-            Content::Map(map) => match map.get(segment) {
-                Some(member) => {
-                    key = Some(&member.key);
-                    node = &member.value;
-                }
-                None => {
-                    present = false;
-                    break;
-                }
-            },
-            _ => match node.child(segment) {
-                Some(item) => {
-                    key = None;
-                    node = item;
-                }
-                None => {
-                    present = false;
-                    break;
-                }
-            },
-        }
-    }
-    let is_collection = matches!(node.content, Content::Map(_) | Content::Seq(_));
-    let origin = match key {
-        Some(key) if is_collection => key,
+/// What stands for a node as a whole: the key of a collection, and the value otherwise. A component that a flag made
+/// another one is blamed for what the flag chose, since the rest of it may stand elsewhere.
+fn blamed<'n>(node: &'n Node, key: Option<&'n Origin>) -> &'n Origin {
+    let own = match key {
+        Some(key) if matches!(node.content, Content::Map(_) | Content::Seq(_)) => key,
         _ => &node.origin,
     };
-    let place = origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 });
-    (place, present)
+    let chosen = node.as_map().and_then(|map| map.get("type")).map(|member| &member.value.origin);
+    match chosen.and_then(|chosen| Some((chosen, chosen.place()?))) {
+        Some((chosen, place)) if place.source.kind() == SourceKind::Flag => {
+            let same = own.place().is_some_and(|own| Arc::ptr_eq(&own.source, &place.source));
+            if same { own } else { chosen }
+        }
+        _ => own,
+    }
+}
+
+/// Where a path leads in a document.
+pub(crate) struct Located {
+    /// The value's place; where it is absent, that of the nearest mapping above it.
+    pub place: Place,
+    /// How much of the path leads to the first key that is not there. A scalar stands for what it abbreviates.
+    pub absent: Option<usize>,
+}
+
+/// Finds a path in a document.
+pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> Located {
+    let mut node = root;
+    let mut key: Option<&Origin> = None;
+    let mut absent = None;
+    for (depth, segment) in path.iter().enumerate() {
+        if let Content::Map(map) = &node.content {
+            let Some(member) = map.get(segment) else {
+                absent = Some(depth + 1);
+                break;
+            };
+            key = Some(&member.key);
+            node = &member.value;
+        } else {
+            let Some(item) = node.child(segment) else {
+                break;
+            };
+            key = None;
+            node = item;
+        }
+    }
+    let place = blamed(node, key).place().cloned();
+    Located { place: place.unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 }), absent }
 }
 
 /// Fills the defaults of a component and of all that it holds.

@@ -5,7 +5,7 @@
 //! trait: the typed constructors travel in [`Entry::vtable`] and belong to the crate that defines
 //! the traits.
 
-use std::{any::Any, fmt, sync::OnceLock};
+use std::{any::Any, collections::BTreeSet, fmt, sync::OnceLock};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
@@ -446,7 +446,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
             && (candidate.contains(written.as_str()) || written.contains(candidate));
         if distance * 3 <= longest.max(3) {
             scored.push((distance * 2, candidate));
-        } else if contains || same_words(&written, candidate) {
+        } else if contains || shares_words(&written, candidate) {
             scored.push((longest + distance, candidate));
         }
     }
@@ -455,14 +455,16 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }
 
-/// Whether both names hold the same words in some order, or a common first word of some length.
-fn same_words(a: &str, b: &str) -> bool {
-    let split = |name: &str| {
-        let mut words: Vec<String> = name.split(['_', '-', ' ']).map(str::to_owned).collect();
-        words.sort();
-        words
-    };
-    split(a) == split(b)
+/// How many letters two names differ by; capitals are no difference.
+pub(crate) fn distance(a: &str, b: &str) -> usize {
+    strsim::osa_distance(&a.to_lowercase(), &b.to_lowercase())
+}
+
+/// Whether one name holds all words of the other: `lr` is short for `base_lr`.
+fn shares_words(a: &str, b: &str) -> bool {
+    let split = |name: &str| -> BTreeSet<String> { name.split(['_', '-', ' ']).map(str::to_owned).collect() };
+    let (a, b) = (split(a), split(b));
+    a.is_subset(&b) || b.is_subset(&a)
 }
 
 /// Ties a zero-sized type to a [`Kind`], so that `Slot<MaskerTag>` says what it holds.

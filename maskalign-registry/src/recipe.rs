@@ -79,7 +79,7 @@ impl Recipe {
         match fill(value, registry) {
             Ok((recipe, resolved)) => Ok(Loaded { root, fallback, recipe, resolved }),
             Err((path, message)) => {
-                let (place, _) = decode::locate(&root, &path, &fallback);
+                let place = decode::locate(&root, &path, &fallback).place;
                 let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
                 Err(report(vec![diagnostic], &sources))
             }
@@ -105,7 +105,7 @@ pub(crate) fn component(registry: &Registry, kind: Kind, name: &str, text: &str)
         return Err(report(diagnostics, &[source]));
     };
     decode::fill(registry, kind, &mut value, &mut Vec::new()).map_err(|(path, message)| {
-        let (place, _) = decode::locate(&root, &path, &source);
+        let place = decode::locate(&root, &path, &source).place;
         let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
         report(vec![diagnostic], &[Arc::clone(&source)])
     })?;
@@ -195,11 +195,13 @@ impl Loaded {
     /// [`Refusal::under`] `(stage)` and `("stages")`. An option that was left at its default is
     /// shown at the nearest mapping above it.
     pub fn locate(&self, refusal: &Refusal) -> Diagnostic {
-        let (place, present) = decode::locate(&self.root, &refusal.path, &self.fallback);
-        let mut diagnostic = Diagnostic::error(codes::REFUSED, refusal.message.clone(), place).at(&refusal.path);
-        if let (false, Some(option)) = (present, refusal.path.last()) {
+        let located = decode::locate(&self.root, &refusal.path, &self.fallback);
+        let mut diagnostic =
+            Diagnostic::error(codes::REFUSED, refusal.message.clone(), located.place).at(&refusal.path);
+        let absent = &refusal.path[..located.absent.unwrap_or(0)];
+        if let Some(option) = absent.last() {
             let mut value = Some(&self.resolved);
-            for segment in &refusal.path {
+            for segment in absent {
                 value = value.and_then(|value| match value {
                     Value::Array(items) => items.get(segment.parse::<usize>().ok()?),
                     other => other.get(segment),
