@@ -241,7 +241,7 @@ pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal>
                 serde_path_to_error::Segment::Unknown => None,
             })
             .collect();
-        Refusal { path, message: error.inner().to_string(), help: None }
+        Refusal { path, ..Refusal::whole(error.inner().to_string()) }
     })
 }
 
@@ -446,7 +446,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
             && (candidate.contains(written.as_str()) || written.contains(candidate));
         if distance * 3 <= longest.max(3) {
             scored.push((distance * 2, candidate));
-        } else if contains || shares_words(&written, candidate) {
+        } else if contains || is_short_for(&written, candidate) {
             scored.push((longest + distance, candidate));
         }
     }
@@ -460,11 +460,10 @@ pub(crate) fn distance(a: &str, b: &str) -> usize {
     strsim::osa_distance(&a.to_lowercase(), &b.to_lowercase())
 }
 
-/// Whether one name holds all words of the other: `lr` is short for `base_lr`.
-fn shares_words(a: &str, b: &str) -> bool {
+/// Whether a name is short for another, or the same words in another order: `lr` for `base_lr`.
+fn is_short_for(written: &str, candidate: &str) -> bool {
     let split = |name: &str| -> BTreeSet<String> { name.split(['_', '-', ' ']).map(str::to_owned).collect() };
-    let (a, b) = (split(a), split(b));
-    a.is_subset(&b) || b.is_subset(&a)
+    split(written).is_subset(&split(candidate))
 }
 
 /// Ties a zero-sized type to a [`Kind`], so that `Slot<MaskerTag>` says what it holds.

@@ -145,7 +145,8 @@ impl TowerOptions<'_> {
             (Some(arch), _) => arch,
             (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.arch,
             (None, _) => {
-                return Err(Refusal::new("arch", "missing").help("give a name such as base_16, or the sizes"));
+                return Err(Refusal::new("arch", "the sizes of the tower are not known")
+                    .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}"));
             }
         };
         arch.check()?;

@@ -63,10 +63,11 @@ impl Arch {
     /// Refuses sizes that no tower can have.
     ///
     /// # Errors
-    /// Names `arch` and the size at fault.
+    /// Names the size at fault, in `arch`.
     pub fn check(&self) -> Result<(), Refusal> {
         if !self.dim.is_multiple_of(self.heads) {
-            return Err(Refusal::new("arch", format!("dim {} is not a multiple of heads {}", self.dim, self.heads)));
+            let message = format!("dim {} is not a multiple of heads {}", self.dim, self.heads);
+            return Err(Refusal::new("heads", message).related(["dim"], "the channels").under("arch"));
         }
         Ok(())
     }
@@ -77,10 +78,9 @@ impl Arch {
     /// The image's side is no multiple of the patch's.
     pub fn grid(&self, image_size: usize) -> Result<Grid, Refusal> {
         if image_size == 0 || !image_size.is_multiple_of(self.patch) {
-            return Err(Refusal::new(
-                "image_size",
-                format!("{image_size} pixels are not a whole number of patches of {}", self.patch),
-            ));
+            let message = format!("{image_size} pixels are not a whole number of patches of {}", self.patch);
+            let patch = Refusal::new("patch", message).under("arch");
+            return Err(patch.related(["image_size"], "the side of the image"));
         }
         let side = image_size / self.patch;
         Ok(Grid { rows: side, columns: side })

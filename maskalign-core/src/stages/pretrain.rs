@@ -168,6 +168,8 @@ impl Pretrain {
                 "teacher",
                 format!("`{name}` has {} patches, the student {}", teacher.grid, student.grid),
             )
+            .in_stage(["teachers", name, "image_size"], "the teacher's size")
+            .in_stage(["student", "image_size"], "the student's size")
             .help("set `image_size` of one of the towers so that the grids are equal"));
         }
         if !teacher.cls_token {

@@ -30,6 +30,7 @@ pub enum Combine {
 #[component]
 pub struct Features {
     /// The teacher, by its name under `teachers`.
+    #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,
     /// Levels: `all`, `{last: K}`, or a list of 0-based blocks, negative from the end.
     #[serde(default)]
@@ -54,13 +55,15 @@ impl TargetPlugin for Features {
                 false => format!("known teachers: {}", known.join(", ")),
             })
         })?;
-        let levels = self.levels.resolve(teacher.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        let levels = self.levels.resolve(teacher.arch.depth).map_err(|r| r.under("levels"))?;
         let levels: Vec<usize> = levels
             .into_iter()
-            .map(|level| match level {
+            .enumerate()
+            .map(|(at, level)| match level {
                 LevelRef::Block(i) => Ok(i),
                 LevelRef::Embed => {
-                    Err(Refusal::new("levels", "a target is taken after a block; `embed` is the student's"))
+                    let message = "a target is taken after a block; `embed` is the student's";
+                    Err(Refusal::new(at.to_string(), message).under("levels"))
                 }
             })
             .collect::<Result<_, _>>()?;
@@ -72,10 +75,13 @@ impl TargetPlugin for Features {
                     self.teacher, teacher.grid, teacher.image_size, cx.student.grid, cx.student.image_size
                 ),
             )
+            .in_stage(["teachers", &self.teacher, "image_size"], "the teacher's size")
+            .in_stage(["student", "image_size"], "the student's size")
             .help("set `image_size` of one of the towers so that the grids are equal"));
         }
         if cx.tokens.cls && !teacher.cls_token {
-            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher)));
+            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher))
+                .beside(["tokens"], "`cls` is asked for here"));
         }
         let width = match (self.tap, teacher.projection) {
             (Tap::Projection, Some(width)) => width,
