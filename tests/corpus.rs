@@ -124,6 +124,8 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("ratio: 0.7", "visible: 197"), REFUSED, "197"),
             (("tokens: [cls, visible]", "tokens: [cls, visible, masked]"), REFUSED, "aligner"),
             (("micro: 128", "micro: 100"), REFUSED, "100"),
+            (("    batch: {", "    checkpoints: { every_steps: 9, every_epochs: 2 }\n    batch: {"), REFUSED, "9"),
+            (("drop_path: 0.1", "drop_path: 0.1, image_size: 65536"), REFUSED, "65536"),
             (
                 ("type: clip, arch: base_16", "type: clip, arch: base_16, image_size: 448"),
                 REFUSED,

@@ -694,12 +694,15 @@ impl Builder<'_> {
                                 .help("quote the key, or indent what follows it"),
                         ));
                     };
+                    // Of a key that is not written the parser makes `~`, at no place.
+                    let is_plain = written.is_some_and(|written| written.plain);
+                    if is_plain && place.span.is_empty() {
+                        let colon = place.span.start..(place.span.start + 1).min(self.source.text.len());
+                        let place = Place { span: colon, ..place };
+                        return Err(Box::new(Diagnostic::error(codes::SYNTAX, "a key is missing before `:`", place)));
+                    }
                     if text.is_empty() {
-                        let message = match written.is_some_and(|written| written.plain) {
-                            true => "a key is missing before `:`",
-                            false => "an empty key",
-                        };
-                        return Err(Box::new(Diagnostic::error(codes::SYNTAX, message, place)));
+                        return Err(Box::new(Diagnostic::error(codes::SYNTAX, "an empty key", place)));
                     }
                     let is_merge = text == "<<" && written.is_some_and(|written| written.plain);
                     *key = Some(if is_merge { (Key::Merge, place) } else { (Key::Name(text.to_owned()), place) });

@@ -48,6 +48,21 @@ impl From<&VitConfig> for TowerShape {
 }
 
 impl TowerShape {
+    /// Refuses a teacher whose patches are not the student's; the option at fault is the teacher's `name`.
+    pub(crate) fn check_grid(&self, name: &str, student: &TowerShape) -> Result<(), Refusal> {
+        if self.grid == student.grid {
+            return Ok(());
+        }
+        let message = format!(
+            "`{name}` has {} patches at {} pixels, the student {} at {}",
+            self.grid, self.image_size, student.grid, student.image_size
+        );
+        Err(Refusal::new("teacher", message)
+            .in_stage(["teachers", name, "image_size"], "the teacher's size")
+            .in_stage(["student", "image_size"], "the student's size")
+            .help("set `image_size` of one of the towers so that the grids are equal"))
+    }
+
     /// Tokens of an image with every patch visible.
     pub fn tokens(&self) -> usize {
         self.grid.patches() + usize::from(self.cls_token)

@@ -40,6 +40,8 @@ const NAMED: [(&str, usize, usize, usize); 5] = [
     ("huge", 1280, 32, 16),
 ];
 const PATCHES: [usize; 4] = [8, 14, 16, 32];
+/// Attention over the square of more patches fits no machine.
+const MOST_PATCHES_A_SIDE: usize = 256;
 
 impl Arch {
     /// The sizes behind a name such as `large_14`.
@@ -83,6 +85,10 @@ impl Arch {
             return Err(patch.related(["image_size"], "the side of the image"));
         }
         let side = image_size / self.patch;
+        if side > MOST_PATCHES_A_SIDE {
+            let message = format!("{side}x{side} patches: towers take at most {MOST_PATCHES_A_SIDE} along a side");
+            return Err(Refusal::new("image_size", message).related(["arch", "patch"], "the side of a patch"));
+        }
         Ok(Grid { rows: side, columns: side })
     }
 }
@@ -320,8 +326,8 @@ impl<D: Dev> Vit<D> {
         let mut pos_embed = if config.learned_positions {
             init.truncated_normal("pos_embed", &[1, 1 + grid.patches(), dim], 0.02)?
         } else {
-            let values = sincos_positions(dim, grid.rows, grid.columns);
-            init.values("pos_embed", &[1, 1 + grid.patches(), dim], values)?
+            let values = || sincos_positions(dim, grid.rows, grid.columns);
+            init.worked_out("pos_embed", &[1, 1 + grid.patches(), dim], values)?
         };
         pos_embed.trainable = config.learned_positions;
         let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };

@@ -163,11 +163,9 @@ impl AlignerPlugin for Decoder {
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         let grid = plan.student.grid;
         let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
-        let mut positions = init.values(
-            "decoder_pos_embed",
-            &[1, 1 + grid.patches(), dim],
-            sincos_positions(dim, grid.rows, grid.columns),
-        )?;
+        let mut positions = init.worked_out("decoder_pos_embed", &[1, 1 + grid.patches(), dim], || {
+            sincos_positions(dim, grid.rows, grid.columns)
+        })?;
         positions.trainable = false;
         let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
         let name = |i: usize| format!("decoder_blocks.{i}");

@@ -67,18 +67,7 @@ impl TargetPlugin for Features {
                 }
             })
             .collect::<Result<_, _>>()?;
-        if teacher.grid != cx.student.grid {
-            return Err(Refusal::new(
-                "teacher",
-                format!(
-                    "`{}` has {} patches at {} pixels, the student {} at {}",
-                    self.teacher, teacher.grid, teacher.image_size, cx.student.grid, cx.student.image_size
-                ),
-            )
-            .in_stage(["teachers", &self.teacher, "image_size"], "the teacher's size")
-            .in_stage(["student", "image_size"], "the student's size")
-            .help("set `image_size` of one of the towers so that the grids are equal"));
-        }
+        teacher.check_grid(&self.teacher, &cx.student)?;
         if cx.tokens.cls && !teacher.cls_token {
             return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher))
                 .beside(["tokens"], "`cls` is asked for here"));
