@@ -117,14 +117,20 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         &[
             (("masker: { type: attention, teacher: clip", "masker: { type: attention, teacher: clop"), REFUSED, "clop"),
             (("features, teacher: clip", "features, teacher: dino"), REFUSED, "dino"),
-            (("levels: { last: 5 }", "levels: { last: 13 }"), REFUSED, "levels"),
-            (("levels: { last: 5 }", "levels: [embed, -1]"), REFUSED, "levels"),
-            (("levels: { last: 5 }", "levels: [12]"), REFUSED, "levels"),
-            (("size: 224", "size: 225"), REFUSED, "student"),
+            (("levels: { last: 5 }", "levels: { last: 13 }"), REFUSED, "13"),
+            (("levels: { last: 5 }", "levels: [embed, -1]"), REFUSED, "embed"),
+            (("levels: { last: 5 }", "levels: [12]"), REFUSED, "12"),
+            (("size: 224", "size: 225"), REFUSED, "base_16"),
             (("ratio: 0.7", "visible: 197"), REFUSED, "197"),
             (("tokens: [cls, visible]", "tokens: [cls, visible, masked]"), REFUSED, "aligner"),
             (("micro: 128", "micro: 100"), REFUSED, "100"),
-            (("type: clip, arch: base_16", "type: clip, arch: base_16, image_size: 448"), REFUSED, "clip"),
+            (("    batch: {", "    checkpoints: { every_steps: 9, every_epochs: 2 }\n    batch: {"), REFUSED, "9"),
+            (("drop_path: 0.1", "drop_path: 0.1, image_size: 65536"), REFUSED, "65536"),
+            (
+                ("type: clip, arch: base_16", "type: clip, arch: base_16, image_size: 448"),
+                REFUSED,
+                "attention, teacher: |clip",
+            ),
         ],
     ),
     (
@@ -134,8 +140,8 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("attention: cross", "attention: full"), REFUSED, "levels"),
             (("tokens: [masked]", "tokens: [visible]"), REFUSED, "cross"),
             (("tokens: [masked]", "tokens: [visible, masked]"), REFUSED, "cross"),
-            (("[embed, 0, 1,", "[embed, 1, 1,"), REFUSED, "levels"),
-            (("10, 11]", "10, 12]"), REFUSED, "levels"),
+            (("[embed, 0, 1,", "[embed, 1, 1,"), REFUSED, "embed, 1, |1"),
+            (("10, 11]", "10, 12]"), REFUSED, "12"),
             (("predict_ratio: 0.25", "predict_ratio: 0.8"), REFUSED, "0.8"),
             (("predict_ratio: 0.25", "predict_ratio: 0"), REFUSED, "tokens"),
         ],
@@ -144,7 +150,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         "quickstart",
         &[
             (("{ stage: pretrain }", "{ stage: pretrian }"), REFUSED, "pretrian"),
-            (("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5"), REFUSED, "arch"),
+            (("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5"), REFUSED, "5"),
         ],
     ),
 ];
@@ -227,17 +233,42 @@ fn check(text: &str) -> Result<(), Report> {
     }
 }
 
-/// Whether a mistake with this code marks this text; what was found where not. A key under a wrong name is two mistakes,
-/// unknown here and missing there, but one edit never makes a page of them.
-fn blames(text: &str, code: &str, marked: &str) -> Option<String> {
-    let Err(report) = check(text) else {
+/// Where a mistake is to be marked: the text itself, or `before|marked` where it stands several times. A place inside
+/// the edit is meant before a key above it, and that before what follows.
+fn expected_at(text: &str, recipe: &str, edit: Edit, marked: &str) -> usize {
+    if let Some((before, marked)) = marked.split_once('|') {
+        let context = format!("{before}{marked}");
+        assert_eq!(text.matches(&context).count(), 1, "{context:?} stands once");
+        return text.find(&context).expect("it stands") + before.len();
+    }
+    let shipped = embedded::RECIPES.iter().find(|(name, _)| *name == recipe).expect("embedded").1;
+    let start = shipped.find(edit.0).expect("the edit applies");
+    let inside = edit.1.find(marked).map(|at| start + at);
+    let above = || text[..start].rfind(&format!(" {marked}:")).map(|at| at + 1);
+    let below = || text[start..].find(marked).map(|at| start + at);
+    inside.or_else(above).or_else(below).unwrap_or_else(|| panic!("{marked:?} is not in the recipe"))
+}
+
+/// Line and column of a byte offset, both from 1.
+fn line_column(text: &str, at: usize) -> (usize, usize) {
+    let before = &text[..at];
+    let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+/// Whether the recipe has one mistake, with this code, that marks this text there; what was found where not.
+fn blames(recipe: &str, edit: Edit, code: &str, marked: &str) -> Option<String> {
+    let text = edited(recipe, edit);
+    let Err(report) = check(&text) else {
         return Some("no mistake is found".to_owned());
     };
-    let right = report
-        .0
-        .iter()
-        .any(|mistake| mistake.code == code && mistake.place().is_some_and(|place| place.text() == marked));
-    (!right || report.0.len() > 3).then(|| format!("expected {code} at {marked:?}, found\n{report}"))
+    let at = line_column(&text, expected_at(&text, recipe, edit, marked));
+    let marked = marked.rsplit('|').next().unwrap_or(marked);
+    let right = match report.0.as_slice() {
+        [only] => only.code == code && only.place().is_some_and(|p| p.text() == marked && p.line_column() == at),
+        _ => false,
+    };
+    (!right).then(|| format!("expected one {code} at {marked:?}, {}:{}, found\n{report}", at.0, at.1))
 }
 
 fn validator() -> Validator {
@@ -262,7 +293,7 @@ fn every_mistake_of_structure_is_marked_and_the_schema_refuses_it_too() {
     let mut wrong = Vec::new();
     for (recipe, (edit, code, marked)) in edits {
         let text = edited(recipe, *edit);
-        if let Some(what) = blames(&text, code, marked) {
+        if let Some(what) = blames(recipe, *edit, code, marked) {
             wrong.push(format!("{recipe} {edit:?}: {what}"));
         }
         if admits(&validator, &text) {
@@ -278,7 +309,7 @@ fn what_does_not_fit_together_is_marked_though_the_structure_is_sound() {
     let mut wrong = Vec::new();
     for (recipe, (edit, code, marked)) in all(MISFITS) {
         let text = edited(recipe, *edit);
-        if let Some(what) = blames(&text, code, marked) {
+        if let Some(what) = blames(recipe, *edit, code, marked) {
             wrong.push(format!("{recipe} {edit:?}: {what}"));
         }
         if !admits(&validator, &text) {
@@ -310,12 +341,32 @@ fn good_recipes_please_the_schema_and_the_decoder() {
 #[test]
 fn doubled_keys_and_unset_variables_are_the_decoders() {
     for ((from, to), code, marked) in [
-        (("seed: 0\n", "seed: 0\nseed: 1\n"), DUPLICATE_KEY, "seed"),
+        (("seed: 0\n", "seed: 0\nseed: 1\n"), DUPLICATE_KEY, "0\n|seed"),
         (("    epochs: 200\n", "    epochs: ${NOT_SET}\n"), UNSET_VARIABLE, "${NOT_SET}"),
         (("    epochs: 200\n", "    epochs: ${2}\n"), BAD_VARIABLE, "${2}"),
         (("name: maskalign", "extends: nowhere.yaml\nname: maskalign"), UNKNOWN_BASE, "nowhere.yaml"),
     ] {
-        let wrong = blames(&edited("maskalign_vitb_clip", (from, to)), code, marked);
+        let wrong = blames("maskalign_vitb_clip", (from, to), code, marked);
         assert!(wrong.is_none(), "{to:?}: {}", wrong.unwrap_or_default());
     }
+}
+
+/// References are told with the rest, whether the structure is sound or not, and once.
+#[test]
+fn names_that_are_not_there_are_told_with_every_other_mistake() {
+    let text = edited("quickstart", ("attention, teacher: teacher", "attention, teacher: techer"))
+        .replace("features, teacher: teacher", "features, teacher: teachr")
+        .replace("{ stage: pretrain }", "{ stage: pretrian }");
+    let found = |text: &str| -> Vec<(String, Vec<String>)> {
+        let report = check(text).expect_err("three names");
+        report.0.into_iter().map(|d| (d.path.last().cloned().unwrap_or_default(), d.suggestions)).collect()
+    };
+    let names = |name: &str, near: &str| (name.to_owned(), vec![near.to_owned()]);
+    let expected = [names("teacher", "teacher"), names("teacher", "teacher"), names("stage", "pretrain")];
+    assert_eq!(found(&text), expected);
+    // Planning stops at the student, before it comes to any name.
+    let broken = text.replace("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5");
+    assert_eq!(found(&broken).len(), 4);
+    let unsound = found(&text.replace("seed: 0", "seed: -1"));
+    assert_eq!((unsound.len(), &unsound[1..]), (4, &expected[..]));
 }

@@ -36,29 +36,24 @@ pub(crate) struct Sets {
 /// # Errors
 /// Every mistake of its structure.
 pub(crate) fn load(registry: &Registry, recipe: &Path, sets: &[String]) -> Result<Loaded, Report> {
-    load_with(registry, recipe, sets, &|name| std::env::var(name).ok())
+    Recipe::load(&request(recipe, sets), registry)
 }
 
-/// As [`load`], for what does not look at data and weights: a variable that is not set stands for itself.
+/// As [`load`], for what does not look at data and weights: a variable that is not set may be anything.
 ///
 /// # Errors
 /// As there.
 pub(crate) fn load_anywhere(registry: &Registry, recipe: &Path, sets: &[String]) -> Result<Loaded, Report> {
-    load_with(registry, recipe, sets, &|name| Some(std::env::var(name).unwrap_or_else(|_| format!("${name}"))))
+    Recipe::load_without_environment(&request(recipe, sets), registry)
 }
 
-/// As [`load`], in a given environment.
-///
-/// # Errors
-/// As there.
-fn load_with(
-    registry: &Registry,
-    recipe: &Path,
-    sets: &[String],
-    env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Loaded, Report> {
-    let request = LoadRequest { input: Input::Path(recipe.to_owned()), sets, env, builtins: &Embedded };
-    Recipe::load(&request, registry)
+fn request<'a>(recipe: &Path, sets: &'a [String]) -> LoadRequest<'a> {
+    LoadRequest {
+        input: Input::Path(recipe.to_owned()),
+        sets,
+        env: &|name| std::env::var(name).ok(),
+        builtins: &Embedded,
+    }
 }
 
 impl From<Report> for Failure {

@@ -3,7 +3,7 @@
 
 use anstyle::{AnsiColor, Color, Style};
 use clap::builder::Styles;
-use maskalign_registry::{Diagnostic, Report, Severity};
+use maskalign_registry::{Diagnostic, Report};
 
 const fn bold(color: AnsiColor) -> Style {
     Style::new().bold().fg_color(Some(Color::Ansi(color)))
@@ -11,8 +11,6 @@ const fn bold(color: AnsiColor) -> Style {
 
 /// Errors and the marks under what is wrong.
 pub(crate) const ERROR: Style = bold(AnsiColor::Red);
-/// Warnings.
-pub(crate) const WARNING: Style = bold(AnsiColor::Yellow);
 /// Line numbers, margins, and marks at second places.
 pub(crate) const GUTTER: Style = bold(AnsiColor::Blue);
 /// Names and headings.
@@ -40,15 +38,11 @@ pub(crate) fn report(report: &Report) -> String {
 /// Colours the plain text line by line, so that both say the same.
 fn diagnostic(diagnostic: &Diagnostic) -> String {
     let plain = diagnostic.render();
-    let severity = match diagnostic.severity {
-        Severity::Error => ERROR,
-        Severity::Warning => WARNING,
-    };
     let mut out = String::new();
     for (index, line) in plain.lines().enumerate() {
         let painted = match index {
-            0 => head(line, diagnostic, severity),
-            _ => body(line, severity),
+            0 => head(line, diagnostic),
+            _ => body(line),
         };
         out.push_str(&painted);
         out.push('\n');
@@ -57,18 +51,18 @@ fn diagnostic(diagnostic: &Diagnostic) -> String {
 }
 
 /// `file:line:column: error[code]: message`.
-fn head(line: &str, diagnostic: &Diagnostic, severity: Style) -> String {
-    let tag = format!("{}[{}]", diagnostic.severity.name(), diagnostic.code);
+fn head(line: &str, diagnostic: &Diagnostic) -> String {
+    let tag = format!("error[{}]", diagnostic.code);
     match line.split_once(&tag) {
         Some((place, message)) => {
-            format!("{place}{}{}", paint(severity, &tag), paint(STRONG, message))
+            format!("{place}{}{}", paint(ERROR, &tag), paint(STRONG, message))
         }
         None => line.to_string(),
     }
 }
 
 /// A source line, the marks under it, a second place or a help.
-fn body(line: &str, severity: Style) -> String {
+fn body(line: &str) -> String {
     let margin = line.find(|c: char| !c.is_ascii_digit() && c != ' ').unwrap_or(line.len());
     let (gutter, rest) = line.split_at(margin);
     if let Some(help) = rest.strip_prefix("= help:") {
@@ -85,7 +79,7 @@ fn body(line: &str, severity: Style) -> String {
     let is_marks = gutter.trim().is_empty() && shown.trim_start().starts_with(['^', '-']);
     let painted = match shown.trim_start().starts_with('^') {
         _ if !is_marks => shown.to_string(),
-        true => paint(severity, shown),
+        true => paint(ERROR, shown),
         false => paint(GUTTER, shown),
     };
     format!("{bar}{painted}")

@@ -332,7 +332,7 @@ impl Composer<'_> {
             };
             match &item.content {
                 Content::Str(text) if !text.is_empty() => names.push((text.clone(), place.clone())),
-                Content::Unset(diagnostics) => {
+                Content::Unset { diagnostics, .. } => {
                     self.diagnostics.extend(diagnostics.iter().cloned());
                     self.incomplete = true;
                 }
@@ -619,6 +619,13 @@ fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize
                 (&rest[..length], length)
             }
         };
+        if let Some((list, index)) = name.strip_suffix(']').and_then(|name| name.split_once('[')) {
+            let place = Place { source: Arc::clone(source), span: at..at + length };
+            return Err(vec![
+                Diagnostic::error(codes::BAD_OVERRIDE, "the item of a list follows a dot", place)
+                    .help(format!("write {list}.{index}")),
+            ]);
+        }
         if name.trim().is_empty() || name.trim() != name {
             let message = if name.trim().is_empty() { "a key is missing" } else { "a key has spaces around it" };
             return Err(refuse(at..at + length, message));
@@ -641,13 +648,17 @@ fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize
 
 /// The list index that a segment names, checked against the list.
 fn list_index(items: &[Node], segment: &Segment) -> Result<usize, Box<Diagnostic>> {
-    let index = segment.name.parse::<usize>();
+    // `00` and `+0` would be read as 0: one item has one name.
+    let index = segment.name.parse::<usize>().ok().filter(|index| index.to_string() == segment.name);
     let message = match index {
-        Ok(index) if index < items.len() => return Ok(index),
-        Ok(index) => format!("the list has no item {index}"),
-        Err(_) => format!("{} is not the index of an item of this list", quoted(&segment.name)),
+        Some(index) if index < items.len() => return Ok(index),
+        Some(index) => format!("the list has no item {index}"),
+        None => format!("{} is not the index of an item of this list", quoted(&segment.name)),
     };
-    let help = format!("items are counted from 0; there are {}", items.len());
+    let help = match items.len() {
+        0 => "the list is empty: set item 0 to add one".to_owned(),
+        count => format!("items are counted from 0; there are {count}, and setting item {count} adds one"),
+    };
     let diagnostic = Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone());
     Err(Box::new(diagnostic.help(help)))
 }
@@ -683,12 +694,23 @@ fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<D
     }
 }
 
+/// Adds an empty item where a segment names the one after the last of a list.
+fn make_room(node: &mut Node, segment: &Segment) {
+    if let Content::Seq(items) = &mut node.content
+        && segment.name == items.len().to_string()
+    {
+        let origin = Origin::Flag(segment.place.clone());
+        items.push(Node { content: Content::Null, origin, typing: Typing::Fixed });
+    }
+}
+
 fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Diagnostic>> {
     let Some((last, parents)) = segments.split_last() else {
         return Ok(());
     };
     let mut node = root;
     for segment in parents {
+        make_room(node, segment);
         node = match holder(node, segment)? {
             Holder::Item(items, index) => &mut items[index],
             Holder::Map(map) => {
@@ -701,6 +723,7 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
             }
         };
     }
+    make_room(node, last);
     match holder(node, last)? {
         Holder::Item(items, index) => items[index] = value,
         Holder::Map(map) => {
@@ -708,13 +731,27 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
                 last.name == "type" && map.get("type").is_some_and(|old| old.value.as_str() != value.as_str());
             if changes_type {
                 // Another component: the old one's options go, those that flags set stay.
-                map.retain(|key, member| key == "type" || matches!(member.value.origin, Origin::Flag(_)));
+                map.retain(|key, member| key == "type" || keeps_flags(&mut member.value));
             }
             let key = Origin::Flag(last.place.clone());
             map.insert(last.name.clone(), Member { key, value });
         }
     }
     Ok(())
+}
+
+/// Leaves of a value what flags set; false where that is nothing.
+fn keeps_flags(node: &mut Node) -> bool {
+    if node.origin.place().is_some_and(|place| place.source.kind() == SourceKind::Flag) {
+        return true;
+    }
+    match &mut node.content {
+        Content::Map(map) => {
+            map.retain(|_, member| keeps_flags(&mut member.value));
+            !map.is_empty()
+        }
+        _ => false,
+    }
 }
 
 fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> {
@@ -774,7 +811,7 @@ fn put_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String>) {
                         node.origin = Origin::Variable { name, at: place };
                     }
                 }
-                Err(diagnostics) => node.content = Content::Unset(diagnostics),
+                Err((text, diagnostics)) => node.content = Content::Unset { text, diagnostics },
             }
         }
         _ => {}
@@ -789,7 +826,12 @@ struct Expanded {
     whole: bool,
 }
 
-fn expand(text: &str, place: &Place, env: &dyn Fn(&str) -> Option<String>) -> Result<Expanded, Vec<Diagnostic>> {
+/// Puts in the variables of a scalar; the refusal comes with the text as far as it is known.
+fn expand(
+    text: &str,
+    place: &Place,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Expanded, (String, Vec<Diagnostic>)> {
     let mut out = String::with_capacity(text.len());
     let mut variable = None;
     let mut diagnostics = Vec::new();
@@ -847,16 +889,16 @@ fn expand(text: &str, place: &Place, env: &dyn Fn(&str) -> Option<String>) -> Re
             (Some(value), None) => out.push_str(&value),
             (Some(value), Some(_)) if !value.is_empty() => out.push_str(&value),
             (_, Some(default)) => out.push_str(default),
-            (None, None) => diagnostics.push(
-                Diagnostic::error(
-                    codes::UNSET_VARIABLE,
-                    format!("the variable `{name}` is not set"),
-                    spot,
-                )
-                .help(format!(
-                    "set it in the environment, as in `{name}=... maskalign ...`, or give a default: ${{{name}:-default}}"
-                )),
-            ),
+            (None, None) => {
+                out.push_str(&format!("${name}"));
+                diagnostics.push(
+                    Diagnostic::error(codes::UNSET_VARIABLE, format!("the variable `{name}` is not set"), spot).help(
+                        format!(
+                            "set it in the environment, as in `{name}=... maskalign ...`, or give a default: ${{{name}:-default}}"
+                        ),
+                    ),
+                );
+            }
         }
     }
     pieces += usize::from(!rest.is_empty());
@@ -864,7 +906,7 @@ fn expand(text: &str, place: &Place, env: &dyn Fn(&str) -> Option<String>) -> Re
     if diagnostics.is_empty() {
         Ok(Expanded { text: out, whole: variable.is_some() && pieces == 1, variable })
     } else {
-        Err(diagnostics)
+        Err((out, diagnostics))
     }
 }
 

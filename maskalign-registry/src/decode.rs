@@ -10,16 +10,40 @@ use serde_json::{Map, Number, Value};
 
 use crate::{
     diagnostic::{Diagnostic, Place, codes, list, quoted},
-    plugin::{Entry, Kind, Registry, nearest},
-    schema::{Schemas, reference, required, types, words},
-    source::{Content, Mapping, Node, Origin, Source, Typing, integer, resolve_plain},
+    plugin::{Entry, Kind, Registry, distance, nearest},
+    schema::{Schemas, reference, required, types, with_article, words},
+    source::{
+        Content, Mapping, Member, Node, Origin, Source, SourceKind, Typing, integer, key_slip, number, resolve_plain,
+    },
 };
 
-/// Checks a document and gives it back as JSON, where nothing is wrong.
-pub(crate) fn check(root: &Node, registry: &Registry, fallback: &Arc<Source>) -> (Option<Value>, Vec<Diagnostic>) {
-    let mut checker = Checker::new(root, registry, fallback);
+/// What a variable without a value is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unset {
+    /// A mistake.
+    Mistake,
+    /// Some scalar that fits: the recipe is not run on this machine.
+    Unknown,
+}
+
+/// What checking a document found.
+pub(crate) struct Checked {
+    /// The document as JSON, where nothing is wrong. Stages that hold an unknown value are left out.
+    pub value: Option<Value>,
+    /// What is wrong with its structure.
+    pub diagnostics: Vec<Diagnostic>,
+    /// Names of teachers and stages that are not there.
+    pub references: Vec<Diagnostic>,
+    /// The variables that stages were left out for, with their paths.
+    pub unknown: Vec<Diagnostic>,
+}
+
+/// Checks a document.
+pub(crate) fn check(root: &Node, registry: &Registry, fallback: &Arc<Source>, unset: Unset) -> Checked {
+    let mut checker = Checker { unset, ..Checker::new(root, registry, fallback) };
     let value = checker.value(root, registry.schemas().root(), None);
-    (value, checker.diagnostics)
+    let Checker { diagnostics, references, unknown, .. } = checker;
+    Checked { value, diagnostics, references, unknown }
 }
 
 /// Checks one component that stands alone.
@@ -43,6 +67,13 @@ struct Frame<'a> {
     component: Option<&'static Entry>,
 }
 
+/// The component that a mapping is, and the key that says so.
+#[derive(Clone, Copy)]
+struct Chosen<'a> {
+    entry: &'static Entry,
+    key: &'a str,
+}
+
 struct Checker<'a> {
     registry: &'a Registry,
     schemas: &'a Schemas,
@@ -51,6 +82,9 @@ struct Checker<'a> {
     path: Vec<String>,
     frames: Vec<Frame<'a>>,
     diagnostics: Vec<Diagnostic>,
+    references: Vec<Diagnostic>,
+    unset: Unset,
+    unknown: Vec<Diagnostic>,
 }
 
 impl<'a> Checker<'a> {
@@ -63,6 +97,9 @@ impl<'a> Checker<'a> {
             path: Vec::new(),
             frames: Vec::new(),
             diagnostics: Vec::new(),
+            references: Vec::new(),
+            unset: Unset::Mistake,
+            unknown: Vec::new(),
         }
     }
 
@@ -77,13 +114,10 @@ impl<'a> Checker<'a> {
 
     /// The JSON of a node that the schema admits; what is wrong is reported here.
     fn value(&mut self, node: &'a Node, schema: &'a Value, key: Option<&'a Origin>) -> Option<Value> {
-        if let Content::Unset(diagnostics) = &node.content {
-            for diagnostic in diagnostics {
-                self.report(diagnostic.clone());
-            }
-            return None;
-        }
         let schema = self.schemas.resolve(schema);
+        if let Content::Unset { text, diagnostics } = &node.content {
+            return self.unset(node, schema, text, diagnostics);
+        }
         if let Some(kind) = reference(schema).and_then(Kind::from_name) {
             return self.component(node, kind, key);
         }
@@ -125,8 +159,55 @@ impl<'a> Checker<'a> {
             Content::Str(text) => self.string(node, schema, text),
             Content::Seq(items) => self.list(node, schema, items),
             Content::Map(map) => self.mapping(node, schema, map, key, None),
-            Content::Null | Content::Bool(_) | Content::Unset(_) => Some(node.to_json()),
+            Content::Null | Content::Bool(_) | Content::Unset { .. } => Some(node.to_json()),
         }
+    }
+
+    /// A scalar whose variables have no value.
+    fn unset(&mut self, node: &Node, schema: &Value, text: &str, diagnostics: &[Diagnostic]) -> Option<Value> {
+        let is_unset = |diagnostic: &Diagnostic| diagnostic.code == codes::UNSET_VARIABLE;
+        if self.unset == Unset::Mistake || !diagnostics.iter().all(is_unset) {
+            for diagnostic in diagnostics {
+                self.report(diagnostic.clone());
+            }
+            return None;
+        }
+        if !self.takes_scalar(schema) {
+            self.wrong_type(node, schema);
+            return None;
+        }
+        // Free text stands for itself: whatever it is, the same is planned.
+        let pattern = schema.get("pattern").and_then(Value::as_str).map(|pattern| self.schemas.pattern(pattern));
+        let fits = |text: &String| pattern.is_none_or(|pattern| pattern.is_some_and(|pattern| pattern.is_match(text)));
+        let is_free =
+            types(schema).contains(&"string") && words(schema).is_none() && schema.get("x-reference").is_none();
+        if is_free && let Some(text) = [text.to_owned(), text.replace('$', "")].into_iter().find(fits) {
+            return Some(Value::String(text));
+        }
+        self.leave_unknown(diagnostics.to_vec());
+        None
+    }
+
+    fn leave_unknown(&mut self, diagnostics: Vec<Diagnostic>) {
+        let noted = self.unknown.iter().any(|noted| noted.path == self.path);
+        if !noted {
+            self.unknown.extend(diagnostics.into_iter().map(|diagnostic| diagnostic.at(&self.path)));
+        }
+    }
+
+    /// Whether a schema admits some scalar.
+    fn takes_scalar(&self, schema: &Value) -> bool {
+        let schema = self.schemas.resolve(schema);
+        if reference(schema).is_some() {
+            return false;
+        }
+        for keyword in ["anyOf", "oneOf", "allOf"] {
+            if let Some(branches) = schema.get(keyword).and_then(Value::as_array) {
+                return branches.iter().any(|branch| self.takes_scalar(branch));
+            }
+        }
+        let names = types(schema);
+        names.is_empty() || names.iter().any(|name| !matches!(*name, "array" | "object"))
     }
 
     fn wrong_type(&mut self, node: &Node, schema: &Value) {
@@ -149,12 +230,25 @@ impl<'a> Checker<'a> {
                 if has("boolean") && is_yes {
                     return Some("write `true` or `false`: in YAML 1.2 `yes` and `no` are text".to_owned());
                 }
-                let number = matches!(resolve_plain(text), Content::Int(_) | Content::Float(_));
-                if number && (has("number") || has("integer")) {
+                let is_number = |text: &str| matches!(resolve_plain(text), Content::Int(_) | Content::Float(_));
+                let numeric = has("number") || has("integer");
+                let quoted_word = has("boolean") && matches!(resolve_plain(text), Content::Bool(_));
+                if quoted_word || (numeric && is_number(text)) {
                     return Some("remove the quotes: quoted values are text".to_owned());
                 }
                 if has("number") && text.ends_with('%') {
                     return Some("write a share such as 0.75, not a percentage".to_owned());
+                }
+                if let Some(name) = text.strip_prefix('$').filter(|name| is_variable(name)) {
+                    return Some(format!("a variable needs braces: ${{{name}}}"));
+                }
+                if numeric && let Some(help) = number_slip(text) {
+                    return Some(help);
+                }
+                if has("object")
+                    && let Some((_, help)) = key_slip(text)
+                {
+                    return Some(help);
                 }
                 has("array").then(|| format!("write a list: [{text}]"))
             }
@@ -165,14 +259,27 @@ impl<'a> Checker<'a> {
                 }
                 has("array").then(|| format!("write a list: [{text}]"))
             }
-            Content::Null => Some("give a value, or remove the key to have the default".to_owned()),
+            Content::Null => Some(self.nothing()),
             _ => None,
+        }
+    }
+
+    /// The way out where nothing is written.
+    fn nothing(&self) -> String {
+        let name = self.path.last().map_or("", String::as_str);
+        let held = self.frames.last().map(|frame| (frame.schema, frame.depth));
+        match held {
+            _ if name.parse::<usize>().is_ok() => "give a value, or remove the item".to_owned(),
+            Some((schema, depth)) if depth + 1 == self.path.len() && !required(schema).any(|key| key == name) => {
+                "give a value, or remove the key to have the default".to_owned()
+            }
+            _ => "give a value: it has no default".to_owned(),
         }
     }
 
     fn number(&mut self, node: &Node, schema: &Value, number: f64) -> Option<Value> {
         if !number.is_finite() {
-            let message = format!("expected a finite number, found `{number}`");
+            let message = format!("expected a finite number, found `{}`", self.shown(node));
             let place = self.place(&node.origin);
             self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, place));
             return None;
@@ -230,7 +337,7 @@ impl<'a> Checker<'a> {
             (Origin::File(_) | Origin::Flag(_), Some(place)) => place.text().to_owned(),
             _ => match &node.content {
                 Content::Int(number) => number.to_string(),
-                Content::Float(number) => number.to_string(),
+                Content::Float(value) => number(*value),
                 other => other.describe(),
             },
         }
@@ -267,7 +374,86 @@ impl<'a> Checker<'a> {
             self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, place));
             return None;
         }
-        Some(Value::String(text.to_owned()))
+        let known = match schema.get("x-reference").and_then(Value::as_str) {
+            Some("teacher") => self.teacher(node, text),
+            Some("stage") => self.stage(node, text),
+            _ => true,
+        };
+        known.then(|| Value::String(text.to_owned()))
+    }
+
+    /// Notes a name that nothing in the document has. It is no mistake of structure: what is planned can be refused as
+    /// well, and says the same.
+    fn misses(&mut self, diagnostic: Diagnostic) {
+        let diagnostic = diagnostic.at(&self.path);
+        if !self.references.iter().any(|noted| noted.path == diagnostic.path) {
+            self.references.push(diagnostic);
+        }
+    }
+
+    /// Looks a teacher up in the stage that encloses its name. Always true: the document says what it is.
+    fn teacher(&mut self, node: &Node, name: &str) -> bool {
+        let has_teachers =
+            |frame: &&Frame<'a>| frame.schema.get("properties").is_some_and(|known| known.get("teachers").is_some());
+        let Some(holder) = self.frames.iter().rev().find(has_teachers) else {
+            return true;
+        };
+        let teachers = match holder.map.get("teachers").map(|member| &member.value.content) {
+            Some(Content::Map(map)) => map.keys().map(String::as_str).collect(),
+            None | Some(Content::Null) => Vec::new(),
+            Some(_) => return true,
+        };
+        if !teachers.contains(&name) {
+            let message = format!("no teacher is named {}{}", quoted(name), from_variable(node));
+            let mut diagnostic = Diagnostic::error(codes::REFUSED, message, self.place(&node.origin));
+            if teachers.is_empty() {
+                diagnostic = diagnostic.help("the stage has no `teachers`");
+            }
+            self.misses(diagnostic.allowing(nearest(name, teachers.iter().copied()), teachers));
+        }
+        true
+    }
+
+    /// Looks a stage up among the earlier ones. False where it is one that cannot be known.
+    fn stage(&mut self, node: &Node, name: &str) -> bool {
+        let stages = self.frames.first().and_then(|root| root.map.get("stages")?.value.as_map());
+        let (Some(stages), Some(own)) = (stages, self.path.get(1)) else {
+            return true;
+        };
+        let earlier = || stages.iter().take_while(|(stage, _)| *stage != own);
+        if earlier().any(|(stage, _)| stage == name) {
+            let unknown: Vec<Diagnostic> = self
+                .unknown
+                .iter()
+                .filter(|noted| noted.path.get(1).is_some_and(|stage| stage == name))
+                .cloned()
+                .collect();
+            let known = unknown.is_empty();
+            if !known {
+                self.leave_unknown(unknown);
+            }
+            return known;
+        }
+        let trains = |member: &Member| {
+            let kind = member.value.as_map().and_then(|map| map.get("type")?.value.as_str());
+            let student = kind
+                .and_then(|kind| self.schemas.component(Kind::Stage, kind))
+                .and_then(|schema| schema.get("properties")?.get("student"));
+            student.is_some_and(|student| self.schemas.slot(student) == Some(Kind::Student))
+        };
+        let known: Vec<&str> =
+            earlier().filter(|(_, member)| trains(member)).map(|(stage, _)| stage.as_str()).collect();
+        let message = format!("no earlier stage {} leaves a student{}", quoted(name), from_variable(node));
+        let mut diagnostic = Diagnostic::error(codes::REFUSED, message, self.place(&node.origin));
+        if name == own {
+            diagnostic = diagnostic.help("a stage cannot start from what it leaves itself");
+        } else if stages.contains_key(name) {
+            diagnostic = diagnostic.help(format!("`{name}` comes later: stages run in the order in which they stand"));
+        } else if known.is_empty() {
+            diagnostic = diagnostic.help("no earlier stage trains one");
+        }
+        self.misses(diagnostic.allowing(nearest(name, known.iter().copied()), known));
+        true
     }
 
     fn word(&mut self, node: &Node, schema: &Value, words: &[String]) -> Option<Value> {
@@ -395,30 +581,41 @@ impl<'a> Checker<'a> {
         sound.then_some(Value::Array(values))
     }
 
-    /// A mapping of options: of a component, where `component` says which.
+    /// A mapping of options: of a component, where `chosen` says which.
     fn mapping(
         &mut self,
         node: &'a Node,
         schema: &'a Value,
         map: &'a Mapping,
         key: Option<&'a Origin>,
-        component: Option<&'static Entry>,
+        chosen: Option<Chosen<'a>>,
     ) -> Option<Value> {
+        let component = chosen.map(|chosen| chosen.entry);
         self.frames.push(Frame { schema, map, depth: self.path.len(), component });
         let properties = schema.get("properties").and_then(Value::as_object);
         let additional = schema.get("additionalProperties");
         let schema_of_names = schema.get("propertyNames");
+        let mut missing: Vec<&str> = required(schema).filter(|name| !map.contains_key(*name)).collect();
+        let mut meant = Vec::new();
         let mut sound = true;
         let mut object = Map::new();
+        // A stage with a value that cannot be known is left out, and so is what stands at the top: it only ever has a
+        // default.
+        let may_leave_out = match self.path.as_slice() {
+            [] => component.is_none(),
+            [stages] => stages == "stages",
+            _ => false,
+        };
         for (name, member) in map {
-            if component.is_some() && name == "type" {
+            if chosen.is_some_and(|chosen| name == chosen.key) {
                 continue;
             }
             self.path.push(name.clone());
+            let unknown = self.unknown.len();
             let value = match (properties.and_then(|properties| properties.get(name)), additional) {
                 (Some(schema), _) => self.value(&member.value, schema, Some(&member.key)),
                 (None, Some(Value::Bool(false))) => {
-                    self.unknown_key(name, &member.key, properties);
+                    meant.extend(self.unknown_key(name, member, properties, &missing));
                     None
                 }
                 (None, Some(schema @ Value::Object(_))) => {
@@ -435,14 +632,15 @@ impl<'a> Checker<'a> {
                 Some(value) => {
                     object.insert(name.clone(), value);
                 }
+                None if may_leave_out && self.unknown.len() > unknown => {}
                 None => sound = false,
             }
         }
-        for name in required(schema) {
-            if !map.contains_key(name) {
-                self.missing_key(name, node, key, properties);
-                sound = false;
-            }
+        // A key under a wrong name is one mistake: it is unknown here, not missing there as well.
+        missing.retain(|name| !meant.contains(name));
+        if !missing.is_empty() {
+            self.missing_keys(&missing, node, key, properties);
+            sound = false;
         }
         let least = schema.get("minProperties").and_then(Value::as_u64).unwrap_or(0);
         if (map.len() as u64) < least {
@@ -482,29 +680,78 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn missing_key(&mut self, name: &str, node: &Node, key: Option<&Origin>, properties: Option<&Map<String, Value>>) {
-        let schema = properties.and_then(|properties| properties.get(name));
-        let message = format!("{} lacks `{name}`", self.holder());
-        let mut diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)));
-        if let Some(schema) = schema {
-            let description = schema
-                .get("description")
-                .or_else(|| self.schemas.without_null(schema).get("description"))
-                .and_then(Value::as_str)
-                .map(|description| format!(" {}", first_sentence(description)))
-                .unwrap_or_default();
-            diagnostic = diagnostic.help(format!("add `{name}: ...`, {}.{description}", self.schemas.expected(schema)));
+    /// Required keys of one mapping that are not there: one message, however many they are.
+    fn missing_keys(
+        &mut self,
+        names: &[&str],
+        node: &Node,
+        key: Option<&Origin>,
+        properties: Option<&Map<String, Value>>,
+    ) {
+        let shown: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let message = format!("{} lacks {}", self.holder(), list(&shown, "and"));
+        let mut diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(blamed(node, key)));
+        let outer = self.frames.len().checked_sub(2).and_then(|at| self.frames.get(at));
+        if let Some(sibling) = outer.and_then(|outer| self.sibling(outer)) {
+            diagnostic = diagnostic.allowing([sibling], []);
+        } else {
+            for name in names {
+                let Some(schema) = properties.and_then(|properties| properties.get(*name)) else {
+                    continue;
+                };
+                let description = schema
+                    .get("description")
+                    .or_else(|| self.schemas.without_null(schema).get("description"))
+                    .and_then(Value::as_str)
+                    .map(|description| format!(" {}", first_sentence(description)))
+                    .unwrap_or_default();
+                let expected = self.schemas.expected(schema);
+                diagnostic = diagnostic.help(format!("add `{name}: ...`, {expected}.{description}"));
+            }
         }
-        self.path.push(name.to_owned());
+        let depth = self.path.len();
+        if let [only] = names {
+            self.path.push((*only).to_owned());
+        }
         self.report(diagnostic);
-        self.path.pop();
+        self.path.truncate(depth);
     }
 
-    fn unknown_key(&mut self, name: &str, key: &Origin, properties: Option<&'a Map<String, Value>>) {
-        let known: Vec<&str> =
+    /// The entry of a mapping of named entries that the entry being checked was probably meant to be.
+    fn sibling(&self, holder: &Frame<'a>) -> Option<&'a str> {
+        let named = holder.schema.get("additionalProperties").is_some_and(Value::is_object);
+        let name = self.path.get(holder.depth).filter(|_| named)?;
+        let others = holder.map.keys().map(String::as_str).filter(|other| other != name);
+        nearest(name, others).into_iter().next()
+    }
+
+    /// Reports a key that is not among the options. Gives the missing option that it stands for, if there is one.
+    fn unknown_key(
+        &mut self,
+        name: &str,
+        member: &Member,
+        properties: Option<&'a Map<String, Value>>,
+        missing: &[&'a str],
+    ) -> Option<&'a str> {
+        let known: Vec<&'a str> =
             properties.into_iter().flat_map(|properties| properties.keys().map(String::as_str)).collect();
         let message = format!("unknown key {} in {}", quoted(name), self.holder());
-        let mut diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(key));
+        let mut diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(&member.key));
+        let slip = self.slip_of_key(name, member);
+        let is_typing = slip.is_some();
+        diagnostic.help.extend(slip);
+        let bare = name.split([':', '\u{ff1a}', '\u{a0}']).next().unwrap_or(name);
+        let mut near = nearest(if is_typing { bare } else { name }, known.iter().copied());
+        let meant = match (missing, known.as_slice()) {
+            // Nothing else can have been meant.
+            (&[missing], [_]) => Some(missing),
+            _ => near.iter().copied().find(|near| missing.contains(near)),
+        };
+        if let Some(meant) = meant {
+            near.retain(|near| *near != meant);
+            near.insert(0, meant);
+        }
+        let is_slip = is_typing || meant.is_some() || near.first().is_some_and(|near| distance(name, near) <= 2);
         let component = self.frames.last().and_then(|frame| frame.component);
         let others: Vec<String> = match component {
             Some(entry) => self
@@ -515,22 +762,43 @@ impl<'a> Checker<'a> {
                 .collect(),
             None => Vec::new(),
         };
-        let mut homes = Vec::new();
         if let (Some(entry), false) = (component, others.is_empty()) {
             let noun = if others.len() == 1 { entry.kind.name() } else { entry.kind.plural() };
             let others = list(&others, "and");
             diagnostic = diagnostic.help(format!("`{name}` is an option of the {noun} {others}"));
-        } else {
-            homes = self.homes(name);
+        } else if !is_slip {
+            let homes = self.homes(name);
             for home in &homes {
                 diagnostic = diagnostic.help(format!("`{name}` belongs {home}"));
             }
+            if !homes.is_empty() {
+                near.clear();
+            }
         }
-        let near = if homes.is_empty() { nearest(name, known.iter().copied()) } else { Vec::new() };
         if known.is_empty() {
             diagnostic = diagnostic.help(format!("{} takes no options", self.holder()));
         }
         self.report(diagnostic.allowing(near, known));
+        meant
+    }
+
+    /// The usual reason for a key that nobody knows.
+    fn slip_of_key(&self, name: &str, member: &Member) -> Option<String> {
+        if name.contains("${") {
+            return Some("a variable stands for a value, not for a key".to_owned());
+        }
+        if !matches!(member.value.content, Content::Null) {
+            return None;
+        }
+        if let Some((_, help)) = key_slip(name) {
+            return Some(help);
+        }
+        let place = member.key.place()?;
+        let before = place.source.text().get(..place.span.start)?.strip_suffix(',')?;
+        let whole: String = before.chars().rev().take_while(char::is_ascii_digit).collect();
+        let is_fraction = !whole.is_empty() && name.chars().all(|c| c.is_ascii_digit());
+        let whole: String = whole.chars().rev().collect();
+        is_fraction.then(|| format!("a decimal point is a dot: {whole}.{name}"))
     }
 
     fn has_option(&self, entry: &Entry, option: &str) -> bool {
@@ -645,7 +913,8 @@ impl<'a> Checker<'a> {
     fn component(&mut self, node: &'a Node, kind: Kind, key: Option<&'a Origin>) -> Option<Value> {
         let Content::Map(map) = &node.content else {
             let message = format!(
-                "expected a {kind}: a mapping with `type` and options; found {}{}",
+                "expected {}: a mapping with `type` and options; found {}{}",
+                with_article(kind.name()),
                 node.content.describe(),
                 from_variable(node)
             );
@@ -662,23 +931,33 @@ impl<'a> Checker<'a> {
             self.report(diagnostic);
             return None;
         };
-        let Some(member) = map.get("type") else {
+        let Some((selector, member)) = self.selector(map, kind) else {
             let name = self.path.last().cloned().unwrap_or_default();
             let message = format!("`{name}` lacks `type`: which {kind}?");
-            let diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(key.unwrap_or(&node.origin)))
-                .allowing([], self.registry.of_kind(kind).map(|entry| entry.name));
+            let near = self.frames.last().and_then(|holder| self.sibling(holder));
+            let diagnostic = Diagnostic::error(codes::MISSING_KEY, message, self.place(blamed(node, key)));
+            let diagnostic = match near {
+                Some(sibling) => diagnostic.allowing([sibling], []),
+                None => diagnostic.allowing([], self.registry.of_kind(kind).map(|entry| entry.name)),
+            };
             self.path.push("type".to_owned());
             self.report(diagnostic);
             self.path.pop();
             return None;
         };
-        self.path.push("type".to_owned());
+        self.path.push(selector.to_owned());
+        if selector != "type" {
+            let holder = self.path.iter().rev().nth(1).map_or("the component", String::as_str);
+            let message = format!("unknown key {} in {}", quoted(selector), quoted(holder));
+            let diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(&member.key));
+            self.report(diagnostic.allowing(["type"], []));
+        }
         let entry = self.component_type(&member.value, kind);
         self.path.pop();
         let entry = entry?;
         let schema = self.schemas.component(kind, entry.name)?;
         let before = self.diagnostics.len();
-        let options = self.mapping(node, schema, map, key, Some(entry));
+        let options = self.mapping(node, schema, map, key, Some(Chosen { entry, key: selector }));
         if self.diagnostics.len() > before {
             return None;
         }
@@ -689,7 +968,7 @@ impl<'a> Checker<'a> {
             let mut path = self.path.clone();
             path.extend(refusal.path);
             let message = format!("{kind} `{}` refuses its options: {}", entry.name, refusal.message);
-            let (place, _) = locate(self.root, &path, self.fallback);
+            let place = locate(self.root, &path, self.fallback).place;
             let mut diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
             diagnostic.help.extend(refusal.help);
             self.diagnostics.push(diagnostic);
@@ -701,13 +980,27 @@ impl<'a> Checker<'a> {
         Some(Value::Object(component))
     }
 
+    /// The key that says which component a mapping is: `type`, or the key that was meant to be it.
+    fn selector(&self, map: &'a Mapping, kind: Kind) -> Option<(&'a str, &'a Member)> {
+        if let Some((_, name, member)) = map.get_full("type") {
+            return Some((name, member));
+        }
+        let is_option = |name: &str| self.registry.of_kind(kind).any(|entry| self.has_option(entry, name));
+        let is_selector = |(name, member): &(&'a String, &'a Member)| {
+            let Some(value) = member.value.as_str().filter(|_| !is_option(name)) else {
+                return false;
+            };
+            !nearest(name, ["type"]).is_empty() || self.registry.get(kind, value).is_some()
+        };
+        map.iter().find(is_selector).map(|(name, member)| (name.as_str(), member))
+    }
+
     fn component_type(&mut self, node: &Node, kind: Kind) -> Option<&'static Entry> {
         let known = || self.registry.of_kind(kind).map(|entry| entry.name);
         match &node.content {
-            Content::Unset(diagnostics) => {
-                for diagnostic in diagnostics {
-                    self.report(diagnostic.clone());
-                }
+            Content::Unset { text, diagnostics } => {
+                let schema = Value::Object(Map::from_iter([("enum".to_owned(), known().collect())]));
+                self.unset(node, &schema, text, diagnostics);
                 None
             }
             Content::Str(name) => {
@@ -717,15 +1010,20 @@ impl<'a> Checker<'a> {
                 let message = format!("there is no {kind} {}{}", quoted(name), from_variable(node));
                 let mut diagnostic = Diagnostic::error(codes::UNKNOWN_TYPE, message, self.place(&node.origin));
                 if let Some(other) = Kind::ALL.into_iter().find(|other| self.registry.get(*other, name).is_some()) {
-                    diagnostic = diagnostic.help(format!("`{name}` is a {other}, not a {kind}"));
+                    let (other, kind) = (with_article(other.name()), with_article(kind.name()));
+                    diagnostic = diagnostic.help(format!("`{name}` is {other}, not {kind}"));
                 }
                 let diagnostic = diagnostic.allowing(self.registry.suggest(kind, name), known());
                 self.report(diagnostic);
                 None
             }
             other => {
-                let message =
-                    format!("expected the name of a {kind}, found {}{}", other.describe(), from_variable(node));
+                let message = format!(
+                    "expected the name of {}, found {}{}",
+                    with_article(kind.name()),
+                    other.describe(),
+                    from_variable(node)
+                );
                 let diagnostic =
                     Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin)).allowing([], known());
                 self.report(diagnostic);
@@ -733,6 +1031,27 @@ impl<'a> Checker<'a> {
             }
         }
     }
+}
+
+/// Whether text is the name of a variable.
+fn is_variable(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+/// How text that was meant as a number is written in YAML.
+fn number_slip(text: &str) -> Option<String> {
+    let is_number = |text: &str| matches!(resolve_plain(text), Content::Int(_) | Content::Float(_));
+    let dotted = text.replacen(',', ".", 1);
+    if text.contains(',') && is_number(&dotted) {
+        return Some(format!("a decimal point is a dot: {dotted}"));
+    }
+    let joined = text.replace(['_', ' ', '\''], "");
+    if joined != text && is_number(&joined) {
+        return Some(format!("write the digits together: {joined}"));
+    }
+    let bare = text.trim_start_matches(['+', '-', '.']).to_lowercase();
+    ["inf", "infinity", "nan"].contains(&bare.as_str()).then(|| "only finite numbers can be used".to_owned())
 }
 
 /// `under ...`, for the message that says where a key belongs.
@@ -787,47 +1106,76 @@ fn admits_content(names: &[&str], content: &Content) -> bool {
         Content::Str(_) => has("string"),
         Content::Seq(_) => has("array"),
         Content::Map(_) => has("object"),
-        Content::Unset(_) => true,
+        Content::Unset { .. } => true,
     }
 }
 
-/// The place of a path in a document: its value; where it is absent, the key of the nearest
-/// mapping above it. Also says whether it is there.
-pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> (Place, bool) {
-    let mut node = root;
-    let mut key: Option<&Origin> = None;
-    let mut present = true;
-    for segment in path {
-        match &node.content {
-            Content::Map(map) => match map.get(segment) {
-                Some(member) => {
-                    key = Some(&member.key);
-                    node = &member.value;
-                }
-                None => {
-                    present = false;
-                    break;
-                }
-            },
-            _ => match node.child(segment) {
-                Some(item) => {
-                    key = None;
-                    node = item;
-                }
-                None => {
-                    present = false;
-                    break;
-                }
-            },
-        }
-    }
-    let is_collection = matches!(node.content, Content::Map(_) | Content::Seq(_));
-    let origin = match key {
-        Some(key) if is_collection => key,
+/// What stands for a node as a whole: the key of a collection, and the value otherwise. A component that a flag made
+/// another one is blamed for what the flag chose, since the rest of it may stand elsewhere.
+fn blamed<'n>(node: &'n Node, key: Option<&'n Origin>) -> &'n Origin {
+    let own = match key {
+        Some(key) if matches!(node.content, Content::Map(_) | Content::Seq(_)) => key,
         _ => &node.origin,
     };
-    let place = origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 });
-    (place, present)
+    let chosen = node.as_map().and_then(|map| map.get("type")).map(|member| &member.value.origin);
+    match chosen.and_then(|chosen| Some((chosen, chosen.place()?))) {
+        Some((chosen, place)) if place.source.kind() == SourceKind::Flag => {
+            let same = own.place().is_some_and(|own| Arc::ptr_eq(&own.source, &place.source));
+            if same { own } else { chosen }
+        }
+        _ => own,
+    }
+}
+
+/// Where a path leads in a document.
+pub(crate) struct Located {
+    /// The value's place; where it is absent, that of the nearest mapping above it.
+    pub place: Place,
+    /// How much of the path leads to the first key that is not there. A scalar stands for what it abbreviates.
+    pub absent: Option<usize>,
+}
+
+/// The last part of an option that a flag set.
+fn set_part(node: &Node) -> Option<&Origin> {
+    let own = || (is_flag(&node.origin)).then_some(&node.origin);
+    match &node.content {
+        Content::Map(map) => map.values().rev().find_map(|member| set_part(&member.value)),
+        Content::Seq(items) if own().is_none() => items.iter().rev().find_map(set_part),
+        Content::Seq(_) => None,
+        _ => own(),
+    }
+}
+
+fn is_flag(origin: &Origin) -> bool {
+    origin.place().is_some_and(|place| place.source.kind() == SourceKind::Flag)
+}
+
+/// Finds a path in a document.
+pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> Located {
+    let mut node = root;
+    let mut key: Option<&Origin> = None;
+    let mut absent = None;
+    for (depth, segment) in path.iter().enumerate() {
+        if let Content::Map(map) = &node.content {
+            let Some(member) = map.get(segment) else {
+                absent = Some(depth + 1);
+                break;
+            };
+            key = Some(&member.key);
+            node = &member.value;
+        } else {
+            let Some(item) = node.child(segment) else {
+                break;
+            };
+            key = None;
+            node = item;
+        }
+    }
+    let blamed = blamed(node, key);
+    let is_option = absent.is_none() && node.as_map().is_none_or(|map| !map.contains_key("type"));
+    let part = if is_option { set_part(node) } else { None };
+    let place = part.unwrap_or(blamed).place().cloned();
+    Located { place: place.unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 }), absent }
 }
 
 /// Fills the defaults of a component and of all that it holds.
@@ -841,11 +1189,11 @@ pub(crate) fn fill(
     path: &mut Vec<String>,
 ) -> Result<(), (Vec<String>, String)> {
     let Value::Object(object) = value else {
-        return Err((path.clone(), format!("expected a {kind}")));
+        return Err((path.clone(), format!("expected {}", with_article(kind.name()))));
     };
     let name = match object.shift_remove("type") {
         Some(Value::String(name)) => name,
-        _ => return Err((path.clone(), format!("a {kind} without `type`"))),
+        _ => return Err((path.clone(), format!("{} without `type`", with_article(kind.name())))),
     };
     let Some(entry) = registry.get(kind, &name) else {
         return Err((path.clone(), format!("there is no {kind} {}", quoted(&name))));

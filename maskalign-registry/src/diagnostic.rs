@@ -5,7 +5,7 @@ use std::{fmt, ops::Range, sync::Arc};
 use serde_json::{Value, json};
 use unicode_width::UnicodeWidthChar as _;
 
-use crate::source::Source;
+use crate::source::{Source, SourceKind};
 
 /// The codes of diagnostics. They are stable: scripts may match on them.
 pub mod codes {
@@ -43,25 +43,6 @@ pub mod codes {
     pub const REFUSED: &str = "refused";
 }
 
-/// How bad it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
-    /// The recipe cannot be used.
-    Error,
-    /// The recipe can be used, but probably does not say what was meant.
-    Warning,
-}
-
-impl Severity {
-    /// `error` or `warning`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Severity::Error => "error",
-            Severity::Warning => "warning",
-        }
-    }
-}
-
 /// A span of a source.
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -75,6 +56,11 @@ impl Place {
     /// Line and column of the start, both from 1, the column in characters.
     pub fn line_column(&self) -> (usize, usize) {
         self.source.line_column(self.span.start)
+    }
+
+    /// Whether both are the same span of the same source.
+    pub(crate) fn is(&self, other: &Place) -> bool {
+        Arc::ptr_eq(&self.source, &other.source) && self.span == other.span
     }
 
     /// The text that the span covers.
@@ -104,8 +90,6 @@ pub struct Label {
 pub struct Diagnostic {
     /// One of [`codes`].
     pub code: &'static str,
-    /// How bad it is.
-    pub severity: Severity,
     /// What is wrong: a lower-case fragment.
     pub message: String,
     /// The first label is the primary one. Empty only where nothing could be read at all.
@@ -125,7 +109,6 @@ impl Diagnostic {
     pub fn error(code: &'static str, message: impl Into<String>, place: Place) -> Diagnostic {
         Diagnostic {
             code,
-            severity: Severity::Error,
             message: message.into(),
             labels: vec![Label { place, text: String::new() }],
             help: Vec::new(),
@@ -188,22 +171,29 @@ impl Diagnostic {
         self.labels.first().map(|label| &label.place)
     }
 
-    /// The diagnostic as data: `code`, `severity`, `message`, `file`, `line`, `column`, `end`
-    /// (line and column), `path`, `help`, `allowed`, `suggestions`, `related`.
+    /// The diagnostic as data: `code`, `severity`, `message`, `file`, `line`, `column`, `end` (line and column),
+    /// `source_line`, `flag` (the text of the flag, where that is the source), `path`, `help`, `allowed`,
+    /// `suggestions`, `related`.
     pub fn to_json(&self) -> Value {
         let position = |place: &Place| {
             let (line, column) = place.line_column();
             let (end_line, end_column) = place.source.line_column(place.span.end);
-            json!({
+            let mut position = json!({
                 "file": place.source.name(),
                 "line": line,
                 "column": column,
                 "end": { "line": end_line, "column": end_column },
-            })
+                "source_line": place.source.line(place.span.start),
+            });
+            // Flags share a name, so that nothing else tells them apart.
+            if place.source.kind() == SourceKind::Flag {
+                position["flag"] = json!(place.source.text());
+            }
+            position
         };
         let mut object = json!({
             "code": self.code,
-            "severity": self.severity.name(),
+            "severity": "error",
             "message": self.message,
             "path": self.path,
             "help": self.help,
@@ -233,7 +223,7 @@ impl Diagnostic {
         if let Some(place) = self.place() {
             out.push_str(&format!("{}: ", visible(&place.to_string())));
         }
-        out.push_str(&format!("{}[{}]: {}\n", self.severity.name(), self.code, visible_lines(&self.message)));
+        out.push_str(&format!("error[{}]: {}\n", self.code, visible_lines(&self.message)));
         let gutter = self.labels.iter().map(|label| label.place.line_column().0.to_string().len()).max().unwrap_or(1);
         for (index, label) in self.labels.iter().enumerate() {
             if index > 0 {
@@ -261,8 +251,7 @@ fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
         return;
     }
     let start = label.place.span.start.min(text.len());
-    let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
-    let line_end = text[start..].find('\n').map_or(text.len(), |at| start + at);
+    let Range { start: line_start, end: line_end } = label.place.source.line_range(start);
     let end = label.place.span.end.clamp(start, line_end.max(start));
 
     // Cells of the terminal: each character shown, with its width and its byte offset.
@@ -341,10 +330,19 @@ fn visible_lines(text: &str) -> String {
     lines.join("\n")
 }
 
-/// User text for a message: in backticks, without control characters, cut when long.
+/// User text for a message: in backticks, line breaks as YAML escapes them, other control characters hidden, cut when
+/// long.
 pub(crate) fn quoted(text: &str) -> String {
     const SHOWN: usize = 48;
-    let mut shown: String = visible(text).chars().take(SHOWN).collect();
+    let mut shown = String::new();
+    for c in text.chars().take(SHOWN) {
+        match c {
+            '\n' => shown.push_str("\\n"),
+            '\r' => shown.push_str("\\r"),
+            '\t' => shown.push_str("\\t"),
+            c => shown.push_str(&visible(c.encode_utf8(&mut [0; 4]))),
+        }
+    }
     if text.chars().nth(SHOWN).is_some() {
         shown.push('\u{2026}');
     }
@@ -392,7 +390,6 @@ impl std::error::Error for Report {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::SourceKind;
 
     fn mark(text: &str, span: Range<usize>) -> String {
         let source = Arc::new(Source::new("r.yaml", text, SourceKind::File));

@@ -13,13 +13,13 @@ pub mod source;
 mod values;
 
 pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource};
-pub use diagnostic::{Diagnostic, Label, Place, Report, Severity};
+pub use diagnostic::{Diagnostic, Label, Place, Report};
 pub use plugin::{
     AlignerTag, DatasetTag, DuplicatePlugin, Entry, Kind, KindTag, LossTag, MaskerTag, OptimizerTag, OptionDoc,
     Options, Registry, ScheduleTag, StageTag, StudentTag, TargetTag, TeacherTag, TransformTag, decode_options,
 };
 pub use recipe::{Loaded, Recipe, ShowOrigin, diff, fingerprint};
-pub use refusal::Refusal;
+pub use refusal::{Refusal, Related};
 pub use schema::{Schemas, recipe_schema};
 pub use slot::Slot;
 pub use source::Origin;

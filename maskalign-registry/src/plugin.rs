@@ -5,7 +5,7 @@
 //! trait: the typed constructors travel in [`Entry::vtable`] and belong to the crate that defines
 //! the traits.
 
-use std::{any::Any, fmt, sync::OnceLock};
+use std::{any::Any, collections::BTreeSet, fmt, sync::OnceLock};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
@@ -241,7 +241,7 @@ pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal>
                 serde_path_to_error::Segment::Unknown => None,
             })
             .collect();
-        Refusal { path, message: error.inner().to_string(), help: None }
+        Refusal { path, ..Refusal::whole(error.inner().to_string()) }
     })
 }
 
@@ -446,7 +446,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
             && (candidate.contains(written.as_str()) || written.contains(candidate));
         if distance * 3 <= longest.max(3) {
             scored.push((distance * 2, candidate));
-        } else if contains || same_words(&written, candidate) {
+        } else if contains || is_short_for(&written, candidate) {
             scored.push((longest + distance, candidate));
         }
     }
@@ -455,14 +455,15 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }
 
-/// Whether both names hold the same words in some order, or a common first word of some length.
-fn same_words(a: &str, b: &str) -> bool {
-    let split = |name: &str| {
-        let mut words: Vec<String> = name.split(['_', '-', ' ']).map(str::to_owned).collect();
-        words.sort();
-        words
-    };
-    split(a) == split(b)
+/// How many letters two names differ by; capitals are no difference.
+pub(crate) fn distance(a: &str, b: &str) -> usize {
+    strsim::osa_distance(&a.to_lowercase(), &b.to_lowercase())
+}
+
+/// Whether a name is short for another, or the same words in another order: `lr` for `base_lr`.
+fn is_short_for(written: &str, candidate: &str) -> bool {
+    let split = |name: &str| -> BTreeSet<String> { name.split(['_', '-', ' ']).map(str::to_owned).collect() };
+    split(written).is_subset(&split(candidate))
 }
 
 /// Ties a zero-sized type to a [`Kind`], so that `Slot<MaskerTag>` says what it holds.

@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     compose::{Input, LoadRequest, compose},
-    decode,
-    diagnostic::{Diagnostic, Place, Report, codes},
+    decode::{self, Located, Unset},
+    diagnostic::{Diagnostic, Label, Place, Report, codes},
     plugin::{Kind, Registry, StageTag},
-    refusal::Refusal,
+    refusal::{Base, Refusal},
     slot::Slot,
     source::{Content, Node, Origin, Source, SourceKind, parse, resolve_plain},
 };
@@ -39,8 +39,22 @@ impl Recipe {
     /// Reads, composes, checks and fills a recipe.
     ///
     /// # Errors
-    /// Every mistake that can be known from the recipe's structure, sorted by place.
+    /// Every mistake that can be known from the recipe's structure, sorted by place; with such mistakes also names of
+    /// teachers and stages that are not there, which otherwise are told with all that cannot be planned.
     pub fn load(request: &LoadRequest<'_>, registry: &Registry) -> Result<Loaded, Report> {
+        Recipe::load_as(request, registry, Unset::Mistake)
+    }
+
+    /// As [`Recipe::load`], for a machine on which the recipe does not run: a variable that is not set is some scalar
+    /// that fits. Text stands for itself; a stage in which it is anything else is left out, see [`Loaded::unplanned`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_without_environment(request: &LoadRequest<'_>, registry: &Registry) -> Result<Loaded, Report> {
+        Recipe::load_as(request, registry, Unset::Unknown)
+    }
+
+    fn load_as(request: &LoadRequest<'_>, registry: &Registry, unset: Unset) -> Result<Loaded, Report> {
         let composed = compose(request);
         let mut sources = composed.sources;
         let fallback = match sources.first() {
@@ -57,12 +71,23 @@ impl Recipe {
         };
         let mut diagnostics = composed.diagnostics;
         let mut resolved = None;
+        let mut references = Vec::new();
+        let mut unplanned = Vec::new();
         if let Some(root) = &composed.root {
-            let (value, found) = decode::check(root, registry, &fallback);
-            // What a base that could not be read would have given is not missing.
-            diagnostics
-                .extend(found.into_iter().filter(|found| !composed.incomplete || found.code != codes::MISSING_KEY));
-            resolved = value;
+            let checked = decode::check(root, registry, &fallback, unset);
+            if composed.incomplete {
+                // What a base that could not be read would have given is not missing.
+                let is_there = |found: &Diagnostic| found.code != codes::MISSING_KEY;
+                diagnostics.extend(checked.diagnostics.into_iter().filter(is_there));
+            } else {
+                diagnostics.extend(checked.diagnostics);
+                references = checked.references;
+            }
+            resolved = checked.value;
+            unplanned = checked.unknown;
+        }
+        if !diagnostics.is_empty() {
+            diagnostics.append(&mut references);
         }
         let (root, value) = match (composed.root, resolved) {
             (Some(root), Some(value)) if diagnostics.is_empty() => (root, value),
@@ -77,9 +102,9 @@ impl Recipe {
             }
         };
         match fill(value, registry) {
-            Ok((recipe, resolved)) => Ok(Loaded { root, fallback, recipe, resolved }),
+            Ok((recipe, resolved)) => Ok(Loaded { root, sources, fallback, references, unplanned, recipe, resolved }),
             Err((path, message)) => {
-                let (place, _) = decode::locate(&root, &path, &fallback);
+                let place = decode::locate(&root, &path, &fallback).place;
                 let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
                 Err(report(vec![diagnostic], &sources))
             }
@@ -105,7 +130,7 @@ pub(crate) fn component(registry: &Registry, kind: Kind, name: &str, text: &str)
         return Err(report(diagnostics, &[source]));
     };
     decode::fill(registry, kind, &mut value, &mut Vec::new()).map_err(|(path, message)| {
-        let (place, _) = decode::locate(&root, &path, &source);
+        let place = decode::locate(&root, &path, &source).place;
         let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);
         report(vec![diagnostic], &[Arc::clone(&source)])
     })?;
@@ -158,7 +183,13 @@ pub enum ShowOrigin {
 #[derive(Clone, Debug)]
 pub struct Loaded {
     root: Node,
+    /// Every text that took part, in the order in which reports list them: flags last.
+    sources: Vec<Arc<Source>>,
     fallback: Arc<Source>,
+    /// Names of teachers and stages that are not there: planning refuses them too.
+    references: Vec<Diagnostic>,
+    /// Variables without a value that stages were left out for.
+    unplanned: Vec<Diagnostic>,
     recipe: Recipe,
     resolved: Value,
 }
@@ -172,6 +203,26 @@ impl Loaded {
     /// The recipe as JSON: every default filled in, `type` first in every component.
     pub fn resolved(&self) -> &Value {
         &self.resolved
+    }
+
+    /// The stages that were left out since a variable that decides more than a text has no value, in their order, with
+    /// every such variable at its place.
+    pub fn unplanned(&self) -> Vec<(&str, Report)> {
+        let stages = self.root.as_map().and_then(|root| root.get("stages")?.value.as_map());
+        let names = stages.into_iter().flat_map(|stages| stages.keys());
+        let of = |stage: &String| {
+            let here = |noted: &&Diagnostic| {
+                noted.path.first().is_some_and(|key| key == "stages") && noted.path.get(1) == Some(stage)
+            };
+            Report(self.unplanned.iter().filter(here).cloned().collect())
+        };
+        names.map(|stage| (stage.as_str(), of(stage))).filter(|(_, report)| !report.0.is_empty()).collect()
+    }
+
+    /// Every variable for which [`Loaded::unplanned`] leaves out a stage, once.
+    pub fn unset(&self) -> Report {
+        let in_stage = |noted: &&Diagnostic| noted.path.first().is_some_and(|key| key == "stages");
+        report(self.unplanned.iter().filter(in_stage).cloned().collect(), &self.sources)
     }
 
     /// The composed document, as it was before defaults.
@@ -193,33 +244,92 @@ impl Loaded {
 
     /// Puts a refusal at its place. Its path starts at the recipe's root: prefix it with
     /// [`Refusal::under`] `(stage)` and `("stages")`. An option that was left at its default is
-    /// shown at the nearest mapping above it.
+    /// shown at the nearest mapping above it; of options that do not fit each other the one that was
+    /// set last is blamed, and the others are shown beside it.
     pub fn locate(&self, refusal: &Refusal) -> Diagnostic {
-        let (place, present) = decode::locate(&self.root, &refusal.path, &self.fallback);
-        let mut diagnostic = Diagnostic::error(codes::REFUSED, refusal.message.clone(), place).at(&refusal.path);
-        if let (false, Some(option)) = (present, refusal.path.last()) {
-            let mut value = Some(&self.resolved);
-            for segment in &refusal.path {
-                value = value.and_then(|value| match value {
-                    Value::Array(items) => items.get(segment.parse::<usize>().ok()?),
-                    other => other.get(segment),
-                });
-            }
-            diagnostic = diagnostic.says(match value {
-                Some(value) if !value.is_object() && !value.is_array() && !value.is_null() => {
-                    format!("`{option}` is {value} by default")
+        // Of a name that is not there the document says more: what is near, and what is known.
+        if let Some(missed) = self.references.iter().find(|missed| missed.path == refusal.path) {
+            return missed.clone();
+        }
+        let located = decode::locate(&self.root, &refusal.path, &self.fallback);
+        let said = match located.absent {
+            Some(depth) => self.default_of(&refusal.path[..depth]),
+            None => String::new(),
+        };
+        let rank = |located: &Located| (self.precedence(&located.place), located.absent.is_none());
+        let mut last = (rank(&located), 0);
+        let mut spots = vec![(refusal.path.clone(), located.place, said)];
+        for related in &refusal.related {
+            let stage = if related.base == Base::Stage { refusal.path.get(..2).unwrap_or_default() } else { &[] };
+            let path = [stage, &related.path].concat();
+            let located = decode::locate(&self.root, &path, &self.fallback);
+            let known = spots.iter().any(|(_, place, _)| place.is(&located.place));
+            if located.absent.is_none() && !known {
+                let rank = rank(&located);
+                if rank > last.0 {
+                    last = (rank, spots.len());
                 }
-                _ => format!("`{option}` is not given"),
-            });
+                spots.push((path, located.place, related.note.clone()));
+            }
+        }
+        let (path, place, said) = spots.remove(last.1);
+        let mut diagnostic = Diagnostic::error(codes::REFUSED, refusal.message.clone(), place).at(&path).says(said);
+        for (_, place, said) in spots {
+            diagnostic = diagnostic.label(place, said);
         }
         diagnostic.help.extend(refusal.help.clone());
         diagnostic
     }
 
-    /// Puts several refusals at their places, sorted.
+    /// What holds for an option that is not given.
+    fn default_of(&self, path: &[String]) -> String {
+        let option = path.last().map_or("", String::as_str);
+        let mut value = Some(&self.resolved);
+        for segment in path {
+            value = value.and_then(|value| match value {
+                Value::Array(items) => items.get(segment.parse::<usize>().ok()?),
+                other => other.get(segment),
+            });
+        }
+        match value {
+            Some(value) if !value.is_object() && !value.is_array() && !value.is_null() => {
+                format!("`{option}` is {value} by default")
+            }
+            _ => format!("`{option}` is not given"),
+        }
+    }
+
+    /// What overrides what: flags the recipe, later ones earlier ones, and the recipe its bases.
+    fn precedence(&self, place: &Place) -> (bool, isize) {
+        let at = self.sources.iter().position(|source| Arc::ptr_eq(source, &place.source));
+        let at = at.map_or(isize::MAX, |at| at as isize);
+        let is_flag = place.source.kind() == SourceKind::Flag;
+        (is_flag, if is_flag { at } else { -at })
+    }
+
+    /// Puts several refusals at their places, sorted. What two parts of a stage are refused for in the same words is one
+    /// mistake with two places.
     pub fn locate_all<'r>(&self, refusals: impl IntoIterator<Item = &'r Refusal>) -> Report {
-        let diagnostics = refusals.into_iter().map(|refusal| self.locate(refusal)).collect();
-        report(diagnostics, std::slice::from_ref(&self.fallback))
+        let mut diagnostics: Vec<Diagnostic> = Vec::new();
+        for refusal in refusals {
+            let found = self.locate(refusal);
+            let same = |other: &&mut Diagnostic| {
+                other.message == found.message && other.path.get(..2) == found.path.get(..2) && found.path.len() > 2
+            };
+            match (diagnostics.iter_mut().find(same), found.place()) {
+                (Some(other), Some(place)) => {
+                    other.labels.push(Label { place: place.clone(), text: "here too".into() })
+                }
+                _ => diagnostics.push(found),
+            }
+        }
+        // What planning did not come to, since something before it was refused.
+        for missed in &self.references {
+            if !diagnostics.iter().any(|known| known.path == missed.path) {
+                diagnostics.push(missed.clone());
+            }
+        }
+        report(diagnostics, &self.sources)
     }
 
     /// The recipe as YAML that decodes to the same recipe: no variables, no bases, no defaults

@@ -14,17 +14,40 @@ pub struct Refusal {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
+    /// Other options that take part in it.
+    pub related: Vec<Related>,
+}
+
+/// An option that an option at fault does not fit. Whichever of them was set last is blamed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Related {
+    /// Keys and indices, from what `base` says.
+    pub path: Vec<String>,
+    /// What it has to do with it: a lower-case fragment.
+    pub note: String,
+    pub(crate) base: Base,
+}
+
+/// Where the path of a [`Related`] begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Base {
+    /// Where the refusal's own path begins.
+    Own,
+    /// At what holds the component.
+    Holder,
+    /// At the stage.
+    Stage,
 }
 
 impl Refusal {
     /// A refusal of one option.
     pub fn new(option: impl Into<String>, message: impl Into<String>) -> Refusal {
-        Refusal { path: vec![option.into()], message: message.into(), help: None }
+        Refusal { path: vec![option.into()], message: message.into(), help: None, related: Vec::new() }
     }
 
     /// A refusal of the component as a whole.
     pub fn whole(message: impl Into<String>) -> Refusal {
-        Refusal { path: Vec::new(), message: message.into(), help: None }
+        Refusal { path: Vec::new(), message: message.into(), help: None, related: Vec::new() }
     }
 
     /// Adds what to do about it.
@@ -34,10 +57,42 @@ impl Refusal {
         self
     }
 
+    /// Names another option of the component that takes part in it; one that is not set is not shown.
+    #[must_use]
+    pub fn related<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
+        self.relate(path, note.into(), Base::Own)
+    }
+
+    /// As [`Refusal::related`], for an option beside the component, in what holds it.
+    #[must_use]
+    pub fn beside<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
+        self.relate(path, note.into(), Base::Holder)
+    }
+
+    /// As [`Refusal::related`], for an option of the stage that holds the component, however deep it is in it.
+    #[must_use]
+    pub fn in_stage<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
+        self.relate(path, note.into(), Base::Stage)
+    }
+
+    fn relate<'s>(mut self, path: impl IntoIterator<Item = &'s str>, note: String, base: Base) -> Refusal {
+        let path = path.into_iter().map(str::to_owned).collect();
+        self.related.push(Related { path, note, base });
+        self
+    }
+
     /// Prefixes the path with the key that holds the component.
     #[must_use]
     pub fn under(mut self, segment: impl Into<String>) -> Refusal {
-        self.path.insert(0, segment.into());
+        let segment = segment.into();
+        for related in &mut self.related {
+            match related.base {
+                Base::Own => related.path.insert(0, segment.clone()),
+                Base::Holder => related.base = Base::Own,
+                Base::Stage => {}
+            }
+        }
+        self.path.insert(0, segment);
         self
     }
 }

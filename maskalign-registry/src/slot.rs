@@ -6,7 +6,10 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _};
 use serde_json::Value;
 
-use crate::plugin::{KindTag, Options};
+use crate::{
+    plugin::{KindTag, Options},
+    schema::with_article,
+};
 
 /// A component named by its `type`, with its options still undecoded.
 ///
@@ -72,12 +75,14 @@ impl<'de, K: KindTag> Deserialize<'de> for Slot<K> {
         let mut options = Options::deserialize(deserializer)?;
         match options.shift_remove("type") {
             Some(Value::String(name)) => Ok(Slot::with(name, options)),
-            Some(other) => {
-                Err(D::Error::custom(format_args!("`type` must be the name of a {}, found {other}", K::KIND)))
-            }
-            None => Err(D::Error::custom(format_args!("missing `type`: the name of a {}", K::KIND))),
+            Some(other) => Err(D::Error::custom(format_args!("`type` must be {}, found {other}", name_of::<K>()))),
+            None => Err(D::Error::custom(format_args!("missing `type`: {}", name_of::<K>()))),
         }
     }
+}
+
+fn name_of<K: KindTag>() -> String {
+    format!("the name of {}", with_article(K::KIND.name()))
 }
 
 impl<K: KindTag> JsonSchema for Slot<K> {

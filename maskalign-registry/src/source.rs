@@ -69,12 +69,31 @@ impl Source {
         while !self.text.is_char_boundary(offset) {
             offset -= 1;
         }
-        let before = &self.text[..offset];
-        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-        let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
-        let column = before[line_start..].chars().filter(|c| *c != '\u{feff}').count() + 1;
+        let line_start = self.line_range(offset).start;
+        let breaks = |(at, byte): &(usize, u8)| is_break(self.text.as_bytes(), *at, *byte);
+        let line = self.text.bytes().enumerate().take(offset).filter(breaks).count() + 1;
+        let column = self.text[line_start..offset].chars().filter(|c| *c != '\u{feff}').count() + 1;
         (line, column)
     }
+
+    /// The line that holds a byte offset.
+    pub fn line(&self, offset: usize) -> &str {
+        self.text.get(self.line_range(offset)).unwrap_or("")
+    }
+
+    /// The bytes of the line that holds an offset, without its line break.
+    pub(crate) fn line_range(&self, offset: usize) -> Range<usize> {
+        let bytes = self.text.as_bytes();
+        let offset = offset.min(bytes.len());
+        let start = (0..offset).rev().find(|&at| is_break(bytes, at, bytes[at])).map_or(0, |at| at + 1);
+        let end = (offset..bytes.len()).find(|&at| matches!(bytes[at], b'\n' | b'\r'));
+        start..end.unwrap_or(bytes.len()).max(start)
+    }
+}
+
+/// Whether a line ends with this byte: a line feed, or a carriage return of its own, as YAML has it.
+fn is_break(bytes: &[u8], at: usize, byte: u8) -> bool {
+    byte == b'\n' || (byte == b'\r' && bytes.get(at + 1) != Some(&b'\n'))
 }
 
 /// Who set a value.
@@ -153,7 +172,12 @@ pub enum Content {
     /// A mapping.
     Map(Mapping),
     /// A scalar whose `${...}` have no value; an error where it is read.
-    Unset(Vec<Diagnostic>),
+    Unset {
+        /// The scalar, with `$NAME` where a value is missing.
+        text: String,
+        /// What is wrong with its variables.
+        diagnostics: Vec<Diagnostic>,
+    },
 }
 
 /// A mapping in the order in which it was written.
@@ -175,11 +199,11 @@ impl Content {
             Content::Null => "nothing".to_owned(),
             Content::Bool(value) => format!("the boolean `{value}`"),
             Content::Int(value) => format!("the number `{value}`"),
-            Content::Float(value) => format!("the number `{value}`"),
+            Content::Float(value) => format!("the number `{}`", number(*value)),
             Content::Str(text) => format!("the string {}", quoted(text)),
             Content::Seq(_) => "a list".to_owned(),
             Content::Map(_) => "a mapping".to_owned(),
-            Content::Unset(_) => "an unset variable".to_owned(),
+            Content::Unset { .. } => "an unset variable".to_owned(),
         }
     }
 }
@@ -213,7 +237,7 @@ impl Node {
     /// The value as JSON; numbers that JSON lacks and unset variables become null.
     pub fn to_json(&self) -> Value {
         match &self.content {
-            Content::Null | Content::Unset(_) => Value::Null,
+            Content::Null | Content::Unset { .. } => Value::Null,
             Content::Bool(value) => Value::Bool(*value),
             Content::Int(value) => integer(*value).map_or(Value::Null, Value::Number),
             Content::Float(value) => Number::from_f64(*value).map_or(Value::Null, Value::Number),
@@ -221,6 +245,16 @@ impl Node {
             Content::Seq(items) => items.iter().map(Node::to_json).collect(),
             Content::Map(map) => map.iter().map(|(key, member)| (key.clone(), member.value.to_json())).collect(),
         }
+    }
+}
+
+/// A number for messages: in powers of ten where its digits would fill the line.
+pub fn number(value: f64) -> String {
+    const MANY: f64 = 1e15;
+    const FEW: f64 = 1e-6;
+    match value.abs() {
+        size if size.is_finite() && size != 0.0 && !(FEW..MANY).contains(&size) => format!("{value:e}"),
+        _ => value.to_string(),
     }
 }
 
@@ -434,7 +468,9 @@ impl Builder<'_> {
                         None => (content, Typing::Fixed),
                         Some(tag) => {
                             let suffix = tag.core_suffix().map(str::to_owned);
-                            (self.tagged(suffix.as_deref(), &tag.original(), &text, &place)?, Typing::Fixed)
+                            let original = tag.original();
+                            let at = self.tag_place(&original, span);
+                            (self.tagged(suffix.as_deref(), &original, &text, &at)?, Typing::Fixed)
                         }
                     };
                     let node = Node { content, origin: Origin::new(place), typing };
@@ -468,14 +504,19 @@ impl Builder<'_> {
             text.char_indices().nth(index).map_or(text.len(), |(at, _)| at)
         });
         let at = at.min(text.len());
+        let here = self.place(at..at + text[at..].chars().next().map_or(0, char::len_utf8));
+        if matches!(error.kind(), granit_parser::ErrorKind::RecursionLimitExceeded) {
+            return Box::new(Diagnostic::error(codes::TOO_LARGE, too_deep(), here));
+        }
         let info = error.info();
         // The parser says `while parsing a node, did not find ...`; the place says the first half.
         let message = match info.split_once(", ") {
             Some((context, rest)) if context.starts_with("while ") => rest,
             _ => info.as_str(),
         };
-        let line_start = text[..at].rfind('\n').map_or(0, |at| at + 1);
-        let line = text[line_start..].lines().next().unwrap_or("");
+        let range = self.source.line_range(self.offset + at);
+        let line_start = range.start.saturating_sub(self.offset);
+        let line = &self.source.text[range.clone()];
         if let Some(tab) = tab_in_indentation(text, line_start) {
             let message = "not valid YAML: a tab in the indentation";
             return Box::new(
@@ -483,11 +524,18 @@ impl Builder<'_> {
                     .help("YAML is indented with spaces: replace the tab"),
             );
         }
-        let mut diagnostic = Diagnostic::error(
-            codes::SYNTAX,
-            format!("not valid YAML: {message}"),
-            self.place(at..at + text[at..].chars().next().map_or(0, char::len_utf8)),
-        );
+        // The parser stops at the line after a key that it took for the beginning of a text.
+        let before = range.start.checked_sub(1).filter(|end| *end >= self.offset);
+        let before = before.map(|end| self.source.line_range(end)).filter(|range| range.start >= self.offset);
+        for range in [Some(range), before].into_iter().flatten() {
+            if let Some((span, help)) = key_slip(&self.source.text[range.clone()]) {
+                let start = range.start - self.offset;
+                let place = self.place(start + span.start..start + span.end);
+                let message = format!("not valid YAML: {message}");
+                return Box::new(Diagnostic::error(codes::SYNTAX, message, place).help(help));
+            }
+        }
+        let mut diagnostic = Diagnostic::error(codes::SYNTAX, format!("not valid YAML: {message}"), here);
         if line.contains("${") && line.contains(['[', '{']) {
             diagnostic = diagnostic.help("inside `{ }` and `[ ]` a variable needs quotes: \"${NAME}\"");
         } else if matches!(error.kind(), granit_parser::ErrorKind::UnknownAnchor) {
@@ -536,11 +584,21 @@ impl Builder<'_> {
                 Diagnostic::error(
                     codes::SYNTAX,
                     format!("unknown tag {}", quoted(&tag.original())),
-                    self.span_place(span),
+                    self.tag_place(&tag.original(), span),
                 )
                 .help("recipes need no tags: remove it"),
             )),
         }
+    }
+
+    /// Where the tag of a value stands: the parser's span begins behind it.
+    fn tag_place(&self, written: &str, span: Span) -> Place {
+        let mut place = self.span_place(span);
+        let line = self.source.line_range(place.span.start).start;
+        if let Some(at) = self.source.text[line..place.span.start].rfind(written) {
+            place.span = line + at..line + at + written.len();
+        }
+        place
     }
 
     /// Counts values against the limit before they are made.
@@ -557,7 +615,7 @@ impl Builder<'_> {
     fn open(&mut self, collection: Collection, style: StructureStyle, anchor: usize, span: Span) -> Result<(), Fatal> {
         self.charge(1, span)?;
         if self.stack.len() >= MAX_DEPTH {
-            return Err(self.too_large(format!("nested deeper than {MAX_DEPTH} levels"), span));
+            return Err(self.too_large(too_deep(), span));
         }
         self.stack.push(Frame { collection, style, start: span, anchor, nodes: 1, depth: 0 });
         Ok(())
@@ -578,7 +636,8 @@ impl Builder<'_> {
         };
         let origin = match &content {
             Content::Map(map) if !flow => map.first().map(|(_, member)| member.key.clone()),
-            Content::Seq(items) if !flow => items.first().map(|item| item.origin.clone()),
+            // Its first dash.
+            Content::Seq(_) if !flow => Some(Origin::new(self.place(start.start..start.start + 1))),
             _ => None,
         };
         let node = Node {
@@ -635,8 +694,15 @@ impl Builder<'_> {
                                 .help("quote the key, or indent what follows it"),
                         ));
                     };
-                    if text.is_empty() {
+                    // Of a key that is not written the parser makes `~`, at no place.
+                    let is_plain = written.is_some_and(|written| written.plain);
+                    if is_plain && place.span.is_empty() {
+                        let colon = place.span.start..(place.span.start + 1).min(self.source.text.len());
+                        let place = Place { span: colon, ..place };
                         return Err(Box::new(Diagnostic::error(codes::SYNTAX, "a key is missing before `:`", place)));
+                    }
+                    if text.is_empty() {
+                        return Err(Box::new(Diagnostic::error(codes::SYNTAX, "an empty key", place)));
                     }
                     let is_merge = text == "<<" && written.is_some_and(|written| written.plain);
                     *key = Some(if is_merge { (Key::Merge, place) } else { (Key::Name(text.to_owned()), place) });
@@ -672,6 +738,35 @@ impl Builder<'_> {
             },
         }
     }
+}
+
+fn too_deep() -> String {
+    format!("nested deeper than {MAX_DEPTH} levels")
+}
+
+/// What keeps a line, or a key, from being `key: value` though it looks like it: where, and the way out.
+pub(crate) fn key_slip(text: &str) -> Option<(Range<usize>, String)> {
+    let comment = text.find(" #").unwrap_or(text.len());
+    let text = &text[..comment];
+    for (odd, name, plain) in [
+        ('\u{ff1a}', "a full-width colon", "`: `"),
+        ('\u{a0}', "a no-break space", "a space"),
+        ('\u{3000}', "a full-width space", "a space"),
+    ] {
+        if let Some(at) = text.find(odd).filter(|at| !text[..*at].contains(['"', '\''])) {
+            return Some((at..at + odd.len_utf8(), format!("this is {name}: write {plain}")));
+        }
+    }
+    let key = text.trim_start_matches([' ', '-']);
+    let start = text.len() - key.len();
+    let (name, value) = key.split_once(':')?;
+    let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
+    // Neither `a: b`, which is sound, nor an address such as `hf://a`.
+    let glued = !value.is_empty() && !value.starts_with([' ', '/', ':', '\t']);
+    (is_name && glued).then(|| {
+        let end = key.trim_end().len();
+        (start..start + end, format!("write a space behind the colon: `{name}: {}`", value.trim_end()))
+    })
 }
 
 /// The first tab in the indentation of the line at an offset or of the one after it, which is

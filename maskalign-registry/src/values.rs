@@ -12,6 +12,8 @@ use serde::{
     ser::{SerializeMap as _, SerializeSeq as _},
 };
 
+use crate::refusal::Refusal;
+
 /// How a [`Scalar`] goes from one value to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -210,23 +212,27 @@ impl Levels {
     /// The outputs meant in a tower of `depth` blocks, in the order written.
     ///
     /// # Errors
-    /// A level that the tower lacks, or one named twice.
-    pub fn resolve(&self, depth: usize) -> Result<Vec<LevelRef>, String> {
+    /// A level that the tower lacks, or one named twice, at `last` or at its index in the list.
+    pub fn resolve(&self, depth: usize) -> Result<Vec<LevelRef>, Refusal> {
         match self {
             Levels::All => Ok((0..depth).map(LevelRef::Block).collect()),
             Levels::Last(count) if *count <= depth => Ok((depth - count..depth).map(LevelRef::Block).collect()),
             Levels::Last(count) => {
-                Err(format!("the last {count} levels of a tower of {depth}: at most {depth} can be asked for"))
+                let message =
+                    format!("the last {count} levels of a tower of {depth}: at most {depth} can be asked for");
+                Err(Refusal::new("last", message))
             }
             Levels::List(items) => {
                 let mut resolved = Vec::with_capacity(items.len());
-                for item in items {
+                for (at, item) in items.iter().enumerate() {
+                    let refuse = |message| Refusal::new(at.to_string(), message);
                     let level = match *item {
                         LevelIndex::Embed => LevelRef::Embed,
-                        LevelIndex::Block(index) => block_index(index, depth)?,
+                        LevelIndex::Block(index) => block_index(index, depth).map_err(refuse)?,
                     };
-                    if resolved.contains(&level) {
-                        return Err(format!("level {level} is listed twice"));
+                    if let Some(first) = resolved.iter().position(|earlier| *earlier == level) {
+                        let refusal = refuse(format!("level {level} is listed twice"));
+                        return Err(refusal.related([first.to_string().as_str()], "first listed here"));
                     }
                     resolved.push(level);
                 }
@@ -535,6 +541,7 @@ impl JsonSchema for Weights {
             "properties": {
                 "stage": {
                     "type": "string",
+                    "x-reference": "stage",
                     "description": "The earlier stage whose student is meant.",
                 },
             },
@@ -592,8 +599,10 @@ mod tests {
             (json!([11, -1]), "listed twice"),
         ] {
             let refusal = levels(value).resolve(12).expect_err("no such level");
-            assert!(refusal.contains(fragment), "{refusal}");
+            assert!(refusal.message.contains(fragment), "{refusal}");
         }
+        assert_eq!(levels(json!([0, 12, 1])).resolve(12).expect_err("no such level").path, ["1"]);
+        assert_eq!(levels(json!({"last": 13})).resolve(12).expect_err("no such level").path, ["last"]);
         for value in [json!({"last": 0}), json!([]), json!("last"), json!([1.5])] {
             assert!(from_value::<Levels>(value.clone()).is_err(), "{value}");
         }

@@ -323,3 +323,139 @@ fn a_refusal_is_put_where_its_option_stands() {
     let cell = Refusal::new("cell", "does not divide the grid").under("masker");
     assert_eq!(at(cell), ("recipe.yaml:16:5".to_owned(), "`cell` is 1 by default".to_owned()));
 }
+
+fn places(diagnostic: &maskalign_registry::Diagnostic) -> Vec<String> {
+    diagnostic.labels.iter().map(|label| label.place.to_string()).collect()
+}
+
+fn in_stage(refusal: Refusal) -> Refusal {
+    refusal.under("pretrain").under("stages")
+}
+
+#[test]
+fn of_options_that_do_not_fit_the_one_that_was_set_last_is_blamed() {
+    let refusal = || {
+        let whole = Refusal::whole("no outputs for `masked`").beside(["tokens"], "asked for here");
+        in_stage(whole.under("aligner").under("pixels").under("objectives"))
+    };
+    let key = places(&load(MAE, &[]).locate(&refusal()));
+    assert_eq!(key.len(), 2, "{key:?}");
+    let tokens = "stages.pretrain.objectives.pixels.tokens=[masked]";
+    let found = load(MAE, &[tokens]).locate(&refusal());
+    assert_eq!(places(&found), ["--set:1:35".to_owned(), key[0].clone()]);
+    assert_eq!(found.path.last().map(String::as_str), Some("tokens"));
+    let aligner = "stages.pretrain.objectives.pixels.aligner.type=decoder";
+    let found = load(MAE, &[tokens, aligner]).locate(&refusal());
+    assert_eq!(found.labels[0].place.source.text(), aligner);
+    assert_eq!(found.labels[1].place.source.text(), tokens);
+    // What is not given cannot be shown.
+    let absent = in_stage(Refusal::new("ratio", "too much").related(["cell"], "given here").under("masker"));
+    assert_eq!(places(&load(MAE, &[]).locate(&absent)).len(), 1);
+}
+
+#[test]
+fn a_component_that_a_flag_chose_is_blamed_there_and_a_scalar_for_what_it_abbreviates() {
+    let sets = ["stages.pretrain.masker.type=block", "stages.pretrain.masker.masked=3"];
+    let loaded = load(MAE, &sets);
+    for refusal in [Refusal::whole("does not fit"), Refusal::new("cell", "missing")] {
+        let found = loaded.locate(&in_stage(refusal.under("masker")));
+        assert_eq!(found.labels[0].place.source.text(), sets[0], "{}", found.render());
+    }
+    let arch = Refusal::new("patch", "does not divide").under("arch").under("student");
+    let found = loaded.locate(&in_stage(arch));
+    assert_eq!((found.labels[0].place.text(), found.labels[0].text.as_str()), ("base_16", ""));
+}
+
+#[test]
+fn refusals_are_told_in_the_order_of_the_sources_and_the_same_one_once() {
+    let sets = ["stages.pretrain.epochs=7", "seed=1"];
+    let loaded = load("extends: mae_vitb\nname: x\nstages: { pretrain: { batch: { micro: 7 } } }", &sets);
+    let refusals: Vec<Refusal> = [
+        Refusal::new("epochs", "too many"),
+        Refusal::new("ratio", "too much").under("masker"),
+        Refusal::new("micro", "no divisor").under("batch"),
+        Refusal::new("dataset", "225 pixels").under("data"),
+        Refusal::new("arch", "225 pixels").under("student"),
+    ]
+    .map(in_stage)
+    .into();
+    let report = loaded.locate_all(&refusals);
+    let names: Vec<&str> = report.0.iter().map(|d| d.labels[0].place.source.name()).collect();
+    assert_eq!(names, ["recipe.yaml", "built-in:mae_vitb", "built-in:mae_vitb", "--set"], "{report}");
+    assert!(report.0.iter().any(|d| d.labels.len() == 2 && d.labels[1].text == "here too"), "{report}");
+}
+
+#[test]
+fn data_says_which_flag_and_which_line() {
+    let sets = ["seed=3", "stages.pretrain.epochs=0"];
+    let mistakes = refuse(&MAE.replace("ratio: 0.75", "ratio: 2"), &sets).to_json();
+    assert_eq!(mistakes[1]["flag"], json!(sets[1]));
+    assert_eq!(mistakes[1]["source_line"], json!(sets[1]));
+    assert_eq!(mistakes[0]["flag"], json!(null));
+    assert!(mistakes[0]["source_line"].as_str().is_some_and(|line| line.ends_with("ratio: 2 }")), "{mistakes}");
+}
+
+#[test]
+fn names_that_are_not_there_are_told_with_what_cannot_be_planned() {
+    let text = include_str!("recipes/maskalign_vitb_clip.yaml")
+        .replace("attention, teacher: clip", "attention, teacher: clop");
+    let loaded = load(&text, &[]);
+    let micro = in_stage(Refusal::new("micro", "no divisor").under("batch"));
+    // Planning stopped before it came to the masker.
+    let report = loaded.locate_all([&micro]);
+    assert_eq!(report.0.len(), 2, "{report}");
+    assert_eq!(report.0[0].suggestions, ["clip"]);
+    // It came to it, in words of its own.
+    let masker = in_stage(Refusal::new("teacher", "no such teacher").under("masker"));
+    assert_eq!(loaded.locate_all([&micro, &masker]).render(), report.render());
+}
+
+#[test]
+fn without_the_environment_an_unset_variable_is_whatever_fits() {
+    let knn = "  knn:\n    type: knn\n    dataset: { type: sample }\n    neighbours: [\"${K}\"]\n";
+    let load = |text: &str| {
+        let request = LoadRequest {
+            input: Input::Text { name: "recipe.yaml".to_owned(), text: text.to_owned() },
+            sets: &[],
+            env: &|_| None,
+            builtins: &Papers,
+        };
+        Recipe::load_without_environment(&request, registry())
+    };
+    let left_out = |loaded: &Loaded| -> Vec<String> {
+        loaded
+            .unplanned()
+            .into_iter()
+            .map(|(stage, report)| format!("{stage} {}", report.0[0].place().expect("a place")))
+            .collect()
+    };
+    // Text stands for itself.
+    let loaded = load(MAE).expect("sound");
+    assert!(left_out(&loaded).is_empty());
+    assert_eq!(loaded.resolved()["stages"]["pretrain"]["data"]["dataset"]["root"], json!("$IMAGENET_DIR/train"));
+    for (from, to) in [
+        ("epochs: 800", "epochs: ${E}"),
+        ("ratio: 0.75", "ratio: \"${R}\""),
+        ("type: random, ratio: 0.75", "type: \"${M}\", ratio: 0.75"),
+        ("normalize: standardize", "normalize: \"${N}\""),
+    ] {
+        let loaded = load(&format!("{}{knn}", MAE.replace(from, to))).unwrap_or_else(|report| panic!("{report}"));
+        assert!(loaded.recipe().stages.is_empty());
+        assert_eq!(left_out(&loaded).len(), 2, "{to}");
+    }
+    let loaded = load(&MAE.replace("seed: 0", "seed: ${S}").replace("name: mae_vitb", "name: ${N}")).expect("sound");
+    assert_eq!((loaded.recipe().seed, loaded.recipe().name.as_str()), (0, "N"));
+    // What no scalar can be, and what is no variable, are mistakes on every machine.
+    assert_eq!(load(&MAE.replace("{ type: random, ratio: 0.75 }", "[\"${M}\"]")).expect_err("a list").0.len(), 1);
+    assert_eq!(load(&MAE.replace("epochs: 800", "epochs: ${A-B}")).expect_err("no name").0[0].code, "bad-variable");
+    // Other mistakes in such a stage are found.
+    let report = load(&MAE.replace("epochs: 800", "epochs: ${E}").replace("0.75", "7")).expect_err("out of range");
+    assert_eq!(report.0.len(), 1, "{report}");
+}
+
+#[test]
+fn a_flag_adds_an_item_behind_the_last() {
+    let loaded = load(MAE, &["stages.pretrain.data.transforms.2.type=horizontal_flip"]);
+    let transforms = &loaded.resolved()["stages"]["pretrain"]["data"]["transforms"];
+    assert_eq!(transforms[2], json!({ "type": "horizontal_flip", "probability": 0.5 }));
+}

@@ -82,6 +82,11 @@ impl From<JobName> for Job {
 impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         let loaded = recipes::load_anywhere(session.registry, &self.recipe, &self.sets.sets)?;
+        // Numbers that no variable gives cannot be measured with.
+        let unset = loaded.unset();
+        if !unset.0.is_empty() {
+            return Err(unset.into());
+        }
         let device = self.machine.open()?;
         session.trace.begin();
         let measured = match device {

@@ -70,7 +70,7 @@ impl Verb {
             Verb::Explain(args) => args.run(session),
             Verb::Schema(args) => args.run(session),
             Verb::Cp(args) => args.run(),
-            Verb::New(args) => args.run(),
+            Verb::New(args) => args.run(session),
             Verb::Verify(args) => args.run(session),
             Verb::Bench(args) => args.run(session),
             Verb::Export(args) => args.run(),

@@ -6,8 +6,11 @@ use maskalign_core::{
     pipeline::{self, PlanOptions, Plans},
     stages::StagePlan,
 };
-use maskalign_registry::Report;
-use serde_json::{Value, json};
+use maskalign_registry::{
+    Report,
+    source::{Node, number},
+};
+use serde_json::{Map, Value, json};
 
 use super::Format;
 use crate::{
@@ -59,7 +62,7 @@ impl Args {
             valid &= outcome.is_ok();
             match (self.format, outcome) {
                 (Format::Json, outcome) => records.push(record(&name, outcome)),
-                (Format::Text, Ok(plans)) => output::print(&table(&name, &plans))?,
+                (Format::Text, Ok(sound)) => output::print(&table(&name, &sound))?,
                 (Format::Text, Err(report)) => {
                     output::complain(&format!("{blank}{}", render::report(&report)));
                     blank = "\n";
@@ -75,7 +78,7 @@ impl Args {
         }
     }
 
-    fn check(&self, session: &Session, path: &std::path::Path) -> Result<Plans, Report> {
+    fn check(&self, session: &Session, path: &std::path::Path) -> Result<Sound, Report> {
         let load = match self.no_environment {
             true => recipes::load_anywhere,
             false => recipes::load,
@@ -83,37 +86,63 @@ impl Args {
         let loaded = load(session.registry, path, &self.sets.sets)?;
         let options =
             PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
-        pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))
+        let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))?;
+        let stages = loaded.document().child("stages").and_then(Node::as_map);
+        Ok(Sound {
+            order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(),
+            plans,
+            unplanned: loaded.unplanned().into_iter().map(|(stage, report)| (stage.to_string(), report)).collect(),
+        })
     }
 }
 
-fn record(recipe: &str, outcome: Result<Plans, Report>) -> Value {
+/// A recipe without mistakes.
+struct Sound {
+    /// Every stage, as written.
+    order: Vec<String>,
+    plans: Plans,
+    /// Stages that follow from variables that are not set, and those variables.
+    unplanned: Vec<(String, Report)>,
+}
+
+fn record(recipe: &str, outcome: Result<Sound, Report>) -> Value {
     match outcome {
-        Ok(plans) => {
-            let stages: serde_json::Map<String, Value> =
-                plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
-            json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages })
+        Ok(sound) => {
+            let stages: Map<String, Value> =
+                sound.plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
+            let unplanned: Map<String, Value> =
+                sound.unplanned.iter().map(|(name, report)| (name.clone(), report.to_json())).collect();
+            json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages, "unplanned": unplanned })
         }
         Err(report) => json!({ "recipe": recipe, "valid": false, "diagnostics": report.to_json() }),
     }
 }
 
-fn table(recipe: &str, plans: &Plans) -> String {
+fn table(recipe: &str, sound: &Sound) -> String {
     type Column = (&'static str, fn(&StagePlan) -> Option<String>);
     const COLUMNS: [Column; 7] = [
         ("images", |plan| plan.images.map(|images| count(images as u64))),
         ("parameters", |plan| (plan.parameters > 0).then(|| count(plan.parameters as u64))),
         ("trained", |plan| (plan.trainable > 0).then(|| count(plan.trainable as u64))),
         ("tokens", |plan| plan.tokens.map(|(seen, all)| format!("{seen} of {all}"))),
-        ("epochs", |plan| plan.epochs.map(|epochs| epochs.to_string())),
+        ("epochs", |plan| plan.epochs.map(number)),
         ("steps", |plan| plan.steps.map(count)),
         ("memory", |plan| (plan.memory > 0).then(|| format!("~ {}", bytes(plan.memory)))),
     ];
     let mut rows = Table::default();
     rows.row(std::iter::once("stage").chain(COLUMNS.map(|(name, _)| name)));
-    for (name, plan) in plans {
+    let blank = StagePlan::default();
+    for name in &sound.order {
+        let plan = sound.plans.iter().find(|(planned, _)| planned == name).map_or(&blank, |(_, plan)| plan);
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
-    format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2))
+    let mut text = format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2));
+    for (name, report) in &sound.unplanned {
+        for unset in &report.0 {
+            let place = unset.place().map(ToString::to_string).unwrap_or_default();
+            text.push_str(&format!("  `{name}` is not planned: {} ({place})\n", unset.message));
+        }
+    }
+    text
 }

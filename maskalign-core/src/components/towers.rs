@@ -54,6 +54,21 @@ impl From<&VitConfig> for TowerShape {
 }
 
 impl TowerShape {
+    /// Refuses a teacher whose patches are not the student's; the option at fault is the teacher's `name`.
+    pub(crate) fn check_grid(&self, name: &str, student: &TowerShape) -> Result<(), Refusal> {
+        if self.grid == student.grid {
+            return Ok(());
+        }
+        let message = format!(
+            "`{name}` has {} patches at {} pixels, the student {} at {}",
+            self.grid, self.image_size, student.grid, student.image_size
+        );
+        Err(Refusal::new("teacher", message)
+            .in_stage(["teachers", name, "image_size"], "the teacher's size")
+            .in_stage(["student", "image_size"], "the student's size")
+            .help("set `image_size` of one of the towers so that the grids are equal"))
+    }
+
     /// Tokens of an image with every patch visible.
     pub fn tokens(&self) -> usize {
         self.grid.patches() + usize::from(self.cls_token)
@@ -151,7 +166,8 @@ impl TowerOptions<'_> {
             (Some(arch), _) => arch,
             (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.arch,
             (None, _) => {
-                return Err(Refusal::new("arch", "missing").help("give a name such as base_16, or the sizes"));
+                return Err(Refusal::new("arch", "the sizes of the tower are not known")
+                    .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}"));
             }
         };
         arch.check()?;

@@ -175,6 +175,20 @@ impl<'a, D: Dev> Init<'a, D> {
         Param::new(self.dev, name, dims, values)
     }
 
+    /// As [`Init::values`], worked out only where parameters have values: a plan of a large model stays cheap.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn worked_out(
+        &self,
+        name: impl Into<String>,
+        dims: &[usize],
+        values: impl FnOnce() -> Vec<f32>,
+    ) -> Result<Param<D>> {
+        let values = if self.values == Values::Shapes { Vec::new() } else { values() };
+        self.values(name, dims, values)
+    }
+
     /// One value everywhere.
     pub fn constant(&self, name: impl Into<String>, dims: &[usize], value: f32) -> Result<Param<D>> {
         match self.values {

@@ -40,6 +40,8 @@ const NAMED: [(&str, usize, usize, usize); 5] = [
     ("huge", 1280, 32, 16),
 ];
 const PATCHES: [usize; 4] = [8, 14, 16, 32];
+/// Attention over the square of more patches fits no machine.
+const MOST_PATCHES_A_SIDE: usize = 256;
 
 impl Arch {
     /// The sizes behind a name such as `large_14`.
@@ -63,10 +65,11 @@ impl Arch {
     /// Refuses sizes that no tower can have.
     ///
     /// # Errors
-    /// Names `arch` and the size at fault.
+    /// Names the size at fault, in `arch`.
     pub fn check(&self) -> Result<(), Refusal> {
         if !self.dim.is_multiple_of(self.heads) {
-            return Err(Refusal::new("arch", format!("dim {} is not a multiple of heads {}", self.dim, self.heads)));
+            let message = format!("dim {} is not a multiple of heads {}", self.dim, self.heads);
+            return Err(Refusal::new("heads", message).related(["dim"], "the channels").under("arch"));
         }
         Ok(())
     }
@@ -77,12 +80,15 @@ impl Arch {
     /// The image's side is no multiple of the patch's.
     pub fn grid(&self, image_size: usize) -> Result<Grid, Refusal> {
         if image_size == 0 || !image_size.is_multiple_of(self.patch) {
-            return Err(Refusal::new(
-                "image_size",
-                format!("{image_size} pixels are not a whole number of patches of {}", self.patch),
-            ));
+            let message = format!("{image_size} pixels are not a whole number of patches of {}", self.patch);
+            let patch = Refusal::new("patch", message).under("arch");
+            return Err(patch.related(["image_size"], "the side of the image"));
         }
         let side = image_size / self.patch;
+        if side > MOST_PATCHES_A_SIDE {
+            let message = format!("{side}x{side} patches: towers take at most {MOST_PATCHES_A_SIDE} along a side");
+            return Err(Refusal::new("image_size", message).related(["arch", "patch"], "the side of a patch"));
+        }
         Ok(Grid { rows: side, columns: side })
     }
 }
@@ -320,8 +326,8 @@ impl<D: Dev> Vit<D> {
         let mut pos_embed = if config.learned_positions {
             init.truncated_normal("pos_embed", &[1, 1 + grid.patches(), dim], 0.02)?
         } else {
-            let values = sincos_positions(dim, grid.rows, grid.columns);
-            init.values("pos_embed", &[1, 1 + grid.patches(), dim], values)?
+            let values = || sincos_positions(dim, grid.rows, grid.columns);
+            init.worked_out("pos_embed", &[1, 1 + grid.patches(), dim], values)?
         };
         pos_embed.trainable = config.learned_positions;
         let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };

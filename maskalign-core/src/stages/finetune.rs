@@ -321,6 +321,7 @@ impl StagePlugin for Finetune {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.batch.check());
+        keep(&mut refusals, self.checkpoints.check());
         if self.mixing.is_some() && self.batch.micro() == 1 {
             refusals.push(Refusal::new("mixing", "images are mixed within a micro-batch, which holds one image"));
         }

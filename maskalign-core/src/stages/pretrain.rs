@@ -163,13 +163,7 @@ impl Pretrain {
                 },
             ));
         };
-        if teacher.grid != student.grid {
-            return Err(Refusal::new(
-                "teacher",
-                format!("`{name}` has {} patches, the student {}", teacher.grid, student.grid),
-            )
-            .help("set `image_size` of one of the towers so that the grids are equal"));
-        }
+        teacher.check_grid(name, &student)?;
         if !teacher.cls_token {
             return Err(Refusal::new("teacher", format!("`{name}` has no class token whose attention could be used")));
         }
@@ -190,6 +184,7 @@ impl StagePlugin for Pretrain {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.batch.check());
+        keep(&mut refusals, self.checkpoints.check());
         let size = keep(&mut refusals, self.data.size(cx.environment).map_err(|r| r.under("data")));
         let mut plan = StagePlan { epochs: Some(self.epochs), ..StagePlan::default() };
         if self.data.may_open(cx.environment)

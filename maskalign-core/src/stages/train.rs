@@ -109,6 +109,21 @@ impl Default for Checkpoints {
 }
 
 impl Checkpoints {
+    /// Refuses two answers to when checkpoints are written.
+    ///
+    /// # Errors
+    /// Names `checkpoints.every_steps`.
+    pub fn check(&self) -> Result<(), Refusal> {
+        match (self.every_epochs, self.every_steps) {
+            (Some(_), Some(_)) => {
+                Err(Refusal::new("every_steps", "only one of `every_epochs` and `every_steps` may be given")
+                    .related(["every_epochs"], "given here")
+                    .under("checkpoints"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn interval(&self, steps_per_epoch: u64) -> u64 {
         let epochs = self.every_epochs.unwrap_or(1.0);
         self.every_steps.unwrap_or(((epochs * steps_per_epoch as f64) as u64).max(1))

@@ -277,6 +277,7 @@ fn cell() -> u32 {
 }
 options!(AttentionMasker {
     /// The teacher whose attention decides.
+    #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,
     /// Share of patches hidden.
     #[serde(default)]
@@ -307,6 +308,7 @@ options!(MultiBlock {
 });
 options!(Features {
     /// The teacher that gives them.
+    #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,
     /// The teacher's levels.
     #[serde(default)]

@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{failure::Failure, output};
+use maskalign_registry::{Kind, Registry};
+
+use crate::{Session, failure::Failure, output};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -50,15 +52,20 @@ const TEMPLATE: [(&str, &str); 7] = [
 ];
 
 impl Args {
-    pub fn run(self) -> Result<(), Failure> {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
         let What::Plugin(plugin) = self.what;
-        plugin.write(Path::new(""))
+        plugin.write(Path::new(""), session.registry)
     }
 }
 
 impl Plugin {
-    fn write(&self, parent: &Path) -> Result<(), Failure> {
+    fn write(&self, parent: &Path, registry: &Registry) -> Result<(), Failure> {
         let name = Name::parse(&self.name)?;
+        // Two components of one name would be refused when the new binary starts.
+        if let Some(taken) = registry.get(Kind::Masker, &name.component()) {
+            let message = format!("there is a masker `{}` already, of the crate `{}`", taken.name, taken.package);
+            return Err(Failure::mistake(message).help("choose another name: the component is named after the crate"));
+        }
         let folder = parent.join(&self.name);
         let dependencies = self.dependencies()?;
         if folder.symlink_metadata().is_ok() {
@@ -123,7 +130,10 @@ impl Name {
         if RESERVED.contains(&name) || name.starts_with("maskalign") {
             return Err(refuse("the name is taken by Rust or by MaskAlign"));
         }
-        let words: Vec<String> = name.split(['-', '_']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
+        let words: Vec<String> = name.split(['-', '_']).map(str::to_owned).collect();
+        if words.iter().any(String::is_empty) {
+            return Err(refuse("`-` and `_` stand between words, one at a time"));
+        }
         Ok(Name(words))
     }
 
@@ -207,7 +217,9 @@ mod tests {
 
     #[test]
     fn names_that_cannot_be_crates_are_refused() {
-        for name in ["", "Lattice", "1st", "a b", "a/b", "..", "fn", "test", "maskalign-core", "-a", "\u{e4}"] {
+        for name in
+            ["", "Lattice", "1st", "a b", "a/b", "..", "fn", "test", "maskalign-core", "-a", "a-", "a__b", "\u{e4}"]
+        {
             assert!(Name::parse(name).is_err(), "{name}");
         }
         let name = Name::parse("my-second_mask2").unwrap();
@@ -219,11 +231,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let plugin = Plugin { name: "my-mask".into(), path: None };
         // Printing to a closed stdout is not this test's matter.
-        let _ = plugin.write(folder.path());
+        let registry = Registry::global().unwrap();
+        let _ = plugin.write(folder.path(), registry);
         for (path, _) in TEMPLATE {
             let text = fs::read_to_string(folder.path().join("my-mask").join(path)).unwrap();
             assert!(!text.contains("{{"), "{path}");
         }
-        assert!(plugin.write(folder.path()).is_err(), "a folder that is there is left alone");
+        assert!(plugin.write(folder.path(), registry).is_err(), "a folder that is there is left alone");
+        let taken = Plugin { name: "random".into(), path: None };
+        assert!(taken.write(folder.path(), registry).is_err(), "there is a masker of that name");
+        assert!(!folder.path().join("random").exists());
     }
 }

@@ -92,10 +92,11 @@ pub struct Decoder {
 
 impl AlignerPlugin for Decoder {
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
-        let levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         let cross = self.attention == DecoderAttention::Cross;
         if levels.len() != 1 && !cross {
             return Err(Refusal::new("levels", format!("a decoder takes one level, not {}", levels.len()))
+                .related(["attention"], "this takes one level")
                 .help("choose one, or use `attention: cross`, which mixes several"));
         }
         if self.tap == Tap::Projection {
@@ -103,30 +104,38 @@ impl AlignerPlugin for Decoder {
         }
         if plan.outputs != 1 {
             return Err(Refusal::whole(format!("a decoder has one output, the target has {}", plan.outputs))
+                .beside(["target", "levels"], "the target's levels")
                 .help("choose one level of the target, or `combine: mean`"));
         }
         if !self.dim.is_multiple_of(self.heads) {
-            return Err(Refusal::new("heads", format!("{} does not divide dim {}", self.heads, self.dim)));
+            return Err(Refusal::new("heads", format!("{} does not divide dim {}", self.heads, self.dim))
+                .related(["dim"], "the channels"));
         }
         if !self.dim.is_multiple_of(4) {
             return Err(Refusal::new("dim", "sin-cos positions need a multiple of 4"));
         }
         if plan.tokens.cls && !plan.student.cls_token {
-            return Err(Refusal::whole("the student has no class token to decode").help("leave `cls` out of `tokens`"));
+            return Err(Refusal::whole("the student has no class token to decode")
+                .beside(["tokens"], "`cls` is asked for here")
+                .in_stage(["student", "cls_token"], "left out here")
+                .help("leave `cls` out of `tokens`"));
         }
         if self.attention == DecoderAttention::MaskedQueries && !plan.tokens.masked {
             return Err(Refusal::new(
                 "attention",
                 "`masked_queries` changes masked patches alone, which are not compared",
             )
+            .beside(["tokens"], "what is compared")
             .help("add `masked` to `tokens`, or use `attention: full`"));
         }
         if cross && plan.tokens != predicted() {
             return Err(Refusal::new("attention", "`cross` decodes the masked patches and no other token")
+                .beside(["tokens"], "what is compared")
                 .help("use `tokens: [masked]`, or `attention: full`"));
         }
         if plan.counts.masked == 0 {
             return Err(Refusal::whole("there is no masked patch to decode")
+                .in_stage(["masker"], "nothing is masked")
                 .help("give the stage a `masker`, or raise its ratio"));
         }
         Ok(AlignNeeds { levels, tap: self.tap })
@@ -154,11 +163,9 @@ impl AlignerPlugin for Decoder {
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
         let grid = plan.student.grid;
         let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
-        let mut positions = init.values(
-            "decoder_pos_embed",
-            &[1, 1 + grid.patches(), dim],
-            sincos_positions(dim, grid.rows, grid.columns),
-        )?;
+        let mut positions = init.worked_out("decoder_pos_embed", &[1, 1 + grid.patches(), dim], || {
+            sincos_positions(dim, grid.rows, grid.columns)
+        })?;
         positions.trainable = false;
         let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
         let name = |i: usize| format!("decoder_blocks.{i}");
@@ -173,7 +180,7 @@ impl AlignerPlugin for Decoder {
                 (0..self.depth).map(|i| QueryBlock::new(init, &name(i), config)).collect::<Result<_>>()?,
             ),
             DecoderAttention::Cross => {
-                let levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?.len();
+                let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
                 let from = plan.student.arch.dim;
                 Blocks::Cross(
                     (levels > 1).then(|| LevelMix::new(init, self.depth, levels, from, self.eps)).transpose()?,

@@ -70,16 +70,19 @@ pub struct Dynamic {
 
 impl AlignerPlugin for Dynamic {
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
-        let all = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        let all = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         if self.tap == Tap::Projection {
             return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
         }
         if plan.tokens.masked {
             return Err(Refusal::whole("the dynamic alignment has outputs for the student's tokens only")
+                .beside(["tokens"], "`masked` is asked for here")
                 .help("leave `masked` out of `tokens`, or use the aligner `decoder`"));
         }
         if plan.tokens.cls && !plan.student.cls_token {
             return Err(Refusal::whole("the student has no class token to align")
+                .beside(["tokens"], "`cls` is asked for here")
+                .in_stage(["student", "cls_token"], "left out here")
                 .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
         }
         let unequal = |what: &str| {
@@ -91,6 +94,8 @@ impl AlignerPlugin for Dynamic {
                     self.rows(plan)
                 ),
             )
+            .related(["levels"], "the student's levels")
+            .beside(["target", "levels"], "the target's levels")
             .help("use `fusion: sum` for unequal depths")
         };
         let needed = match self.fusion {
@@ -110,7 +115,7 @@ impl AlignerPlugin for Dynamic {
     }
 
     fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
-        let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|m| Refusal::new("levels", m))?.len();
+        let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
         let (rows, active) = (self.rows(plan), self.active(plan));
         let matrix = match self.fusion {
             Fusion::Simple => None,

@@ -11,6 +11,7 @@ use crate::{component, nn::Grid, random::Stream, register};
 #[component]
 pub struct AttentionMasker {
     /// The teacher that is asked, by its name under `teachers`.
+    #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,
     /// Share of the patches that is masked; floor(N (1 - ratio)) stay visible.
     #[serde(default)]
@@ -31,7 +32,7 @@ pub struct AttentionMasker {
 
 impl Masker for AttentionMasker {
     fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
-        counts(grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
+        counts("attention", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
     }
 
     fn teacher(&self) -> Option<&str> {

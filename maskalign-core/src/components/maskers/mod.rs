@@ -60,6 +60,7 @@ kind!(host MaskerTag, Masker, masker);
 ///
 /// A ratio keeps `floor(N (1 - r))` patches, computed in double precision as the official code does.
 fn counts(
+    masker: &str,
     patches: usize,
     ratio: Option<f64>,
     visible: Option<usize>,
@@ -71,11 +72,14 @@ fn counts(
         (None, Some(visible), None) => ("visible", visible),
         (None, None, Some(masked)) => ("masked", patches.saturating_sub(masked)),
         (None, None, None) => {
-            return Err(Refusal::new("ratio", "missing").help("give one of `ratio`, `visible` or `masked`"));
+            return Err(Refusal::whole(format!("`{masker}` needs one of `ratio`, `visible` and `masked`")));
         }
         _ => {
             let second = if visible.is_some() { "visible" } else { "masked" };
-            return Err(Refusal::new(second, "only one of `ratio`, `visible` and `masked` may be given"));
+            return Err(Refusal::new(second, "only one of `ratio`, `visible` and `masked` may be given")
+                .related(["ratio"], "given here")
+                .related(["visible"], "given here")
+                .related(["masked"], "given here"));
         }
     };
     if visible == 0 {
@@ -92,7 +96,8 @@ fn counts(
         return Err(Refusal::new(
             "predict_ratio",
             format!("{masked} patches to predict, but only {} of {patches} are masked", patches - visible),
-        ));
+        )
+        .related([option], "what is masked"));
     }
     Ok(Counts { visible, masked })
 }
@@ -116,7 +121,7 @@ mod tests {
         for (patches, ratio, kept) in
             [(196, 0.7, 58), (196, 0.75, 49), (36, 0.7, 10), (36, 0.25, 27), (196, 0.0, 196), (49, 0.9, 4)]
         {
-            let counts = counts(patches, Some(ratio), None, None, None).unwrap();
+            let counts = counts("random", patches, Some(ratio), None, None, None).unwrap();
             assert_eq!(counts.visible, kept, "{patches} patches at {ratio}");
             assert_eq!(counts.masked, patches - kept);
         }
@@ -124,10 +129,12 @@ mod tests {
 
     #[test]
     fn impossible_counts_name_the_option() {
-        assert_eq!(counts(49, Some(0.99), None, None, None).unwrap_err().path, ["ratio"]);
-        assert_eq!(counts(49, None, Some(50), None, None).unwrap_err().path, ["visible"]);
-        assert_eq!(counts(49, None, None, Some(49), None).unwrap_err().path, ["masked"]);
-        assert_eq!(counts(49, Some(0.5), None, None, Some(0.8)).unwrap_err().path, ["predict_ratio"]);
-        assert_eq!(counts(49, Some(0.5), Some(4), None, None).unwrap_err().path, ["visible"]);
+        assert_eq!(counts("random", 49, Some(0.99), None, None, None).unwrap_err().path, ["ratio"]);
+        assert_eq!(counts("random", 49, None, Some(50), None, None).unwrap_err().path, ["visible"]);
+        assert_eq!(counts("random", 49, None, None, Some(49), None).unwrap_err().path, ["masked"]);
+        assert_eq!(counts("random", 49, Some(0.5), None, None, Some(0.8)).unwrap_err().path, ["predict_ratio"]);
+        assert_eq!(counts("random", 49, Some(0.5), Some(4), None, None).unwrap_err().path, ["visible"]);
+        let none = counts("random", 49, None, None, None, None).unwrap_err();
+        assert_eq!(none.message, "`random` needs one of `ratio`, `visible` and `masked`");
     }
 }

@@ -27,7 +27,7 @@ pub struct RandomMasker {
 
 impl Masker for RandomMasker {
     fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
-        counts(grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
+        counts("random", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
     }
 
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask {

@@ -4,7 +4,7 @@ mod constant;
 mod cosine;
 mod multistep;
 
-use maskalign_registry::Refusal;
+use maskalign_registry::{Refusal, source::number};
 
 use crate::plugin::kind;
 
@@ -32,8 +32,9 @@ fn check_warmup(warmup_epochs: f64, epochs: f64) -> Result<(), Refusal> {
     if warmup_epochs > epochs {
         return Err(Refusal::new(
             "warmup_epochs",
-            format!("a warm-up of {warmup_epochs} epochs is longer than the schedule of {epochs}"),
-        ));
+            format!("a warm-up of {} epochs is longer than the schedule of {}", number(warmup_epochs), number(epochs)),
+        )
+        .in_stage(["epochs"], "the stage's length"));
     }
     Ok(())
 }

@@ -30,6 +30,7 @@ pub enum Combine {
 #[component]
 pub struct Features {
     /// The teacher, by its name under `teachers`.
+    #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,
     /// Levels: `all`, `{last: K}`, or a list of 0-based blocks, negative from the end.
     #[serde(default)]
@@ -54,28 +55,22 @@ impl TargetPlugin for Features {
                 false => format!("known teachers: {}", known.join(", ")),
             })
         })?;
-        let levels = self.levels.resolve(teacher.arch.depth).map_err(|m| Refusal::new("levels", m))?;
+        let levels = self.levels.resolve(teacher.arch.depth).map_err(|r| r.under("levels"))?;
         let levels: Vec<usize> = levels
             .into_iter()
-            .map(|level| match level {
+            .enumerate()
+            .map(|(at, level)| match level {
                 LevelRef::Block(i) => Ok(i),
                 LevelRef::Embed => {
-                    Err(Refusal::new("levels", "a target is taken after a block; `embed` is the student's"))
+                    let message = "a target is taken after a block; `embed` is the student's";
+                    Err(Refusal::new(at.to_string(), message).under("levels"))
                 }
             })
             .collect::<Result<_, _>>()?;
-        if teacher.grid != cx.student.grid {
-            return Err(Refusal::new(
-                "teacher",
-                format!(
-                    "`{}` has {} patches at {} pixels, the student {} at {}",
-                    self.teacher, teacher.grid, teacher.image_size, cx.student.grid, cx.student.image_size
-                ),
-            )
-            .help("set `image_size` of one of the towers so that the grids are equal"));
-        }
+        teacher.check_grid(&self.teacher, &cx.student)?;
         if cx.tokens.cls && !teacher.cls_token {
-            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher)));
+            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher))
+                .beside(["tokens"], "`cls` is asked for here"));
         }
         let width = match (self.tap, teacher.projection) {
             (Tap::Projection, Some(width)) => width,

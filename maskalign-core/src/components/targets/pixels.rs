@@ -24,7 +24,9 @@ pub struct Pixels {
 impl TargetPlugin for Pixels {
     fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
         if cx.tokens.cls {
-            return Err(Refusal::whole("the class token has no pixels").help("leave `cls` out of `tokens`"));
+            return Err(Refusal::whole("the class token has no pixels")
+                .beside(["tokens"], "`cls` is asked for here")
+                .help("leave `cls` out of `tokens`"));
         }
         let patch = cx.student.arch.patch;
         Ok(TargetPlan {
