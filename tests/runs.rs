@@ -82,14 +82,16 @@ mod signals {
         assert!(sent.success());
     }
 
+    const LONG: [&str; 8] =
+        ["run", "good.yaml", "--set", "stages.pretrain.epochs=10000", "--out", "run", "--threads", "1"];
+
     /// A run that would go on for hours, after its first steps.
     fn long_run(sandbox: &Sandbox) -> Child {
-        let child = sandbox
-            .command(["run", "good.yaml", "--set", "stages.pretrain.epochs=10000", "--out", "run", "--threads", "1"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("it starts");
+        after_two_steps(sandbox, sandbox.command(LONG))
+    }
+
+    fn after_two_steps(sandbox: &Sandbox, mut command: Command) -> Child {
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let metrics = sandbox.work().join("run/metrics.jsonl");
         let limit = Instant::now() + Duration::from_secs(120);
         while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
@@ -101,7 +103,7 @@ mod signals {
 
     #[test]
     fn stopped_runs_save_their_state_and_say_how_to_go_on() {
-        for (name, code) in [("TERM", 143), ("INT", 130)] {
+        for (name, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
             let sandbox = Sandbox::new(BINARY);
             let child = long_run(&sandbox);
             signal(&child, name);
@@ -120,6 +122,25 @@ mod signals {
                 metrics.lines().map(|line| json_line(line)["step"].as_u64().expect("a step")).collect();
             assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
         }
+    }
+
+    /// As `nohup` starts one.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_run_that_is_to_outlive_its_terminal_does() {
+        let sandbox = Sandbox::new(BINARY);
+        let binary = sandbox.command(LONG);
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(binary.get_program()).args(LONG);
+        command.current_dir(sandbox.work());
+        let child = after_two_steps(&sandbox, command);
+        signal(&child, "HUP");
+        sleep(Duration::from_millis(500));
+        signal(&child, "TERM");
+        let output = child.wait_with_output().expect("it ends");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(143), "{err}");
+        assert!(!err.contains("SIGHUP"), "{err}");
     }
 
     fn json_line(line: &str) -> Value {

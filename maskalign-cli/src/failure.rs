@@ -4,6 +4,7 @@ use std::{fmt::Write as _, io, process::ExitCode};
 
 use maskalign_core::{error::Error, run::RunError, weights::WeightsError};
 use maskalign_registry::{Loaded, Report};
+use serde_json::{Value, json};
 
 use crate::{output, render};
 
@@ -48,24 +49,46 @@ impl Failure {
         }
     }
 
-    /// Tells the user and gives the exit code.
-    pub fn tell(self) -> ExitCode {
+    /// The exit code.
+    pub fn code(&self) -> u8 {
         match self {
-            Failure::Recipe(report) => {
-                output::complain(&render::report(&report));
-                ExitCode::from(2)
-            }
-            Failure::Message { message, help, code } => {
+            Failure::Recipe(_) => 2,
+            Failure::Message { code, .. } | Failure::Told(code) => *code,
+            Failure::Closed => 0,
+        }
+    }
+
+    /// What is left to tell, in colour.
+    pub fn text(&self) -> String {
+        match self {
+            Failure::Recipe(report) => render::report(report),
+            Failure::Message { message, help, .. } => {
                 let mut text = format!("{}: {message}\n", render::paint(render::ERROR, "error"));
                 for line in help {
                     let _ = writeln!(text, "  {} {line}", render::paint(render::GUTTER, "= help:"));
                 }
-                output::complain(&text);
-                ExitCode::from(code)
+                text
             }
-            Failure::Told(code) => ExitCode::from(code),
-            Failure::Closed => ExitCode::SUCCESS,
+            Failure::Told(_) | Failure::Closed => String::new(),
         }
+    }
+
+    /// What is left to tell, for programs.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Failure::Recipe(report) => report.to_json(),
+            Failure::Message { message, help, .. } => json!([{ "message": message, "help": help }]),
+            Failure::Told(_) | Failure::Closed => json!([]),
+        }
+    }
+
+    /// Tells the user and gives the exit code.
+    pub fn tell(self) -> ExitCode {
+        let text = self.text();
+        if !text.is_empty() {
+            output::complain(&text);
+        }
+        ExitCode::from(self.code())
     }
 }
 

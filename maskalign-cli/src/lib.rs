@@ -2,7 +2,7 @@
 //! `fn main() -> std::process::ExitCode { maskalign_cli::main() }`, and every verb then knows those plugins.
 //!
 //! Results go to stdout; logs, progress and errors to stderr. Exit codes: 0 success, 1 a failure, 2 a mistake of the
-//! user's, 130 and 143 stopped by Ctrl-C and SIGTERM with the state saved.
+//! user's, 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM with the state saved.
 
 mod failure;
 mod logging;
@@ -81,10 +81,10 @@ fn run(arguments: &[OsString]) -> Result<(), Failure> {
         }
     };
     let screen = Screen::default();
-    let _trace = logging::start(&cli.verbosity, cli.verb.log_level(), cli.verb.trace(), &screen)?;
+    let trace = logging::start(&cli.verbosity, cli.verb.log_level(), cli.verb.trace(), &screen)?;
     let registry = Registry::global().map_err(|error| Failure::mistake(error.to_string()))?;
     check_versions(registry)?;
-    cli.verb.run(&Session { registry, verbosity: &cli.verbosity, screen, arguments })
+    cli.verb.run(&Session { registry, verbosity: &cli.verbosity, screen, trace: &trace, arguments })
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
@@ -110,6 +110,7 @@ pub(crate) struct Session<'a> {
     pub registry: &'static Registry,
     pub verbosity: &'a logging::Verbosity,
     pub screen: Screen,
+    pub trace: &'a logging::Trace,
     /// The command line as given, the binary's name first.
     pub arguments: &'a [OsString],
 }

@@ -3,7 +3,11 @@
 use std::{
     fs::File,
     io::{self, BufWriter, Write},
-    path::Path,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use tracing_chrome::{ChromeLayerBuilder, FlushGuard};
@@ -28,13 +32,24 @@ pub(crate) struct Verbosity {
     pub verbose: u8,
 }
 
-/// What must live as long as the trace is written.
-pub(crate) struct Trace(#[expect(dead_code, reason = "flushes the trace when dropped")] Option<FlushGuard>);
+/// The trace that was asked for, if any. It must live as long as the trace is written.
+pub(crate) struct Trace {
+    begun: Arc<AtomicBool>,
+    #[expect(dead_code, reason = "flushes the trace when dropped")]
+    guard: Option<FlushGuard>,
+}
+
+impl Trace {
+    /// Lets the file be made: what is asked for is accepted. A mistake in a recipe leaves no trace file.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Release);
+    }
+}
 
 /// Sends logs to stderr and spans to the trace file, where there is to be one. `usual` is the level without any flag.
 ///
 /// # Errors
-/// `RUST_LOG` cannot be understood; the trace file cannot be made.
+/// `RUST_LOG` cannot be understood; the trace file is not empty or cannot be made.
 pub(crate) fn start(
     verbosity: &Verbosity,
     usual: LevelFilter,
@@ -50,20 +65,35 @@ pub(crate) fn start(
         .log_internal_errors(false)
         .with_writer(screen.clone())
         .with_filter(filter(verbosity, usual)?);
+    let begun = Arc::new(AtomicBool::new(false));
     let (spans, guard) = match trace {
         None => (None, None),
         Some(path) => {
-            let file = File::create(path)
-                .map_err(|error| Failure::mistake(format!("cannot write the trace {}: {error}", path.display())))?;
-            let (layer, guard) =
-                ChromeLayerBuilder::new().writer(TraceFile::Open(BufWriter::new(file))).include_args(true).build();
+            check_trace(path)?;
+            let file = TraceFile::Waiting { path: path.to_owned(), held: Vec::new(), begun: begun.clone() };
+            let (layer, guard) = ChromeLayerBuilder::new().writer(file).include_args(true).build();
             // Dependencies trace too, but not what takes the time.
             let ours = Targets::new().with_target("maskalign", LevelFilter::TRACE);
             (Some(layer.with_filter(ours)), Some(guard))
         }
     };
     tracing_subscriber::registry().with(logs).with(spans).init();
-    Ok(Trace(guard))
+    Ok(Trace { begun, guard })
+}
+
+/// Refuses a place where no trace can be written, and a file that holds something: it may be a recipe.
+fn check_trace(path: &Path) -> Result<(), Failure> {
+    let refuse = |why: &str| {
+        let message = format!("cannot write the trace {}: {why}", path.display());
+        Err(Failure::mistake(message).help("name a new file with `--trace`"))
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    match path.metadata() {
+        Ok(there) if there.is_dir() => refuse("it is a folder"),
+        Ok(there) if there.len() > 0 => refuse("the file is there already and not empty"),
+        Err(_) if folder.is_some_and(|folder| !folder.is_dir()) => refuse("its folder does not exist"),
+        _ => Ok(()),
+    }
 }
 
 fn filter(verbosity: &Verbosity, usual: LevelFilter) -> Result<EnvFilter, Failure> {
@@ -80,33 +110,53 @@ fn filter(verbosity: &Verbosity, usual: LevelFilter) -> Result<EnvFilter, Failur
     }
 }
 
-/// The trace file. A full disk ends the trace, not the run.
+/// The trace file, made once [`Trace::begin`] was called. A full disk ends the trace, not the run.
 enum TraceFile {
+    Waiting { path: PathBuf, held: Vec<u8>, begun: Arc<AtomicBool> },
     Open(BufWriter<File>),
     Failed,
 }
 
 impl TraceFile {
-    fn attempt<T>(&mut self, otherwise: T, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>) -> io::Result<T> {
-        let TraceFile::Open(file) = self else {
-            return Ok(otherwise);
-        };
-        let outcome = write(file);
-        if let Err(error) = &outcome {
+    /// Makes the file with what was held back for it, if it may be made by now.
+    fn open(&mut self) -> io::Result<()> {
+        if let TraceFile::Waiting { path, held, begun } = self
+            && begun.load(Ordering::Acquire)
+        {
+            let mut file = BufWriter::new(File::create(path)?);
+            file.write_all(held)?;
+            *self = TraceFile::Open(file);
+        }
+        Ok(())
+    }
+
+    fn attempt(&mut self, write: impl FnOnce(&mut TraceFile) -> io::Result<()>) {
+        if let Err(error) = self.open().and_then(|()| write(self)) {
             output::complain(&format!("the trace ends here: {error}\n"));
             *self = TraceFile::Failed;
         }
-        Ok(outcome.unwrap_or(otherwise))
     }
 }
 
 impl Write for TraceFile {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.attempt(buffer.len(), |file| file.write(buffer))
+        self.attempt(|file| match file {
+            TraceFile::Waiting { held, .. } => {
+                held.extend_from_slice(buffer);
+                Ok(())
+            }
+            TraceFile::Open(file) => file.write_all(buffer),
+            TraceFile::Failed => Ok(()),
+        });
+        Ok(buffer.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.attempt((), BufWriter::flush)
+        self.attempt(|file| match file {
+            TraceFile::Open(file) => file.flush(),
+            TraceFile::Waiting { .. } | TraceFile::Failed => Ok(()),
+        });
+        Ok(())
     }
 }
 

@@ -1,33 +1,36 @@
-//! Ctrl-C and SIGTERM: the first asks the run to save its state and end, a second one ends the process at once.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save its state and end, a second one ends the process at once.
 
 use maskalign_core::run::{Stop, StopFlag};
 
 use crate::output;
 
-fn first(stop: &StopFlag, why: Stop, name: &str) {
+fn first(stop: &StopFlag, why: Stop) {
     stop.request(why);
-    output::complain(&format!("{name}: ending after this step with the state saved; once more ends at once\n"));
+    output::complain(&format!("{}: ending after this step with the state saved; once more ends at once\n", why.name()));
 }
 
 /// Raises `stop` when a signal asks this process to end.
 #[cfg(unix)]
 pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
     use signal_hook::{
-        consts::{SIGINT, SIGTERM},
+        consts::{SIGHUP, SIGINT, SIGTERM},
         iterator::Signals,
         low_level,
     };
 
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    // `nohup` starts a process that ignores SIGHUP, so that it outlives the terminal.
+    let hang_up = (!ignores(SIGHUP)).then_some(SIGHUP);
+    let mut signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hang_up))?;
     let stop = stop.clone();
     let watcher = move || {
         for signal in signals.forever() {
-            let (why, name) = match signal {
-                SIGINT => (Stop::Interrupt, "Ctrl-C"),
-                _ => (Stop::Terminate, "SIGTERM"),
+            let why = match signal {
+                SIGINT => Stop::Interrupt,
+                SIGHUP => Stop::HangUp,
+                _ => Stop::Terminate,
             };
             match stop.get() {
-                None => first(&stop, why, name),
+                None => first(&stop, why),
                 // Not `process::exit`: destructors and exit handlers may wait for the thread that is being ended.
                 Some(_) => low_level::exit(i32::from(why.exit_code())),
             }
@@ -36,12 +39,20 @@ pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(watcher).map(drop)
 }
 
+/// Whether this process was started with a signal ignored, where the system tells.
+#[cfg(unix)]
+fn ignores(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
 /// Raises `stop` when a signal asks this process to end.
 #[cfg(not(unix))]
 pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
     let stop = stop.clone();
     let handler = move || match stop.get() {
-        None => first(&stop, Stop::Interrupt, "Ctrl-C"),
+        None => first(&stop, Stop::Interrupt),
         Some(_) => std::process::exit(i32::from(Stop::Interrupt.exit_code())),
     };
     ctrlc::set_handler(handler).map_err(std::io::Error::other)

@@ -39,7 +39,7 @@ pub enum Error {
     #[error("{0}")]
     Usage(String),
     /// The loss or the gradient is NaN or infinite; nothing was updated.
-    #[error("the {what} is {value} at step {step} (learning rate {lr:.3e}); {advice}")]
+    #[error("the {what} is {value} at step {step} (learning rate {lr:.3e}){rest}", rest = ending(advice))]
     NonFinite {
         /// Which of the two.
         what: &'static str,
@@ -49,7 +49,7 @@ pub enum Error {
         step: u64,
         /// The learning rate of that step.
         lr: f64,
-        /// Which checkpoint is the last good one, and what to try.
+        /// Which checkpoint is the last good one, and what to try; empty for steps that no run makes.
         advice: String,
     },
     /// The user asked the run to stop; the state is saved.
@@ -57,7 +57,7 @@ pub enum Error {
     Stopped {
         /// Name of the signal.
         signal: &'static str,
-        /// The exit code that goes with it: 130 or 143.
+        /// The exit code that goes with it: 129, 130 or 143.
         code: u8,
         /// The run directory.
         dir: String,
@@ -68,9 +68,11 @@ impl Error {
     /// True where the recipe, a flag or a file named by the user is at fault.
     pub fn is_users(&self) -> bool {
         match self {
-            Error::Refused(_) | Error::Usage(_) | Error::Weights(_) | Error::Data(_) => true,
+            Error::Refused(_) | Error::Usage(_) => true,
+            Error::Data(error) => error.is_user_mistake(),
+            Error::Weights(error) => error.is_user_mistake(),
             Error::Run(error) => error.is_user_mistake(),
-            Error::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+            Error::Io { source, .. } => is_wrong_path(source),
             Error::Device(_) | Error::NonFinite { .. } | Error::Stopped { .. } => false,
         }
     }
@@ -82,7 +84,51 @@ impl From<Refusal> for Error {
     }
 }
 
+/// Whether another path would help: what was named is not there, is of another kind or may not be used.
+pub(crate) fn is_wrong_path(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | PermissionDenied | IsADirectory | NotADirectory)
+}
+
+/// What follows a message, after a semicolon.
+fn ending(advice: &str) -> String {
+    match advice {
+        "" => String::new(),
+        advice => format!("; {advice}"),
+    }
+}
+
 /// Wraps a device's own error, which dfdx bounds by `Debug + Display` alone.
 pub(crate) fn device<E: std::fmt::Display>(error: E) -> Error {
     Error::Device(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, ErrorKind};
+
+    use super::*;
+    use crate::{data::DataError, weights::WeightsError};
+
+    #[test]
+    fn what_another_path_cannot_help_is_a_failure() {
+        for (kind, users) in [(ErrorKind::NotFound, true), (ErrorKind::Other, false)] {
+            let (path, io) = (PathBuf::from("w"), || io::Error::from(kind));
+            assert_eq!(Error::from(WeightsError::Io { path: path.clone(), source: io() }).is_users(), users);
+            assert_eq!(Error::from(DataError::Read { path: path.clone(), source: io() }).is_users(), users);
+            assert_eq!(Error::Io { path, source: io() }.is_users(), users);
+        }
+        let panicked = || DataError::Panicked { name: "1.png".into(), message: "bug".into() };
+        assert!(!Error::from(panicked()).is_users());
+        let source = Box::new(panicked());
+        assert!(!Error::from(DataError::NothingReadable { count: 2, name: "2.png".into(), source }).is_users());
+    }
+
+    #[test]
+    fn a_message_without_advice_ends_with_what_happened() {
+        let error =
+            |advice: &str| Error::NonFinite { what: "loss", value: f64::NAN, step: 3, lr: 0.5, advice: advice.into() };
+        assert_eq!(error("").to_string(), "the loss is NaN at step 3 (learning rate 5.000e-1)");
+        assert!(error("lower it").to_string().ends_with("e-1); lower it"));
+    }
 }

@@ -94,7 +94,7 @@ pub struct RunOptions<'a> {
     pub commit: Option<String>,
     /// Name of the device.
     pub device: String,
-    /// Set by Ctrl-C and SIGTERM.
+    /// Set by Ctrl-C, SIGTERM and SIGHUP.
     pub stop: &'a StopFlag,
     /// Told of what happens.
     pub progress: &'a mut dyn Progress,
@@ -239,6 +239,7 @@ fn manifest<D: Dev>(
         version: env!("CARGO_PKG_VERSION").to_string(),
         commit: options.commit.clone(),
         command_line: options.command_line.clone(),
+        working_directory: std::env::current_dir().ok(),
         seed: recipe.seed,
         device: options.device.clone(),
         threads: cx.kernels.threads(),
@@ -267,6 +268,7 @@ fn manifest<D: Dev>(
     let resumption = Resumption { at: now, command_line: begun.command_line };
     Ok(Manifest {
         command_line: earlier.command_line,
+        working_directory: earlier.working_directory,
         started: earlier.started,
         resumed: earlier.resumed.into_iter().chain([resumption]).collect(),
         ..begun

@@ -10,17 +10,20 @@ use std::{
 };
 
 use dfdx::prelude::HasShape;
-use maskalign_registry::{Recipe, decode_options};
+use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    components::tokens::Masks,
+    components::{
+        aligners::{Fusion, Head},
+        tokens::Masks,
+    },
     context::Context,
     device::Dev,
     error::{Error, Result},
     images::ImageBatch,
-    stages::{MicroBatch, Pretrain, StageContext, Task},
+    stages::{BatchSize, MicroBatch, Pretrain, StageContext, Task},
     tape::gradient,
     weights::{self, HostTensor, TensorMap},
 };
@@ -32,27 +35,101 @@ pub struct Case {
     /// Of each step, the visible patches of each image.
     masks: Vec<Masks>,
     lr: Vec<f32>,
+    /// What the other implementation computed, of each step.
+    losses: Vec<f32>,
     teacher: TensorMap,
     student: TensorMap,
     expected: TensorMap,
 }
 
+/// The other implementation's settings under its own names; a name that is not among them is no case of this format.
 #[derive(Deserialize)]
 struct Config {
-    method: String,
+    method: Method,
     student: Tower,
     teacher: Tower,
-    teacher_kind: String,
-    fusion: String,
-    head: String,
-    target_norm: String,
-    loss: String,
-    loss_weights: String,
-    mask: String,
+    teacher_kind: TeacherKind,
+    fusion: Fusion,
+    head: Head,
+    target_norm: TargetNorm,
+    loss: LossKind,
+    loss_weights: LossWeights,
+    mask: MaskKind,
     mask_ratio: f64,
     decoder: Option<Tower>,
     norm_pix: bool,
     optimizer: OptimizerConfig,
+}
+
+#[derive(Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum Method {
+    MaskAlign,
+    Mae,
+}
+
+#[derive(Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum TeacherKind {
+    Clip,
+    Dino,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum TargetNorm {
+    None,
+    L2,
+    Whiten,
+    Bn,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum LossKind {
+    L1,
+    L2,
+    SmoothL1,
+    Cosine,
+}
+
+#[derive(Deserialize, PartialEq)]
+#[serde(rename_all = "lowercase")]
+enum MaskKind {
+    Attention,
+    Random,
+}
+
+/// Which of the teacher's levels count, and how much.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+enum LossWeights {
+    /// The last so many, each as much as the others.
+    Top(usize),
+    /// One block alone.
+    Mid(usize),
+    /// All, later ones more.
+    LinearDecay,
+    /// All, each as much as the others.
+    Mean,
+}
+
+impl TryFrom<String> for LossWeights {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        let after = |prefix: &str| name.strip_prefix(prefix).and_then(|number| number.parse().ok());
+        match name.as_str() {
+            "out" => Ok(LossWeights::Top(1)),
+            "linear_decay" => Ok(LossWeights::LinearDecay),
+            "mean" => Ok(LossWeights::Mean),
+            _ => match (after("top").filter(|levels| *levels > 0), after("mid")) {
+                (Some(levels), _) => Ok(LossWeights::Top(levels)),
+                (_, Some(block)) => Ok(LossWeights::Mid(block)),
+                _ => Err(format!("unknown `loss_weights` `{name}`, expected out, topN, midN, mean or linear_decay")),
+            },
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -114,43 +191,53 @@ impl Case {
     /// A file that cannot be read or is not a case.
     pub fn read(path: &Path) -> Result<Self> {
         let malformed = |what: &str| Error::Usage(format!("{}: not a maskalign-case-v1 file: {what}", path.display()));
-        let metadata = weights::TensorFile::open(path)?.metadata();
+        let file = weights::TensorFile::open(path)?;
+        let metadata = file.metadata();
         if metadata.get("format").map(String::as_str) != Some("maskalign-case-v1") {
             return Err(malformed("its metadata has no such `format`"));
         }
         let config = metadata.get("config").ok_or_else(|| malformed("no `config`"))?;
         let config: Config = serde_json::from_str(config).map_err(|e| malformed(&format!("`config`: {e}")))?;
-        let mut tensors = weights::TensorFile::open(path)?.read_all()?;
+        let mut tensors = file.read_all()?;
         let mut take = |name: &str| tensors.remove(name).ok_or_else(|| malformed(&format!("no tensor `{name}`")));
         let (images, lr, ids) = (take("images")?, take("lr")?, take("ids_keep")?);
+        let losses = take("expect.loss")?.data;
         let [batch, 3, height, width] = images.shape[..] else { return Err(malformed("`images` is not [B, 3, H, W]")) };
-        let [steps, rows, _] = ids.shape[..] else { return Err(malformed("`ids_keep` is not [steps, B, K]")) };
-        if height != width || rows != batch || lr.data.len() != steps {
-            return Err(malformed("`images`, `ids_keep` and `lr` do not fit together"));
+        let [steps, rows, kept] = ids.shape[..] else { return Err(malformed("`ids_keep` is not [steps, B, K]")) };
+        if ids.data.is_empty() {
+            return Err(malformed(&format!("`ids_keep` is {:?}: it names no patch", ids.shape)));
+        }
+        if height != width || rows != batch || lr.data.len() != steps || losses.len() != steps {
+            return Err(malformed(&format!(
+                "`images` {:?}, `ids_keep` {:?}, `lr` {:?} and {} losses do not fit together",
+                images.shape,
+                ids.shape,
+                lr.shape,
+                losses.len()
+            )));
         }
         if config.student.patch == 0 || !config.student.image.is_multiple_of(config.student.patch) {
             return Err(malformed("the student's image is not a whole number of patches"));
         }
-        let patches = (config.student.image / config.student.patch).pow(2) as u32;
-        if ids.data.iter().any(|&i| i < 0.0 || i >= patches as f32) {
+        let side = config.student.image / config.student.patch;
+        let patches = side.checked_mul(side).and_then(|patches| u32::try_from(patches).ok());
+        let patches = patches.ok_or_else(|| malformed("the student's image has too many patches"))?;
+        if ids.data.iter().any(|&i| i < 0.0 || i >= patches as f32 || i.fract() != 0.0) {
             return Err(malformed("`ids_keep` names a patch that an image does not have"));
         }
-        let masks = ids
-            .data
-            .chunks_exact((ids.data.len() / steps.max(1)).max(1))
-            .map(|step| {
-                let visible: Vec<u32> = step.iter().map(|&i| i as u32).collect();
-                let each = visible.len() / batch;
-                let masked = visible
-                    .chunks_exact(each)
-                    .flat_map(|kept| {
-                        let kept: BTreeSet<u32> = kept.iter().copied().collect();
-                        (0..patches).filter(move |i| !kept.contains(i))
-                    })
-                    .collect();
-                Masks { batch, visible, masked }
-            })
-            .collect();
+        let mut masks = Vec::with_capacity(steps);
+        for step in ids.data.chunks_exact(batch * kept) {
+            let visible: Vec<u32> = step.iter().map(|&i| i as u32).collect();
+            let mut masked = Vec::new();
+            for image in visible.chunks_exact(kept) {
+                let seen: BTreeSet<u32> = image.iter().copied().collect();
+                if seen.len() < kept {
+                    return Err(malformed("`ids_keep` names a patch twice"));
+                }
+                masked.extend((0..patches).filter(|i| !seen.contains(i)));
+            }
+            masks.push(Masks { batch, visible, masked });
+        }
         let mut part = |prefix: &str| -> TensorMap {
             let names: Vec<String> = tensors.keys().filter(|n| n.starts_with(prefix)).cloned().collect();
             names.into_iter().map(|n| (n[prefix.len()..].to_string(), tensors.remove(&n).expect("listed"))).collect()
@@ -162,6 +249,7 @@ impl Case {
             images: ImageBatch { pixels: images.data, batch, size: height },
             masks,
             lr: lr.data,
+            losses,
             config,
         })
     }
@@ -180,7 +268,6 @@ impl Case {
     /// The case as a recipe (JSON, which is YAML), with the teacher's weights at `teacher`.
     pub fn recipe(&self, teacher: &Path) -> String {
         let c = &self.config;
-        let masks = self.masks.first();
         let mut stage = json!({
             "type": "pretrain",
             "epochs": 1,
@@ -197,8 +284,7 @@ impl Case {
             "schedule": { "type": "constant" },
             "batch": { "effective": self.images.batch },
         });
-        let all_visible = masks.is_some_and(|m| m.masked.is_empty());
-        if c.method == "mae" {
+        if c.method == Method::Mae {
             let d = c.decoder.as_ref().unwrap_or(&c.student);
             stage["objectives"] = json!({ "pixels": {
                 "target": { "type": "pixels", "normalize": if c.norm_pix { "standardize" } else { "none" } },
@@ -208,27 +294,33 @@ impl Case {
             }});
             return json!({ "name": "case", "stages": { "pretrain": stage } }).to_string();
         }
-        let (levels, level_weights) = match c.loss_weights.as_str() {
-            "out" => (json!({ "last": 1 }), "uniform"),
-            "linear_decay" => (json!("all"), "linear"),
-            other => match (other.strip_prefix("top"), other.strip_prefix("mid")) {
-                (Some(k), _) => (json!({ "last": k.parse::<usize>().unwrap_or(0) }), "uniform"),
-                (_, Some(k)) => (json!([k.parse::<i64>().unwrap_or(0)]), "uniform"),
-                _ => (json!("all"), "uniform"),
-            },
+        let (levels, level_weights) = match c.loss_weights {
+            LossWeights::Top(levels) => (json!({ "last": levels }), "uniform"),
+            LossWeights::Mid(block) => (json!([block]), "uniform"),
+            LossWeights::LinearDecay => (json!("all"), "linear"),
+            LossWeights::Mean => (json!("all"), "uniform"),
         };
-        let normalize = if c.target_norm == "bn" { "standardize_batch" } else { &c.target_norm };
-        let (loss, weight) = match c.loss.as_str() {
-            "l2" => ("mse", 1.0),
-            "smoothl1" => ("smooth_l1", 2.0),
-            other => (other, 1.0),
+        let normalize = match c.target_norm {
+            TargetNorm::None => "none",
+            TargetNorm::L2 => "l2",
+            TargetNorm::Whiten => "whiten",
+            TargetNorm::Bn => "standardize_batch",
         };
-        let eps = if c.teacher_kind == "dino" { 1e-12 } else { 1e-5 };
+        let (loss, weight) = match c.loss {
+            LossKind::L1 => ("l1", 1.0),
+            LossKind::L2 => ("mse", 1.0),
+            LossKind::SmoothL1 => ("smooth_l1", 2.0),
+            LossKind::Cosine => ("cosine", 1.0),
+        };
+        let (teacher_type, eps) = match c.teacher_kind {
+            TeacherKind::Clip => ("clip", 1e-5),
+            TeacherKind::Dino => ("dino", 1e-12),
+        };
         stage["teachers"] = json!({ "teacher": {
-            "type": c.teacher_kind, "arch": c.teacher.arch(), "image_size": c.teacher.image,
+            "type": teacher_type, "arch": c.teacher.arch(), "image_size": c.teacher.image,
             "weights": teacher.to_string_lossy(), "eps": eps,
         }});
-        if c.mask == "attention" && !all_visible {
+        if c.mask == MaskKind::Attention && !self.masks[0].masked.is_empty() {
             stage["masker"] = json!({ "type": "attention", "teacher": "teacher", "ratio": c.mask_ratio });
         }
         stage["objectives"] = json!({ "align": {
@@ -242,10 +334,10 @@ impl Case {
         json!({ "name": "case", "stages": { "pretrain": stage } }).to_string()
     }
 
-    /// Replays the steps with the stage of `recipe` and compares.
+    /// Replays the steps with the stage of `recipe`, in its micro-batches, and compares.
     ///
     /// # Errors
-    /// A recipe whose models do not have the case's parameters; whatever ends a step early.
+    /// A recipe of another batch or another number of visible patches than the case; whatever ends a step early.
     pub fn replay<D: Dev>(&self, cx: &Context<D>, recipe: &Recipe) -> Result<CaseReport> {
         let (name, slot) = recipe.stages.first().ok_or_else(|| Error::Usage("the recipe has no stage".into()))?;
         let stage: Pretrain = decode_options(slot.options_value()).map_err(|r| r.under(name).under("stages"))?;
@@ -262,8 +354,16 @@ impl Case {
             Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
             other => other,
         };
+        let batch = stage.batch();
+        self.check_batch(batch).map_err(|refusal| located(refusal.into()))?;
         let (mut model, mut trainer) =
             stage.prepare(cx, &context, self.images.size, self.images.batch).map_err(located)?;
+        let kept = self.masks[0].visible_each();
+        if model.visible() != kept {
+            let message =
+                format!("leaves {} patches of an image visible, the case's `ids_keep` names {kept}", model.visible());
+            return Err(located(Refusal::new("masker", message).help("the masks come from the case").into()));
+        }
         let mut shapes = Vec::new();
         model.visit(&mut |p| shapes.push((p.name.clone(), p.dims.clone())));
         let mut compared = Compared::default();
@@ -301,8 +401,11 @@ impl Case {
         }
         let mut losses = Vec::new();
         for (step, &lr) in self.lr.iter().enumerate() {
-            model.given_masks.push_back(self.masks[step].clone());
-            let stepped = trainer.step_at(cx, &mut model, 1, &mut || Ok(self.micro_batch()), f64::from(lr))?;
+            let parts = self.images.batch / batch.micro();
+            model.given_masks.extend((0..parts).map(|part| self.masks_of(step, part, batch.micro())));
+            let mut next = (0..parts).map(|part| self.micro_batch(part, batch.micro()));
+            let mut micro_batches = || Ok(next.next().expect("as many as there are parts"));
+            let stepped = trainer.step_at(cx, &mut model, parts, &mut micro_batches, f64::from(lr))?;
             losses.push(stepped.loss);
             if step == 0 {
                 let mut reached = BTreeMap::new();
@@ -328,19 +431,40 @@ impl Case {
             parameters.insert(p.name.clone(), p.to_host().data);
         });
         parameters.retain(|name, _| self.expected.contains_key(&format!("param.{name}")));
-        let recorded = &self.expected["loss"].data;
-        for (step, (loss, expected)) in losses.iter().zip(recorded).enumerate() {
+        for (step, (loss, expected)) in losses.iter().zip(&self.losses).enumerate() {
             compared.add("loss", &format!("loss[{step}]"), &[*loss], &[*expected]);
         }
         self.compare_by_name(&mut compared, "parameters", "param.", &parameters);
         Ok(CaseReport { quantities: compared.0, losses })
     }
 
-    fn micro_batch(&self) -> MicroBatch {
+    /// Refuses a batch that the case does not hold.
+    fn check_batch(&self, batch: BatchSize) -> Result<(), Refusal> {
+        if batch.effective != self.images.batch {
+            let message = format!("{} images, the case has {}", batch.effective, self.images.batch);
+            return Err(Refusal::new("effective", message).help("leave it as the case has it").under("batch"));
+        }
+        batch.check()
+    }
+
+    /// The masks of one micro-batch of `size` images.
+    fn masks_of(&self, step: usize, part: usize, size: usize) -> Masks {
+        let masks = &self.masks[step];
+        let of = |patches: &[u32], each: usize| patches[part * size * each..][..size * each].to_vec();
+        Masks {
+            batch: size,
+            visible: of(&masks.visible, masks.visible_each()),
+            masked: of(&masks.masked, masks.masked_each()),
+        }
+    }
+
+    fn micro_batch(&self, part: usize, size: usize) -> MicroBatch {
+        let each = self.images.pixels.len() / self.images.batch;
+        let pixels = self.images.pixels[part * size * each..][..size * each].to_vec();
         MicroBatch {
-            images: self.images.clone(),
-            labels: vec![None; self.images.batch],
-            indices: (0..self.images.batch).collect(),
+            images: ImageBatch { pixels, batch: size, size: self.images.size },
+            labels: vec![None; size],
+            indices: (part * size..(part + 1) * size).collect(),
             epoch: 0,
             progress: 0.0,
         }

@@ -8,7 +8,7 @@ use maskalign_core::images::resize_images_bicubic;
 use maskalign_core::kernels::Pool;
 use maskalign_core::weights::{
     Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, read,
-    resize_positions, to_canonical, to_family, write_safetensors,
+    read_shapes, resize_positions, to_canonical, to_family, write_safetensors,
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -378,4 +378,58 @@ fn written_files_have_the_same_bytes_each_time() {
     assert_eq!(file.metadata()["maskalign"], "{}");
     assert_eq!(file.shapes()["cls_token"], [1, 1, 8]);
     assert_eq!(file.read_all().unwrap(), tower);
+}
+
+#[test]
+fn names_and_shapes_are_known_without_the_values() {
+    let shapes = |map: TensorMap| map.into_iter().map(|(name, t)| (name, t.shape)).collect::<Vec<_>>();
+    for (name, family) in [
+        ("clip_timm.safetensors", Family::Clip),
+        ("clip_open_clip.safetensors", Family::Clip),
+        ("clip_torchscript.pt", Family::Clip),
+        ("clip_hf.safetensors", Family::Clip),
+        ("sharded", Family::Vit),
+        ("dino_full.pth", Family::Dino),
+        ("dinov2_hf.safetensors", Family::Dinov2),
+        ("maskalign.pth", Family::Vit),
+    ] {
+        let found = read_shapes(&fixture(name)).unwrap();
+        assert!(found.values().all(HostTensor::is_shape_only), "{name}");
+        let planned = to_canonical(found.clone(), family).unwrap().tensors;
+        assert_eq!(shapes(found), shapes(read(&fixture(name)).unwrap()), "{name}");
+        assert_eq!(shapes(planned), shapes(canonical(name, family).tensors), "{name}");
+    }
+    let mut turned = read_shapes(&fixture("clip_open_clip.safetensors")).unwrap();
+    turned.insert("visual.proj".into(), HostTensor::shape_only(vec![6, 8]));
+    let error = refusal(to_canonical(turned, Family::Clip));
+    assert!(error.contains("`visual.proj` is [8, 6], expected [8, 8]"), "{error}");
+}
+
+#[test]
+fn a_naming_of_one_model_is_refused_for_another_tower() {
+    let plain = canonical("vit_timm.safetensors", Family::Vit).tensors;
+    for (export, missing) in [
+        (Export::OpenAi, "norm_pre.weight"),
+        (Export::HfClip, "norm_pre.bias"),
+        (Export::HfDinov2, "blocks.1.ls2.gamma"),
+    ] {
+        let error = refusal(to_family(&plain, export));
+        assert!(error.contains("missing: ") && error.contains(missing), "{export:?}: {error}");
+    }
+    let scaled = canonical("dinov2_timm.safetensors", Family::Dinov2).tensors;
+    let error = refusal(to_family(&scaled, Export::HfVit));
+    assert!(error.contains("4 not expected") && error.contains("blocks.0.ls1.gamma"), "{error}");
+    let mut without = plain.clone();
+    without.remove("cls_token");
+    assert!(refusal(to_family(&without, Export::HfVit)).contains("1 missing: `cls_token`"));
+    // timm keeps no position for a class token that is not there.
+    assert_eq!(to_family(&without, Export::Timm).unwrap()["pos_embed"].shape[1], plain["pos_embed"].shape[1] - 1);
+}
+
+#[test]
+fn the_embedded_teacher_is_what_its_run_left() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/quickstart_teacher.safetensors");
+    let mut embedded = maskalign_core::embedded::weights("quickstart_teacher").unwrap();
+    embedded.retain(|name, _| !name.starts_with("head."));
+    assert_eq!(read(&file).unwrap(), embedded);
 }

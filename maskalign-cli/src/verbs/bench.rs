@@ -53,7 +53,7 @@ pub(crate) struct Args {
     json: bool,
     #[command(flatten)]
     machine: Machine,
-    /// Write a trace of the steps in Chrome's format, for chrome://tracing or ui.perfetto.dev
+    /// Write a trace of the steps to a new file in Chrome's format, for chrome://tracing or ui.perfetto.dev
     #[arg(long, value_name = "FILE", help_heading = "Logging")]
     pub trace: Option<PathBuf>,
 }
@@ -87,7 +87,9 @@ impl Args {
         if !unset.0.is_empty() {
             return Err(unset.into());
         }
-        let measured = match self.machine.open()? {
+        let device = self.machine.open()?;
+        session.trace.begin();
+        let measured = match device {
             Opened::Cpu(dev) => self.run_on(dev, &loaded),
             #[cfg(feature = "cuda")]
             Opened::Cuda(dev, _) => self.run_on(dev, &loaded),

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use maskalign_core::{
-    run::Checkpoint,
-    weights::{Export, to_family, write_safetensors},
+    run::{Checkpoint, RunError, is_in_checkpoints},
+    weights::{Export, TensorMap, to_family, write_safetensors},
 };
 
 use crate::{failure::Failure, output, table::count};
@@ -16,6 +16,9 @@ Examples:
   maskalign export runs/vitb/checkpoints/pretrain/step-00010000.safetensors --format hf_vit --out s.safetensors";
 
 /// Export a trained student to a safetensors file with another library's names
+///
+/// A fine-tuned student comes with its classifier where the names are timm's: `timm.create_model(..., num_classes=K,
+/// global_pool="avg")` loads it. A format that is of one model, as CLIP's, is refused for a tower of another kind.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -39,7 +42,7 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 #[value(rename_all = "snake_case")]
 enum Names {
-    /// timm's, which the official MaskAlign checkpoints use too
+    /// timm's, which the official MaskAlign checkpoints use too; the only one with a classifier
     #[default]
     Timm,
     /// Hugging Face's ViTModel
@@ -66,10 +69,7 @@ impl From<Names> for Export {
 
 impl Args {
     pub fn run(self) -> Result<(), Failure> {
-        if self.out.symlink_metadata().is_ok() && !self.force {
-            return Err(Failure::mistake(format!("{} is there already", self.out.display()))
-                .help("name another file with `--out`, or replace it with `--force`"));
-        }
+        self.check_out()?;
         let path = match self.from.is_dir() {
             true => self.outcome()?,
             false => self.from.clone(),
@@ -77,16 +77,54 @@ impl Args {
         if !path.is_file() {
             return Err(Failure::mistake(format!("there is no checkpoint {}", path.display())));
         }
-        let tower = Checkpoint::load(&path)?.into_student();
+        let checkpoint = Checkpoint::load(&path).map_err(|error| match error {
+            RunError::Damaged { .. } => Failure::mistake(error.to_string())
+                .help("expected a run directory, or a file of its `checkpoints` such as STAGE/final.safetensors"),
+            other => other.into(),
+        })?;
+        let (mut tower, beside) = checkpoint.into_parameters();
         if tower.is_empty() {
             return Err(Failure::mistake(format!("{} holds no student", path.display()))
                 .help("name a stage that trains one with `--stage`"));
         }
-        let renamed = to_family(&tower, self.format.into())?;
+        // What aligned a student is of no use to others; a classifier is what fine-tuning is for.
+        let classifier = is_classifier(&beside);
+        if classifier && matches!(self.format, Names::Timm) {
+            tower.extend(beside);
+        } else if classifier {
+            tracing::warn!("the classifier is left out: this naming is of a tower alone; `--format timm` holds both");
+        }
+        let renamed = to_family(&tower, self.format.into()).map_err(|error| {
+            Failure::from(error).help("`timm` names every tower; `hf_vit` is for plain ones with a class token")
+        })?;
         write_safetensors(&self.out, &renamed, None)?;
         let values: usize = renamed.values().map(|tensor| tensor.data.len()).sum();
         let (tensors, values, out) = (renamed.len(), count(values as u64), self.out.display());
         Ok(output::print(&format!("wrote {tensors} tensors, {values} parameters, to {out}\n"))?)
+    }
+
+    /// Refuses a file that cannot or should not be written, before anything is read.
+    fn check_out(&self) -> Result<(), Failure> {
+        let out = self.out.display();
+        let another = |message: String| Err(Failure::mistake(message).help("name another file with `--out`"));
+        if self.out.is_dir() {
+            return another(format!("{out} is a folder"));
+        }
+        if self.out.symlink_metadata().is_ok() && !self.force {
+            return Err(Failure::mistake(format!("{out} is there already"))
+                .help("name another file with `--out`, or replace it with `--force`"));
+        }
+        let folder = match self.out.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        if !folder.is_dir() {
+            return another(format!("there is no folder {} to write {out} to", folder.display()));
+        }
+        if is_in_checkpoints(folder) {
+            return another(format!("{out} is among a run's own checkpoints, which are read by `--resume`"));
+        }
+        Ok(())
     }
 
     /// The weights that a finished stage left: `checkpoints/STAGE/final.safetensors`.
@@ -111,6 +149,11 @@ impl Args {
             }
         }
     }
+}
+
+/// Whether all that was trained beside a student is a classifier's.
+fn is_classifier(beside: &TensorMap) -> bool {
+    !beside.is_empty() && beside.keys().all(|name| name.starts_with("head.") || name.starts_with("fc_norm."))
 }
 
 /// The stages with weights, sorted.

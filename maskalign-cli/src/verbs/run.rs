@@ -38,7 +38,7 @@ Examples:
   maskalign run --resume runs/short               go on after Ctrl-C, SIGTERM or a power cut
   maskalign run mine.yaml --out runs/short --force
 
-Ctrl-C and SIGTERM save the state and exit with 130 and 143.";
+Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
 
 /// Run a recipe: train and evaluate what it says
 ///
@@ -70,7 +70,7 @@ pub(crate) struct Args {
     /// Threads that read images, 0 to read them between steps [default: 1, or 0 with one thread]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     workers: Option<usize>,
-    /// Write a trace of the run in Chrome's format, for chrome://tracing or ui.perfetto.dev
+    /// Write a trace of the run to a new file in Chrome's format, for chrome://tracing or ui.perfetto.dev
     #[arg(long, value_name = "FILE", help_heading = "Logging")]
     pub trace: Option<PathBuf>,
 }
@@ -79,15 +79,13 @@ impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
-        let loaded = match (&resumed, &self.recipe) {
-            (Some(dir), _) => self.resumed_recipe(session, dir)?,
-            (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
-            (None, None) => return Err(Failure::mistake("no recipe is named")),
+        let (loaded, plans, device) = match self.prepare(session, resumed.as_ref()) {
+            Ok(prepared) => prepared,
+            Err(failure) => {
+                resumed.map(RunDir::withdraw).transpose()?;
+                return Err(failure);
+            }
         };
-        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
-        let plans = pipeline::plan(loaded.recipe(), options)
-            .map_err(|refusals| Failure::Recipe(loaded.locate_all(&refusals)))?;
-        let device = self.machine.open()?;
         let dir = match resumed {
             Some(dir) => dir,
             None => {
@@ -96,6 +94,7 @@ impl Args {
                 RunDir::create(path, if self.force { Mode::Force } else { Mode::Fresh })?
             }
         };
+        session.trace.begin();
         let stop = StopFlag::new();
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
@@ -108,9 +107,37 @@ impl Args {
             Opened::Cuda(dev, _) => job.run_on(dev, device_name, &mut reporter),
         };
         reporter.clear();
-        let results = outcome.map_err(|error| Failure::located(error, &loaded))?;
+        let results = match outcome {
+            Ok(results) => results,
+            Err(error) => {
+                if error.is_users() {
+                    // What is corrected may go to the same place.
+                    dir.withdraw()?;
+                }
+                return Err(Failure::located(error, &loaded));
+            }
+        };
         output::print(&table_of_results(&results, dir.path()))?;
         Ok(())
+    }
+
+    /// All that is needed before the run directory: the recipe, what is known of its stages, and the device.
+    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plans, Opened), Failure> {
+        let loaded = match (resumed, &self.recipe) {
+            (Some(dir), _) => self.resumed_recipe(session, dir)?,
+            (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
+            (None, None) => return Err(Failure::mistake("no recipe is named")),
+        };
+        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
+        let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
+            let mut report = loaded.locate_all(&refusals);
+            if let Some(place) = resumed.and_then(elsewhere) {
+                report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
+            }
+            Failure::Recipe(report)
+        })?;
+        let device = self.machine.open()?;
+        Ok((loaded, plans, device))
     }
 
     /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
@@ -145,6 +172,13 @@ impl Args {
             _ => Ok(given),
         }
     }
+}
+
+/// Says where a run was started, if that is not here: its recipe's relative paths start from there.
+fn elsewhere(dir: &RunDir) -> Option<String> {
+    let started = dir.read_manifest().ok()??.working_directory?;
+    let here = std::env::current_dir().ok()?;
+    (started != here).then(|| format!("the run was started in {}; resume it from there", started.display()))
 }
 
 /// A run that only needs a device.

@@ -1,17 +1,23 @@
 //! What teachers and students have in common: shapes, taps, and where their weights come from.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use dfdx::prelude::Cpu;
 use maskalign_registry::{Refusal, Slot, StudentTag, Weights};
 
 use crate::{
     component,
     context::Context,
     device::{Dev, Matrix},
-    error::Result,
-    nn::{Arch, Grid, Module, Statistics, TowerInput, Vit, VitConfig},
+    error::{Error, Result},
+    nn::{Arch, Grid, Init, Module, Statistics, TowerInput, Vit, VitConfig},
+    plugin::Build,
     tape::Recorder,
-    weights::{self, Family, TensorMap},
+    weights::{self, Family, HostTensor, TensorMap},
 };
 
 /// The shape of a tower, as far as other components need it.
@@ -172,9 +178,6 @@ impl TowerOptions<'_> {
                 refusal.help(format!("the data yields {image_size} pixels; set `image_size` or change the transforms"))
             }
         })?;
-        if let (Some(weights), true, false) = (self.weights, cx.environment, cx.random_weights) {
-            locate(weights)?;
-        }
         Ok((arch, image_size))
     }
 }
@@ -195,33 +198,96 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
     }
 }
 
+/// The shape of a tower, once the weights it is to have are known to fit it: names and shapes are looked at here, values
+/// when the stage begins.
+pub(crate) fn plan_tower(
+    cx: &PlanContext,
+    config: VitConfig,
+    source: Option<&Weights>,
+    family: Family,
+) -> Result<TowerShape, Refusal> {
+    let Some(source) = source.filter(|_| cx.environment && !cx.random_weights) else {
+        return Ok(TowerShape::from(&config));
+    };
+    let whole = |error: Error| match error {
+        Error::Refused(refusal) => refusal,
+        other => Refusal::whole(other.to_string()),
+    };
+    let dev = Cpu::default();
+    let tensors = match source {
+        Weights::Stage(stage) => {
+            let record = cx.student(stage).map_err(|r| r.under("weights"))?;
+            let earlier = PlanContext { data_size: record.shape.image_size, ..*cx };
+            let student = Build::build::<Cpu>(&record.slot).map_err(Error::from);
+            let mut student = student.and_then(|s| s.build(&earlier, &Init::shapes(&dev))).map_err(whole)?;
+            student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
+        }
+        Weights::Embedded(name) => embedded(name, family)?,
+        file => canonical(file, family, weights::read_shapes)?,
+    };
+    let mut tower = Vit::new(&Init::shapes(&dev), config).map_err(whole)?;
+    fit(&mut tower, tensors, source)?;
+    Ok(TowerShape::from(&tower.config))
+}
+
 /// Reads a tower's weights under canonical names, positions resized to its grid, checked against its parameters.
 pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &Weights, family: Family) -> Result<()> {
-    let at = |error: weights::WeightsError| Refusal::new("weights", error.to_string());
-    let mut tensors: TensorMap = match source {
+    let tensors: TensorMap = match source {
         Weights::Stage(stage) => {
             let record = cx.student(stage).map_err(|r| r.under("weights"))?;
             let weights = record.weights.as_ref().expect("a stage that ran leaves its student's weights");
             TensorMap::clone(weights)
         }
-        Weights::Embedded(name) => {
-            let tensors = crate::embedded::weights(name)
-                .ok_or_else(|| Refusal::new("weights", format!("no weights named `{name}` are embedded")))?;
-            weights::to_canonical(tensors, family).map_err(at)?.tensors
-        }
-        file => {
-            let path = locate(file)?.expect("a file");
+        Weights::Embedded(name) => embedded(name, family)?,
+        file => canonical(file, family, |path| {
             tracing::info!("reading {}", path.display());
-            weights::to_canonical(weights::read(&path).map_err(at)?, family).map_err(at)?.tensors
-        }
+            weights::read(path)
+        })?,
     };
+    let tensors = fit(tower, tensors, source)?;
+    tower.load(&tensors);
+    Ok(())
+}
+
+fn refused(error: weights::WeightsError) -> Refusal {
+    Refusal::new("weights", error.to_string())
+}
+
+fn embedded(name: &str, family: Family) -> Result<TensorMap, Refusal> {
+    let tensors = crate::embedded::weights(name)
+        .ok_or_else(|| Refusal::new("weights", format!("no weights named `{name}` are embedded")))?;
+    Ok(weights::to_canonical(tensors, family).map_err(refused)?.tensors)
+}
+
+/// A file's tensors under canonical names, read with or without their values.
+fn canonical(
+    source: &Weights,
+    family: Family,
+    read: impl Fn(&Path) -> Result<TensorMap, weights::WeightsError>,
+) -> Result<TensorMap, Refusal> {
+    let path = locate(source)?.expect("a file");
+    let tensors = read(&path).map_err(refused)?;
+    Ok(weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&source.to_string())))?.tensors)
+}
+
+/// Makes tensors, or their shapes alone, those of a tower: positions are resized to its grid, and what the weights may
+/// come with or without follows them.
+fn fit<D: Dev>(tower: &mut Vit<D>, mut tensors: TensorMap, source: &Weights) -> Result<TensorMap, Refusal> {
     let side = tower.config.grid().rows;
+    if !tower.config.cls_token
+        && !tensors.contains_key("cls_token")
+        && let Some(positions) = tensors.get("pos_embed").and_then(weights::with_class_row)
+    {
+        tensors.insert("pos_embed".into(), positions);
+    }
     if let Some(positions) = tensors.get("pos_embed")
         && positions.shape.len() == 3
         && positions.shape[1] != 1 + side * side
     {
-        let resized = weights::resize_positions(positions, side).map_err(at)?;
-        tracing::info!("positions resized from {} to {side}x{side}", positions.shape[1] - 1);
+        let resized = weights::resize_positions(positions, side).map_err(refused)?;
+        if !resized.is_shape_only() {
+            tracing::info!("positions resized from {} to {side}x{side}", positions.shape[1] - 1);
+        }
         tensors.insert("pos_embed".into(), resized);
     }
     if !tensors.contains_key("head.weight") {
@@ -235,10 +301,11 @@ pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &
     if !tower.config.cls_token {
         tensors.remove("cls_token");
     }
-    let expected = tower.shapes();
-    let tensors = weights::check_against(&expected, tensors, &source.to_string()).map_err(at)?;
-    tower.load(&tensors);
-    Ok(())
+    let whose = match source {
+        Weights::Stage(stage) => format!("the weights of the student of stage `{stage}`"),
+        file => format!("the weights in {file}"),
+    };
+    weights::check_against(&tower.shapes(), tensors, &whose).map_err(refused)
 }
 
 /// The tapped states of a tower.

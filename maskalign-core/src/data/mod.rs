@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use crate::Refusal;
+use crate::error::is_wrong_path;
 use crate::random::Stream;
 
 pub mod datasets;
@@ -172,4 +173,21 @@ pub enum DataError {
     /// A dataset's own failure that fits none of the above; the message names the image.
     #[error("{0}")]
     Other(String),
+}
+
+impl DataError {
+    /// Whether the user can put it right with other images or transforms (exit code 2); else it is a failure of the
+    /// machine or of a component (exit code 1).
+    pub fn is_user_mistake(&self) -> bool {
+        match self {
+            DataError::Read { source, .. } => is_wrong_path(source),
+            DataError::Panicked { .. } => false,
+            DataError::NothingReadable { source, .. } => source.is_user_mistake(),
+            DataError::Truncated { .. }
+            | DataError::Decode { .. }
+            | DataError::TooLarge { .. }
+            | DataError::SizeDiffers { .. }
+            | DataError::Other(_) => true,
+        }
+    }
 }

@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -27,6 +28,16 @@ pub struct CheckpointHeader {
     pub student: Vec<String>,
     /// What else the stage needs to go on. It must depend on the state alone (no times, no hash map's order).
     pub meta: Value,
+}
+
+impl CheckpointHeader {
+    /// The header of a file that may be a checkpoint; `None` where it is another safetensors file.
+    pub(crate) fn of(path: &Path, file: &TensorFile) -> Result<Option<CheckpointHeader>, RunError> {
+        match file.metadata().contains_key(METADATA_KEY) {
+            true => Ok(Some(stored(path, file)?.header.into_owned())),
+            false => Ok(None),
+        }
+    }
 }
 
 /// A stage's state at a step, read back.
@@ -76,13 +87,23 @@ impl Checkpoint {
 
     /// The student's parameters under their own names.
     pub fn into_student(self) -> TensorMap {
-        let Checkpoint { header, mut tensors } = self;
-        let take = |name: String| {
-            // A stage's final weights have no prefix.
-            let tensor = tensors.remove(&format!("model.{name}")).or_else(|| tensors.remove(&name));
-            tensor.map(|tensor| (name, tensor))
-        };
-        header.student.into_iter().filter_map(take).collect()
+        self.into_parameters().0
+    }
+
+    /// The student's parameters under their own names, and those that were trained beside it: an alignment's or a
+    /// classifier's.
+    pub fn into_parameters(self) -> (TensorMap, TensorMap) {
+        let Checkpoint { header, tensors } = self;
+        let student: BTreeSet<String> = header.student.into_iter().collect();
+        tensors
+            .into_iter()
+            .filter(|(name, _)| !name.starts_with("optimizer."))
+            .map(|(name, tensor)| {
+                // A stage's final weights have no prefix.
+                let name = name.strip_prefix("model.").map_or(name.clone(), str::to_owned);
+                (name, tensor)
+            })
+            .partition(|(name, _)| student.contains(name))
     }
 
     /// Reads all but the tensors, whose bytes are not checked; a truncated file is still refused.
@@ -171,6 +192,20 @@ mod tests {
         assert_eq!(bits(&read.tensors["model.w"].data), bits(&WEIGHT));
         assert_eq!(read.tensors["optimizer.exp_avg.w"].shape, [2, 3]);
         assert_eq!(read.tensors["model.none"].shape, [0, 4]);
+    }
+
+    #[test]
+    fn the_student_is_told_from_what_was_trained_beside_it() {
+        let checkpoint = |names: &[&str]| {
+            let tensor = || crate::weights::HostTensor { shape: vec![1], data: vec![1.0] };
+            let tensors = names.iter().map(|name| (name.to_string(), tensor())).collect();
+            let (student, beside) = Checkpoint { header: header(12), tensors }.into_parameters();
+            let names = |map: TensorMap| map.into_keys().collect::<Vec<_>>().join(" ");
+            (names(student), names(beside))
+        };
+        let both = ("w".to_owned(), "head.weight".to_owned());
+        assert_eq!(checkpoint(&["model.w", "model.head.weight", "optimizer.exp_avg.w"]), both);
+        assert_eq!(checkpoint(&["w", "head.weight"]), both);
     }
 
     #[test]

@@ -1,46 +1,20 @@
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
-/// The fields of a moment in UTC.
-pub(super) struct Utc {
-    pub(super) year: i64,
-    pub(super) month: i64,
-    pub(super) day: i64,
-    pub(super) hour: i64,
-    pub(super) minute: i64,
-    pub(super) second: i64,
-}
+use jiff::Timestamp;
 
-/// A moment as RFC 3339 in UTC, to the second: `2023-06-18T09:30:00Z`. Moments before 1970 count as 1970.
+/// A moment as RFC 3339 in UTC, to the second: `2023-06-18T09:30:00Z`. Moments that no calendar has count as 1970.
 pub fn rfc3339(moment: SystemTime) -> String {
-    let Utc { year, month, day, hour, minute, second } = utc(moment);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    utc(moment, "%FT%TZ")
 }
 
-pub(super) fn utc(moment: SystemTime) -> Utc {
-    const DAY: i64 = 86_400;
-    let seconds = moment.duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0));
-    let (days, rest) = (seconds / DAY, seconds % DAY);
-    // Years of this count begin in March, so that the leap day is the last one (proleptic Gregorian calendar).
-    let days = days + 719_468;
-    let era = days / 146_097;
-    let day_of_era = days % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    Utc {
-        year: year_of_era + era * 400 + i64::from(month <= 2),
-        month,
-        day: day_of_year - (153 * shifted_month + 2) / 5 + 1,
-        hour: rest / 3_600,
-        minute: rest / 60 % 60,
-        second: rest % 60,
-    }
+/// A moment in UTC, in `strftime`'s notation.
+pub(super) fn utc(moment: SystemTime, format: &str) -> String {
+    Timestamp::try_from(moment).unwrap_or(Timestamp::UNIX_EPOCH).strftime(format).to_string()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
 

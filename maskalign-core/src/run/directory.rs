@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::atomic::{atomic_write, target_of_temporary};
 use super::checkpoint::{Checkpoint, CheckpointHeader, Retention};
-use super::clock::{Utc, utc};
+use super::clock::utc;
 use super::error::RunError;
 use super::manifest::Manifest;
 use super::metrics::Metrics;
@@ -42,6 +42,15 @@ pub enum Mode {
 pub struct RunDir {
     path: PathBuf,
     marker: File,
+    found: Found,
+}
+
+/// What was there when a run's directory was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    EmptyFolder,
+    Run,
 }
 
 /// What `done.json` holds.
@@ -65,8 +74,7 @@ impl RunDir {
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() || "_-.".contains(c) { c } else { '-' })
             .collect();
-        let Utc { year, month, day, hour, minute, second } = utc(now);
-        let base = format!("{name}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}");
+        let base = format!("{name}-{}", utc(now, "%Y%m%d-%H%M%S"));
         let runs = Path::new("runs");
         let mut path = runs.join(&base);
         let mut count = 2;
@@ -86,10 +94,10 @@ impl RunDir {
         if mode == Mode::Resume && !path.is_dir() {
             return Err(RunError::NothingToResume { path });
         }
-        fs::create_dir_all(&path).map_err(|source| RunError::Io {
-            action: "create the run directory".into(),
-            path: path.clone(),
-            source,
+        let is_new = !path.exists();
+        fs::create_dir_all(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => RunError::NotAFolder { path: path.clone() },
+            _ => RunError::Io { action: "create the run directory".into(), path: path.clone(), source },
         })?;
         let empty = fs::read_dir(&path).map_err(|e| RunError::reading("run directory", &path, e))?.next().is_none();
         let marked = is_plain_file(&path.join(MARKER));
@@ -101,7 +109,12 @@ impl RunDir {
             }
             Mode::Force | Mode::Resume => {}
         }
-        let mut run = RunDir { marker: open_marker(&path)?, path };
+        let found = match (is_new, empty) {
+            (true, _) => Found::Nothing,
+            (false, true) => Found::EmptyFolder,
+            (false, false) => Found::Run,
+        };
+        let mut run = RunDir { marker: open_marker(&path)?, path, found };
         match mode {
             Mode::Fresh => {}
             Mode::Force => run.delete_previous_run()?,
@@ -109,6 +122,22 @@ impl RunDir {
         }
         run.begin_marker()?;
         Ok(run)
+    }
+
+    /// Leaves the place as it was found where nothing was trained yet: a run that is refused is no run. What an earlier
+    /// run left is not touched.
+    pub fn withdraw(mut self) -> Result<(), RunError> {
+        let trained = fs::metadata(self.metrics_path()).is_ok_and(|metrics| metrics.len() > 0);
+        if self.found == Found::Run || trained || !self.stage_folders()?.is_empty() {
+            return Ok(());
+        }
+        self.delete_previous_run()?;
+        delete(&self.path.join(MARKER))?;
+        if self.found == Found::Nothing {
+            // Something else may have been put there in the meantime.
+            let _ = fs::remove_dir(&self.path);
+        }
+        Ok(())
     }
 
     /// The directory.
@@ -426,6 +455,12 @@ fn step_of(name: &str) -> Option<u64> {
     (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
+/// Whether a folder is a run's `checkpoints` or inside it.
+pub fn is_in_checkpoints(folder: &Path) -> bool {
+    let whole = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
+    whole.ancestors().any(|folder| folder.ends_with(CHECKPOINTS) && is_plain_file(&folder.with_file_name(MARKER)))
+}
+
 /// Whether a relative path stays inside the folder it is joined to.
 fn is_inside(path: &str) -> bool {
     !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
@@ -661,6 +696,52 @@ mod tests {
         run.finish_stage(&header("knn", 0), &[], json!({ "seconds": 2.5 })).unwrap();
         assert_eq!(first, fs::read(run.final_path("knn").unwrap()).unwrap());
         assert_eq!(run.read_summary().unwrap()["knn"], json!({ "seconds": 2.5 }));
+    }
+
+    #[test]
+    fn a_run_that_is_withdrawn_leaves_the_place_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let new = folder.path().join("new");
+        let run = RunDir::create(&new, Mode::Fresh).unwrap();
+        run.write_recipe("name: a").unwrap();
+        run.withdraw().unwrap();
+        assert!(!new.exists());
+
+        let run = RunDir::create(folder.path(), Mode::Resume).unwrap();
+        run.withdraw().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let checkpoint = save(&run, "pretrain", 1);
+        run.withdraw().unwrap();
+        assert!(checkpoint.is_file(), "it was trained");
+        let run = RunDir::create(folder.path(), Mode::Resume).unwrap();
+        run.withdraw().unwrap();
+        assert!(checkpoint.is_file() && folder.path().join(MARKER).is_file(), "it is an earlier run's");
+    }
+
+    #[test]
+    fn a_file_is_no_place_for_a_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "mine").unwrap();
+        for path in [file.clone(), file.join("run")] {
+            let error = RunDir::create(&path, Mode::Fresh).unwrap_err();
+            assert!(error.is_user_mistake(), "{error}");
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn the_folders_of_checkpoints_are_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path().join("run"), Mode::Fresh).unwrap();
+        save(&run, "pretrain", 1);
+        assert!(is_in_checkpoints(&run.path().join("checkpoints/pretrain")));
+        assert!(is_in_checkpoints(&run.path().join("checkpoints")));
+        assert!(!is_in_checkpoints(run.path()));
+        fs::create_dir(folder.path().join("checkpoints")).unwrap();
+        assert!(!is_in_checkpoints(&folder.path().join("checkpoints")), "no run's");
     }
 
     #[test]

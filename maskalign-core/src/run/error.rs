@@ -31,6 +31,12 @@ pub enum RunError {
         /// The folder.
         path: PathBuf,
     },
+    /// A run's directory was to be made where a file is.
+    #[error("cannot make the run directory {path}: a file is in its place; choose another with `--out`", path = .path.display())]
+    NotAFolder {
+        /// The folder that was to be.
+        path: PathBuf,
+    },
     /// Another process holds the run's lock.
     #[error("the run in {path} is in use by another process: wait for it to end, or choose another directory with `--out`", path = .path.display())]
     InUse {
@@ -80,6 +86,7 @@ impl RunError {
             RunError::NotEmpty { .. }
             | RunError::NotARun { .. }
             | RunError::NothingToResume { .. }
+            | RunError::NotAFolder { .. }
             | RunError::InUse { .. }
             | RunError::Name { .. } => true,
             RunError::DiskFull { .. } | RunError::Io { .. } | RunError::Damaged { .. } => false,

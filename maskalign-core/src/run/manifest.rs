@@ -15,6 +15,8 @@ pub struct Manifest {
     pub commit: Option<String>,
     /// The command line that began the run, one argument an entry.
     pub command_line: Vec<String>,
+    /// The folder that relative paths of the recipe start from: that of the process which began the run.
+    pub working_directory: Option<PathBuf>,
     /// The recipe's seed.
     pub seed: u64,
     /// The device in words, as in `cpu` or `cuda:0`.

@@ -29,7 +29,7 @@ mod stop;
 pub use atomic::atomic_write;
 pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use clock::rfc3339;
-pub use directory::{FinishedStage, Mode, RunDir};
+pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub use error::RunError;
 pub use fail_point::fail_point;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};

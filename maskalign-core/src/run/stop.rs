@@ -8,6 +8,8 @@ pub enum Stop {
     Interrupt,
     /// SIGTERM.
     Terminate,
+    /// SIGHUP: the terminal is gone.
+    HangUp,
 }
 
 impl Stop {
@@ -16,6 +18,16 @@ impl Stop {
         match self {
             Stop::Interrupt => 130,
             Stop::Terminate => 143,
+            Stop::HangUp => 129,
+        }
+    }
+
+    /// What the user knows it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stop::Interrupt => "Ctrl-C",
+            Stop::Terminate => "SIGTERM",
+            Stop::HangUp => "SIGHUP",
         }
     }
 }
@@ -35,6 +47,7 @@ impl StopFlag {
         let value = match stop {
             Stop::Interrupt => 1,
             Stop::Terminate => 2,
+            Stop::HangUp => 3,
         };
         self.0.store(value, Ordering::SeqCst);
     }
@@ -44,7 +57,8 @@ impl StopFlag {
         match self.0.load(Ordering::SeqCst) {
             0 => None,
             1 => Some(Stop::Interrupt),
-            _ => Some(Stop::Terminate),
+            2 => Some(Stop::Terminate),
+            _ => Some(Stop::HangUp),
         }
     }
 }
@@ -58,9 +72,10 @@ mod tests {
         let flag = StopFlag::new();
         let seen = flag.clone();
         assert_eq!(seen.get(), None);
-        flag.request(Stop::Interrupt);
-        assert_eq!(seen.get().map(Stop::exit_code), Some(130));
-        flag.request(Stop::Terminate);
-        assert_eq!(seen.get().map(Stop::exit_code), Some(143));
+        for (stop, code) in [(Stop::Interrupt, 130), (Stop::Terminate, 143), (Stop::HangUp, 129)] {
+            flag.request(stop);
+            assert_eq!(seen.get(), Some(stop));
+            assert_eq!(stop.exit_code(), code);
+        }
     }
 }

@@ -97,7 +97,7 @@ pub struct Knn {
     #[serde(default)]
     pooling: Pooling,
     /// Where a tower's tokens are taken: after its last block that was trained, or after the final norm too, as DINO's
-    /// own evaluation does (with `pooling: cls`). A norm that training never reached is the identity but for its scale.
+    /// own evaluation does (with `pooling: cls`). Pre-training may leave a student's final norm at its initial scale.
     #[serde(default)]
     tap: FeatureTap,
     /// Images that go through a tower together.

@@ -16,7 +16,7 @@ pub use data::{Data, OpenData};
 pub use finetune::Finetune;
 pub use knn::Knn;
 pub use pretrain::{Inspection, Pretrain, PretrainModel};
-pub use train::{MicroBatch, Phases, Step, StepReport, Task, Trainer};
+pub use train::{BatchSize, MicroBatch, Phases, Step, StepReport, Task, Trainer};
 
 use crate::{
     components::towers::{PlanContext, StudentRecord},
@@ -91,7 +91,7 @@ pub struct StageRun<'a, D: Dev> {
     pub dir: &'a RunDir,
     /// Fingerprint of the recipe, written into checkpoints.
     pub fingerprint: &'a str,
-    /// Set by Ctrl-C and SIGTERM.
+    /// Set by Ctrl-C, SIGTERM and SIGHUP.
     pub stop: &'a StopFlag,
     /// Told of what happens.
     pub progress: &'a mut dyn Progress,

@@ -636,11 +636,7 @@ fn last_checkpoint<D: Dev>(run: &StageRun<D>) -> Result<Option<Checkpoint>> {
 
 /// The end of a run that the user asked for.
 pub(crate) fn stopped<D: Dev>(run: &StageRun<D>, stop: Stop) -> Error {
-    let signal = match stop {
-        Stop::Interrupt => "Ctrl-C",
-        Stop::Terminate => "SIGTERM",
-    };
-    Error::Stopped { signal, code: stop.exit_code(), dir: run.dir.path().display().to_string() }
+    Error::Stopped { signal: stop.name(), code: stop.exit_code(), dir: run.dir.path().display().to_string() }
 }
 
 /// Adds to a loss or a gradient that is not finite which checkpoint is the last good one, and what to try.

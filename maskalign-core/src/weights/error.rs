@@ -2,6 +2,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::mismatch::Mismatch;
+use crate::error::is_wrong_path;
 
 /// Why weights cannot be found, read or used.
 #[derive(Debug, thiserror::Error)]
@@ -83,10 +84,7 @@ impl WeightsError {
     /// machine (exit code 1).
     pub fn is_user_mistake(&self) -> bool {
         match self {
-            WeightsError::Io { source, .. } => matches!(
-                source.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied | io::ErrorKind::IsADirectory
-            ),
+            WeightsError::Io { source, .. } => is_wrong_path(source),
             _ => true,
         }
     }

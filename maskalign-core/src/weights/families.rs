@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::element::element_count;
 use super::mismatch::Mismatch;
-use super::positions::transposed;
+use super::positions::{transposed, without_class_row};
 use super::{HostTensor, TensorMap, WeightsError};
 
 /// A family of vision towers, as far as weights are concerned.
@@ -488,6 +488,9 @@ fn changed(mut tensor: HostTensor, change: Change) -> Result<HostTensor, Vec<usi
             let &[rows, columns] = tensor.shape.as_slice() else {
                 return Err(tensor.shape);
             };
+            if tensor.is_shape_only() {
+                return Ok(HostTensor::shape_only(vec![columns, rows]));
+            }
             Ok(HostTensor { shape: vec![columns, rows], data: transposed(&tensor.data, rows, columns) })
         }
     }
@@ -526,7 +529,7 @@ fn fuse(
     }
 }
 
-/// timm gives CLIP a projection's bias that CLIP does not have, full of zeros.
+/// timm gives CLIP a projection's bias that CLIP does not have, full of zeros; of a shape alone nothing is said.
 fn leave_out_zero_biases(canonical: &mut Canonical, family: Family) {
     if family != Family::Clip {
         return;
@@ -550,19 +553,25 @@ fn block_names(family: Family) -> impl Iterator<Item = String> {
         .chain(scales.iter().map(|name| (*name).to_owned()))
 }
 
-fn look_for_missing(tensors: &TensorMap, family: Family, layout: &Layout, prefix: &str, mismatch: &mut Mismatch) {
+/// The tensors that every tower of a family has, for as many blocks as `tensors` begins; the final norm is not among
+/// them.
+fn needed_names(tensors: &TensorMap, family: Family) -> impl Iterator<Item = String> {
     let depth = tensors.keys().filter_map(|name| block_number(name)).max().map_or(1, |last| last + 1);
-    let mut needed = vec!["patch_embed.proj.weight".to_owned(), "pos_embed".to_owned()];
-    match family {
-        Family::Clip => needed.extend(["cls_token", "norm_pre.weight", "norm_pre.bias"].map(str::to_owned)),
-        Family::Dino | Family::Dinov2 => needed.extend(["cls_token", "patch_embed.proj.bias"].map(str::to_owned)),
-        Family::Vit => needed.push("patch_embed.proj.bias".to_owned()),
-    }
-    needed.extend((0..depth).flat_map(|block| block_names(family).map(move |name| format!("blocks.{block}.{name}"))));
+    let beside: &[&str] = match family {
+        Family::Clip => &["cls_token", "norm_pre.weight", "norm_pre.bias"],
+        Family::Dino | Family::Dinov2 => &["cls_token", "patch_embed.proj.bias"],
+        Family::Vit => &["patch_embed.proj.bias"],
+    };
+    let all = ["patch_embed.proj.weight", "pos_embed"].into_iter().chain(beside.iter().copied()).map(str::to_owned);
+    all.chain((0..depth).flat_map(move |block| block_names(family).map(move |name| format!("blocks.{block}.{name}"))))
+}
+
+fn look_for_missing(tensors: &TensorMap, family: Family, layout: &Layout, prefix: &str, mismatch: &mut Mismatch) {
     let already: BTreeSet<String> = mismatch.missing.iter().cloned().collect();
     let misshapen: BTreeSet<String> = mismatch.misshapen.iter().map(|(name, ..)| name.clone()).collect();
-    for ours in needed.iter().filter(|name| !tensors.contains_key(*name)) {
-        let theirs: Vec<_> = their_names(ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+    for ours in needed_names(tensors, family).filter(|name| !tensors.contains_key(name)) {
+        let theirs: Vec<_> =
+            their_names(&ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
         if theirs.iter().any(|name| already.contains(name) || misshapen.contains(name)) {
             continue;
         }
@@ -618,28 +627,48 @@ fn look_at_shapes(tensors: &TensorMap, file_name: impl Fn(&str) -> String, misma
     }
 }
 
-/// Renames canonical tensors to another naming, the inverse of [`to_canonical`].
+/// A classifier's tensors, CLIP's projection among them.
+const CLASSIFIER: [&str; 4] = ["head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"];
+
+/// Renames canonical tensors to another naming, the inverse of [`to_canonical`]. A classifier's `head.*` and `fc_norm.*`
+/// may be among them where the naming is timm's.
 ///
 /// # Errors
-/// Tensors that the naming has no place for, all named.
+/// A tower of another family than the naming's, or tensors that the naming has no place for, all named.
 pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsError> {
-    let (layout, prefix) = match export {
-        Export::Timm => (&TIMM, ""),
-        Export::HfVit => (&HF_VIT, ""),
-        Export::HfDinov2 => (&HF_DINOV2, ""),
-        Export::HfClip => (&HF_CLIP, "vision_model."),
-        Export::OpenAi => (&OPENAI, "visual."),
+    let (layout, prefix, family) = match export {
+        Export::Timm => (&TIMM, "", None),
+        Export::HfVit => (&HF_VIT, "", Some(Family::Vit)),
+        Export::HfDinov2 => (&HF_DINOV2, "", Some(Family::Dinov2)),
+        Export::HfClip => (&HF_CLIP, "vision_model.", Some(Family::Clip)),
+        Export::OpenAi => (&OPENAI, "visual.", Some(Family::Clip)),
     };
     let mut renamed = TensorMap::new();
     let mut mismatch = Mismatch::default();
-    for (ours, tensor) in map {
-        let theirs = match ours.as_str() {
-            "head.weight" if export == Export::Timm => vec![(ours.clone(), Same)],
+    if let Some(family) = family {
+        // These are no naming of any tower, as timm's is, but of one model: it has all of this and nothing else.
+        let always = ["cls_token", "norm.weight", "norm.bias"].map(str::to_owned);
+        let needed: BTreeSet<String> = needed_names(map, family).chain(always).collect();
+        mismatch.missing.extend(needed.into_iter().filter(|name| !map.contains_key(name)));
+        let patch_bias = "patch_embed.proj.bias";
+        if family == Family::Clip && map.contains_key(patch_bias) {
+            mismatch.extra.push(patch_bias.to_owned());
+        }
+    }
+    // timm's pooled classifiers have a norm after the pooling in place of the one before it.
+    let pooled = export == Export::Timm && map.contains_key("fc_norm.weight");
+    for (ours, tensor) in map.iter().filter(|(ours, _)| !(pooled && ours.starts_with("norm."))) {
+        let theirs = match export {
+            Export::Timm if CLASSIFIER.contains(&ours.as_str()) => vec![(ours.clone(), Same)],
             _ => their_names(ours, layout),
         };
         if theirs.is_empty() {
             mismatch.extra.push(ours.clone());
         }
+        let without_class = (export == Export::Timm && ours == "pos_embed" && !map.contains_key("cls_token"))
+            .then(|| without_class_row(tensor))
+            .flatten();
+        let tensor = without_class.as_ref().unwrap_or(tensor);
         for (name, change) in theirs {
             // The projection is beside Hugging Face's vision tower, not in it.
             let name = if name == "visual_projection.weight" { name } else { format!("{prefix}{name}") };

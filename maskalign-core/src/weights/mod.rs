@@ -3,7 +3,8 @@
 //! A teacher's weights take three steps: [`locate`] turns a recipe's `weights:` into a path, [`read`] turns the file into
 //! `f32` tensors by name, [`to_canonical`] gives them one naming (timm's, which is also the official MaskAlign student's).
 //! [`check_against`] then holds them against the tensors a model needs. Every tensor of a file is accounted for: used,
-//! left out by a rule that has a name, or an error that names it.
+//! left out by a rule that has a name, or an error that names it. [`read_shapes`] in place of [`read`] checks names and
+//! shapes alone, before the first step.
 
 mod element;
 mod error;
@@ -22,18 +23,32 @@ pub use error::WeightsError;
 pub use families::{Canonical, Export, Family, to_canonical, to_family};
 pub use hub::{HubCache, locate};
 pub use mismatch::{Mismatch, check_against};
-pub use positions::resize_positions;
-pub use read::{files_of, read};
+pub use positions::{resize_positions, with_class_row};
+pub use read::{files_of, read, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
 pub(crate) use tensor_file::{digest, write_tensors};
 
-/// A tensor in host memory: row-major, its `data` as long as the product of its `shape`.
+/// A tensor in host memory: row-major, its `data` as long as the product of its `shape`, or a shape alone
+/// ([`HostTensor::shape_only`]).
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostTensor {
     /// Length of each dimension; empty for a scalar.
     pub shape: Vec<usize>,
     /// The values.
     pub data: Vec<f32>,
+}
+
+impl HostTensor {
+    /// A shape without values: names and shapes of weights are checked long before the values are read, by the code
+    /// that loads them.
+    pub fn shape_only(shape: Vec<usize>) -> HostTensor {
+        HostTensor { shape, data: Vec::new() }
+    }
+
+    /// Whether it has no values.
+    pub fn is_shape_only(&self) -> bool {
+        self.data.is_empty()
+    }
 }
 
 /// Tensors by name.

@@ -14,7 +14,8 @@ pub fn resize_positions(positions: &HostTensor, grid: usize) -> Result<HostTenso
         return Err(refuse("expected [1, 1 + n * n, channels]"));
     };
     let side = rows.saturating_sub(1).isqrt();
-    if side == 0 || channels == 0 || side * side + 1 != rows || positions.data.len() != rows * channels {
+    let whole = positions.is_shape_only() || positions.data.len() == rows * channels;
+    if side == 0 || channels == 0 || side * side + 1 != rows || !whole {
         return Err(refuse("they are not one class row and a square grid"));
     }
     if grid == 0 || grid > 4096 {
@@ -23,12 +24,36 @@ pub fn resize_positions(positions: &HostTensor, grid: usize) -> Result<HostTenso
     if side == grid {
         return Ok(positions.clone());
     }
+    if positions.is_shape_only() {
+        return Ok(HostTensor::shape_only(vec![1, 1 + grid * grid, channels]));
+    }
     let (class, patches) = positions.data.split_at(channels);
     let planes = transposed(patches, side * side, channels);
     let resized = resize_images_bicubic(&Pool::new(1), &planes, [1, channels, side, side], [grid, grid]);
     let mut data = class.to_vec();
     data.extend(transposed(&resized, channels, grid * grid));
     Ok(HostTensor { shape: vec![1, 1 + grid * grid, channels], data })
+}
+
+/// Puts a row for the class token before positions `[1,n*n,C]` that have none, as timm keeps those of a tower without a
+/// class token; `None` where they have one, or no square grid.
+pub fn with_class_row(positions: &HostTensor) -> Option<HostTensor> {
+    let &[1, rows, channels] = positions.shape.as_slice() else { return None };
+    if rows == 0 || rows.isqrt().pow(2) != rows {
+        return None;
+    }
+    let shape = vec![1, 1 + rows, channels];
+    if positions.is_shape_only() {
+        return Some(HostTensor::shape_only(shape));
+    }
+    Some(HostTensor { shape, data: [&vec![0.0; channels], positions.data.as_slice()].concat() })
+}
+
+/// The inverse of [`with_class_row`]; `None` for what has no row to be left out.
+pub(super) fn without_class_row(positions: &HostTensor) -> Option<HostTensor> {
+    let &[1, rows, channels] = positions.shape.as_slice() else { return None };
+    let data = positions.data.get(channels..).filter(|rest| !rest.is_empty())?;
+    Some(HostTensor { shape: vec![1, rows - 1, channels], data: data.to_vec() })
 }
 
 /// `[rows, columns]` -> `[columns, rows]`.
@@ -44,6 +69,16 @@ mod tests {
     fn an_equal_size_changes_nothing() {
         let positions = HostTensor { shape: vec![1, 10, 2], data: (0..20).map(|v| v as f32).collect() };
         assert_eq!(resize_positions(&positions, 3).unwrap(), positions);
+    }
+
+    #[test]
+    fn the_class_tokens_row_is_put_before_positions_that_have_none() {
+        let positions = HostTensor { shape: vec![1, 4, 2], data: (0..8).map(|v| v as f32).collect() };
+        let with = with_class_row(&positions).unwrap();
+        assert_eq!((with.shape.as_slice(), &with.data[..3]), (&[1, 5, 2][..], &[0.0, 0.0, 0.0][..]));
+        assert_eq!(with_class_row(&with), None);
+        assert_eq!(without_class_row(&with), Some(positions));
+        assert_eq!(with_class_row(&HostTensor::shape_only(vec![1, 4, 2])).unwrap().shape, [1, 5, 2]);
     }
 
     #[test]

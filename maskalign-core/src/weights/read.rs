@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::hub::WEIGHT_FILES;
 use super::tensor_file::TensorFile;
-use super::{TensorMap, WeightsError, torch_file};
+use super::{HostTensor, TensorMap, WeightsError, torch_file};
+use crate::run::{Checkpoint, CheckpointHeader, RunError};
 
 /// An index of shards names files and tensors only.
 const MAX_INDEX_BYTES: u64 = 64 << 20;
@@ -16,7 +17,8 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 ///
 /// Known by their content: safetensors; PyTorch's zip files (`.pth`, `.pt`, `.bin`, TorchScript too), read without running
 /// anything in them and unwrapped where a training script put the weights under `model`, `state_dict`, `teacher` or the
-/// like; and the `*.index.json` of a file in shards. A folder stands for the weights file in it.
+/// like; and the `*.index.json` of a file in shards. A folder stands for the weights file in it. A checkpoint of a run
+/// stands for its student: the optimizer's state and what the student was aligned with are left out.
 ///
 /// Half, brain, double and integer numbers become `f32`. Memory is bounded by a small multiple of the file's size, whatever
 /// it claims.
@@ -24,11 +26,66 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// # Errors
 /// A file that is missing, truncated, damaged or of another kind, with the way out where there is one.
 pub fn read(path: &Path) -> Result<TensorMap, WeightsError> {
+    let of_safetensors = |path: &Path| {
+        let file = TensorFile::open(path)?;
+        match checkpoint_header(path, &file)? {
+            None => file.read_all(),
+            Some(_) => student(path, Checkpoint::load(path).map_err(|error| not_read(path, error))?),
+        }
+    };
+    read_with(path, &of_safetensors, &torch_file::read)
+}
+
+/// As [`read`], without the values: the headers of safetensors and the descriptions in PyTorch's files are all that is
+/// looked at.
+///
+/// # Errors
+/// As there, but for values that are damaged.
+pub fn read_shapes(path: &Path) -> Result<TensorMap, WeightsError> {
+    let of_safetensors = |path: &Path| {
+        let file = TensorFile::open(path)?;
+        let shapes = file.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape)));
+        let tensors: TensorMap = shapes.collect();
+        match checkpoint_header(path, &file)? {
+            None => Ok(tensors),
+            Some(header) => student(path, Checkpoint { header, tensors }),
+        }
+    };
+    read_with(path, &of_safetensors, &torch_file::read_shapes)
+}
+
+/// How the tensors of one file are read.
+type ReadFile<'a> = &'a dyn Fn(&Path) -> Result<TensorMap, WeightsError>;
+
+/// Reads a file, or the shards of an index.
+fn read_with(path: &Path, safetensors: ReadFile, torch: ReadFile) -> Result<TensorMap, WeightsError> {
     let path = weights_file(path)?;
     match kind_of(&path)? {
-        Kind::Index => read_shards(&path),
-        Kind::Safetensors => TensorFile::open(&path)?.read_all(),
-        Kind::Torch => torch_file::read(&path),
+        Kind::Index => read_shards(&path, safetensors, torch),
+        Kind::Safetensors => safetensors(&path),
+        Kind::Torch => torch(&path),
+    }
+}
+
+/// What a run wrote beside the tensors; `None` where the file is not a run's.
+fn checkpoint_header(path: &Path, file: &TensorFile) -> Result<Option<CheckpointHeader>, WeightsError> {
+    CheckpointHeader::of(path, file).map_err(|error| not_read(path, error))
+}
+
+fn student(path: &Path, checkpoint: Checkpoint) -> Result<TensorMap, WeightsError> {
+    let stage = checkpoint.header.stage.clone();
+    let tensors = checkpoint.into_student();
+    match tensors.is_empty() {
+        true => Err(WeightsError::format(path, format!("the stage `{stage}` of this checkpoint trains no student"))),
+        false => Ok(tensors),
+    }
+}
+
+fn not_read(path: &Path, error: RunError) -> WeightsError {
+    match error {
+        RunError::Io { source, .. } => WeightsError::io(path, source),
+        RunError::Damaged { reason, .. } => WeightsError::format(path, reason),
+        other => WeightsError::format(path, other.to_string()),
     }
 }
 
@@ -123,12 +180,12 @@ impl Index {
     }
 }
 
-fn read_shards(index: &Path) -> Result<TensorMap, WeightsError> {
+fn read_shards(index: &Path, safetensors: ReadFile, torch: ReadFile) -> Result<TensorMap, WeightsError> {
     let mut tensors = TensorMap::new();
     for (shard, expected) in Index::read(index)?.shards(index)? {
         let read = match kind_of(&shard)? {
-            Kind::Safetensors => TensorFile::open(&shard)?.read_all()?,
-            Kind::Torch => torch_file::read(&shard)?,
+            Kind::Safetensors => safetensors(&shard)?,
+            Kind::Torch => torch(&shard)?,
             Kind::Index => {
                 return Err(WeightsError::format(&shard, "it is an index where a shard is expected"));
             }

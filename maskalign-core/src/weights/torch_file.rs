@@ -25,28 +25,49 @@ type Archive = ZipArchive<BufReader<File>>;
 
 /// Reads the weights of a PyTorch file.
 pub(super) fn read(path: &Path) -> Result<TensorMap, WeightsError> {
-    let format = |reason: String| WeightsError::format(path, reason);
-    let file = File::open(path).map_err(|e| WeightsError::io(path, e))?;
-    let file_bytes = file.metadata().map_err(|e| WeightsError::io(path, e))?.len();
-    let zip = |error: ZipError| format(format!("the archive is truncated or damaged: {error}"));
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(zip)?;
-    let folder = archive
-        .file_names()
-        .find_map(|name| Some(name.strip_suffix("data.pkl")?.to_owned()))
-        .ok_or_else(|| format("the archive holds no `data.pkl`: it is not a PyTorch file".into()))?;
-    if let Ok(order) = entry(&mut archive, &format!("{folder}byteorder"), 16)
-        && order != b"little"
-    {
-        return Err(format("its numbers are big-endian; save it anew on a little-endian machine".into()));
+    let Described { mut archive, folder, tensors, file_bytes } = Described::open(path)?;
+    load(&mut archive, &folder, tensors, file_bytes).map_err(|reason| WeightsError::format(path, reason))
+}
+
+/// Reads names and shapes, which the archive's pickle holds; its values are not looked at.
+pub(super) fn read_shapes(path: &Path) -> Result<TensorMap, WeightsError> {
+    let tensors = Described::open(path)?.tensors;
+    Ok(tensors.into_iter().map(|(name, tensor)| (name, HostTensor::shape_only(tensor.shape))).collect())
+}
+
+/// A PyTorch file whose tensors are known, values not yet.
+struct Described {
+    archive: Archive,
+    /// What stands before every entry's name.
+    folder: String,
+    tensors: BTreeMap<String, Tensor>,
+    file_bytes: u64,
+}
+
+impl Described {
+    fn open(path: &Path) -> Result<Described, WeightsError> {
+        let format = |reason: String| WeightsError::format(path, reason);
+        let file = File::open(path).map_err(|e| WeightsError::io(path, e))?;
+        let file_bytes = file.metadata().map_err(|e| WeightsError::io(path, e))?.len();
+        let zip = |error: ZipError| format(format!("the archive is truncated or damaged: {error}"));
+        let mut archive = ZipArchive::new(BufReader::new(file)).map_err(zip)?;
+        let folder = archive
+            .file_names()
+            .find_map(|name| Some(name.strip_suffix("data.pkl")?.to_owned()))
+            .ok_or_else(|| format("the archive holds no `data.pkl`: it is not a PyTorch file".into()))?;
+        if let Ok(order) = entry(&mut archive, &format!("{folder}byteorder"), 16)
+            && order != b"little"
+        {
+            return Err(format("its numbers are big-endian; save it anew on a little-endian machine".into()));
+        }
+        let bytes = entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
+        let pickle = Pickle::parse(&bytes).map_err(format)?;
+        let tensors = named_tensors(&pickle).map_err(format)?;
+        if tensors.is_empty() {
+            return Err(format("it holds no tensors".into()));
+        }
+        Ok(Described { archive, folder, tensors, file_bytes })
     }
-    let bytes = entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
-    let pickle = Pickle::parse(&bytes).map_err(format)?;
-    drop(bytes);
-    let tensors = named_tensors(&pickle).map_err(format)?;
-    if tensors.is_empty() {
-        return Err(format("it holds no tensors".into()));
-    }
-    load(&mut archive, &folder, tensors, file_bytes).map_err(format)
 }
 
 /// One entry's bytes, its checksum verified.

@@ -5,6 +5,8 @@ mod dynamic;
 
 use maskalign_registry::{LevelRef, Refusal};
 
+pub use dynamic::{Fusion, Head};
+
 use crate::{
     components::{
         maskers::Counts,

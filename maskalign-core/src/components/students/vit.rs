@@ -99,7 +99,7 @@ impl VitStudent {
 
 impl StudentPlugin for VitStudent {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        Ok(TowerShape::from(&self.config(cx)?))
+        towers::plan_tower(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)
     }
 
     fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {

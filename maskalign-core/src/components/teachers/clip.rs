@@ -5,7 +5,7 @@ use maskalign_registry::{Refusal, Weights};
 use super::{Teacher, TeacherPlugin, TowerTeacher};
 use crate::{
     component,
-    components::towers::{PlanContext, TowerOptions, TowerShape, input},
+    components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
     context::Context,
     device::Dev,
     error::Result,
@@ -84,7 +84,7 @@ impl Clip {
 
 impl TeacherPlugin for Clip {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        Ok(TowerShape::from(&self.config(cx)?))
+        plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Clip)
     }
 
     fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
