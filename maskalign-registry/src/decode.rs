@@ -11,7 +11,7 @@ use serde_json::{Map, Number, Value};
 use crate::{
     diagnostic::{Diagnostic, Place, codes, list, quoted},
     plugin::{Entry, Kind, Registry, distance, nearest},
-    schema::{Schemas, reference, required, types, with_article, words},
+    schema::{Schemas, reference, required, shown_bound, types, with_article, words},
     source::{
         Content, Mapping, Member, Node, Origin, Source, SourceKind, Typing, integer, key_slip, number, resolve_plain,
     },
@@ -285,7 +285,7 @@ impl<'a> Checker<'a> {
             return None;
         }
         let bound = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
-        let shown = |keyword: &str| schema.get(keyword).map(Value::to_string).unwrap_or_default();
+        let shown = |keyword: &str| schema.get(keyword).map(shown_bound).unwrap_or_default();
         // Whole numbers are compared exactly: as a float the greatest `u64` is one more than it is.
         const PAST_U64: f64 = 18_446_744_073_709_551_616.0;
         let exceeds = match (&node.content, schema.get("maximum").and_then(Value::as_u64)) {

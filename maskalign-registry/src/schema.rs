@@ -16,7 +16,10 @@ use schemars::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::plugin::{Entry, Kind, OptionDoc, Registry};
+use crate::{
+    plugin::{Entry, Kind, OptionDoc, Registry},
+    source::number,
+};
 
 const DEFINITIONS: &str = "#/definitions/";
 
@@ -255,7 +258,7 @@ pub(crate) fn words(schema: &Value) -> Option<Vec<String>> {
 
 /// ` of at least 1`, ` between 0 and 1`, or nothing.
 pub(crate) fn range(schema: &Value) -> String {
-    let bound = |keyword| schema.get(keyword).filter(|bound| bound.is_number() && !is_huge(bound));
+    let bound = |keyword| schema.get(keyword).filter(|bound| bound.is_number() && !is_huge(bound)).map(shown_bound);
     let low = (bound("minimum"), bound("exclusiveMinimum"));
     let high = (bound("maximum"), bound("exclusiveMaximum"));
     match (low, high) {
@@ -268,6 +271,14 @@ pub(crate) fn range(schema: &Value) -> String {
         (_, (Some(high), _)) => format!(" of at most {high}"),
         (_, (_, Some(high))) => format!(" below {high}"),
         _ => String::new(),
+    }
+}
+
+/// A bound as a person writes it: 1, not 1.0.
+pub(crate) fn shown_bound(bound: &Value) -> String {
+    match bound.as_f64() {
+        Some(value) if bound.is_f64() => number(value),
+        _ => bound.to_string(),
     }
 }
 
