@@ -138,7 +138,7 @@ fn built<K: Component + KindTag>(text: &str, faults: &mut Faults) -> Option<Box<
 
 /// The device's own operators, on one thread.
 fn fused() -> Context<Cpu> {
-    Context::new(Cpu::default(), 1, false)
+    Context::new(Cpu::default(), 1)
 }
 
 /// The operators built from dfdx's own, which a component must agree with to run on CUDA.

@@ -19,8 +19,8 @@ pub struct Context<D: Dev> {
 }
 
 impl<D: Dev> Context<D> {
-    /// The device's own operators on `threads` threads.
-    pub fn new(dev: D, threads: usize, recompute: bool) -> Self {
-        Context { dev, kernels: <D as Backend>::kernels(threads), recompute }
+    /// The device's own operators on `threads` threads; nothing is computed again.
+    pub fn new(dev: D, threads: usize) -> Self {
+        Context { dev, kernels: <D as Backend>::kernels(threads), recompute: false }
     }
 }

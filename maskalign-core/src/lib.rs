@@ -51,7 +51,10 @@ pub mod prelude {
         error::{Error, Result},
         images::ImageBatch,
         kernels::{Act, AttentionShape, Distance},
-        nn::{Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Statistics, Vit, VitConfig},
+        nn::{
+            Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
+            VitConfig,
+        },
         random::Stream,
         register,
         stages::{Outcome, StageContext, StagePlan, StagePlugin, StageRun},

@@ -61,7 +61,7 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         builtins: &NoRecipes,
     };
     let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
-    let cx = Context::new(Cpu::default(), 2, false);
+    let cx = Context::new(Cpu::default(), 2);
 
     let folder = tempfile::tempdir().unwrap();
     let dir = RunDir::create(folder.path().join("run"), Mode::Fresh).unwrap();

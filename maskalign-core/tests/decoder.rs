@@ -81,7 +81,7 @@ fn replay(case: &str, levels: &str) {
     let masks = Masks { batch: BATCH, visible: patches("visible"), masked: patches("masked") };
 
     let composed = Context { dev: Cpu::default(), kernels: Arc::new(Composed::new(1)), recompute: false };
-    for cx in [composed, Context::new(Cpu::default(), 2, false)] {
+    for cx in [composed, Context::new(Cpu::default(), 2)] {
         let mut aligner = builder.build(&plan, &Init::new(&cx.dev, 0, "test")).unwrap();
         let (mut names, mut compared) = (Vec::new(), Vec::new());
         aligner.visit(&mut |p| {

@@ -55,7 +55,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         eps: 1e-6,
         projection: None,
     };
-    let cx = Context::new(Cpu::default(), 2, false);
+    let cx = Context::new(Cpu::default(), 2);
     let students = BTreeMap::new();
     let plan = PlanContext { data_size: 224, students: &students, environment: true, random_weights: false };
     let file = Weights::Path(path.to_str().expect("a path in UTF-8").into());

@@ -36,7 +36,7 @@ fn a_fine_tuned_student_is_timms_classifier() {
     let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
     let (name, slot) = loaded.recipe().stages.first().unwrap();
     let stage: Finetune = decode_options(slot.options_value()).unwrap();
-    let cx = Context::new(Cpu::default(), 1, false);
+    let cx = Context::new(Cpu::default(), 1);
     let (seed, students) = (0, BTreeMap::new());
     let context =
         StageContext { name, seed, students: &students, environment: true, random_weights: false, recompute: false };

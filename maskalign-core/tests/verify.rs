@@ -48,8 +48,8 @@ fn contexts() -> Vec<Context<Cpu>> {
     vec![
         Context { dev: Cpu::default(), kernels: composed.clone(), recompute: false },
         Context { dev: Cpu::default(), kernels: composed, recompute: true },
-        Context::new(Cpu::default(), 2, false),
-        Context::new(Cpu::default(), 1, true),
+        Context::new(Cpu::default(), 2),
+        Context { recompute: true, ..Context::new(Cpu::default(), 1) },
     ]
 }
 
@@ -81,7 +81,7 @@ fn every_recorded_quantity_agrees_within_1e_4() {
 #[test]
 fn a_wrong_recipe_fails() {
     let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
-    let cx = Context::new(Cpu::default(), 1, false);
+    let cx = Context::new(Cpu::default(), 1);
     for set in [
         "stages.pretrain.objectives.align.aligner.fusion=simple",
         "stages.pretrain.objectives.align.target.normalize=none",
@@ -166,7 +166,7 @@ fn settings_that_are_not_known_are_refused_with_those_that_are() {
 #[test]
 fn micro_batches_are_replayed_and_other_batches_refused() {
     let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
-    let cx = Context::new(Cpu::default(), 1, false);
+    let cx = Context::new(Cpu::default(), 1);
     let whole = replay(&cx, &case, &[]);
     let halves = replay(&cx, &case, &["stages.pretrain.batch.micro=2"]);
     assert!(halves.error() < 1e-4, "{:.1e}", halves.error());
@@ -185,7 +185,7 @@ fn micro_batches_are_replayed_and_other_batches_refused() {
 #[test]
 fn a_loss_that_is_not_finite_is_told_without_advice_for_runs() {
     let (_folder, path) = altered(&|_| {}, &|t| t.get_mut("images").unwrap().data[0] = f32::NAN);
-    let error = try_replay(&Context::new(Cpu::default(), 1, false), &path, &[]).unwrap_err();
+    let error = try_replay(&Context::new(Cpu::default(), 1), &path, &[]).unwrap_err();
     assert!(!error.is_users());
     assert!(error.to_string().ends_with("e-4)") || error.to_string().ends_with("e-3)"), "{error}");
 }

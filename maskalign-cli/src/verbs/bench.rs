@@ -107,7 +107,7 @@ impl Args {
     }
 
     fn run_on<D: Dev>(&self, dev: D, loaded: &Loaded) -> CoreResult<BenchReport> {
-        let cx = Context::new(dev, self.machine.threads(), self.machine.recompute);
+        let cx = Context { recompute: self.machine.recompute, ..Context::new(dev, self.machine.threads()) };
         let options =
             BenchOptions { job: self.job.into(), steps: self.steps.get(), batch: self.batch.map(NonZeroUsize::get) };
         bench::bench(&cx, loaded.recipe(), options)

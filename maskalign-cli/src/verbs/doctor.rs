@@ -51,7 +51,7 @@ fn cpu() -> Result<String, Failure> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     match DeviceChoice::Cpu.open()? {
         Opened::Cpu(dev) => {
-            let kernels = Context::new(dev, threads, false).kernels;
+            let kernels = Context::new(dev, threads).kernels;
             Ok(format!("{} kernels, {} threads", kernels.name(), kernels.threads()))
         }
         #[cfg(feature = "cuda")]

@@ -194,7 +194,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn run_on<D: Dev>(&self, dev: D, device: String, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
         let machine = &self.args.machine;
-        let cx = Context::new(dev, machine.threads(), machine.recompute);
+        let cx = Context { recompute: machine.recompute, ..Context::new(dev, machine.threads()) };
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),

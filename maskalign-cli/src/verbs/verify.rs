@@ -61,7 +61,7 @@ impl Args {
     }
 
     fn run_on<D: Dev>(&self, session: &Session, dev: D) -> Result<(), Failure> {
-        let cx = Context::new(dev, self.machine.threads(), self.machine.recompute);
+        let cx = Context { recompute: self.machine.recompute, ..Context::new(dev, self.machine.threads()) };
         let mut code = 0;
         let mut records = Vec::new();
         for path in &self.cases {

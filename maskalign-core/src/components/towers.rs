@@ -14,7 +14,7 @@ use crate::{
     context::Context,
     device::{Dev, Matrix},
     error::{Error, Result},
-    nn::{Arch, Grid, Init, Module, Statistics, TowerInput, Vit, VitConfig},
+    nn::{Arch, Grid, Init, Module, Reach, Statistics, TowerInput, Vit, VitConfig},
     plugin::Build,
     tape::Recorder,
     weights::{self, Family, HostTensor, TensorMap},
@@ -96,8 +96,8 @@ pub struct StudentRecord {
     pub slot: Slot<StudentTag>,
     /// Its shape.
     pub shape: TowerShape,
-    /// Blocks that its training reached; later ones, if any, have their initial values.
-    pub reach: usize,
+    /// What of it its training reached; the rest has its initial values.
+    pub reach: Reach,
     /// Its parameters; absent while a recipe is only planned.
     pub weights: Option<Arc<TensorMap>>,
     /// Which of equally named initial values are its own: with the seed, this rebuilds the untrained student.

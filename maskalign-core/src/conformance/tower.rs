@@ -20,7 +20,7 @@ use crate::{
     error::Result,
     images::ImageBatch,
     kernels::Distance,
-    nn::Init,
+    nn::{Init, Reach},
     random::Stream,
     tape::{Recorder, gradient},
 };
@@ -136,7 +136,6 @@ impl Trial<'_> {
 
 /// A student that is to run its first block alone gives what that block gives in the whole tower.
 fn check_reach(cx: &Context<Cpu>, student: &mut dyn Student<Cpu>, trial: &Trial, faults: &mut Faults) -> Result<()> {
-    let depth = student.shape().arch.depth;
     let first = |student: &dyn Student<Cpu>| -> Result<Vec<f32>> {
         let off = &mut Recorder::inference();
         let features = student.forward(cx, off, trial.images, Some(trial.visible), None, &|i| i == 0)?;
@@ -147,12 +146,13 @@ fn check_reach(cx: &Context<Cpu>, student: &mut dyn Student<Cpu>, trial: &Trial,
         student.visit(&mut |p| count += usize::from(p.trainable));
         count
     };
-    student.set_reach(depth, true);
-    let (whole, all) = (first(student)?, trained(student));
-    student.set_reach(1, false);
-    faults.unless(same_bits(&whole, &first(student)?), "its first block differs when it is to run alone");
+    let whole = Reach { blocks: student.shape().arch.depth, norm: true };
+    student.set_reach(whole);
+    let (expected, all) = (first(student)?, trained(student));
+    student.set_reach(Reach { blocks: 1, norm: false });
+    faults.unless(same_bits(&expected, &first(student)?), "its first block differs when it is to run alone");
     faults.unless(trained(student) < all, "it trains parameters that `set_reach` says no loss needs");
-    student.set_reach(depth, true);
+    student.set_reach(whole);
     Ok(())
 }
 

@@ -11,4 +11,4 @@ pub use block::{Block, BlockConfig};
 pub use layers::{Bias, Linear, Norm};
 pub use param::{Init, Module, Param, count};
 pub use positions::sincos_positions;
-pub use vit::{Arch, BranchScales, Features, Grid, Statistics, TowerInput, Vit, VitConfig};
+pub use vit::{Arch, BranchScales, Features, Grid, Reach, Statistics, TowerInput, Vit, VitConfig};

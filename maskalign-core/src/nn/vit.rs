@@ -288,6 +288,15 @@ pub struct Features<D: Dev> {
     pub hidden: BTreeMap<usize, Matrix<D>>,
 }
 
+/// How much of a tower a loss depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// Blocks that run, from the first.
+    pub blocks: usize,
+    /// Whether the final norm is used.
+    pub norm: bool,
+}
+
 /// Factors of stochastic depth: for each block, of each sample, on the attention and on the MLP branch.
 pub type BranchScales = Vec<(std::sync::Arc<[f32]>, std::sync::Arc<[f32]>)>;
 
@@ -347,19 +356,14 @@ impl<D: Dev> Vit<D> {
         })
     }
 
-    /// Leaves out what the loss does not need: blocks after the first `blocks`, and the final norm unless `norm`.
+    /// Leaves out what the loss does not need.
     /// Their parameters stay as they are: no gradient, no update, no decay.
-    pub fn set_reach(&mut self, blocks: usize, norm: bool) {
-        self.reach = blocks;
+    pub fn set_reach(&mut self, reach: Reach) {
+        self.reach = reach.blocks;
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            block.each_mut(&mut |p| p.trainable = i < blocks);
+            block.each_mut(&mut |p| p.trainable = i < reach.blocks);
         }
-        self.norm.each_mut(&mut |p| p.trainable = norm);
-    }
-
-    /// Blocks that run.
-    pub fn reach(&self) -> usize {
-        self.reach
+        self.norm.each_mut(&mut |p| p.trainable = reach.norm);
     }
 
     /// Freezes the tower and packs its weights.

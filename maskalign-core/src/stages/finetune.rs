@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     images::ImageBatch,
     kernels::Act,
-    nn::{Bias, Init, Linear, Norm, Param},
+    nn::{Bias, Init, Linear, Norm, Param, Reach},
     plugin::Build,
     random::Stream,
     register,
@@ -245,8 +245,13 @@ impl<D: Dev> Task<D> for Classifier<D> {
 impl Finetune {
     /// The student that the stage leaves, without weights.
     fn record(&self, stage: &str, shape: TowerShape) -> StudentRecord {
-        let reach = shape.arch.depth;
+        let reach = self.reach(&shape);
         StudentRecord { slot: self.student.clone(), shape, reach, weights: None, init_scope: stage.to_string() }
+    }
+
+    /// The mean of the tokens has a norm of its own.
+    fn reach(&self, shape: &TowerShape) -> Reach {
+        Reach { blocks: shape.arch.depth, norm: self.pooling == Pooling::Cls }
     }
 
     fn length(&self, images: usize) -> Length {
@@ -286,7 +291,7 @@ impl Finetune {
             .map_err(|e| under(e, "student"))?;
         let shape = student.shape();
         let mean = self.pooling == Pooling::Mean;
-        student.set_reach(shape.arch.depth, !mean);
+        student.set_reach(self.reach(&shape));
         let weight = init.truncated_normal("head.weight", &[classes, shape.arch.dim], self.head_std)?;
         Ok(Classifier {
             norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,

@@ -423,7 +423,7 @@ impl StagePlugin for Knn {
             let trained_at = PlanContext { data_size: record.shape.image_size, ..towers };
             let mut student =
                 Build::build::<D>(&record.slot)?.build(&trained_at, &init).map_err(|e| under(e, "student"))?;
-            student.set_reach(record.reach, false);
+            student.set_reach(record.reach);
             if self.baselines.contains(&Baseline::Untrained) {
                 measure(run, "untrained", &Tower::Student(&*student))?;
             }
@@ -451,7 +451,7 @@ mod tests {
     /// Votes are exp(similarity / 0.07): one very near neighbour outweighs two that are farther.
     #[test]
     fn votes_are_weighted_by_similarity() {
-        let cx = Context::new(Cpu::default(), 1, false);
+        let cx = Context::new(Cpu::default(), 1);
         let angle = |degrees: f64| [degrees.to_radians().cos() as f32, degrees.to_radians().sin() as f32];
         let bank = |angles: &[f64], labels: &[u32]| Bank {
             features: angles.iter().flat_map(|&a| angle(a)).collect(),

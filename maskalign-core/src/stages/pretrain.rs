@@ -28,7 +28,7 @@ use crate::{
     context::Context,
     device::Dev,
     error::Result,
-    nn::Init,
+    nn::{Init, Reach},
     plugin::Build,
     register,
 };
@@ -89,14 +89,12 @@ impl Shape {
         levels.filter_map(block).collect()
     }
 
-    /// How many blocks of the student the loss depends on.
-    fn reach(&self) -> usize {
-        self.kept().last().map_or(0, |last| last + 1)
-    }
-
-    /// Whether an objective looks through the student's final norm.
-    fn taps_norm(&self) -> bool {
-        self.objectives.iter().any(|o| o.needs.tap == Tap::Norm)
+    /// How much of the student the loss depends on.
+    fn reach(&self) -> Reach {
+        Reach {
+            blocks: self.kept().last().map_or(0, |last| last + 1),
+            norm: self.objectives.iter().any(|o| o.needs.tap == Tap::Norm),
+        }
     }
 }
 
@@ -171,7 +169,7 @@ impl Pretrain {
     }
 
     /// The student that the stage leaves, without weights.
-    fn record(&self, stage: &str, shape: TowerShape, reach: usize) -> StudentRecord {
+    fn record(&self, stage: &str, shape: TowerShape, reach: Reach) -> StudentRecord {
         StudentRecord { slot: self.student.clone(), shape, reach, weights: None, init_scope: stage.to_string() }
     }
 
@@ -242,8 +240,7 @@ impl StagePlugin for Pretrain {
             aligner.map_or(0, |aligner| aligner.kept(&o.align, cx.recompute))
         };
         let aligned: usize = shape.objectives.iter().map(kept).sum();
-        let model =
-            PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1, false), &towers, &Init::shapes(&dev));
+        let model = PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1), &towers, &Init::shapes(&dev));
         match model {
             Ok(mut model) => {
                 model.visit(&mut |p| {

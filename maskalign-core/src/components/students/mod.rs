@@ -10,7 +10,7 @@ use crate::{
     device::{Dev, Matrix},
     error::Result,
     images::ImageBatch,
-    nn::{BranchScales, Features, Init, Module},
+    nn::{BranchScales, Features, Init, Module, Reach},
     plugin::kind,
     tape::Recorder,
 };
@@ -53,8 +53,8 @@ pub trait Student<D: Dev>: Module<D> {
     fn shape(&self) -> TowerShape;
     /// Largest rate of stochastic depth, that of the last block.
     fn drop_path(&self) -> f64;
-    /// Leaves out what no loss needs: blocks after the first `blocks`, and the final norm unless `norm`.
-    fn set_reach(&mut self, blocks: usize, norm: bool);
+    /// Leaves out what no loss needs.
+    fn set_reach(&mut self, reach: Reach);
     /// Hidden states of the visible patches (`K` indices an image; `None`: all), the class token first. `keep` says
     /// which levels are wanted besides the last.
     ///

@@ -11,7 +11,7 @@ use crate::{
     error::Result,
     images::ImageBatch,
     kernels::Act,
-    nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Statistics, Vit, VitConfig},
+    nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Reach, Statistics, Vit, VitConfig},
     register,
     tape::Recorder,
     weights::Family,
@@ -134,8 +134,8 @@ impl<D: Dev> Student<D> for Tower<D> {
         self.drop_path
     }
 
-    fn set_reach(&mut self, blocks: usize, norm: bool) {
-        self.vit.set_reach(blocks, norm);
+    fn set_reach(&mut self, reach: Reach) {
+        self.vit.set_reach(reach);
     }
 
     fn forward(

@@ -93,8 +93,8 @@ impl<D: Dev> PretrainModel<D> {
             teachers.insert(name, (teacher, wants));
         }
         let mut student = Build::build::<D>(&stage.student)?.build(towers, init).map_err(|e| under(e, "student"))?;
-        let (reach, norm, kept) = (shape.reach(), shape.taps_norm(), shape.kept());
-        student.set_reach(reach, norm);
+        let (reach, kept) = (shape.reach(), shape.kept());
+        student.set_reach(reach);
         let mut model = PretrainModel {
             grid: shape.student.grid,
             student,
