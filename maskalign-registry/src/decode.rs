@@ -745,6 +745,7 @@ impl<'a> Checker<'a> {
         let meant = match (missing, known.as_slice()) {
             // Nothing else can have been meant.
             (&[missing], [_]) => Some(missing),
+            (&[missing], _) if name.contains("${") => Some(missing),
             _ => near.iter().copied().find(|near| missing.contains(near)),
         };
         if let Some(meant) = meant {

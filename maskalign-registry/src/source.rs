@@ -538,6 +538,9 @@ impl Builder<'_> {
         let mut diagnostic = Diagnostic::error(codes::SYNTAX, format!("not valid YAML: {message}"), here);
         if line.contains("${") && line.contains(['[', '{']) {
             diagnostic = diagnostic.help("inside `{ }` and `[ ]` a variable needs quotes: \"${NAME}\"");
+        } else if info.contains("mapping values are not allowed") {
+            diagnostic =
+                diagnostic.help("keys of one mapping stand in one column, and text that holds `: ` needs quotes");
         } else if matches!(error.kind(), granit_parser::ErrorKind::UnknownAnchor) {
             diagnostic = diagnostic.help("define the anchor with `&name` above its first `*name`");
         } else if let Some(open) = open_bracket(&text[..line_start]) {
