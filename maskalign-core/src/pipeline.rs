@@ -120,10 +120,10 @@ pub fn run<D: Dev>(
     for (place, ((name, plan), slot)) in plans.iter().zip(recipe.stages.values()).enumerate() {
         let finished = dir.finished_stage(name)?;
         let wanted = plan.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
+        if finished.as_ref().is_some_and(|finished| finished.fingerprint != options.fingerprint) {
+            return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
+        }
         if let Some(finished) = finished.filter(|finished| finished.step >= wanted) {
-            if finished.fingerprint != options.fingerprint {
-                return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
-            }
             tracing::info!("stage `{name}` is finished already");
             metric_records = finished.metrics_records;
             if let Some(record) = &plan.student {

@@ -538,7 +538,9 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
     if let Some(checkpoint) = last_checkpoint(run)? {
         trainer.restore(&run.cx, task, &checkpoint.tensors, checkpoint.header.step)?;
         records = checkpoint.header.metrics_records;
-        notes = serde_json::from_value(checkpoint.header.meta).unwrap_or_default();
+        notes = serde_json::from_value(checkpoint.header.meta).map_err(|error| {
+            Error::Usage(format!("the notes in the checkpoint of step {} do not parse: {error}", trainer.updates))
+        })?;
         if std::mem::take(&mut notes.unmeasured) {
             notes.measured.extend(after_epoch(run, task, trainer.updates / length.steps_per_epoch)?);
         }
