@@ -120,14 +120,14 @@ pub fn run<D: Dev>(
     for (place, ((name, plan), slot)) in plans.iter().zip(recipe.stages.values()).enumerate() {
         let finished = dir.finished_stage(name)?;
         let wanted = plan.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
-        if finished.as_ref().is_some_and(|finished| finished.fingerprint != options.fingerprint) {
+        if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
-        if let Some(finished) = finished.filter(|finished| finished.step >= wanted) {
+        if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
             tracing::info!("stage `{name}` is finished already");
             metric_records = finished.metrics_records;
             if let Some(record) = &plan.student {
-                let weights = Some(Arc::new(dir.load_final(name)?.into_student()));
+                let weights = Some(Arc::new(left.into_student()));
                 students.insert(name.clone(), StudentRecord { weights, ..record.clone() });
             }
             results.insert(name.clone(), finished.results);
@@ -163,7 +163,7 @@ pub fn run<D: Dev>(
         };
         let outcome = Build::build::<D>(slot).map_err(Error::from).and_then(|s| s.run(run)).map_err(located)?;
         metric_records = outcome.metric_records;
-        if dir.finished_stage(name)?.is_none() {
+        if !dir.is_finished(name)? {
             let header = CheckpointHeader {
                 stage: name.clone(),
                 step: 0,

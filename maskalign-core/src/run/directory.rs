@@ -271,24 +271,30 @@ impl RunDir {
         self.add_to_summary(&header.stage, &finished.results)
     }
 
-    /// The record of a stage that is finished, so that a resumed run skips it; `None` if it is not, or if its weights
-    /// are truncated.
+    /// The record of a stage that is finished and what it left, so that a resumed run skips it; `None` if it is not, or
+    /// if its weights are gone or damaged.
     ///
     /// Completes `summary.json` if a kill came between the two.
-    pub fn finished_stage(&self, stage: &str) -> Result<Option<FinishedStage>, RunError> {
+    pub fn finished_stage(&self, stage: &str) -> Result<Option<(FinishedStage, Checkpoint)>, RunError> {
         let folder = self.stage_folder(stage)?;
         let Some(finished) = read_json::<FinishedStage>(&folder.join(DONE), "record of a finished stage")? else {
             return Ok(None);
         };
-        match Checkpoint::load_header(&folder.join(FINAL)) {
-            Err(error @ RunError::Damaged { .. }) => {
-                tracing::warn!("{error}: the stage goes on from its last checkpoint");
+        let left = match Checkpoint::load(&folder.join(FINAL)) {
+            Ok(left) => left,
+            Err(error) if error.is_lost_content() => {
+                tracing::warn!("{error}: stage `{stage}` goes on from its last checkpoint");
                 return Ok(None);
             }
-            read => read?,
+            Err(error) => return Err(error),
         };
         self.add_to_summary(stage, &finished.results)?;
-        Ok(Some(finished))
+        Ok(Some((finished, left)))
+    }
+
+    /// Whether a stage has left its record.
+    pub fn is_finished(&self, stage: &str) -> Result<bool, RunError> {
+        Ok(self.stage_folder(stage)?.join(DONE).is_file())
     }
 
     /// Makes a stage unfinished again, so that it goes on from its last checkpoint.
@@ -308,11 +314,6 @@ impl RunDir {
     pub fn discard_stage(&self, stage: &str) -> Result<(), RunError> {
         self.reopen_stage(stage)?;
         self.checkpoints(stage)?.iter().try_for_each(|(_, path)| delete(path))
-    }
-
-    /// What a finished stage left.
-    pub fn load_final(&self, stage: &str) -> Result<Checkpoint, RunError> {
-        Checkpoint::load(&self.final_path(stage)?)
     }
 
     /// `summary.json`: each finished stage's results under its name, in the order they finished.
@@ -678,13 +679,33 @@ mod tests {
         let run = RunDir::create(folder.path(), Mode::Resume).unwrap();
         assert!(!torn.exists());
         assert_eq!(run.finished_stage("finetune").unwrap(), None);
-        let finished = run.finished_stage("pretrain").unwrap().unwrap();
+        let (finished, _) = run.finished_stage("pretrain").unwrap().unwrap();
         assert_eq!((finished.step, finished.metrics_records), (4, 4));
         run.finished_stage("knn").unwrap().unwrap();
         assert_eq!(
             Value::Object(run.read_summary().unwrap()),
             json!({ "pretrain": { "loss": 0.5 }, "knn": { "accuracy": { "student": 83.0 } } })
         );
+    }
+
+    #[test]
+    fn a_stage_whose_weights_are_gone_or_damaged_is_not_finished() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let weights = [1.0; 4];
+        let tensors = [TensorRef { name: "w".into(), shape: vec![4], data: TensorData::Host(&weights) }];
+        run.finish_stage(&header("pretrain", 4), &tensors, json!({})).unwrap();
+        let path = run.final_path("pretrain").unwrap();
+        let whole = fs::read(&path).unwrap();
+        assert!(run.finished_stage("pretrain").unwrap().is_some());
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        for damaged in [&whole[..whole.len() - 1], &flipped] {
+            fs::write(&path, damaged).unwrap();
+            assert_eq!(run.finished_stage("pretrain").unwrap(), None);
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(run.finished_stage("pretrain").unwrap(), None);
     }
 
     #[test]

@@ -93,6 +93,15 @@ impl RunError {
         }
     }
 
+    /// Whether what a file held is lost: it is gone, or not as it was written.
+    pub(crate) fn is_lost_content(&self) -> bool {
+        match self {
+            RunError::Damaged { .. } => true,
+            RunError::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+
     pub(crate) fn writing(what: &str, path: &Path, source: io::Error) -> RunError {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
