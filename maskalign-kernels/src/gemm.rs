@@ -17,7 +17,7 @@ use std::cell::Cell;
 use crate::arch::{self, Isa};
 use crate::pool::Pool;
 use finish::{Finish, Out};
-use kernel::{ALayout, Kernel, Output, Panel, kernel};
+use kernel::{ALayout, Kernel, MAX_NR, Output, Panel, kernel};
 use pack::Buffer;
 
 /// A strided view of a matrix: element `(i, j)` is `data[i * rs + j * cs]`.
@@ -296,6 +296,8 @@ struct Product<'a> {
     b: &'a [f32],
     /// Columns of `b` with its last panel filled up.
     padded: usize,
+    /// Added to each row, `[n]`.
+    bias: Option<&'a [f32]>,
     finish: Finish<'a>,
 }
 
@@ -344,7 +346,6 @@ fn gemm_on(
         && ep.row_scale.is_none()
         && ep.residual.is_none();
     let mut finish = Finish {
-        bias: ep.bias,
         pre: ep.pre.map(|pre| Out(pre.as_mut_ptr())),
         act: ep.act,
         col_scale: ep.col_scale,
@@ -356,18 +357,18 @@ fn gemm_on(
         ldc,
     };
     match b {
-        Rhs::Packed(b) => product(isa, pool, m, n, k, a, None, Some(b), finish),
+        Rhs::Packed(b) => product(isa, pool, m, n, k, a, None, Some(b), ep.bias, finish),
         Rhs::Strided(b) if k > MAX_DEPTH && only_adds => {
             let parts = Blocks::new(k, MAX_DEPTH, 8);
             for part in 0..parts.count() {
                 let (p0, depth) = parts.get(part);
                 let a = MatRef { data: &a.data[p0 * a.cs..], ..a };
                 let b = MatRef { data: &b.data[p0 * b.rs..], ..b };
-                product(isa, pool, m, n, depth, a, Some(b), None, finish);
+                product(isa, pool, m, n, depth, a, Some(b), None, None, finish);
                 finish.accumulate = true;
             }
         }
-        Rhs::Strided(b) => product(isa, pool, m, n, k, a, Some(b), None, finish),
+        Rhs::Strided(b) => product(isa, pool, m, n, k, a, Some(b), None, ep.bias, finish),
     }
 }
 
@@ -381,6 +382,7 @@ fn product(
     a: MatRef,
     strided_b: Option<MatRef>,
     packed_b: Option<&PackedB>,
+    bias: Option<&[f32]>,
     finish: Finish,
 ) {
     let kernel = kernel(isa);
@@ -420,6 +422,7 @@ fn product(
         },
         b: packed_b.map_or(b_buffer.as_slice(), |b| b.data.as_slice()),
         padded: b_jobs.padded,
+        bias,
         finish,
     };
     let col_blocks = product.cols.count();
@@ -533,6 +536,16 @@ impl Product<'_> {
                     (true, false) => self.finish.soon(i0, j0 + j),
                     (true, true) => Output::Direct(self.finish.direct(i0, j0 + j)),
                 };
+                // A tile takes whole vectors, so the last columns' bias is filled up.
+                let mut some = [0.0; MAX_NR];
+                let bias = match self.bias.filter(|_| last) {
+                    None => std::ptr::null(),
+                    Some(bias) if width == nr => bias[j0 + j..][..nr].as_ptr(),
+                    Some(bias) => {
+                        some[..width].copy_from_slice(&bias[j0 + j..][..width]);
+                        some.as_ptr()
+                    }
+                };
                 let panel = Panel {
                     kc,
                     a,
@@ -545,6 +558,7 @@ impl Product<'_> {
                     cols: width,
                     acc: sums.as_mut_ptr(),
                     first: index == 0,
+                    bias,
                     output,
                 };
                 // SAFETY: `a` has `rows` rows and `b` `nr` columns of depth kc, `sums` holds whole

@@ -1,4 +1,4 @@
-//! The epilogue: what happens to sums on their way to `C`.
+//! The epilogue: what happens to sums on their way to `C`, after the tiles have added the bias.
 
 use super::Act;
 use super::kernel::{Direct, Output};
@@ -14,10 +14,9 @@ unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
 
-/// [`Epilogue`] with shared outputs.
+/// [`Epilogue`](super::Epilogue) with shared outputs and without the bias.
 #[derive(Clone, Copy)]
 pub(super) struct Finish<'a> {
-    pub bias: Option<&'a [f32]>,
     pub pre: Option<Out>,
     pub act: Act,
     pub col_scale: Option<&'a [f32]>,
@@ -50,7 +49,6 @@ impl Finish<'_> {
         Direct {
             c,
             ldc: self.ldc,
-            bias: self.bias.map_or(std::ptr::null(), |bias| bias.as_ptr().wrapping_add(j0)),
             add,
             add_stride,
         }
@@ -150,14 +148,6 @@ unsafe fn finish_body<const NR: usize, const FMA: bool, const FULL: bool>(
     };
     // Several passes over rows that stay in the first cache: a simple loop vectorises best.
     let rows = tile.as_chunks_mut::<NR>().0;
-    if let Some(bias) = finish.bias {
-        let bias = load(&bias[j0..]);
-        for row in rows.iter_mut() {
-            for j in 0..NR {
-                row[j] += bias[j];
-            }
-        }
-    }
     if let Some(pre) = finish.pre {
         for (i, row) in rows.iter().enumerate() {
             store(pre.0.wrapping_add((i0 + i) * finish.n + j0), row);
@@ -176,16 +166,14 @@ unsafe fn finish_body<const NR: usize, const FMA: bool, const FULL: bool>(
             }
         }
     }
-    if let Some(scale) = finish.col_scale {
-        let scale = load(&scale[j0..]);
-        for row in rows.iter_mut() {
+    let col_scale = finish.col_scale.map(|scale| load(&scale[j0..]));
+    for (i, row) in rows.iter_mut().enumerate() {
+        let i = i0 + i;
+        if let Some(scale) = &col_scale {
             for j in 0..NR {
                 row[j] *= scale[j];
             }
         }
-    }
-    for (i, row) in rows.iter_mut().enumerate() {
-        let i = i0 + i;
         if let Some((scale, group)) = finish.row_scale {
             let scale = scale[i / group];
             for x in row.iter_mut() {

@@ -39,6 +39,8 @@ pub(super) struct Panel {
     pub acc: *mut f32,
     /// Whether the sums start at zero instead of at `acc`.
     pub first: bool,
+    /// `nr` elements that are added to each row of sums in the end, or null.
+    pub bias: *const f32,
     /// Where the result will be stored.
     pub output: Output,
 }
@@ -55,13 +57,11 @@ pub(super) enum Output {
     Direct(Direct),
 }
 
-/// An epilogue simple enough to be applied in registers: `C = sum + bias + add` with `nr` columns.
+/// An epilogue simple enough to be applied in registers: `C = sum + add` with `nr` columns.
 #[derive(Clone, Copy)]
 pub(super) struct Direct {
     pub c: *mut f32,
     pub ldc: usize,
-    /// `nr` elements or null.
-    pub bias: *const f32,
     /// Rows of `nr` elements or null.
     pub add: *const f32,
     pub add_stride: usize,
@@ -86,6 +86,9 @@ pub(super) struct Kernel {
     /// written overlaps neither operand.
     pub panel: unsafe fn(&Panel),
 }
+
+/// The most columns that a tile has on any instruction set.
+pub(super) const MAX_NR: usize = 32;
 
 /// The kernel of an instruction set.
 pub(super) fn kernel(isa: Isa) -> &'static Kernel {
@@ -278,6 +281,14 @@ macro_rules! x86_panel {
                     a_far = a_far.wrapping_add(step);
                     b = b.add(NR);
                 }
+                if !p.bias.is_null() {
+                    for v in 0..V {
+                        let bias = $load(p.bias.add(v * $lanes));
+                        for i in 0..M {
+                            c[i][v] = $add(c[i][v], bias);
+                        }
+                    }
+                }
                 let Output::Direct(d) = &p.output else {
                     for i in 0..M {
                         for v in 0..V {
@@ -286,14 +297,6 @@ macro_rules! x86_panel {
                     }
                     return;
                 };
-                if !d.bias.is_null() {
-                    for v in 0..V {
-                        let bias = $load(d.bias.add(v * $lanes));
-                        for i in 0..M {
-                            c[i][v] = $add(c[i][v], bias);
-                        }
-                    }
-                }
                 if !d.add.is_null() {
                     let add = d.add.add(s.row * d.add_stride);
                     for i in 0..M {
@@ -359,6 +362,14 @@ unsafe fn portable_tile<const M: usize, const NR: usize, const FMA: bool>(p: &Pa
                 let a = *s.a.add(i * stride + k * step);
                 for j in 0..NR {
                     c[i][j] = fma::<FMA>(a, b[j], c[i][j]);
+                }
+            }
+        }
+        if !p.bias.is_null() {
+            let bias = p.bias.cast::<[f32; NR]>().read_unaligned();
+            for i in 0..M {
+                for j in 0..NR {
+                    c[i][j] += bias[j];
                 }
             }
         }
