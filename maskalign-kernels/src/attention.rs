@@ -1,24 +1,20 @@
 //! Multi-head attention that never stores a `[batch, heads, queries, keys]` array.
 //!
 //! One task computes one head of one image. It takes the queries in blocks whose scores against all
-//! keys stay in the cache, and multiplies with one small register tile. The
-//! forward pass keeps the logarithm of each row's sum of exponentials; the backward pass makes the
+//! keys stay in the cache, and multiplies with the register tiles of the matrix product. The forward
+//! pass keeps the logarithm of each row's sum of exponentials; the backward pass makes the
 //! probabilities again from it (as FlashAttention does, arXiv 2205.14135).
 
 use crate::arch::isa;
 use crate::arena::Arena;
 use crate::elementwise::Write;
-use crate::gemm::pack::columns;
+use crate::gemm::MatRef;
+use crate::gemm::small::{COLUMNS, Small};
 use crate::pool::Pool;
 use crate::share::{Shared, max_of, sum_of, sum_of2, vectorised};
 use crate::vmath;
 
-/// Rows of the register tile.
-const TILE_ROWS: usize = 6;
-/// Columns of the register tile.
-const TILE_COLS: usize = 16;
-/// Queries whose scores the forward pass holds at once, in the L1 cache; a multiple of
-/// [`TILE_ROWS`].
+/// Queries whose scores the forward pass holds at once, in the L1 cache: whole tiles of 12 or 6.
 const FORWARD_BLOCK: usize = 24;
 /// The same for the backward pass, which sums over the queries of a block.
 const BACKWARD_BLOCK: usize = 48;
@@ -280,11 +276,13 @@ fn check_inputs(shape: &AttentionShape, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>
 /// Padded sizes of one head's scratch memory.
 #[derive(Clone, Copy)]
 struct Sizes {
-    /// Keys up to whole tile columns: the stride of a row of scores.
+    /// The products.
+    small: Small,
+    /// Keys up to whole columns: the stride of a row of scores.
     keys_padded: usize,
-    /// Channels up to whole tile columns.
+    /// Channels up to whole columns.
     dim_padded: usize,
-    /// Rows of a block of queries, whole tiles.
+    /// Queries of a block.
     block: usize,
     keys: usize,
     dim: usize,
@@ -293,27 +291,28 @@ struct Sizes {
 impl Sizes {
     fn new(shape: &AttentionShape, block: usize) -> Self {
         Self {
-            keys_padded: shape.keys.next_multiple_of(TILE_COLS),
-            dim_padded: shape.head_dim.next_multiple_of(TILE_COLS),
-            block: shape.queries.next_multiple_of(TILE_ROWS).clamp(TILE_ROWS, block),
+            small: Small::new(isa()),
+            keys_padded: shape.keys.next_multiple_of(COLUMNS),
+            dim_padded: shape.head_dim.next_multiple_of(COLUMNS),
+            block: shape.queries.clamp(1, block),
             keys: shape.keys,
             dim: shape.head_dim,
         }
     }
 
-    /// A row of scores for each query. The tile that takes keys as rows may read past the last.
+    /// A row of scores for each query.
     fn scores(&self) -> usize {
-        self.block * self.keys_padded + TILE_ROWS
+        self.block * self.keys_padded
     }
 
-    /// Keys or values `[dim, keys]` in panels of keys.
+    /// Keys or values `[dim, keys]`, packed.
     fn by_key(&self) -> usize {
-        self.dim * self.keys_padded
+        self.small.packed_len(self.dim, self.keys)
     }
 
-    /// Keys or values `[keys, dim]` in panels of channels.
+    /// Keys or values `[keys, dim]`, packed.
     fn by_channel(&self) -> usize {
-        self.keys * self.dim_padded
+        self.small.packed_len(self.keys, self.dim)
     }
 
     /// A block of queries, plain rows.
@@ -321,25 +320,31 @@ impl Sizes {
         self.block * self.dim
     }
 
-    /// A block of queries in panels of channels, or a block of outputs.
-    fn query_panels(&self) -> usize {
+    /// A block of queries, packed.
+    fn queries_packed(&self) -> usize {
+        self.small.packed_len(self.block, self.dim)
+    }
+
+    /// A block of outputs.
+    fn outputs(&self) -> usize {
         self.block * self.dim_padded
     }
 
-    /// Sums for each key, whole tiles.
+    /// Sums for each key.
     fn key_sums(&self) -> usize {
-        self.keys.next_multiple_of(TILE_ROWS) * self.dim_padded
+        self.keys * self.dim_padded
     }
 
     fn forward_scratch(&self) -> usize {
-        self.by_key() + self.by_channel() + self.query_rows() + self.query_panels() + self.scores()
+        self.by_key() + self.by_channel() + self.query_rows() + self.outputs() + self.scores()
     }
 
     fn backward_scratch(&self) -> usize {
         2 * self.by_key()
             + self.by_channel()
-            + 2 * self.query_rows()
-            + 3 * self.query_panels()
+            + self.query_rows()
+            + 2 * self.queries_packed()
+            + self.outputs()
             + 2 * self.scores()
             + 2 * self.key_sums()
     }
@@ -360,16 +365,19 @@ impl Head {
         from.row(self.image * self.shape.queries + query, self.head, self.shape.head_dim)
     }
 
+    /// Keys or values `[keys, head_dim]`.
     #[inline(always)]
-    fn key<'a>(&self, from: Heads<'a>, key: usize) -> &'a [f32] {
-        from.row(self.image * self.shape.keys + key, self.head, self.shape.head_dim)
+    fn keys<'a>(&self, from: Heads<'a>) -> MatRef<'a> {
+        let first = self.image * self.shape.keys * from.row_stride + from.offset + self.head * self.shape.head_dim;
+        MatRef { data: &from.data[first..], rs: from.row_stride, cs: 1 }
     }
 
-    /// The buffer from a key of this head on.
+    /// Rows of queries or outputs `[count, head_dim]` from `query` on.
     #[inline(always)]
-    fn key_on<'a>(&self, from: Heads<'a>, key: usize) -> &'a [f32] {
-        let row = self.image * self.shape.keys + key;
-        &from.data[row * from.row_stride + from.offset + self.head * self.shape.head_dim..]
+    fn queries<'a>(&self, from: Heads<'a>, query: usize) -> MatRef<'a> {
+        let row = self.image * self.shape.queries + query;
+        let first = row * from.row_stride + from.offset + self.head * self.shape.head_dim;
+        MatRef { data: &from.data[first..], rs: from.row_stride, cs: 1 }
     }
 }
 
@@ -395,28 +403,21 @@ vectorised! {
         let keys_by_key = cut(&mut rest, sizes.by_key());
         let values = cut(&mut rest, sizes.by_channel());
         let q_rows = cut(&mut rest, sizes.query_rows());
-        let result = cut(&mut rest, sizes.query_panels());
+        let result = cut(&mut rest, sizes.outputs());
         let scores = cut(&mut rest, sizes.scores());
         let mut lse = lse;
 
-        pack_by_key(head, k, keys_by_key);
-        pack_by_channel(shape.keys, shape.head_dim, |key| head.key(v, key), values);
+        let (small, stride, width) = (sizes.small, sizes.keys_padded, sizes.dim_padded);
+        small.pack(head.keys(k).t(), shape.head_dim, shape.keys, keys_by_key);
+        small.pack(head.keys(v), shape.keys, shape.head_dim, values);
         for first in (0..shape.queries).step_by(sizes.block) {
             let count = sizes.block.min(shape.queries - first);
-            let tiled = count.next_multiple_of(TILE_ROWS);
-            copy_rows(count, shape.head_dim, shape.scale(), |i| head.query(q, first + i), q_rows);
-            product::<FMA>(
-                [tiled, sizes.keys_padded, shape.head_dim],
-                q_rows,
-                [shape.head_dim, 1],
-                keys_by_key,
-                scores,
-                sizes.keys_padded,
-                Write::Set,
-            );
+            scaled_rows(count, shape.head_dim, shape.scale(), |i| head.query(q, first + i), q_rows);
+            let rows = MatRef::row_major(q_rows, shape.head_dim);
+            small.multiply([count, stride, shape.head_dim], rows, keys_by_key, scores, stride, Write::Set);
             let mut inverse_sums = [0.0f32; FORWARD_BLOCK];
             for i in 0..count {
-                let row = &mut scores[i * sizes.keys_padded..][..sizes.keys_padded];
+                let row = &mut scores[i * stride..][..stride];
                 row[shape.keys..].fill(f32::NEG_INFINITY);
                 let (largest, sum) = exponentials::<FMA>(row);
                 inverse_sums[i] = 1.0 / sum;
@@ -424,20 +425,13 @@ vectorised! {
                     lse[first + i] = largest + sum.ln();
                 }
             }
-            product::<FMA>(
-                [tiled, sizes.dim_padded, shape.keys],
-                scores,
-                [sizes.keys_padded, 1],
-                values,
-                result,
-                sizes.dim_padded,
-                Write::Set,
-            );
+            let probabilities = MatRef::row_major(scores, stride);
+            small.multiply([count, width, shape.keys], probabilities, values, result, width, Write::Set);
             for i in 0..count {
                 let row = head.image * shape.queries + first + i;
                 // SAFETY: a head of an image belongs to one task.
                 let to = unsafe { out.row(row, head.head, shape.head_dim) };
-                for (to, from) in to.iter_mut().zip(&result[i * sizes.dim_padded..]) {
+                for (to, from) in to.iter_mut().zip(&result[i * width..]) {
                     *to = from * inverse_sums[i];
                 }
             }
@@ -460,67 +454,45 @@ vectorised! {
         let values_by_key = cut(&mut rest, sizes.by_key());
         let keys_by_channel = cut(&mut rest, sizes.by_channel());
         let q_rows = cut(&mut rest, sizes.query_rows());
-        let dout_rows = cut(&mut rest, sizes.query_rows());
-        let q_panels = cut(&mut rest, sizes.query_panels());
-        let dout_panels = cut(&mut rest, sizes.query_panels());
-        let dq = cut(&mut rest, sizes.query_panels());
+        let q_packed = cut(&mut rest, sizes.queries_packed());
+        let dout_packed = cut(&mut rest, sizes.queries_packed());
+        let dq = cut(&mut rest, sizes.outputs());
         let probs = cut(&mut rest, sizes.scores());
         let dscores = cut(&mut rest, sizes.scores());
         let dk = cut(&mut rest, sizes.key_sums());
         let dv = cut(&mut rest, sizes.key_sums());
 
-        pack_by_key(head, k, keys_by_key);
-        pack_by_key(head, v, values_by_key);
-        pack_by_channel(shape.keys, dim, |key| head.key(k, key), keys_by_channel);
+        let (small, stride, width) = (sizes.small, sizes.keys_padded, sizes.dim_padded);
+        small.pack(head.keys(k).t(), dim, shape.keys, keys_by_key);
+        small.pack(head.keys(v).t(), dim, shape.keys, values_by_key);
+        small.pack(head.keys(k), shape.keys, dim, keys_by_channel);
         dk.fill(0.0);
         dv.fill(0.0);
-        let key_tiles = shape.keys.next_multiple_of(TILE_ROWS);
         for first in (0..shape.queries).step_by(sizes.block) {
             let count = sizes.block.min(shape.queries - first);
-            let tiled = count.next_multiple_of(TILE_ROWS);
-            let query = |i: usize| head.query(q, first + i);
-            let dout_row = |i: usize| head.query(dout, first + i);
-            copy_rows(count, dim, scale, query, q_rows);
-            copy_rows(count, dim, 1.0, dout_row, dout_rows);
-            pack_by_channel(count, dim, |i| &q_rows[i * dim..][..dim], q_panels);
-            pack_by_channel(count, dim, dout_row, dout_panels);
-            let score_size = [tiled, sizes.keys_padded, dim];
-            let stride = sizes.keys_padded;
-            product::<FMA>(score_size, q_rows, [dim, 1], keys_by_key, probs, stride, Write::Set);
-            product::<FMA>(
-                score_size,
-                dout_rows,
-                [dim, 1],
-                values_by_key,
-                dscores,
-                stride,
-                Write::Set,
-            );
+            scaled_rows(count, dim, scale, |i| head.query(q, first + i), q_rows);
+            let (q_rows, dout_rows) = (MatRef::row_major(q_rows, dim), head.queries(dout, first));
+            small.pack(q_rows, count, dim, q_packed);
+            small.pack(dout_rows, count, dim, dout_packed);
+            small.multiply([count, stride, dim], q_rows, keys_by_key, probs, stride, Write::Set);
+            small.multiply([count, stride, dim], dout_rows, values_by_key, dscores, stride, Write::Set);
             for i in 0..count {
                 // What comes of the padding is not used.
                 let probs = &mut probs[i * stride..][..stride];
                 let dscores = &mut dscores[i * stride..][..stride];
-                let mean = sum_of2(dout_row(i), head.query(out, first + i), |d, o| d * o);
+                let (dout, out) = (head.query(dout, first + i), head.query(out, first + i));
+                let mean = sum_of2(dout, out, |d, o| d * o);
                 let lse = lse[first + i];
                 for (p, d) in probs.iter_mut().zip(dscores) {
                     *p = vmath::exp::<FMA>(*p - lse);
                     *d = *p * (*d - mean);
                 }
             }
-            let sum_size = [key_tiles, sizes.dim_padded, count];
-            let width = sizes.dim_padded;
-            product::<FMA>(sum_size, probs, [1, stride], dout_panels, dv, width, Write::Add);
-            // `q_panels` holds the scaled queries: the factor of the scores is in.
-            product::<FMA>(sum_size, dscores, [1, stride], q_panels, dk, width, Write::Add);
-            product::<FMA>(
-                [tiled, width, shape.keys],
-                dscores,
-                [stride, 1],
-                keys_by_channel,
-                dq,
-                width,
-                Write::Set,
-            );
+            let (probs, dscores) = (MatRef::row_major(probs, stride), MatRef::row_major(dscores, stride));
+            small.multiply([shape.keys, width, count], probs.t(), dout_packed, dv, width, Write::Add);
+            // The packed queries are scaled: the factor of the scores is in.
+            small.multiply([shape.keys, width, count], dscores.t(), q_packed, dk, width, Write::Add);
+            small.multiply([count, width, shape.keys], dscores, keys_by_channel, dq, width, Write::Set);
             for i in 0..count {
                 let row = head.image * shape.queries + first + i;
                 // SAFETY: a head of an image belongs to one task.
@@ -533,7 +505,7 @@ vectorised! {
             for (grad, sums) in [(grad[1], &*dk), (grad[2], &*dv)] {
                 // SAFETY: as above.
                 let to = unsafe { grad.row(row, head.head, dim) };
-                put(write, to, &sums[key * sizes.dim_padded..], 1.0);
+                put(write, to, &sums[key * width..], 1.0);
             }
         }
     }
@@ -561,20 +533,20 @@ fn put(write: Write, to: &mut [f32], from: &[f32], factor: f32) {
 }
 
 /// Replaces each score by `e^(score - largest)`; returns the largest score and the sum. Scores come
-/// in whole tiles.
+/// in whole vectors.
 #[inline(always)]
 fn exponentials<const FMA: bool>(scores: &mut [f32]) -> (f32, f32) {
-    let (scores, _) = scores.as_chunks_mut::<TILE_COLS>();
-    let mut lanes = [f32::NEG_INFINITY; TILE_COLS];
+    let (scores, _) = scores.as_chunks_mut::<COLUMNS>();
+    let mut lanes = [f32::NEG_INFINITY; COLUMNS];
     for s in scores.iter() {
-        for l in 0..TILE_COLS {
+        for l in 0..COLUMNS {
             lanes[l] = if s[l] > lanes[l] { s[l] } else { lanes[l] };
         }
     }
     let largest = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0; TILE_COLS];
+    let mut sums = [0.0; COLUMNS];
     for s in scores.iter_mut() {
-        for l in 0..TILE_COLS {
+        for l in 0..COLUMNS {
             s[l] = vmath::exp::<FMA>(s[l] - largest);
             sums[l] += s[l];
         }
@@ -582,143 +554,12 @@ fn exponentials<const FMA: bool>(scores: &mut [f32]) -> (f32, f32) {
     (largest, sums.iter().sum())
 }
 
-/// Keys or values of a head, transposed to `[channels, keys]`, in panels of [`TILE_COLS`] keys.
+/// Copies `count` rows times `factor`.
 #[inline(always)]
-fn pack_by_key(head: Head, from: Heads<'_>, to: &mut [f32]) {
-    let (keys, dim) = (head.shape.keys, head.shape.head_dim);
-    for (panel, to) in to.chunks_exact_mut(dim * TILE_COLS).enumerate() {
-        let first = panel * TILE_COLS;
-        let live = TILE_COLS.min(keys - first);
-        if live < TILE_COLS {
-            to.fill(0.0);
-        }
-        let rows = head.key_on(from, first);
-        columns(isa(), rows, from.row_stride, TILE_COLS, dim, live, to);
-    }
-}
-
-/// Rows of `dim` channels in panels of [`TILE_COLS`] channels.
-#[inline(always)]
-fn pack_by_channel<'a>(rows: usize, dim: usize, from: impl Fn(usize) -> &'a [f32], to: &mut [f32]) {
-    for row in 0..rows {
-        let (whole, rest) = from(row)[..dim].as_chunks::<TILE_COLS>();
-        let at = |panel: usize| (panel * rows + row) * TILE_COLS;
-        for (panel, from) in whole.iter().enumerate() {
-            to[at(panel)..][..TILE_COLS].copy_from_slice(from);
-        }
-        if !rest.is_empty() {
-            let to = &mut to[at(whole.len())..][..TILE_COLS];
-            to[..rest.len()].copy_from_slice(rest);
-            to[rest.len()..].fill(0.0);
-        }
-    }
-}
-
-/// Copies `count` rows times `factor`, and zeros for the rest of the last tile.
-#[inline(always)]
-fn copy_rows<'a>(count: usize, dim: usize, factor: f32, from: impl Fn(usize) -> &'a [f32], to: &mut [f32]) {
+fn scaled_rows<'a>(count: usize, dim: usize, factor: f32, from: impl Fn(usize) -> &'a [f32], to: &mut [f32]) {
     for row in 0..count {
         for (to, from) in to[row * dim..][..dim].iter_mut().zip(from(row)) {
             *to = from * factor;
-        }
-    }
-    to[count * dim..count.next_multiple_of(TILE_ROWS) * dim].fill(0.0);
-}
-
-/// `c = a b` or `c += a b` for sizes `[m, n, k]`: `m` whole tile rows, `n` whole tile columns.
-/// Element `(i, p)` of `a` is `a[i * strides[0] + p * strides[1]]`; `b` is in panels
-/// `[n / TILE_COLS][k][TILE_COLS]`, and panels may be longer than `k` rows only if there is one.
-#[inline(always)]
-fn product<const FMA: bool>(
-    [m, n, k]: [usize; 3],
-    a: &[f32],
-    strides: [usize; 2],
-    b: &[f32],
-    c: &mut [f32],
-    ldc: usize,
-    write: Write,
-) {
-    assert!(m.is_multiple_of(TILE_ROWS) && n.is_multiple_of(TILE_COLS) && m > 0 && k > 0);
-    assert!((m - 1) * strides[0] + (k - 1) * strides[1] < a.len());
-    for (panel, b) in b.chunks_exact(k * TILE_COLS).take(n / TILE_COLS).enumerate() {
-        let (b, _) = b.as_chunks::<TILE_COLS>();
-        for i in (0..m).step_by(TILE_ROWS) {
-            let c = &mut c[i * ldc + panel * TILE_COLS..];
-            tile::<FMA>(&a[i * strides[0]..], strides, b, c, ldc, write);
-        }
-    }
-}
-
-/// One register tile of [`product`]: `c` or `c +=` rows of `a` times the panel `b`.
-#[inline(always)]
-fn tile<const FMA: bool>(
-    a: &[f32],
-    strides: [usize; 2],
-    b: &[[f32; TILE_COLS]],
-    c: &mut [f32],
-    ldc: usize,
-    write: Write,
-) {
-    assert!((TILE_ROWS - 1) * strides[0] + (b.len() - 1) * strides[1] < a.len());
-    assert!((TILE_ROWS - 1) * ldc + TILE_COLS <= c.len());
-    #[cfg(target_arch = "x86_64")]
-    if FMA {
-        // SAFETY: on x86-64 only copies for AVX2 and wider have fused multiply-add, and the
-        // largest indices were checked above.
-        unsafe { tile_avx2(a.as_ptr(), strides, b, c.as_mut_ptr(), ldc, write) };
-        return;
-    }
-    let mut acc = [[0.0f32; TILE_COLS]; TILE_ROWS];
-    for (p, b) in b.iter().enumerate() {
-        for r in 0..TILE_ROWS {
-            let a = a[r * strides[0] + p * strides[1]];
-            for l in 0..TILE_COLS {
-                acc[r][l] = vmath::fma::<FMA>(a, b[l], acc[r][l]);
-            }
-        }
-    }
-    for (r, acc) in acc.iter().enumerate() {
-        let c = &mut c[r * ldc..][..TILE_COLS];
-        crate::elementwise::store(write, c, acc.iter().copied());
-    }
-}
-
-/// [`tile`] in twelve registers.
-///
-/// # Safety
-/// `a` covers [`TILE_ROWS`] rows of `b.len()` elements at these strides, and `c` as many rows of
-/// [`TILE_COLS`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-unsafe fn tile_avx2(a: *const f32, strides: [usize; 2], b: &[[f32; TILE_COLS]], c: *mut f32, ldc: usize, write: Write) {
-    use std::arch::x86_64::*;
-    let [row, step] = strides;
-    let mut acc = [[_mm256_setzero_ps(); 2]; TILE_ROWS];
-    let mut a = a;
-    for b in b {
-        // SAFETY: a panel's row is two registers, and the caller vouches for `a`.
-        unsafe {
-            let b = [_mm256_loadu_ps(b.as_ptr()), _mm256_loadu_ps(b.as_ptr().add(8))];
-            for r in 0..TILE_ROWS {
-                let a = _mm256_set1_ps(*a.add(r * row));
-                acc[r][0] = _mm256_fmadd_ps(a, b[0], acc[r][0]);
-                acc[r][1] = _mm256_fmadd_ps(a, b[1], acc[r][1]);
-            }
-        }
-        a = a.wrapping_add(step);
-    }
-    for (r, acc) in acc.into_iter().enumerate() {
-        for (half, sum) in acc.into_iter().enumerate() {
-            // SAFETY: the caller vouches for `c`.
-            unsafe {
-                let c = c.add(r * ldc + half * 8);
-                let sum = match write {
-                    Write::Set => sum,
-                    Write::Add => _mm256_add_ps(_mm256_loadu_ps(c), sum),
-                };
-                _mm256_storeu_ps(c, sum);
-            }
         }
     }
 }

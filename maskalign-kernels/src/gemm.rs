@@ -8,7 +8,8 @@
 
 mod finish;
 mod kernel;
-pub(crate) mod pack;
+mod pack;
+pub(crate) mod small;
 #[cfg(test)]
 mod tests;
 
@@ -497,7 +498,7 @@ impl Product<'_> {
         let (i0, rows) = self.rows.get(row_block);
         let (j0, cols) = self.cols.get(col_block);
         let panels = self.depth.count();
-        let in_registers = self.kernel.direct && self.finish.in_registers();
+        let in_registers = self.finish.in_registers();
         // Between panels of the depth the sums of the whole block are kept, after the last those of
         // one panel of columns until they go through the epilogue.
         let tile_len = mr * nr;

@@ -46,12 +46,7 @@ impl Finish<'_> {
             None if self.accumulate => (c.cast_const(), self.ldc),
             None => (std::ptr::null(), 0),
         };
-        Direct {
-            c,
-            ldc: self.ldc,
-            add,
-            add_stride,
-        }
+        Direct { c, ldc: self.ldc, add, add_stride }
     }
 
     /// What the epilogue from `(i0, j0)` will read and write.

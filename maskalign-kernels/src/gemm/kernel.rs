@@ -13,7 +13,17 @@ pub(super) enum ALayout {
     Rows { stride: usize },
     /// Element `(i, p)` at `p * mr + i`, `mr` the kernel's.
     Strips,
+    /// Element `(i, p)` at `p * stride + i`.
+    Columns { stride: usize },
 }
+
+/// The same at compile time.
+#[cfg(target_arch = "x86_64")]
+const ROWS: u8 = 0;
+#[cfg(target_arch = "x86_64")]
+const STRIPS: u8 = 1;
+#[cfg(target_arch = "x86_64")]
+const COLUMNS: u8 = 2;
 
 /// A panel of `B` and the strips of `A` that it is multiplied with, one register tile to a strip.
 #[derive(Clone, Copy)]
@@ -33,9 +43,10 @@ pub(super) struct Panel {
     pub b_next: *const f32,
     /// Rows in use, at least 1.
     pub rows: usize,
-    /// Columns in use, `1..=nr`; more may be computed.
+    /// Columns in use, `1..=nr`; more may be computed, up to whole vectors and at most `nr`.
     pub cols: usize,
-    /// `rows` by `nr` elements, row-major: the sums so far, and where they are left.
+    /// `rows` by `nr` elements, row-major: the sums so far, and where they are left. Not touched
+    /// where the sums start at zero and end in `C`.
     pub acc: *mut f32,
     /// Whether the sums start at zero instead of at `acc`.
     pub first: bool,
@@ -53,16 +64,16 @@ pub(super) enum Output {
     /// They stay in `acc` for now; rows of `nr` elements `ldc` apart at `c`, and the like at `add`
     /// unless it is null, are wanted next.
     Soon { c: *const f32, ldc: usize, add: *const f32, add_stride: usize },
-    /// Only kernels that say so support it.
+    /// They go to `C` at once.
     Direct(Direct),
 }
 
-/// An epilogue simple enough to be applied in registers: `C = sum + add` with `nr` columns.
+/// An epilogue simple enough to be applied in registers: `C = sum + add` for as many columns as are computed.
 #[derive(Clone, Copy)]
 pub(super) struct Direct {
     pub c: *mut f32,
     pub ldc: usize,
-    /// Rows of `nr` elements or null.
+    /// Rows as long, or null.
     pub add: *const f32,
     pub add_stride: usize,
 }
@@ -76,8 +87,6 @@ pub(super) struct Kernel {
     pub nr: usize,
     /// Greatest depth of a panel, such that `kc * nr` elements of `B` stay in the first cache.
     pub kc: usize,
-    /// Whether `panel` supports [`Output::Direct`].
-    pub direct: bool,
     /// Computes a panel.
     ///
     /// # Safety
@@ -94,11 +103,11 @@ pub(super) const MAX_NR: usize = 32;
 pub(super) fn kernel(isa: Isa) -> &'static Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => &Kernel { isa: Isa::Avx512, mr: 12, nr: 32, kc: 192, direct: true, panel: avx512 },
+        Isa::Avx512 => &Kernel { isa: Isa::Avx512, mr: 12, nr: 32, kc: 192, panel: avx512 },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => &Kernel { isa: Isa::Avx2, mr: 6, nr: 16, kc: 256, direct: true, panel: avx2 },
-        Isa::Neon => &Kernel { isa: Isa::Neon, mr: 6, nr: 16, kc: 256, direct: false, panel: neon },
-        _ => &Kernel { isa: Isa::Scalar, mr: 6, nr: 8, kc: 256, direct: false, panel: scalar },
+        Isa::Avx2 => &Kernel { isa: Isa::Avx2, mr: 6, nr: 16, kc: 256, panel: avx2 },
+        Isa::Neon => &Kernel { isa: Isa::Neon, mr: 6, nr: 16, kc: 256, panel: neon },
+        _ => &Kernel { isa: Isa::Scalar, mr: 6, nr: 8, kc: 256, panel: scalar },
     }
 }
 
@@ -126,6 +135,7 @@ fn for_each_strip(p: &Panel, mr: usize, nr: usize, mut tile: impl FnMut(Strip, u
             let (lines, len, stride) = match p.layout {
                 ALayout::Rows { stride } => (mr, p.kc, stride),
                 ALayout::Strips => (1, mr * p.kc, 0),
+                ALayout::Columns { stride } => (p.kc, mr, stride),
             };
             for i in 0..lines {
                 for p in (0..len).step_by(16) {
@@ -201,35 +211,35 @@ macro_rules! x86_panel {
             let wide = p.cols > $lanes;
             // SAFETY: the caller vouches for the operands of `p`, and a strip lies inside them.
             for_each_strip(p, $mr, 2 * $lanes, |strip, rows| unsafe {
+                macro_rules! run {
+                    ($vectors:tt, $layout:tt) => {
+                        by_rows!(p, strip, rows, $tile, [$($rows)*], $vectors, $layout)
+                    };
+                }
                 match (p.layout, wide) {
-                    (ALayout::Rows { .. }, true) => {
-                        by_rows!(p, strip, rows, $tile, [$($rows)*], 2, false)
-                    }
-                    (ALayout::Rows { .. }, false) => {
-                        by_rows!(p, strip, rows, $tile, [$($rows)*], 1, false)
-                    }
-                    (ALayout::Strips, true) => {
-                        by_rows!(p, strip, rows, $tile, [$($rows)*], 2, true)
-                    }
-                    (ALayout::Strips, false) => {
-                        by_rows!(p, strip, rows, $tile, [$($rows)*], 1, true)
-                    }
+                    (ALayout::Rows { .. }, true) => run!(2, ROWS),
+                    (ALayout::Rows { .. }, false) => run!(1, ROWS),
+                    (ALayout::Strips, true) => run!(2, STRIPS),
+                    (ALayout::Strips, false) => run!(1, STRIPS),
+                    (ALayout::Columns { .. }, true) => run!(2, COLUMNS),
+                    (ALayout::Columns { .. }, false) => run!(1, COLUMNS),
                 }
             });
         }
 
         /// `M` rows by `V` vectors.
         #[target_feature(enable = $features)]
-        unsafe fn $tile<const M: usize, const V: usize, const STRIPS: bool>(p: &Panel, s: Strip) {
+        unsafe fn $tile<const M: usize, const V: usize, const LAYOUT: u8>(p: &Panel, s: Strip) {
             const NR: usize = 2 * $lanes;
             let (stride, step) = match p.layout {
-                ALayout::Rows { stride } if !STRIPS => (stride, 1),
+                ALayout::Rows { stride } if LAYOUT == ROWS => (stride, 1),
+                ALayout::Columns { stride } if LAYOUT == COLUMNS => (1, stride),
                 _ => (1, $mr),
             };
-            // SAFETY: `acc` and the direct outputs hold M rows of NR columns from the strip's, `a` M
+            // SAFETY: `acc` or the direct outputs hold M rows of NR columns from the strip's, `a` M
             // rows and `b` NR columns of depth kc.
             unsafe {
-                let acc = p.acc.add(s.row * NR);
+                let acc = p.acc.wrapping_add(s.row * NR);
                 let mut c = [[$zero(); V]; M];
                 if !p.first {
                     for i in 0..M {
@@ -240,7 +250,7 @@ macro_rules! x86_panel {
                 }
                 let (mut a, mut b, mut ahead) = (s.a, p.b, s.ahead);
                 // Rows of a tall tile, from `NEAR_ROWS` on.
-                let tall = M > NEAR_ROWS && !STRIPS;
+                let tall = M > NEAR_ROWS && LAYOUT == ROWS;
                 let mut a_far = a.wrapping_add(NEAR_ROWS * stride);
                 macro_rules! step {
                     ($p:expr) => {
@@ -347,12 +357,13 @@ unsafe fn portable_tile<const M: usize, const NR: usize, const FMA: bool>(p: &Pa
     let (stride, step) = match p.layout {
         ALayout::Rows { stride } => (stride, 1),
         ALayout::Strips => (1, 6),
+        ALayout::Columns { stride } => (1, stride),
     };
     let mut c = [[0.0_f32; NR]; M];
-    // SAFETY: `acc` holds M rows of NR columns from the strip's, `a` M rows and `b` NR columns of
-    // depth kc.
+    // SAFETY: `acc` or the direct outputs hold M rows of NR columns from the strip's, `a` M rows and
+    // `b` NR columns of depth kc.
     unsafe {
-        let acc = p.acc.add(s.row * NR).cast::<[[f32; NR]; M]>();
+        let acc = p.acc.wrapping_add(s.row * NR).cast::<[[f32; NR]; M]>();
         if !p.first {
             c = acc.read_unaligned();
         }
@@ -373,7 +384,20 @@ unsafe fn portable_tile<const M: usize, const NR: usize, const FMA: bool>(p: &Pa
                 }
             }
         }
-        acc.write_unaligned(c);
+        let Output::Direct(d) = &p.output else {
+            acc.write_unaligned(c);
+            return;
+        };
+        for i in 0..M {
+            let mut row = c[i];
+            if !d.add.is_null() {
+                let add = d.add.add((s.row + i) * d.add_stride).cast::<[f32; NR]>().read_unaligned();
+                for j in 0..NR {
+                    row[j] += add[j];
+                }
+            }
+            d.c.add((s.row + i) * d.ldc).cast::<[f32; NR]>().write_unaligned(row);
+        }
     }
 }
 

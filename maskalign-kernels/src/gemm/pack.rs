@@ -119,7 +119,7 @@ fn rows_avx2<const W: usize, const R: usize>(src: &[f32], stride: usize, dst: &m
 }
 
 /// Transposes: `dst[p * width + j] = src[j * stride + p]`.
-pub(crate) fn columns(isa: Isa, src: &[f32], stride: usize, width: usize, kc: usize, live: usize, dst: &mut [f32]) {
+fn columns(isa: Isa, src: &[f32], stride: usize, width: usize, kc: usize, live: usize, dst: &mut [f32]) {
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if matches!(isa, Isa::Avx2 | Isa::Avx512) {
