@@ -137,6 +137,7 @@ pub fn run<D: Dev>(
         dir.reopen_stage(name)?;
         plans[place + 1..].iter().try_for_each(|(later, _)| dir.discard_stage(later))?;
         options.progress.stage(name, plan);
+        plan.warnings.iter().for_each(|warning| tracing::warn!("stage `{name}`: {warning}"));
         warn_of_memory(name, plan);
         let stage = StageContext {
             name,

@@ -138,6 +138,9 @@ fn table(recipe: &str, sound: &Sound) -> String {
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
     let mut text = format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2));
+    for (name, plan) in sound.plans.iter() {
+        text.extend(plan.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
+    }
     for (name, report) in &sound.unplanned {
         for unset in &report.0 {
             let place = unset.place().map(ToString::to_string).unwrap_or_default();

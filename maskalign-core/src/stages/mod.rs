@@ -73,6 +73,8 @@ pub struct StagePlan {
     pub steps: Option<u64>,
     /// Estimated peak memory in bytes.
     pub memory: u64,
+    /// What is no mistake, but may not be meant: a sentence each.
+    pub warnings: Vec<String>,
     /// The data that is read: what for, how many images, and the fingerprint of the list.
     #[serde(skip)]
     pub data: Vec<(String, usize, String)>,

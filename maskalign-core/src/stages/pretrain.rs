@@ -224,7 +224,12 @@ impl StagePlugin for Pretrain {
             let of = |o: &&ObjectiveShape| o.target.teacher.as_deref() == Some(teacher);
             shape.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
-        let frozen: Vec<(TowerShape, usize)> = shape.teachers.iter().map(|(name, t)| (*t, levels(name))).collect();
+        let masker = self.masker.as_ref().map(|slot| Build::build::<Cpu>(slot)).transpose().map_err(|r| vec![r])?;
+        let asked = model::wants(&shape, masker.as_deref());
+        let idle = shape.teachers.keys().filter(|name| !asked.contains_key(*name));
+        plan.warnings
+            .extend(idle.map(|name| format!("no target and no masker asks teacher `{name}`: it is not loaded")));
+        let frozen: Vec<(TowerShape, usize)> = asked.keys().map(|name| (shape.teachers[name], levels(name))).collect();
         let (student, counts) = (shape.student, shape.counts);
         let visible = counts.visible + usize::from(student.cls_token);
         plan.tokens = Some((visible, student.tokens()));

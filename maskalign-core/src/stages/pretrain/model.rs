@@ -298,7 +298,7 @@ impl<D: Dev> PretrainModel<D> {
 }
 
 /// What each teacher is asked for, by name.
-fn wants(shape: &Shape, masker: Option<&dyn Masker>) -> BTreeMap<String, Wants> {
+pub(super) fn wants(shape: &Shape, masker: Option<&dyn Masker>) -> BTreeMap<String, Wants> {
     let mut all: BTreeMap<String, Wants> = BTreeMap::new();
     for objective in &shape.objectives {
         if let Some(teacher) = &objective.target.teacher {
