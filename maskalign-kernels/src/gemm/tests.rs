@@ -1,6 +1,8 @@
 //! The product against double precision.
 
+use super::small::{COLUMNS, Small};
 use super::*;
+use crate::elementwise::Write;
 use crate::vmath;
 
 /// Numbers in `-1..1` from a linear congruential generator.
@@ -231,4 +233,39 @@ fn a_short_operand_is_refused() {
 #[should_panic(expected = "overlap")]
 fn overlapping_rows_of_the_result_are_refused() {
     product_of(&[0.0; 12], 1);
+}
+
+/// The padding of the columns is zero, and nothing behind them is written.
+#[test]
+fn small_products_equal_double_precision_on_every_instruction_set() {
+    let shapes = [(1, 1, 1), (5, 4, 3), (12, 16, 64), (25, 33, 7), (24, 197, 64), (48, 72, 50), (197, 64, 24)];
+    for isa in instruction_sets() {
+        let small = Small::new(isa);
+        for (m, n, k) in shapes {
+            for order_a in [Order::Rows, Order::Columns, Order::PaddedRows] {
+                for order_b in ORDERS {
+                    let what = (isa, m, n, k, order_a, order_b);
+                    let (a, b) = (order_a.make(m, k, 1), order_b.make(k, n, 2));
+                    let (a, b) = (order_a.view(&a, m, k), order_b.view(&b, k, n));
+                    let mut packed = random(small.packed_len(k, n), 3);
+                    small.pack(b, k, n, &mut packed);
+                    let padded = n.next_multiple_of(COLUMNS);
+                    let ldc = padded + 3;
+                    let before = random(m * ldc, 4);
+                    let (mut set, mut added) = (before.clone(), before.clone());
+                    small.multiply([m, padded, k], a, &packed, &mut set, ldc, Write::Set);
+                    small.multiply([m, padded, k], a, &packed, &mut added, ldc, Write::Add);
+                    for (i, row) in oracle(m, n, k, a, b).chunks(n).enumerate() {
+                        for j in 0..ldc {
+                            let at = i * ldc + j;
+                            let (want, scale) = row.get(j).copied().unwrap_or_default();
+                            assert_close(&what, added[at], f64::from(before[at]) + want, scale);
+                            let want = if j < padded { want } else { f64::from(before[at]) };
+                            assert_close(&what, set[at], want, scale);
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
