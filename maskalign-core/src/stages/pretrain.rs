@@ -224,7 +224,7 @@ impl StagePlugin for Pretrain {
             let of = |o: &&ObjectiveShape| o.target.teacher.as_deref() == Some(teacher);
             shape.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
-        let masker = self.masker.as_ref().map(|slot| Build::build::<Cpu>(slot)).transpose().map_err(|r| vec![r])?;
+        let masker = self.masker.as_ref().map(Build::build::<Cpu>).transpose().map_err(|r| vec![r])?;
         let asked = model::wants(&shape, masker.as_deref());
         let idle = shape.teachers.keys().filter(|name| !asked.contains_key(*name));
         plan.warnings
