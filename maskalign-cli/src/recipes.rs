@@ -26,7 +26,7 @@ pub(crate) struct Sets {
     /// Sets one value of the recipe, or removes it with `~PATH`; may be repeated
     ///
     /// The value is YAML: `--set stages.pretrain.masker.ratio=0.75`, `--set 'stages.pretrain.masker={type: random, ratio:
-    /// 0.5}'`, `--set ~stages.pretrain.knn`.
+    /// 0.5}'`, `--set ~stages.knn`.
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub sets: Vec<String>,
 }

@@ -151,11 +151,9 @@ pub fn bench_on<D: Dev>(
 
 /// The recipe's first pre-training stage, with the batch replaced.
 fn pretrain_of(recipe: &Recipe, batch: Option<usize>) -> Result<(&String, Pretrain, Value)> {
-    let (name, slot) = recipe
-        .stages
-        .iter()
-        .find(|(_, slot)| slot.name == "pretrain")
-        .ok_or_else(|| Error::Usage("the recipe has no stage of type `pretrain` to time".into()))?;
+    let (name, slot) = recipe.stages.iter().find(|(_, slot)| slot.name == "pretrain").ok_or_else(|| {
+        Error::Usage("the recipe has no stage of type `pretrain`: `bench` times its step, or its student".into())
+    })?;
     let mut options = slot.options_value();
     let size = batch.map(|b| json!(b)).unwrap_or_else(|| {
         let batch = &options["batch"];

@@ -99,7 +99,7 @@ impl Kind {
     /// One sentence that says what components of this kind do.
     pub const fn description(self) -> &'static str {
         match self {
-            Kind::Stage => "A step of the recipe: trains, evaluates or exports.",
+            Kind::Stage => "A step of the recipe: trains or evaluates.",
             Kind::Dataset => "Where the images come from; yields RGB in [0, 1].",
             Kind::Transform => "A change made to one image before it becomes a tensor.",
             Kind::Teacher => "A tower that sees the whole image and is not trained by gradients.",

@@ -541,6 +541,8 @@ impl Builder<'_> {
         } else if info.contains("mapping values are not allowed") {
             diagnostic =
                 diagnostic.help("keys of one mapping stand in one column, and text that holds `: ` needs quotes");
+        } else if info.contains("did not find expected key") {
+            diagnostic = diagnostic.help("keys of one mapping stand in one column: check this line's indentation");
         } else if matches!(error.kind(), granit_parser::ErrorKind::UnknownAnchor) {
             diagnostic = diagnostic.help("define the anchor with `&name` above its first `*name`");
         } else if let Some(open) = open_bracket(&text[..line_start]) {

@@ -131,9 +131,18 @@ impl Args {
     fn outcome(&self) -> Result<PathBuf, Failure> {
         let checkpoints = self.from.join("checkpoints");
         let outcome = |stage: &str| checkpoints.join(stage).join("final.safetensors");
-        let finished = finished_stages(&checkpoints, outcome);
+        let mut finished = finished_stages(&checkpoints, outcome);
+        if self.stage.is_none() && finished.len() > 1 {
+            // Stages that only evaluate leave no student.
+            let trains =
+                |stage: &String| Checkpoint::load(&outcome(stage)).is_ok_and(|left| !left.header.student.is_empty());
+            finished.retain(trains);
+        }
         let known = match finished.as_slice() {
-            [] => "no stage of this run is finished".to_string(),
+            [] => {
+                return Err(Failure::mistake(format!("no stage of the run in {} left a student", self.from.display()))
+                    .help("export one of its checkpoints instead: checkpoints/STAGE/step-N.safetensors"));
+            }
             stages => format!("finished stages: {}", stages.join(", ")),
         };
         match (&self.stage, finished.as_slice()) {

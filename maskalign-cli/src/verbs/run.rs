@@ -166,8 +166,9 @@ impl Args {
                     dir.path().display(),
                     shown.concat()
                 );
+                let extra = if self.recipe.is_some() { "the recipe" } else { "`--set`" };
                 Err(Failure::mistake(message)
-                    .help("leave the recipe out to go on with the run's own, or start a new run with `--out`"))
+                    .help(format!("leave {extra} out to go on with the run's own, or start a new run with `--out`")))
             }
             _ => Ok(given),
         }

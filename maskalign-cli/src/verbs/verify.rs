@@ -106,13 +106,22 @@ impl Args {
             false => (render::ERROR, "differs"),
         };
         let mut rows = Table::default();
+        // Infinite: missing on one side, of another shape, or not a number.
+        let shown = |error: f64| match error.is_finite() {
+            true => format!("{error:.2e}"),
+            false => "not comparable".to_string(),
+        };
         rows.row(["quantity", "tensors", "largest error", "in"]);
         for quantity in &report.quantities {
-            let error = format!("{:.2e}", quantity.error);
-            rows.row([quantity.name.to_string(), quantity.tensors.to_string(), error, quantity.worst.clone()]);
+            rows.row([
+                quantity.name.to_string(),
+                quantity.tensors.to_string(),
+                shown(quantity.error),
+                quantity.worst.clone(),
+            ]);
         }
-        let (case, error, tolerance) = (path.display(), report.error(), self.tolerance);
-        format!("{case}: {} ({error:.2e}, tolerance {tolerance:.0e})\n{}", paint(style, verdict), rows.render(2))
+        let (case, error, tolerance) = (path.display(), shown(report.error()), self.tolerance);
+        format!("{case}: {} ({error}, tolerance {tolerance:.0e})\n{}", paint(style, verdict), rows.render(2))
     }
 }
 

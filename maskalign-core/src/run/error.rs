@@ -16,7 +16,7 @@ pub enum RunError {
     },
     /// `--resume` or `--force` was given a folder that no run made.
     #[error(
-        "{path} is not a run directory: it has no `{marker}`, so nothing in it is resumed or deleted; choose another folder with `--out`",
+        "{path} is not a run directory: it has no `{marker}`, so nothing in it is resumed or deleted; name another folder",
         path = .path.display()
     )]
     NotARun {

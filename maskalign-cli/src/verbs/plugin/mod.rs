@@ -35,7 +35,8 @@ enum What {
 struct Plugin {
     /// The crate's name: lower-case letters, digits, `-` and `_`; the folder and the component are named after it
     name: String,
-    /// A checkout of MaskAlign to build against [default: the published crates of this version]
+    /// A checkout of MaskAlign to build against [default: the one that this binary was built in, where it is still
+    /// there, and the published crates of this version otherwise]
     #[arg(long, value_name = "CHECKOUT")]
     path: Option<PathBuf>,
 }
@@ -91,7 +92,10 @@ impl Plugin {
 
     /// The two dependencies as TOML.
     fn dependencies(&self) -> Result<String, Failure> {
-        let Some(checkout) = &self.path else {
+        // Beside an installed crate of this binary there is none: cargo keeps each under its version.
+        let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+        let built_in = built_in.filter(|root| root.join("maskalign-core/Cargo.toml").is_file());
+        let Some(checkout) = self.path.as_deref().or(built_in) else {
             let version = env!("CARGO_PKG_VERSION");
             return Ok(format!("maskalign-cli = \"{version}\"\nmaskalign-core = \"{version}\""));
         };
