@@ -47,8 +47,7 @@ fn a_case_that_cannot_be_read_does_not_end_the_others() {
 #[test]
 fn an_export_that_would_load_nowhere_is_refused() {
     let sandbox = sandbox();
-    // Of its two stages one trains.
-    let export = |more: &[&str]| sandbox.run(["export", "run"].iter().chain(more));
+    let export = |more: &[&str]| sandbox.run(["export", "run", "--stage", "pretrain"].iter().chain(more));
     for format in ["openai", "hf_clip"] {
         let says = ["`norm_pre.weight`", "1 not expected: `patch_embed.proj.bias`", "`timm` names every tower"];
         ends(&export(&["--format", format, "--out", "s"]), 2, &says);
@@ -64,10 +63,22 @@ fn an_export_that_would_load_nowhere_is_refused() {
     ends(&export(&["--out", checkpoint, "--force"]), 2, &["a run's own checkpoints"]);
     ends(&sandbox.run(["export", "tiny.yaml", "--out", "s"]), 2, &["tiny.yaml is damaged", "a run directory"]);
     ends(&sandbox.run(["export", "run/checkpoints/knn/final.safetensors", "--out", "s"]), 2, &["holds no student"]);
-    fs::remove_dir_all(sandbox.work().join("run/checkpoints/pretrain")).expect("removed");
-    ends(&export(&["--stage", "pretrain", "--out", "s"]), 2, &["no finished stage `pretrain`", "finished stages: knn"]);
-    fs::remove_dir_all(sandbox.work().join("run/checkpoints/knn")).expect("removed");
-    ends(&export(&["--out", "s"]), 2, &["left a student", "checkpoints/STAGE/step-N.safetensors"]);
+}
+
+/// A stage that only evaluates is none to choose from.
+#[test]
+fn an_export_takes_the_one_stage_that_trains() {
+    let sandbox = sandbox();
+    let export = |more: &[&str]| sandbox.run(["export", "run", "--out", "s"].iter().chain(more));
+    let forget = |stage: &str| fs::remove_dir_all(sandbox.work().join("run/checkpoints").join(stage)).expect("removed");
+    ends(&export(&[]), 2, &["which stage of run?", "finished stages: finetune, pretrain\n"]);
+    forget("pretrain");
+    ends(&export(&["--stage", "pretrain"]), 2, &["no finished stage `pretrain`", "finished stages: finetune, knn"]);
+    ends(&export(&[]), 0, &[]);
+    forget("finetune");
+    ends(&export(&["--force"]), 2, &["holds no student"]);
+    forget("knn");
+    ends(&export(&["--force"]), 2, &["left a student", "checkpoints/STAGE/step-N.safetensors"]);
 }
 
 #[test]
