@@ -9,7 +9,7 @@ use crate::arch::isa;
 use crate::arena::Arena;
 use crate::elementwise::Write;
 use crate::gemm::MatRef;
-use crate::gemm::small::{COLUMNS, Small};
+use crate::gemm::small::{LANES, Small};
 use crate::pool::Pool;
 use crate::share::{Shared, max_of, sum_of, sum_of2, vectorised};
 use crate::vmath;
@@ -75,10 +75,17 @@ impl<'a> Heads<'a> {
         [0, 1, 2].map(|part| Self::new(data, 3 * dim, part * dim))
     }
 
+    /// A head's rows from `row` on, `[.., head_dim]`.
+    #[inline(always)]
+    fn rows(&self, row: usize, head: usize, head_dim: usize) -> MatRef<'a> {
+        let first = row * self.row_stride + self.offset + head * head_dim;
+        MatRef { data: &self.data[first..], rs: self.row_stride, cs: 1 }
+    }
+
     /// `head_dim` channels of a head.
     #[inline(always)]
     fn row(&self, row: usize, head: usize, head_dim: usize) -> &'a [f32] {
-        &self.data[row * self.row_stride + self.offset + head * head_dim..][..head_dim]
+        &self.rows(row, head, head_dim).data[..head_dim]
     }
 
     fn check(&self, rows: usize, dim: usize, what: &str) {
@@ -292,8 +299,8 @@ impl Sizes {
     fn new(shape: &AttentionShape, block: usize) -> Self {
         Self {
             small: Small::new(isa()),
-            keys_padded: shape.keys.next_multiple_of(COLUMNS),
-            dim_padded: shape.head_dim.next_multiple_of(COLUMNS),
+            keys_padded: shape.keys.next_multiple_of(LANES),
+            dim_padded: shape.head_dim.next_multiple_of(LANES),
             block: shape.queries.clamp(1, block),
             keys: shape.keys,
             dim: shape.head_dim,
@@ -368,16 +375,13 @@ impl Head {
     /// Keys or values `[keys, head_dim]`.
     #[inline(always)]
     fn keys<'a>(&self, from: Heads<'a>) -> MatRef<'a> {
-        let first = self.image * self.shape.keys * from.row_stride + from.offset + self.head * self.shape.head_dim;
-        MatRef { data: &from.data[first..], rs: from.row_stride, cs: 1 }
+        from.rows(self.image * self.shape.keys, self.head, self.shape.head_dim)
     }
 
     /// Rows of queries or outputs `[count, head_dim]` from `query` on.
     #[inline(always)]
     fn queries<'a>(&self, from: Heads<'a>, query: usize) -> MatRef<'a> {
-        let row = self.image * self.shape.queries + query;
-        let first = row * from.row_stride + from.offset + self.head * self.shape.head_dim;
-        MatRef { data: &from.data[first..], rs: from.row_stride, cs: 1 }
+        from.rows(self.image * self.shape.queries + query, self.head, self.shape.head_dim)
     }
 }
 
@@ -536,17 +540,17 @@ fn put(write: Write, to: &mut [f32], from: &[f32], factor: f32) {
 /// in whole vectors.
 #[inline(always)]
 fn exponentials<const FMA: bool>(scores: &mut [f32]) -> (f32, f32) {
-    let (scores, _) = scores.as_chunks_mut::<COLUMNS>();
-    let mut lanes = [f32::NEG_INFINITY; COLUMNS];
+    let (scores, _) = scores.as_chunks_mut::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
     for s in scores.iter() {
-        for l in 0..COLUMNS {
+        for l in 0..LANES {
             lanes[l] = if s[l] > lanes[l] { s[l] } else { lanes[l] };
         }
     }
     let largest = lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sums = [0.0; COLUMNS];
+    let mut sums = [0.0; LANES];
     for s in scores.iter_mut() {
-        for l in 0..COLUMNS {
+        for l in 0..LANES {
             s[l] = vmath::exp::<FMA>(s[l] - largest);
             sums[l] += s[l];
         }

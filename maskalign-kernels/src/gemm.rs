@@ -297,8 +297,6 @@ struct Product<'a> {
     b: &'a [f32],
     /// Columns of `b` with its last panel filled up.
     padded: usize,
-    /// Added to each row, `[n]`.
-    bias: Option<&'a [f32]>,
     finish: Finish<'a>,
 }
 
@@ -347,6 +345,7 @@ fn gemm_on(
         && ep.row_scale.is_none()
         && ep.residual.is_none();
     let mut finish = Finish {
+        bias: ep.bias,
         pre: ep.pre.map(|pre| Out(pre.as_mut_ptr())),
         act: ep.act,
         col_scale: ep.col_scale,
@@ -358,18 +357,18 @@ fn gemm_on(
         ldc,
     };
     match b {
-        Rhs::Packed(b) => product(isa, pool, m, n, k, a, None, Some(b), ep.bias, finish),
+        Rhs::Packed(b) => product(isa, pool, m, n, k, a, None, Some(b), finish),
         Rhs::Strided(b) if k > MAX_DEPTH && only_adds => {
             let parts = Blocks::new(k, MAX_DEPTH, 8);
             for part in 0..parts.count() {
                 let (p0, depth) = parts.get(part);
                 let a = MatRef { data: &a.data[p0 * a.cs..], ..a };
                 let b = MatRef { data: &b.data[p0 * b.rs..], ..b };
-                product(isa, pool, m, n, depth, a, Some(b), None, None, finish);
+                product(isa, pool, m, n, depth, a, Some(b), None, finish);
                 finish.accumulate = true;
             }
         }
-        Rhs::Strided(b) => product(isa, pool, m, n, k, a, Some(b), None, ep.bias, finish),
+        Rhs::Strided(b) => product(isa, pool, m, n, k, a, Some(b), None, finish),
     }
 }
 
@@ -383,7 +382,6 @@ fn product(
     a: MatRef,
     strided_b: Option<MatRef>,
     packed_b: Option<&PackedB>,
-    bias: Option<&[f32]>,
     finish: Finish,
 ) {
     let kernel = kernel(isa);
@@ -423,7 +421,6 @@ fn product(
         },
         b: packed_b.map_or(b_buffer.as_slice(), |b| b.data.as_slice()),
         padded: b_jobs.padded,
-        bias,
         finish,
     };
     let col_blocks = product.cols.count();
@@ -539,7 +536,7 @@ impl Product<'_> {
                 };
                 // A tile takes whole vectors, so the last columns' bias is filled up.
                 let mut some = [0.0; MAX_NR];
-                let bias = match self.bias.filter(|_| last) {
+                let bias = match self.finish.bias.filter(|_| last) {
                     None => std::ptr::null(),
                     Some(bias) if width == nr => bias[j0 + j..][..nr].as_ptr(),
                     Some(bias) => {

@@ -1,4 +1,4 @@
-//! The epilogue: what happens to sums on their way to `C`, after the tiles have added the bias.
+//! The epilogue: what happens to sums on their way to `C`. The tiles have added the bias by then.
 
 use super::Act;
 use super::kernel::{Direct, Output};
@@ -14,9 +14,11 @@ unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
 
-/// [`Epilogue`](super::Epilogue) with shared outputs and without the bias.
+/// [`Epilogue`](super::Epilogue) with shared outputs.
 #[derive(Clone, Copy)]
 pub(super) struct Finish<'a> {
+    /// Added by the tiles.
+    pub bias: Option<&'a [f32]>,
     pub pre: Option<Out>,
     pub act: Act,
     pub col_scale: Option<&'a [f32]>,

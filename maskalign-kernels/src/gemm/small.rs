@@ -6,8 +6,8 @@ use super::pack::{Part, panels};
 use crate::arch::Isa;
 use crate::elementwise::Write;
 
-/// Columns of a result come in multiples of this: whole vectors of every instruction set.
-pub(crate) const COLUMNS: usize = 16;
+/// The columns of a result are a multiple of this: whole vectors on every instruction set.
+pub(crate) const LANES: usize = 16;
 
 /// The register tiles of an instruction set, without the blocks, packing and threads of
 /// [`gemm`](super::gemm).
@@ -24,7 +24,7 @@ impl Small {
 
     /// Elements of a packed right-hand operand `[k, n]`.
     pub(crate) fn packed_len(&self, k: usize, n: usize) -> usize {
-        k * n.next_multiple_of(COLUMNS).next_multiple_of(self.kernel.nr)
+        k * n.next_multiple_of(LANES).next_multiple_of(self.kernel.nr)
     }
 
     /// Packs `b` `[k, n]` into the first [`packed_len`](Self::packed_len) elements of `to`; its columns are
@@ -42,11 +42,11 @@ impl Small {
     }
 
     /// `c = a b` or `c += a b` for sizes `[m, n, k]` on this thread. Rows or columns of `a` are adjacent
-    /// elements; `b` was packed with `k` rows and at least `n - COLUMNS + 1` columns; rows of `c` are `ldc`
+    /// elements; `b` was packed with `k` rows and at least `n - LANES + 1` columns; rows of `c` are `ldc`
     /// apart. Each element is one chain of multiply-adds in ascending depth.
     ///
     /// # Panics
-    /// If an operand is too short, `n` is no multiple of [`COLUMNS`], or a size is 0.
+    /// If an operand is too short, `n` is no multiple of [`LANES`], or a size is 0.
     pub(crate) fn multiply(
         &self,
         [m, n, k]: [usize; 3],
@@ -57,7 +57,7 @@ impl Small {
         write: Write,
     ) {
         let Kernel { mr, nr, panel, .. } = *self.kernel;
-        assert!(m > 0 && k > 0 && n > 0 && n.is_multiple_of(COLUMNS), "a product of [{m}, {n}, {k}]");
+        assert!(m > 0 && k > 0 && n > 0 && n.is_multiple_of(LANES), "a product of [{m}, {n}, {k}]");
         a.check("a", m, k);
         assert!(b.len() >= self.packed_len(k, n) && ldc >= n, "b or a row of c is too short");
         MatRef::row_major(c, ldc).check("c", m, n);

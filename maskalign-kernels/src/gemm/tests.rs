@@ -1,6 +1,6 @@
 //! The product against double precision.
 
-use super::small::{COLUMNS, Small};
+use super::small::{LANES, Small};
 use super::*;
 use crate::elementwise::Write;
 use crate::vmath;
@@ -249,7 +249,7 @@ fn small_products_equal_double_precision_on_every_instruction_set() {
                     let (a, b) = (order_a.view(&a, m, k), order_b.view(&b, k, n));
                     let mut packed = random(small.packed_len(k, n), 3);
                     small.pack(b, k, n, &mut packed);
-                    let padded = n.next_multiple_of(COLUMNS);
+                    let padded = n.next_multiple_of(LANES);
                     let ldc = padded + 3;
                     let before = random(m * ldc, 4);
                     let (mut set, mut added) = (before.clone(), before.clone());
