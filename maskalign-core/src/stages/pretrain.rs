@@ -23,6 +23,7 @@ use crate::{
     component,
     components::{
         maskers::{Counts, Masker},
+        teachers::Wants,
         towers::{PlanContext, StudentRecord, Tap, TowerShape},
     },
     context::Context,
@@ -75,6 +76,8 @@ struct Shape {
     student: TowerShape,
     teachers: BTreeMap<String, TowerShape>,
     counts: Counts,
+    /// The teacher whose attention the masker asks for.
+    mask_teacher: Option<String>,
     objectives: Vec<ObjectiveShape>,
 }
 
@@ -87,6 +90,23 @@ impl Shape {
             LevelRef::Embed => None,
         };
         levels.filter_map(block).collect()
+    }
+
+    /// What each teacher is asked for, by name.
+    fn wants(&self) -> BTreeMap<String, Wants> {
+        let mut all: BTreeMap<String, Wants> = BTreeMap::new();
+        for objective in &self.objectives {
+            if let Some(teacher) = &objective.target.teacher {
+                let wants = all.entry(teacher.clone()).or_default();
+                wants.levels.extend(&objective.target.levels);
+                wants.whole |= objective.target.whole;
+                wants.tokens = wants.tokens.union(objective.tokens);
+            }
+        }
+        if let Some(teacher) = &self.mask_teacher {
+            all.entry(teacher.clone()).or_default().attention = true;
+        }
+        all
     }
 
     /// How much of the student the loss depends on.
@@ -114,16 +134,17 @@ impl Pretrain {
             }
         }
         let Some(student) = student else { return Err(refusals) };
-        let counts = match &self.masker {
-            None => Some(Counts { visible: student.grid.patches(), masked: 0 }),
+        let masked = match &self.masker {
+            None => Some((Counts { visible: student.grid.patches(), masked: 0 }, None)),
             Some(slot) => {
                 let planned = Build::build::<Cpu>(slot).and_then(|masker| {
                     self.check_masker(&*masker, student, &teachers)?;
-                    masker.plan(student.grid)
+                    Ok((masker.plan(student.grid)?, masker.teacher().map(str::to_owned)))
                 });
                 keep(&mut refusals, planned.map_err(|r| r.under("masker")))
             }
         };
+        let counts = masked.as_ref().map(|(counts, _)| *counts);
         let mut objectives = Vec::new();
         for (name, objective) in &self.objectives {
             // A teacher that was refused would be reported as unknown as well.
@@ -136,8 +157,10 @@ impl Pretrain {
                 Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
             }
         }
-        match counts {
-            Some(counts) if refusals.is_empty() => Ok(Shape { student, teachers, counts, objectives }),
+        match masked {
+            Some((counts, mask_teacher)) if refusals.is_empty() => {
+                Ok(Shape { student, teachers, counts, mask_teacher, objectives })
+            }
             _ => Err(refusals),
         }
     }
@@ -224,8 +247,7 @@ impl StagePlugin for Pretrain {
             let of = |o: &&ObjectiveShape| o.target.teacher.as_deref() == Some(teacher);
             shape.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
-        let masker = self.masker.as_ref().map(Build::build::<Cpu>).transpose().map_err(|r| vec![r])?;
-        let asked = model::wants(&shape, masker.as_deref());
+        let asked = shape.wants();
         let idle = shape.teachers.keys().filter(|name| !asked.contains_key(*name));
         plan.warnings
             .extend(idle.map(|name| format!("no target and no masker asks teacher `{name}`: it is not loaded")));

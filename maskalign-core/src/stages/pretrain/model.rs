@@ -85,7 +85,7 @@ impl<D: Dev> PretrainModel<D> {
         let masker = stage.masker.as_ref().map(|slot| Build::build::<D>(slot)).transpose()?;
         let mut teachers = BTreeMap::new();
         // A teacher that nobody asks is not even loaded.
-        for (name, wants) in wants(&shape, masker.as_deref()).into_iter().filter(|_| init.draws()) {
+        for (name, wants) in shape.wants().into_iter().filter(|_| init.draws()) {
             let in_teachers = |error| under(under(error, &name), "teachers");
             let built = Build::build::<D>(&stage.teachers[&name]).map_err(Error::from);
             let teacher = built.and_then(|teacher| teacher.build(towers, context)).map_err(in_teachers)?;
@@ -295,23 +295,6 @@ impl<D: Dev> PretrainModel<D> {
         }
         Ok(predictions)
     }
-}
-
-/// What each teacher is asked for, by name.
-pub(super) fn wants(shape: &Shape, masker: Option<&dyn Masker>) -> BTreeMap<String, Wants> {
-    let mut all: BTreeMap<String, Wants> = BTreeMap::new();
-    for objective in &shape.objectives {
-        if let Some(teacher) = &objective.target.teacher {
-            let wants = all.entry(teacher.clone()).or_default();
-            wants.levels.extend(&objective.target.levels);
-            wants.whole |= objective.target.whole;
-            wants.tokens = wants.tokens.union(objective.tokens);
-        }
-    }
-    if let Some(teacher) = masker.and_then(|masker| masker.teacher()) {
-        all.entry(teacher.to_string()).or_default().attention = true;
-    }
-    all
 }
 
 /// Refuses weights without the projection that a target taps: CLIP's files come with and without it.
