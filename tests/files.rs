@@ -72,6 +72,9 @@ fn an_export_takes_the_one_stage_that_trains() {
     let export = |more: &[&str]| sandbox.run(["export", "run", "--out", "s"].iter().chain(more));
     let forget = |stage: &str| fs::remove_dir_all(sandbox.work().join("run/checkpoints").join(stage)).expect("removed");
     ends(&export(&[]), 2, &["which stage of run?", "finished stages: finetune, pretrain\n"]);
+    // A damaged one is still one to name.
+    fs::write(sandbox.work().join("run/checkpoints/pretrain/final.safetensors"), "x").expect("written");
+    ends(&export(&[]), 2, &["which stage of run?", "finished stages: finetune, pretrain\n"]);
     forget("pretrain");
     ends(&export(&["--stage", "pretrain"]), 2, &["no finished stage `pretrain`", "finished stages: finetune, knn"]);
     ends(&export(&[]), 0, &[]);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use maskalign_core::{
-    run::{Checkpoint, RunError, is_in_checkpoints},
+    run::{Checkpoint, CheckpointHeader, RunError, is_in_checkpoints},
     weights::{Export, TensorMap, to_family, write_safetensors},
 };
 
@@ -133,10 +133,8 @@ impl Args {
         let outcome = |stage: &str| checkpoints.join(stage).join("final.safetensors");
         let mut finished = finished_stages(&checkpoints, outcome);
         if self.stage.is_none() && finished.len() > 1 {
-            // Stages that only evaluate leave no student.
-            let trains =
-                |stage: &String| Checkpoint::load(&outcome(stage)).is_ok_and(|left| !left.header.student.is_empty());
-            finished.retain(trains);
+            // Stages that only evaluate leave no student. What is damaged is told where it is read.
+            finished.retain(|stage| !CheckpointHeader::read(&outcome(stage)).is_ok_and(|left| left.student.is_empty()));
         }
         let known = match finished.as_slice() {
             [] => {

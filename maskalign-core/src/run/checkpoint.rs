@@ -31,6 +31,15 @@ pub struct CheckpointHeader {
 }
 
 impl CheckpointHeader {
+    /// The header of a checkpoint, whose tensors are not read.
+    ///
+    /// # Errors
+    /// Where the file cannot be read or is no checkpoint.
+    pub fn read(path: &Path) -> Result<CheckpointHeader, RunError> {
+        let file = TensorFile::open(path).map_err(|error| damaged(path, error))?;
+        Ok(stored(path, &file)?.header.into_owned())
+    }
+
     /// The header of a file that may be a checkpoint; `None` where it is another safetensors file.
     pub(crate) fn of(path: &Path, file: &TensorFile) -> Result<Option<CheckpointHeader>, RunError> {
         match file.metadata().contains_key(METADATA_KEY) {
