@@ -5,7 +5,7 @@
 
 use jsonschema::Validator;
 use maskalign_core::{
-    embedded,
+    Recompute, embedded,
     pipeline::{PlanOptions, plan},
 };
 use maskalign_registry::{
@@ -226,7 +226,7 @@ fn check(text: &str) -> Result<(), Report> {
         builtins: &NoRecipes,
     };
     let loaded = Recipe::load(&request, registry())?;
-    let options = PlanOptions { environment: false, random_weights: false, recompute: false };
+    let options = PlanOptions { environment: false, random_weights: false, recompute: Recompute::Never };
     match plan(loaded.recipe(), options) {
         Ok(_) => Ok(()),
         Err(refusals) => Err(loaded.locate_all(&refusals)),

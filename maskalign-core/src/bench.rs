@@ -2,22 +2,22 @@
 
 use std::{collections::BTreeMap, time::Instant};
 
-use maskalign_kernels::peak_memory_mib;
+use maskalign_engine::peak_memory_mib;
+use maskalign_engine::{
+    Context, ImageBatch, Tape,
+    ops::{self},
+    random::Stream,
+};
 use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
-    components::{students::Student, towers::TowerShape},
-    context::Context,
-    device::Dev,
+    components::{students::StudentModel, towers::TowerShape},
     error::{Error, Result},
-    images::ImageBatch,
     nn::{Arch, Init},
     plugin::Build,
-    random::Stream,
     stages::{Finetune, MicroBatch, Phases, Pretrain, StageContext, Step, Task, Trainer},
-    tape::Recorder,
 };
 
 /// What is timed.
@@ -77,7 +77,7 @@ pub type Source<'a> = &'a mut dyn FnMut(usize) -> Result<MicroBatch>;
 ///
 /// # Errors
 /// A recipe without such a stage, or whose components refuse it.
-pub fn bench<D: Dev>(cx: &Context<D>, recipe: &Recipe, options: BenchOptions) -> Result<BenchReport> {
+pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<BenchReport> {
     let (name, stage, _) = pretrain_of(recipe, options.batch)?;
     let size = stage.data().size(false).map_err(|r| located(r.under("data"), name))?;
     let batch = stage.batch().effective;
@@ -89,12 +89,7 @@ pub fn bench<D: Dev>(cx: &Context<D>, recipe: &Recipe, options: BenchOptions) ->
 ///
 /// # Errors
 /// As there.
-pub fn bench_on<D: Dev>(
-    cx: &Context<D>,
-    recipe: &Recipe,
-    options: BenchOptions,
-    source: Source,
-) -> Result<BenchReport> {
+pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: Source) -> Result<BenchReport> {
     let (name, stage, slot) = pretrain_of(recipe, options.batch)?;
     let size = stage.data().size(false).map_err(|r| located(r.under("data"), name))?;
     let students = BTreeMap::new();
@@ -104,7 +99,7 @@ pub fn bench_on<D: Dev>(
         students: &students,
         environment: false,
         random_weights: true,
-        recompute: cx.recompute,
+        recompute: cx.recompute(),
     };
     let batch = stage.batch().effective;
     let at = |error| match error {
@@ -139,9 +134,9 @@ pub fn bench_on<D: Dev>(
         }
         Job::Features => {
             let towers = context.towers(size);
-            let student = Build::build::<D>(stage.student())
+            let student = Build::build(stage.student())
                 .map_err(|r| located(r.under("student"), name))?
-                .build(&towers, &Init::new(&cx.dev, recipe.seed, name))
+                .build(&towers, &Init::new(cx.device(), recipe.seed, name))
                 .map_err(at)?;
             let gflop = tower_flop(&student.shape(), student.shape().tokens()) / 1e9;
             time_features(cx, options, batch, &*student, gflop, source)
@@ -191,12 +186,12 @@ fn tower_flop(tower: &TowerShape, tokens: usize) -> f64 {
     depth as f64 * block + 2.0 * tokens * dim * (3 * patch * patch) as f64
 }
 
-fn time_training<D: Dev, T: Task<D>>(
-    cx: &Context<D>,
+fn time_training<T: Task>(
+    cx: &Context,
     options: BenchOptions,
     batch: usize,
     task: &mut T,
-    trainer: &mut Trainer<D>,
+    trainer: &mut Trainer,
     gflop: f64,
     source: Source,
 ) -> Result<BenchReport> {
@@ -218,11 +213,11 @@ fn time_training<D: Dev, T: Task<D>>(
     Ok(timer.report(cx, batch, gflop))
 }
 
-fn time_features<D: Dev>(
-    cx: &Context<D>,
+fn time_features(
+    cx: &Context,
     options: BenchOptions,
     batch: usize,
-    student: &dyn Student<D>,
+    student: &dyn StudentModel,
     gflop: f64,
     source: Source,
 ) -> Result<BenchReport> {
@@ -230,10 +225,10 @@ fn time_features<D: Dev>(
     for step in 0..=options.steps {
         let images = source(step)?.images;
         let started = Instant::now();
-        let off = &mut Recorder::inference();
+        let off = &mut Tape::inference();
         let features = student.forward(cx, off, &images, None, None, &|_| false)?;
-        let x = cx.kernels.mean_tokens(off, &features.last, batch, usize::from(student.shape().cls_token))?;
-        timer.losses.push(x.as_vec()[0]);
+        let x = ops::mean_tokens(cx, off, &features.last, batch, usize::from(student.shape().cls_token))?;
+        timer.losses.push(x.to_vec()[0]);
         if step > 0 {
             timer.steps.push(started.elapsed().as_secs_f64());
             timer.add(
@@ -276,7 +271,7 @@ impl Timer {
         }
     }
 
-    fn report<D: Dev>(mut self, cx: &Context<D>, batch: usize, gflop: f64) -> BenchReport {
+    fn report(mut self, cx: &Context, batch: usize, gflop: f64) -> BenchReport {
         let count = self.steps.len().max(1);
         self.steps.sort_by(f64::total_cmp);
         let best = self.steps.first().copied().unwrap_or(f64::INFINITY);
@@ -291,14 +286,14 @@ impl Timer {
             images_per_s_best: batch as f64 / best,
             images_per_s_median: batch as f64 / median,
             batch,
-            threads: cx.kernels.threads(),
-            kernels: cx.kernels.name(),
+            threads: cx.threads(),
+            kernels: cx.operators(),
             phases: self.phases,
             gflop_per_image: gflop,
             gflops: gflop * batch as f64 / median,
             // Memory first: the probe takes buffers of its own.
             peak_mib: peak_memory_mib(),
-            peak_gflops: cx.kernels.peak_gflops(),
+            peak_gflops: cx.peak_gflops(),
             losses: self.losses,
         }
     }

@@ -15,17 +15,14 @@ mod stage;
 mod target;
 mod tower;
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::{Context, Device, Forms, Tensor, random::Stream};
 use maskalign_registry::{KindTag, Registry, Slot};
 
 pub use maskalign_registry::Kind;
 
 use crate::{
-    context::Context,
-    device::Matrix,
     error::Result,
     plugin::{Build, Component},
-    random::Stream,
 };
 
 /// Checks the component of that kind and name by its own example.
@@ -129,22 +126,21 @@ impl Faults {
 }
 
 /// The component built on the CPU; `None` and a fault where it refuses.
-fn built<K: Component + KindTag>(text: &str, faults: &mut Faults) -> Option<Box<K::Object<Cpu>>> {
+fn built<K: Component + KindTag>(text: &str, faults: &mut Faults) -> Option<Box<K::Object>> {
     let value = faults.slot(K::KIND, text)?;
     let slot: Result<Slot<K>, _> = serde_json::from_value(value);
     let slot = faults.expect("filling its defaults", slot)?;
-    faults.expect("building it on the CPU", slot.build::<Cpu>())
+    faults.expect("building it on the CPU", slot.build())
 }
 
 /// The device's own operators, on one thread.
-fn fused() -> Context<Cpu> {
-    Context::new(Cpu::default(), 1)
+fn fused() -> Context {
+    Context::new(Device::Cpu, 1)
 }
 
 /// The operators built from dfdx's own, which a component must agree with to run on CUDA.
-fn composed() -> Context<Cpu> {
-    let kernels = std::sync::Arc::new(crate::kernels::composed::Composed::new(1));
-    Context { dev: Cpu::default(), kernels, recompute: false }
+fn composed() -> Context {
+    Context::new(Device::Cpu, 1).with_forms(Forms::Composed)
 }
 
 /// Normal values, keyed by what they are for.
@@ -153,9 +149,8 @@ fn normal(purpose: &str, len: usize) -> Vec<f32> {
     (0..len).map(|_| stream.normal() as f32).collect()
 }
 
-fn matrix(rows: usize, columns: usize, values: Vec<f32>) -> Matrix<Cpu> {
-    use dfdx::prelude::TensorFromVec;
-    Cpu::default().tensor_from_vec(values, (rows, columns))
+fn matrix(rows: usize, columns: usize, values: Vec<f32>) -> Tensor {
+    Tensor::new(&Device::Cpu, values, rows, columns).expect("memory")
 }
 
 /// Largest difference over the largest magnitude of either.

@@ -9,24 +9,21 @@ extern crate self as maskalign_core;
 pub mod bench;
 pub mod components;
 pub mod conformance;
-pub mod context;
 pub mod data;
-pub mod device;
 pub mod embedded;
 pub mod error;
-pub mod images;
-pub mod kernels;
 pub mod nn;
 pub mod pipeline;
 pub mod plugin;
-pub mod random;
 pub mod run;
 pub mod stages;
-pub mod tape;
 pub mod verify;
 pub mod weights;
 
-pub use maskalign_kernels::keep_freed_memory;
+pub use maskalign_engine::{
+    Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor,
+    images::resize_images_bicubic, keep_freed_memory, ops, random,
+};
 pub use maskalign_macros::component;
 pub use maskalign_registry::Refusal;
 
@@ -34,34 +31,32 @@ pub use maskalign_registry::Refusal;
 pub mod prelude {
     pub use crate::{
         components::{
-            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin},
-            losses::LossPlugin,
+            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel},
+            losses::Loss,
             maskers::{Counts, Mask, MaskInput, Masker},
-            optimizers::{OptimizerPlugin, Update},
+            optimizers::{Optimizer, Update},
             schedules::Schedule,
-            students::{Student, StudentPlugin},
-            targets::{TargetContext, TargetInput, TargetPlan, TargetPlugin},
-            teachers::{Level, Pass, Teacher, TeacherPlugin, TowerTeacher, Wants},
+            students::{Student, StudentModel},
+            targets::{Target, TargetContext, TargetInput, TargetPlan},
+            teachers::{Level, Pass, Teacher, TeacherModel, TowerTeacher, Wants},
             tokens::{Masks, TokenKind, Tokens},
             towers::{PlanContext, Tap, TowerShape},
         },
-        context::Context,
         data::{DataError, Dataset, Images, RgbImage, Transform},
-        device::{Dev, Matrix, Scalar, Vector},
-        error::{Error, Result},
-        images::ImageBatch,
-        kernels::{Act, AttentionShape, Distance},
+        error::Error,
         nn::{
             Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
             VitConfig,
         },
-        random::Stream,
         register,
-        stages::{Outcome, StageContext, StagePlan, StagePlugin, StageRun},
-        tape::Recorder,
+        stages::{Outcome, Stage, StageContext, StagePlan, StageRun},
         weights::Family,
     };
-    pub use dfdx::prelude::Gradients;
+    pub use maskalign_engine::{
+        Context, Gradients, ImageBatch, Recompute, Result, Role, Tape, Tensor,
+        ops::{self, Act, AttentionShape, Distance},
+        random::Stream,
+    };
     pub use maskalign_macros::component;
     pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp, Weights};
 }

@@ -6,12 +6,11 @@ use std::{
     time::SystemTime,
 };
 
+use maskalign_engine::{Context, Recompute};
 use maskalign_registry::{Recipe, Refusal};
 
 use crate::{
     components::towers::{StudentRecord, no_student},
-    context::Context,
-    device::Dev,
     error::{Error, Result},
     plugin::Build,
     run::{
@@ -32,7 +31,7 @@ pub struct PlanOptions {
     /// Whether towers get random weights where theirs cannot be found (timings alone).
     pub random_weights: bool,
     /// Whether blocks are recomputed, for the memory estimate.
-    pub recompute: bool,
+    pub recompute: Recompute,
 }
 
 /// Checks all that can be known before the first step.
@@ -53,7 +52,7 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plans, Vec<Refusal>
             random_weights: options.random_weights,
             recompute: options.recompute,
         };
-        let planned = match Build::build::<dfdx::prelude::Cpu>(slot) {
+        let planned = match Build::build(slot) {
             Ok(stage) => stage.plan(&cx),
             Err(refusal) => Err(vec![refusal]),
         };
@@ -104,8 +103,8 @@ pub struct RunOptions<'a> {
 ///
 /// # Errors
 /// Whatever ends a run early.
-pub fn run<D: Dev>(
-    cx: &Context<D>,
+pub fn run(
+    cx: &Context,
     recipe: &Recipe,
     plans: &Plans,
     dir: &RunDir,
@@ -145,7 +144,7 @@ pub fn run<D: Dev>(
             students: &students,
             environment: true,
             random_weights: false,
-            recompute: cx.recompute,
+            recompute: cx.recompute(),
         };
         let run = StageRun {
             cx: cx.clone(),
@@ -162,7 +161,7 @@ pub fn run<D: Dev>(
             Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
             other => other,
         };
-        let outcome = Build::build::<D>(slot).map_err(Error::from).and_then(|s| s.run(run)).map_err(located)?;
+        let outcome = Build::build(slot).map_err(Error::from).and_then(|s| s.run(run)).map_err(located)?;
         metric_records = outcome.metric_records;
         if !dir.is_finished(name)? {
             let header = CheckpointHeader {
@@ -180,7 +179,7 @@ pub fn run<D: Dev>(
         students.extend(outcome.student.map(|student| (name.clone(), student)));
     }
     manifest.ended = Some(rfc3339(SystemTime::now()));
-    manifest.peak_memory_mib = maskalign_kernels::peak_memory_mib();
+    manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
     Ok(results)
 }
@@ -189,7 +188,7 @@ pub fn run<D: Dev>(
 fn warn_of_memory(stage: &str, plan: &StagePlan) {
     let gib = |mib: f64| mib / 1024.0;
     let needed = plan.memory as f64 / f64::from(1 << 20);
-    if let Some(free) = maskalign_kernels::available_memory_mib().filter(|free| needed > *free) {
+    if let Some(free) = maskalign_engine::available_memory_mib().filter(|free| needed > *free) {
         tracing::warn!(
             "stage `{stage}` needs about {:.1} GiB, and {:.1} GiB are free: lower `batch.micro`, or use `--recompute`",
             gib(needed),
@@ -227,8 +226,8 @@ fn weight_files(recipe: &Recipe) -> Result<Vec<FileRecord>, RunError> {
 }
 
 /// The manifest of a run that begins, or goes on from `earlier`.
-fn manifest<D: Dev>(
-    cx: &Context<D>,
+fn manifest(
+    cx: &Context,
     recipe: &Recipe,
     plans: &Plans,
     earlier: Option<Manifest>,
@@ -243,8 +242,8 @@ fn manifest<D: Dev>(
         working_directory: std::env::current_dir().ok(),
         seed: recipe.seed,
         device: options.device.clone(),
-        threads: cx.kernels.threads(),
-        isa: cx.kernels.name(),
+        threads: cx.threads(),
+        isa: cx.operators(),
         weights: weight_files(recipe)?,
         data: data
             .map(|(stage, images, fingerprint)| DataRecord {

@@ -1,70 +1,46 @@
-//! From a slot of a recipe to a component: the typed constructors that the registry stores without knowing them.
+//! From a slot of a recipe to a component: the constructors that the registry stores without knowing them.
 
 use std::any::Any;
 
-use dfdx::prelude::Cpu;
 use maskalign_registry::{Kind, KindTag, Refusal, Registry, Slot};
 use serde_json::Value;
 
-use crate::device::{Dev, PerDevice};
-
 /// A kind of plugin and the trait object that its components become.
 pub trait Component: KindTag + Sized {
-    /// What a decoded component is, on one device; kinds that live on the host are the same on all.
-    type Object<D: Dev>: ?Sized;
+    /// What a decoded component is.
+    type Object: ?Sized;
 }
 
-/// A constructor for one device: options of the recipe to a component.
-pub type Constructor<K, D> = fn(Value) -> Result<Box<<K as Component>::Object<D>>, Refusal>;
-
-/// The constructors of one component. A registry entry cannot be generic, hence one for each device; plugin crates
-/// never see the `cfg`.
-pub struct Constructors<K: Component> {
-    /// For the CPU.
-    pub cpu: Constructor<K, Cpu>,
-    /// For CUDA.
-    #[cfg(feature = "cuda")]
-    pub cuda: Constructor<K, dfdx::prelude::Cuda>,
-}
-
-impl<K: Component> PerDevice for Constructors<K> {
-    type Of<D: Dev> = Constructor<K, D>;
-    fn cpu(&self) -> &Constructor<K, Cpu> {
-        &self.cpu
-    }
-    #[cfg(feature = "cuda")]
-    fn cuda(&self) -> &Constructor<K, dfdx::prelude::Cuda> {
-        &self.cuda
-    }
-}
+/// The constructor of a component: options of the recipe to the component.
+pub struct Constructor<K: Component>(pub fn(Value) -> Result<Box<K::Object>, Refusal>);
 
 /// Building the component that a slot names.
 pub trait Build<K: Component> {
-    /// The component, for one device.
+    /// The component.
     ///
     /// # Errors
     /// The component refuses its options, or no component of that name is registered in this binary.
-    fn build<D: Dev>(&self) -> Result<Box<K::Object<D>>, Refusal>;
+    fn build(&self) -> Result<Box<K::Object>, Refusal>;
 }
 
 impl<K: Component> Build<K> for Slot<K> {
-    fn build<D: Dev>(&self) -> Result<Box<K::Object<D>>, Refusal> {
+    fn build(&self) -> Result<Box<K::Object>, Refusal> {
         let registry = Registry::global().map_err(|e| Refusal::whole(e.to_string()))?;
         let entry = registry
             .get(K::KIND, &self.name)
             .ok_or_else(|| Refusal::new("type", format!("no {} is named `{}`", K::KIND, self.name)))?;
-        let constructors: &Constructors<K> =
-            entry.vtable.downcast_ref().expect("register! pairs every kind with its own constructors");
-        D::pick(constructors)(self.options_value())
+        let Constructor::<K>(construct) =
+            entry.vtable.downcast_ref().expect("register! pairs every kind with its own constructor");
+        construct(self.options_value())
     }
 }
 
-/// Checks that an entry was made by [`register!`](crate::register) of this crate's version: its constructors have the
-/// type that this crate calls.
+/// Checks that an entry was made by [`register!`](crate::register) of this crate's version: its constructor has the type
+/// that this crate calls.
 pub fn is_constructible(kind: Kind, vtable: &(dyn Any + Send + Sync)) -> bool {
     macro_rules! any {
         ($($kind:ident => $tag:ident),*) => {
-            match kind { $(Kind::$kind => vtable.is::<Constructors<maskalign_registry::$tag>>(),)* }
+            match kind { $(Kind::$kind => vtable.is::<Constructor<maskalign_registry::$tag>>(),)* }
         };
     }
     any!(
@@ -74,49 +50,23 @@ pub fn is_constructible(kind: Kind, vtable: &(dyn Any + Send + Sync)) -> bool {
     )
 }
 
-/// Defines what the components of a kind become. `host` kinds are one trait object; `device` kinds are a trait with
-/// generic methods for authors, and an object-safe twin per device that the stages call.
+/// Defines what the components of a kind become: objects of one trait.
 macro_rules! kind {
-    (host $tag:ident, $trait:path, $construct:ident) => {
+    ($tag:ident, $trait:path, $construct:ident) => {
         impl $crate::plugin::Component for maskalign_registry::$tag {
-            type Object<D: $crate::device::Dev> = dyn $trait;
+            type Object = dyn $trait;
         }
-        /// The constructors of a component of this kind, for [`register!`](crate::register).
-        pub const fn $construct<P>() -> $crate::plugin::Constructors<maskalign_registry::$tag>
+        /// The constructor of a component of this kind, for [`register!`](crate::register).
+        pub const fn $construct<P>() -> $crate::plugin::Constructor<maskalign_registry::$tag>
         where
             P: $trait + serde::de::DeserializeOwned + 'static,
         {
-            fn build<P: $trait + serde::de::DeserializeOwned + 'static>(
+            fn construct<P: $trait + serde::de::DeserializeOwned + 'static>(
                 options: serde_json::Value,
             ) -> Result<Box<dyn $trait>, maskalign_registry::Refusal> {
                 Ok(Box::new(maskalign_registry::decode_options::<P>(options)?))
             }
-            $crate::plugin::Constructors {
-                cpu: build::<P>,
-                #[cfg(feature = "cuda")]
-                cuda: build::<P>,
-            }
-        }
-    };
-    (device $tag:ident, $trait:path, $object:ident, $construct:ident) => {
-        impl $crate::plugin::Component for maskalign_registry::$tag {
-            type Object<D: $crate::device::Dev> = dyn $object<D>;
-        }
-        /// The constructors of a component of this kind, for [`register!`](crate::register).
-        pub const fn $construct<P>() -> $crate::plugin::Constructors<maskalign_registry::$tag>
-        where
-            P: $trait + serde::de::DeserializeOwned + 'static,
-        {
-            fn build<P: $trait + serde::de::DeserializeOwned + 'static, D: $crate::device::Dev>(
-                options: serde_json::Value,
-            ) -> Result<Box<dyn $object<D>>, maskalign_registry::Refusal> {
-                Ok(Box::new(maskalign_registry::decode_options::<P>(options)?))
-            }
-            $crate::plugin::Constructors {
-                cpu: build::<P, dfdx::prelude::Cpu>,
-                #[cfg(feature = "cuda")]
-                cuda: build::<P, dfdx::prelude::Cuda>,
-            }
+            $crate::plugin::Constructor(construct::<P>)
         }
     };
 }
@@ -131,9 +81,9 @@ macro_rules! register {
     };
     ($kind:ident $name:literal => $options:ty, $summary:literal, example: $example:literal, paper: $paper:literal $(,)?) => {
         const _: () = {
-            static CONSTRUCTORS: $crate::register!(@type $kind) = $crate::register!(@of $kind $options);
+            static CONSTRUCTOR: $crate::register!(@type $kind) = $crate::register!(@of $kind $options);
             $crate::__private::inventory::submit! {
-                $crate::__private::Entry::of::<$options>($crate::register!(@kind $kind), $name, &CONSTRUCTORS)
+                $crate::__private::Entry::of::<$options>($crate::register!(@kind $kind), $name, &CONSTRUCTOR)
                     .summary($summary)
                     .example($example)
                     .paper($paper)
@@ -141,17 +91,17 @@ macro_rules! register {
             }
         };
     };
-    (@type stage) => { $crate::plugin::Constructors<$crate::__private::StageTag> };
-    (@type dataset) => { $crate::plugin::Constructors<$crate::__private::DatasetTag> };
-    (@type transform) => { $crate::plugin::Constructors<$crate::__private::TransformTag> };
-    (@type teacher) => { $crate::plugin::Constructors<$crate::__private::TeacherTag> };
-    (@type student) => { $crate::plugin::Constructors<$crate::__private::StudentTag> };
-    (@type masker) => { $crate::plugin::Constructors<$crate::__private::MaskerTag> };
-    (@type target) => { $crate::plugin::Constructors<$crate::__private::TargetTag> };
-    (@type aligner) => { $crate::plugin::Constructors<$crate::__private::AlignerTag> };
-    (@type loss) => { $crate::plugin::Constructors<$crate::__private::LossTag> };
-    (@type optimizer) => { $crate::plugin::Constructors<$crate::__private::OptimizerTag> };
-    (@type schedule) => { $crate::plugin::Constructors<$crate::__private::ScheduleTag> };
+    (@type stage) => { $crate::plugin::Constructor<$crate::__private::StageTag> };
+    (@type dataset) => { $crate::plugin::Constructor<$crate::__private::DatasetTag> };
+    (@type transform) => { $crate::plugin::Constructor<$crate::__private::TransformTag> };
+    (@type teacher) => { $crate::plugin::Constructor<$crate::__private::TeacherTag> };
+    (@type student) => { $crate::plugin::Constructor<$crate::__private::StudentTag> };
+    (@type masker) => { $crate::plugin::Constructor<$crate::__private::MaskerTag> };
+    (@type target) => { $crate::plugin::Constructor<$crate::__private::TargetTag> };
+    (@type aligner) => { $crate::plugin::Constructor<$crate::__private::AlignerTag> };
+    (@type loss) => { $crate::plugin::Constructor<$crate::__private::LossTag> };
+    (@type optimizer) => { $crate::plugin::Constructor<$crate::__private::OptimizerTag> };
+    (@type schedule) => { $crate::plugin::Constructor<$crate::__private::ScheduleTag> };
     (@of stage $options:ty) => { $crate::stages::stage::<$options>() };
     (@of dataset $options:ty) => { $crate::components::dataset::<$options>() };
     (@of transform $options:ty) => { $crate::components::transform::<$options>() };

@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use dfdx::prelude::HasShape;
+use maskalign_engine::{Context, ImageBatch};
 use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -19,12 +19,8 @@ use crate::{
         aligners::{Fusion, Head},
         tokens::Masks,
     },
-    context::Context,
-    device::Dev,
     error::{Error, Result},
-    images::ImageBatch,
     stages::{BatchSize, MicroBatch, Pretrain, StageContext, Task},
-    tape::gradient,
     weights::{self, HostTensor, TensorMap},
 };
 
@@ -338,7 +334,7 @@ impl Case {
     ///
     /// # Errors
     /// A recipe of another batch or another number of visible patches than the case; whatever ends a step early.
-    pub fn replay<D: Dev>(&self, cx: &Context<D>, recipe: &Recipe) -> Result<CaseReport> {
+    pub fn replay(&self, cx: &Context, recipe: &Recipe) -> Result<CaseReport> {
         let (name, slot) = recipe.stages.first().ok_or_else(|| Error::Usage("the recipe has no stage".into()))?;
         let stage: Pretrain = decode_options(slot.options_value()).map_err(|r| r.under(name).under("stages"))?;
         let students = BTreeMap::new();
@@ -348,7 +344,7 @@ impl Case {
             students: &students,
             environment: true,
             random_weights: false,
-            recompute: cx.recompute,
+            recompute: cx.recompute(),
         };
         let located = |error| match error {
             Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
@@ -377,7 +373,9 @@ impl Case {
         if !compared.0.is_empty() {
             return Ok(CaseReport { quantities: compared.0, losses: Vec::new() });
         }
-        model.visit(&mut |p| p.load(&self.student[&p.name].data));
+        let mut loaded = Ok(());
+        model.visit(&mut |p| loaded = loaded.clone().and(p.load(&self.student[&p.name].data)));
+        loaded?;
 
         if let Some(expected) = self.expected.get("attention_cls") {
             let inspection = model.inspect(cx, &self.images, &self.masks[0])?;
@@ -410,19 +408,11 @@ impl Case {
             if step == 0 {
                 let mut reached = BTreeMap::new();
                 let gradients = trainer.gradients().expect("a step was made");
-                let mut outcome = Ok(());
                 model.visit(&mut |p| {
-                    if p.trainable && outcome.is_ok() {
-                        match gradient(gradients, &p.value) {
-                            Ok(g) => {
-                                debug_assert_eq!(g.shape().0, p.len());
-                                reached.insert(p.name.clone(), g.as_vec());
-                            }
-                            Err(error) => outcome = Err(error),
-                        }
+                    if p.is_trained() {
+                        reached.insert(p.name.clone(), gradients.to_vec(&p.value));
                     }
                 });
-                outcome?;
                 self.compare_by_name(&mut compared, "gradients", "grad.", &reached);
             }
         }

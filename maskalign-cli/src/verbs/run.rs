@@ -9,8 +9,7 @@ use std::{
 
 use clap::ArgGroup;
 use maskalign_core::{
-    context::Context,
-    device::{Dev, Opened},
+    Context,
     error::Result as CoreResult,
     pipeline::{self, PlanOptions, Plans, RunOptions},
     run::{Mode, RunDir, StopFlag},
@@ -79,7 +78,7 @@ impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
-        let (loaded, plans, device) = match self.prepare(session, resumed.as_ref()) {
+        let (loaded, plans, cx) = match self.prepare(session, resumed.as_ref()) {
             Ok(prepared) => prepared,
             Err(failure) => {
                 resumed.map(RunDir::withdraw).transpose()?;
@@ -100,12 +99,7 @@ impl Args {
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
         let job =
             Job { args: &self, loaded: &loaded, plans: &plans, dir: &dir, stop: &stop, arguments: session.arguments };
-        let device_name = device.name();
-        let outcome = match device {
-            Opened::Cpu(dev) => job.run_on(dev, device_name, &mut reporter),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(dev, _) => job.run_on(dev, device_name, &mut reporter),
-        };
+        let outcome = job.run_on(&cx, &mut reporter);
         reporter.clear();
         let results = match outcome {
             Ok(results) => results,
@@ -122,13 +116,13 @@ impl Args {
     }
 
     /// All that is needed before the run directory: the recipe, what is known of its stages, and the device.
-    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plans, Opened), Failure> {
+    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plans, Context), Failure> {
         let loaded = match (resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
             (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
             (None, None) => return Err(Failure::mistake("no recipe is named")),
         };
-        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
+        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute() };
         let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
             let mut report = loaded.locate_all(&refusals);
             if let Some(place) = resumed.and_then(elsewhere) {
@@ -136,8 +130,8 @@ impl Args {
             }
             Failure::Recipe(report)
         })?;
-        let device = self.machine.open()?;
-        Ok((loaded, plans, device))
+        let cx = self.machine.open()?;
+        Ok((loaded, plans, cx))
     }
 
     /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
@@ -193,21 +187,19 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run_on<D: Dev>(&self, dev: D, device: String, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
-        let machine = &self.args.machine;
-        let cx = Context { recompute: machine.recompute, ..Context::new(dev, machine.threads()) };
+    fn run_on(&self, cx: &Context, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
             step_limit: self.args.steps.map(NonZeroU64::get),
-            workers: self.args.workers.unwrap_or(usize::from(machine.threads() > 1)),
+            workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
-            device,
+            device: cx.device().name(),
             stop: self.stop,
             progress: reporter,
         };
-        pipeline::run(&cx, self.loaded.recipe(), self.plans, self.dir, options)
+        pipeline::run(cx, self.loaded.recipe(), self.plans, self.dir, options)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use maskalign_core::{
+    Recompute,
     pipeline::{self, PlanOptions, Plans},
     stages::StagePlan,
 };
@@ -84,8 +85,8 @@ impl Args {
             false => recipes::load,
         };
         let loaded = load(session.registry, path, &self.sets.sets)?;
-        let options =
-            PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
+        let recompute = if self.recompute { Recompute::Blocks } else { Recompute::Never };
+        let options = PlanOptions { environment: !self.no_environment, random_weights: false, recompute };
         let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))?;
         let stages = loaded.document().child("stages").and_then(Node::as_map);
         Ok(Sound {

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use maskalign_core::{
-    context::Context,
-    device::{Dev, Opened},
+    Context,
     error::Result as CoreResult,
     verify::{Case, CaseReport},
 };
@@ -53,15 +52,7 @@ pub(crate) struct Args {
 
 impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
-        match self.machine.open()? {
-            Opened::Cpu(dev) => self.run_on(session, dev),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(dev, _) => self.run_on(session, dev),
-        }
-    }
-
-    fn run_on<D: Dev>(&self, session: &Session, dev: D) -> Result<(), Failure> {
-        let cx = Context { recompute: self.machine.recompute, ..Context::new(dev, self.machine.threads()) };
+        let cx = self.machine.open()?;
         let mut code = 0;
         let mut records = Vec::new();
         for path in &self.cases {
@@ -87,7 +78,7 @@ impl Args {
         }
     }
 
-    fn replay<D: Dev>(&self, session: &Session, cx: &Context<D>, path: &Path) -> Result<CaseReport, Failure> {
+    fn replay(&self, session: &Session, cx: &Context, path: &Path) -> Result<CaseReport, Failure> {
         let case = Case::read(path)?;
         let scratch =
             tempfile::tempdir().map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;

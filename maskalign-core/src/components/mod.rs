@@ -15,5 +15,5 @@ pub mod towers;
 
 use crate::plugin::kind;
 
-kind!(host DatasetTag, crate::data::Dataset, dataset);
-kind!(host TransformTag, crate::data::Transform, transform);
+kind!(DatasetTag, crate::data::Dataset, dataset);
+kind!(TransformTag, crate::data::Transform, transform);

@@ -6,17 +6,14 @@ use std::{
     sync::Arc,
 };
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::{Context, Result, Tape, Tensor, ops::Act};
 use maskalign_registry::{Refusal, Slot, StudentTag, Weights};
 
 use crate::{
     component,
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Error, Result},
+    error::Error,
     nn::{Arch, Grid, Init, Module, Reach, Statistics, TowerInput, Vit, VitConfig},
     plugin::Build,
-    tape::Recorder,
     weights::{self, Family, HostTensor, TensorMap},
 };
 
@@ -213,25 +210,24 @@ pub(crate) fn plan_tower(
         Error::Refused(refusal) => refusal,
         other => Refusal::whole(other.to_string()),
     };
-    let dev = Cpu::default();
     let tensors = match source {
         Weights::Stage(stage) => {
             let record = cx.student(stage).map_err(|r| r.under("weights"))?;
             let earlier = PlanContext { data_size: record.shape.image_size, ..*cx };
-            let student = Build::build::<Cpu>(&record.slot).map_err(Error::from);
-            let mut student = student.and_then(|s| s.build(&earlier, &Init::shapes(&dev))).map_err(whole)?;
+            let student = Build::build(&record.slot).map_err(Error::from);
+            let mut student = student.and_then(|s| s.build(&earlier, &Init::shapes())).map_err(whole)?;
             student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
         }
         Weights::Embedded(name) => embedded(name, family)?,
         file => canonical(file, family, weights::read_shapes)?,
     };
-    let mut tower = Vit::new(&Init::shapes(&dev), config).map_err(whole)?;
+    let mut tower = Vit::new(&Init::shapes(), config).map_err(|error| whole(error.into()))?;
     fit(&mut tower, tensors, source)?;
     Ok(TowerShape::from(&tower.config))
 }
 
 /// Reads a tower's weights under canonical names, positions resized to its grid, checked against its parameters.
-pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &Weights, family: Family) -> Result<()> {
+pub(crate) fn load_tower(cx: &PlanContext, tower: &mut Vit, source: &Weights, family: Family) -> Result<(), Error> {
     let tensors: TensorMap = match source {
         Weights::Stage(stage) => {
             let record = cx.student(stage).map_err(|r| r.under("weights"))?;
@@ -245,8 +241,7 @@ pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &
         })?,
     };
     let tensors = fit(tower, tensors, source)?;
-    tower.load(&tensors);
-    Ok(())
+    Ok(tower.load(&tensors)?)
 }
 
 fn refused(error: weights::WeightsError) -> Refusal {
@@ -272,7 +267,7 @@ fn canonical(
 
 /// Makes tensors, or their shapes alone, those of a tower: positions are resized to its grid, and what the weights may
 /// come with or without follows them.
-fn fit<D: Dev>(tower: &mut Vit<D>, mut tensors: TensorMap, source: &Weights) -> Result<TensorMap, Refusal> {
+fn fit(tower: &mut Vit, mut tensors: TensorMap, source: &Weights) -> Result<TensorMap, Refusal> {
     let side = tower.config.grid().rows;
     if !tower.config.cls_token
         && !tensors.contains_key("cls_token")
@@ -309,20 +304,14 @@ fn fit<D: Dev>(tower: &mut Vit<D>, mut tensors: TensorMap, source: &Weights) -> 
 }
 
 /// The tapped states of a tower.
-pub(crate) fn tap<D: Dev>(
-    cx: &Context<D>,
-    r: &mut Recorder<D>,
-    tower: &Vit<D>,
-    x: &Matrix<D>,
-    tap: Tap,
-) -> Result<Matrix<D>> {
+pub(crate) fn tap(cx: &Context, tape: &mut Tape, tower: &Vit, x: &Tensor, tap: Tap) -> Result<Tensor> {
     match tap {
         Tap::Block => Ok(x.clone()),
-        Tap::Norm => tower.final_norm(cx, r, x),
+        Tap::Norm => tower.final_norm(cx, tape, x),
         Tap::Projection => {
-            let x = tower.final_norm(cx, r, x)?;
+            let x = tower.final_norm(cx, tape, x)?;
             let head = tower.head.as_ref().expect("planned: a tower with a projection");
-            cx.kernels.linear(r, &x, head, crate::kernels::Act::None)
+            head.forward(cx, tape, &x, Act::None)
         }
     }
 }

@@ -1,6 +1,10 @@
 //! Aligners: shapes for odd sizes, gradients, determinism, save and load.
 
-use dfdx::prelude::{AsArray, Cpu, HasShape};
+use maskalign_engine::{
+    Context, Device, Tape, Tensor,
+    ops::{self, Distance},
+    random::Stream,
+};
 use maskalign_registry::AlignerTag;
 
 use super::{
@@ -9,18 +13,13 @@ use super::{
 };
 use crate::{
     components::{
-        aligners::{AlignInput, AlignPlan, Aligner, AlignerBuilder},
+        aligners::{AlignInput, AlignPlan, Aligner, AlignerModel},
         maskers::{Counts, Mask},
         tokens::{Masks, Tokens},
         towers::TowerShape,
     },
-    context::Context,
-    device::Matrix,
     error::Result,
-    kernels::Distance,
     nn::{Arch, Grid, Init, Statistics},
-    random::Stream,
-    tape::{Recorder, gradient},
 };
 
 /// How the names of a vision transformer's parameters begin: those of an alignment stand beside them in checkpoints.
@@ -86,7 +85,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
         return faults.add(format_args!("it refuses every plan that was tried: {}", refusals.join("; ")));
     }
     let large = accepted.first().is_some_and(|plan| {
-        let aligner = builder.build(plan, &Init::shapes(&Cpu::default()));
+        let aligner = builder.build(plan, &Init::shapes());
         aligner.is_ok_and(|mut aligner| count(&aligner.shapes()) > LARGE)
     });
     let tried = if large { 1 } else { accepted.len() };
@@ -117,8 +116,8 @@ fn describe(plan: &AlignPlan) -> String {
 
 /// One forward pass's inputs.
 struct Trial {
-    levels: Vec<Matrix<Cpu>>,
-    targets: Vec<Matrix<Cpu>>,
+    levels: Vec<Tensor>,
+    targets: Vec<Tensor>,
     masks: Masks,
     held: Tokens,
     tokens: Tokens,
@@ -142,7 +141,7 @@ impl Trial {
         let random =
             |what: &str, i: usize, rows, columns| matrix(rows, columns, normal(&format!("{what} {i}"), rows * columns));
         Trial {
-            levels: (0..levels).map(|i| random("level", i, rows, dim)).collect(),
+            levels: (0..levels).map(|i| random("level", i, rows, dim).tracked()).collect(),
             targets: plan.wanted.iter().map(|&i| random("target", i, wanted, plan.width)).collect(),
             masks: Masks::join(&masks),
             held,
@@ -152,63 +151,60 @@ impl Trial {
 
     fn outputs(
         &self,
-        cx: &Context<Cpu>,
-        r: &mut Recorder<Cpu>,
-        aligner: &dyn Aligner<Cpu>,
-    ) -> Result<Vec<Matrix<Cpu>>> {
+        cx: &Context,
+        tape: &mut Tape,
+        aligner: &dyn AlignerModel,
+    ) -> maskalign_engine::Result<Vec<Tensor>> {
         let input = AlignInput { levels: &self.levels, held: self.held, masks: &self.masks, tokens: self.tokens };
-        aligner.forward(cx, r, &input)
+        aligner.forward(cx, tape, &input)
     }
 
     /// Every output's values, without a gradient.
-    fn values(&self, cx: &Context<Cpu>, aligner: &dyn Aligner<Cpu>) -> Result<Vec<f32>> {
-        let outputs = self.outputs(cx, &mut Recorder::inference(), aligner)?;
-        Ok(outputs.iter().flat_map(|output| output.as_vec()).collect())
+    fn values(&self, cx: &Context, aligner: &dyn AlignerModel) -> Result<Vec<f32>> {
+        let outputs = self.outputs(cx, &mut Tape::inference(), aligner)?;
+        Ok(outputs.iter().flat_map(|output| output.to_vec()).collect())
     }
 
     /// The squared distance of all outputs from their targets, and its gradients by parameter and by level.
     fn gradients(
         &self,
-        cx: &Context<Cpu>,
-        aligner: &mut dyn Aligner<Cpu>,
+        cx: &Context,
+        aligner: &mut dyn AlignerModel,
     ) -> Result<(f32, Vec<(String, bool, Vec<f32>)>, Vec<Vec<f32>>)> {
-        let mut recorder = Recorder::training();
+        let mut recorder = Tape::training();
         let outputs = self.outputs(cx, &mut recorder, aligner)?;
         let mut terms = Vec::new();
         for (output, target) in outputs.iter().zip(&self.targets) {
-            terms.push(cx.kernels.distance(&mut recorder, output, target, Distance::Mse)?);
+            terms.push(ops::distance(cx, &mut recorder, output, target, Distance::Mse)?);
         }
-        let loss = cx.kernels.weighted_sum(&mut recorder, &terms, &vec![1.0; terms.len()])?;
-        let mut gradients = recorder.backward(&loss)?;
+        let loss = ops::weighted_sum(cx, &mut recorder, &terms, &vec![1.0; terms.len()])?;
+        let gradients = recorder.backward(&loss)?;
         let mut parameters = Vec::new();
         aligner.visit(&mut |p| {
-            let slope =
-                if p.trainable { gradient(&mut gradients, &p.value).map(|g| g.as_vec()) } else { Ok(Vec::new()) };
-            parameters.push(slope.map(|slope| (p.name.clone(), p.trainable, slope)));
+            let slope = if p.is_trained() { gradients.to_vec(&p.value) } else { Vec::new() };
+            parameters.push((p.name.clone(), p.is_trained(), slope));
         });
-        let parameters = parameters.into_iter().collect::<Result<_>>()?;
-        let levels =
-            self.levels.iter().map(|level| Ok(gradient(&mut gradients, level)?.as_vec())).collect::<Result<_>>()?;
-        Ok((loss.array(), parameters, levels))
+        let levels = self.levels.iter().map(|level| gradients.to_vec(level)).collect();
+        Ok((loss.value(), parameters, levels))
     }
 }
 
-fn check_plan(builder: &dyn AlignerBuilder<Cpu>, plan: &AlignPlan, faults: &mut Faults) -> Result<()> {
+fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> Result<()> {
     let here = describe(plan);
     let needs = builder.plan(plan)?;
-    let (cx, dev) = (fused(), Cpu::default());
+    let (cx, dev) = (fused(), Device::Cpu);
     let build = |seed| builder.build(plan, &Init::new(&dev, seed, "conformance"));
     let mut aligner = build(1)?;
     let trial = Trial::new(plan, needs.levels.len());
 
-    let outputs = trial.outputs(&cx, &mut Recorder::inference(), &*aligner)?;
+    let outputs = trial.outputs(&cx, &mut Tape::inference(), &*aligner)?;
     if outputs.len() != plan.wanted.len() {
         faults.add(format_args!("{here}: it gives {} outputs, not {}", outputs.len(), plan.wanted.len()));
         return Ok(());
     }
     let rows = BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
     for output in &outputs {
-        if *output.shape() != (rows, plan.width) {
+        if output.shape() != (rows, plan.width) {
             faults.add(format_args!("{here}: an output is {:?}, not {:?}", output.shape(), (rows, plan.width)));
             return Ok(());
         }
@@ -224,7 +220,7 @@ fn check_plan(builder: &dyn AlignerBuilder<Cpu>, plan: &AlignPlan, faults: &mut 
     for name in names.into_iter().filter(|name| TOWER.iter().any(|part| name.starts_with(part))) {
         faults.add(format_args!("{here}: `{name}` is what a student calls a parameter of its own"));
     }
-    let planned = builder.build(plan, &Init::shapes(&dev))?.shapes();
+    let planned = builder.build(plan, &Init::shapes())?.shapes();
     faults.unless(
         planned == shapes,
         format_args!("{here}: its parameters differ between `Init::shapes` and `Init::new`"),
@@ -249,7 +245,7 @@ fn check_plan(builder: &dyn AlignerBuilder<Cpu>, plan: &AlignPlan, faults: &mut 
 
     let mut other = build(2)?;
     let saved = aligner.to_host();
-    other.load(&saved);
+    other.load(&saved)?;
     faults.unless(
         same_bits(&first, &trial.values(&cx, &*other)?),
         format_args!("{here}: outputs differ after saving and loading"),
@@ -277,8 +273,8 @@ fn check_plan(builder: &dyn AlignerBuilder<Cpu>, plan: &AlignPlan, faults: &mut 
 
 /// The gradient against a finite difference along itself, over all parameters and inputs at once.
 fn slopes(
-    cx: &Context<Cpu>,
-    aligner: &mut dyn Aligner<Cpu>,
+    cx: &Context,
+    aligner: &mut dyn AlignerModel,
     mut trial: Trial,
     parameters: &[(String, bool, Vec<f32>)],
     levels: &[Vec<f32>],
@@ -292,22 +288,24 @@ fn slopes(
         return Ok(());
     }
     let start = aligner.to_host();
-    let level_values: Vec<Vec<f32>> = trial.levels.iter().map(|level| level.as_vec()).collect();
+    let level_values: Vec<Vec<f32>> = trial.levels.iter().map(|level| level.to_vec()).collect();
     let off = slope_error(norm, |distance| {
+        let mut loaded = Ok(());
         let mut slope = parameters.iter();
         aligner.visit(&mut |p| {
             if let (Some((name, true, slope)), Some(values)) = (slope.next(), start.get(&p.name)) {
                 debug_assert_eq!(*name, p.name);
-                p.load(&moved(&values.data, slope, distance, norm));
+                loaded = loaded.clone().and(p.load(&moved(&values.data, slope, distance, norm)));
             }
         });
         for ((level, values), slope) in trial.levels.iter_mut().zip(&level_values).zip(levels) {
-            let (rows, columns) = *level.shape();
-            *level = matrix(rows, columns, moved(values, slope, distance, norm));
+            let (rows, columns) = level.shape();
+            *level = matrix(rows, columns, moved(values, slope, distance, norm)).tracked();
         }
+        loaded?;
         Ok(trial.gradients(cx, aligner)?.0)
     })?;
-    aligner.load(&start);
+    aligner.load(&start)?;
     faults.unless(
         off < 0.05,
         format_args!("{here}: its gradients are off by {:.0} % from finite differences", 100.0 * off),

@@ -1,5 +1,6 @@
 //! Components that work on host data: maskers, datasets, transforms and schedules.
 
+use maskalign_engine::random::Stream;
 use maskalign_registry::{DatasetTag, Kind, MaskerTag, ScheduleTag, Slot, TransformTag};
 
 use super::{Faults, built};
@@ -8,7 +9,6 @@ use crate::{
     data::{Images, RgbImage},
     nn::Grid,
     plugin::Build,
-    random::Stream,
 };
 
 const GRIDS: [(usize, usize); 6] = [(1, 1), (2, 2), (3, 5), (7, 7), (1, 13), (14, 14)];
@@ -87,7 +87,7 @@ pub(super) fn check_files(kind: Kind, value: &serde_json::Value, faults: &mut Fa
         return;
     }
     let Ok(slot) = serde_json::from_value::<Slot<DatasetTag>>(value.clone()) else { return };
-    let Ok(dataset) = slot.build::<dfdx::prelude::Cpu>() else { return };
+    let Ok(dataset) = slot.build() else { return };
     if dataset.needs_files()
         && let Some(images) = faults.expect("opening it", dataset.open())
     {

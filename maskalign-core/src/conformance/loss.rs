@@ -1,15 +1,10 @@
 //! Losses: finite, lowest at the target, right gradients, the same on every table of operators.
 
-use dfdx::prelude::{AsArray, Cpu};
+use maskalign_engine::{Context, Tape};
 use maskalign_registry::LossTag;
 
 use super::{Faults, ROUND_OFF, built, composed, fused, matrix, normal, relative_difference};
-use crate::{
-    components::losses::Loss,
-    context::Context,
-    error::Result,
-    tape::{Recorder, gradient},
-};
+use crate::{components::losses::Loss, error::Result};
 
 /// Rows and channels, odd ones among them.
 const SHAPES: [(usize, usize); 4] = [(1, 2), (5, 7), (3, 16), (2, 33)];
@@ -25,28 +20,28 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
     }
 }
 
-fn check_shape(loss: &dyn Loss<Cpu>, rows: usize, columns: usize, faults: &mut Faults) -> Result<()> {
+fn check_shape(loss: &dyn Loss, rows: usize, columns: usize, faults: &mut Faults) -> Result<()> {
     let size = format!("on {rows} rows of {columns} channels");
     let target = normal("target", rows * columns);
     // Farther from the target than a finite difference reaches, so that a kink there is not stepped over.
     let far = |(t, d): (&f32, f32)| t + d + 2.0 * STEP * d.signum();
     let prediction: Vec<f32> = target.iter().zip(normal("prediction", rows * columns)).map(far).collect();
-    let value = |cx: &Context<Cpu>, prediction: &[f32]| -> Result<f32> {
+    let value = |cx: &Context, prediction: &[f32]| -> Result<f32> {
         let (x, t) = (matrix(rows, columns, prediction.to_vec()), matrix(rows, columns, target.clone()));
-        Ok(loss.term(cx, &mut Recorder::inference(), &x, &t)?.array())
+        Ok(loss.term(cx, &mut Tape::inference(), &x, &t)?.value())
     };
-    let with_gradient = |cx: &Context<Cpu>| -> Result<(f32, Vec<f32>)> {
-        let (x, t) = (matrix(rows, columns, prediction.clone()), matrix(rows, columns, target.clone()));
-        let mut recorder = Recorder::training();
+    let with_gradient = |cx: &Context| -> Result<(f32, Vec<f32>)> {
+        let (x, t) = (matrix(rows, columns, prediction.clone()).tracked(), matrix(rows, columns, target.clone()));
+        let mut recorder = Tape::training();
         let term = loss.term(cx, &mut recorder, &x, &t)?;
-        let mut gradients = recorder.backward(&term)?;
-        Ok((term.array(), gradient(&mut gradients, &x)?.as_vec()))
+        let gradients = recorder.backward(&term)?;
+        Ok((term.value(), gradients.to_vec(&x)))
     };
 
     let mut seen = Vec::new();
     for cx in [fused(), composed()] {
         let (at, analytic) = with_gradient(&cx)?;
-        let name = cx.kernels.name();
+        let name = cx.operators();
         faults.unless(at.is_finite(), format_args!("is {at} {size}"));
         faults.unless(
             with_gradient(&cx)? == (at, analytic.clone()),

@@ -1,17 +1,16 @@
 //! Optimizers: a step moves a parameter downhill, and the same way each time.
 
-use dfdx::prelude::{AsArray, Cpu};
+use maskalign_engine::{
+    Context, Role, Tape, Tensor,
+    ops::{self, Distance},
+};
 use maskalign_registry::OptimizerTag;
 
 use super::{Faults, built, composed, fused, matrix, normal, same_bits};
 use crate::{
     components::optimizers::{Optimizer, Update},
-    context::Context,
-    device::{Matrix, Vector},
     error::Result,
-    kernels::Distance,
     nn::Param,
-    tape::Recorder,
 };
 
 const DIMS: [usize; 2] = [5, 3];
@@ -26,7 +25,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
     names.dedup();
     faults.unless(names.len() == optimizer.state_names().len(), "two of its state tensors share a name");
     for cx in [fused(), composed()] {
-        let name = cx.kernels.name();
+        let name = cx.operators();
         let (Some(one), Some(again)) = (
             faults.expect("one step", train(&*optimizer, &cx, 1)),
             faults.expect("one step", train(&*optimizer, &cx, 1)),
@@ -67,7 +66,7 @@ struct Trained {
 }
 
 /// Pulls a parameter to a target by its mean squared distance.
-fn train(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, steps: u64) -> Result<Trained> {
+fn train(optimizer: &dyn Optimizer, cx: &Context, steps: u64) -> Result<Trained> {
     let mut run = Pull::new(optimizer, cx)?;
     let before = run.parameter.to_host().data;
     let first = run.loss(cx)?;
@@ -78,15 +77,15 @@ fn train(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, steps: u64) -> Resul
 }
 
 /// Four steps, with the parameter and the state taken to the host and back after two.
-fn resumed(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>) -> Result<Vec<f32>> {
+fn resumed(optimizer: &dyn Optimizer, cx: &Context) -> Result<Vec<f32>> {
     let mut run = Pull::new(optimizer, cx)?;
     for step in 1..=2 {
         run.step(optimizer, cx, step)?;
     }
     let mut again = Pull::new(optimizer, cx)?;
-    again.parameter.load(&run.parameter.to_host().data);
+    again.parameter.load(&run.parameter.to_host().data)?;
     for (to, from) in again.state.iter_mut().zip(&run.state) {
-        to.copy_from(&from.as_vec());
+        to.set(&from.to_vec())?;
     }
     for step in 3..=4 {
         again.step(optimizer, cx, step)?;
@@ -96,35 +95,35 @@ fn resumed(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>) -> Result<Vec<f32>
 
 /// A parameter that is pulled to a target.
 struct Pull {
-    parameter: Param<Cpu>,
-    target: Matrix<Cpu>,
-    state: Vec<Vector<Cpu>>,
+    parameter: Param,
+    target: Tensor,
+    state: Vec<Tensor>,
 }
 
 impl Pull {
-    fn new(optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>) -> Result<Self> {
+    fn new(optimizer: &dyn Optimizer, cx: &Context) -> Result<Self> {
         let [rows, columns] = DIMS;
         let before = normal("parameter", rows * columns);
         let away = normal("pull", rows * columns);
         let target = before.iter().zip(away).map(|(v, d)| v + d + d.signum()).collect();
-        let zeros = |_: &&str| Ok(Param::new(&cx.dev, "state", &DIMS, vec![0.0; rows * columns])?.value);
+        let zeros = |_: &&str| Ok(Tensor::zeros(cx.device(), rows, columns)?);
         Ok(Pull {
-            parameter: Param::new(&cx.dev, "layer.weight", &DIMS, before)?,
+            parameter: Param::new(cx.device(), Role::Student, "layer.weight", &DIMS, before)?,
             target: matrix(rows, columns, target),
             state: optimizer.state_names().iter().map(zeros).collect::<Result<_>>()?,
         })
     }
 
-    fn loss(&self, cx: &Context<Cpu>) -> Result<f32> {
-        let off = &mut Recorder::inference();
-        Ok(cx.kernels.distance(off, &self.parameter.matrix(DIMS[0]), &self.target, Distance::Mse)?.array())
+    fn loss(&self, cx: &Context) -> Result<f32> {
+        let off = &mut Tape::inference();
+        Ok(ops::distance(cx, off, &self.parameter.value, &self.target, Distance::Mse)?.value())
     }
 
-    fn step(&mut self, optimizer: &dyn Optimizer<Cpu>, cx: &Context<Cpu>, step: u64) -> Result<()> {
-        let mut recorder = Recorder::training();
-        let loss = cx.kernels.distance(&mut recorder, &self.parameter.matrix(DIMS[0]), &self.target, Distance::Mse)?;
-        let mut gradients = recorder.backward(&loss)?;
+    fn step(&mut self, optimizer: &dyn Optimizer, cx: &Context, step: u64) -> Result<()> {
+        let mut recorder = Tape::training();
+        let loss = ops::distance(cx, &mut recorder, &self.parameter.value, &self.target, Distance::Mse)?;
+        let gradients = recorder.backward(&loss)?;
         let update = Update { lr: 0.01, progress: 0.0, step, gradient_scale: 1.0 };
-        optimizer.update(cx, &mut self.parameter, &mut gradients, &mut self.state, update)
+        Ok(optimizer.update(cx, &mut self.parameter, &gradients, &mut self.state, update)?)
     }
 }

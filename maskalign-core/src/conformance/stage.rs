@@ -16,7 +16,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
         students: &students,
         environment: false,
         random_weights: true,
-        recompute: false,
+        recompute: maskalign_engine::Recompute::Never,
     };
     let plans = [stage.plan(&cx), stage.plan(&cx)].map(|plan| {
         plan.map_err(|refusals| refusals.iter().map(|refusal| refusal.to_string()).collect::<Vec<_>>().join("; "))

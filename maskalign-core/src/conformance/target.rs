@@ -2,20 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{Cpu, HasShape};
+use maskalign_engine::{Context, ops::Act};
 use maskalign_registry::{Kind, TargetTag, Weights};
 
 use super::{Faults, ROUND_OFF, built, composed, fused, relative_difference, same_bits, tower::images};
 use crate::{
     components::{
         targets::{Target, TargetContext, TargetInput, TargetPlan},
-        teachers::{Teacher, TowerTeacher, Wants},
+        teachers::{TeacherModel, TowerTeacher, Wants},
         tokens::{Masks, Tokens},
         towers::{PlanContext, TowerShape, input},
     },
-    context::Context,
     error::Result,
-    kernels::Act,
     nn::{Arch, Bias, Statistics, VitConfig},
     weights::Family,
 };
@@ -59,7 +57,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
     faults.unless(planned > 0, format_args!("it refuses every set of tokens: {}", refusals.join("; ")));
 }
 
-fn check_plan(target: &dyn Target<Cpu>, plan: &TargetPlan, tokens: Tokens, faults: &mut Faults) -> Result<()> {
+fn check_plan(target: &dyn Target, plan: &TargetPlan, tokens: Tokens, faults: &mut Faults) -> Result<()> {
     faults.unless(plan.outputs > 0 && plan.width > 0, "it plans no output");
     let rows = 2 * tokens.count(3, 2);
     let mut seen = Vec::new();
@@ -90,10 +88,10 @@ fn check_plan(target: &dyn Target<Cpu>, plan: &TargetPlan, tokens: Tokens, fault
 
 /// Shapes and values of every output for two images.
 fn outputs(
-    target: &dyn Target<Cpu>,
+    target: &dyn Target,
     plan: &TargetPlan,
     tokens: Tokens,
-    cx: &Context<Cpu>,
+    cx: &Context,
 ) -> Result<Vec<((usize, usize), Vec<f32>)>> {
     let students = BTreeMap::new();
     let at = PlanContext { data_size: 10, students: &students, environment: false, random_weights: true };
@@ -104,8 +102,8 @@ fn outputs(
     let wants = Wants { levels: plan.levels.iter().copied().collect(), whole: plan.whole, tokens, ..Wants::default() };
     let pass = teacher.begin(cx, &images, &wants)?;
     let levels = teacher.finish(cx, pass, &wants, &masks)?;
-    let read = plan.teacher.is_some().then_some((&levels, &teacher as &dyn Teacher<Cpu>));
+    let read = plan.teacher.is_some().then_some((&levels, &teacher as &dyn TeacherModel));
     let input = TargetInput { images: &images, masks: &masks, tokens, student: teacher.shape(), teacher: read };
     let outputs = target.outputs(cx, plan, &input)?;
-    Ok(outputs.iter().map(|output| (*output.shape(), output.as_vec())).collect())
+    Ok(outputs.iter().map(|output| (output.shape(), output.to_vec())).collect())
 }

@@ -2,7 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::{AsArray, Cpu, HasShape};
+use maskalign_engine::{
+    Context, Device, ImageBatch, Tape,
+    ops::{self, Distance},
+    random::Stream,
+};
 use maskalign_registry::{Refusal, StudentTag, TeacherTag};
 
 use super::{
@@ -11,18 +15,13 @@ use super::{
 };
 use crate::{
     components::{
-        students::{Student, StudentBuilder},
-        teachers::{TeacherBuilder, Wants},
+        students::{Student, StudentModel},
+        teachers::{Teacher, Wants},
         tokens::{Masks, Tokens},
         towers::{PlanContext, TowerShape},
     },
-    context::Context,
     error::Result,
-    images::ImageBatch,
-    kernels::Distance,
     nn::{Init, Reach},
-    random::Stream,
-    tape::{Recorder, gradient},
 };
 
 /// Sides of images in pixels, of which a tower has to take one.
@@ -54,12 +53,12 @@ pub(super) fn student(text: &str, faults: &mut Faults) {
     }
 }
 
-fn run_student(builder: &dyn StudentBuilder<Cpu>, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
-    let (cx, dev) = (fused(), Cpu::default());
+fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
+    let (cx, dev) = (fused(), Device::Cpu);
     let shape = builder.plan(plan)?;
     let mut student = builder.build(plan, &Init::new(&dev, 1, "conformance"))?;
     faults.unless(student.shape() == shape, "the shape it is built with is not the planned one");
-    let planned = builder.build(plan, &Init::shapes(&dev))?.shapes();
+    let planned = builder.build(plan, &Init::shapes())?.shapes();
     faults.unless(planned == student.shapes(), "its parameters differ between `Init::shapes` and `Init::new`");
     let images = images(2, plan.data_size);
     let patches = shape.grid.patches();
@@ -69,10 +68,10 @@ fn run_student(builder: &dyn StudentBuilder<Cpu>, plan: &PlanContext, faults: &m
     for (visible, tokens) in [(None, patches), (Some(&visible[..]), kept)] {
         let rows = 2 * (tokens + usize::from(shape.cls_token));
         let run = || -> Result<(usize, usize, Vec<f32>)> {
-            let features = student.forward(&cx, &mut Recorder::inference(), &images, visible, None, &|_| true)?;
-            let x = student.norm(&cx, &mut Recorder::inference(), &features.last)?;
-            let (rows, columns) = *x.shape();
-            Ok((rows, columns, x.as_vec()))
+            let features = student.forward(&cx, &mut Tape::inference(), &images, visible, None, &|_| true)?;
+            let x = student.norm(&cx, &mut Tape::inference(), &features.last)?;
+            let (rows, columns) = x.shape();
+            Ok((rows, columns, x.to_vec()))
         };
         let (got, columns, values) = run()?;
         faults.unless(
@@ -94,7 +93,7 @@ fn run_student(builder: &dyn StudentBuilder<Cpu>, plan: &PlanContext, faults: &m
         format_args!("its hidden states differ by {apart:.1e} between the CPU's and the composed operators"),
     );
     let mut other = builder.build(plan, &Init::new(&dev, 2, "conformance"))?;
-    other.load(&student.to_host());
+    other.load(&student.to_host())?;
     faults
         .unless(same_bits(&values, &trial.values(&cx, &*other)?), "its hidden states differ after saving and loading");
     check_reach(&cx, &mut *student, &trial, faults)?;
@@ -109,41 +108,41 @@ struct Trial<'a> {
 
 impl Trial<'_> {
     /// The last hidden states after the final norm.
-    fn values(&self, cx: &Context<Cpu>, student: &dyn Student<Cpu>) -> Result<Vec<f32>> {
-        let off = &mut Recorder::inference();
+    fn values(&self, cx: &Context, student: &dyn StudentModel) -> Result<Vec<f32>> {
+        let off = &mut Tape::inference();
         let features = student.forward(cx, off, self.images, Some(self.visible), None, &|_| false)?;
-        Ok(student.norm(cx, off, &features.last)?.as_vec())
+        Ok(student.norm(cx, off, &features.last)?.to_vec())
     }
 
     /// The squared distance of those from fixed values, and its gradient by every parameter that is trained.
-    fn gradients(&self, cx: &Context<Cpu>, student: &mut dyn Student<Cpu>) -> Result<(f32, Vec<(String, Vec<f32>)>)> {
-        let mut r = Recorder::training();
-        let features = student.forward(cx, &mut r, self.images, Some(self.visible), None, &|_| false)?;
-        let x = student.norm(cx, &mut r, &features.last)?;
-        let (rows, columns) = *x.shape();
+    fn gradients(&self, cx: &Context, student: &mut dyn StudentModel) -> Result<(f32, Vec<(String, Vec<f32>)>)> {
+        let mut tape = Tape::training();
+        let features = student.forward(cx, &mut tape, self.images, Some(self.visible), None, &|_| false)?;
+        let x = student.norm(cx, &mut tape, &features.last)?;
+        let (rows, columns) = x.shape();
         let target = matrix(rows, columns, normal("student", rows * columns));
-        let loss = cx.kernels.distance(&mut r, &x, &target, Distance::Mse)?;
-        let mut gradients = r.backward(&loss)?;
+        let loss = ops::distance(cx, &mut tape, &x, &target, Distance::Mse)?;
+        let gradients = tape.backward(&loss)?;
         let mut found = Vec::new();
         student.visit(&mut |p| {
-            if p.trainable {
-                found.push(gradient(&mut gradients, &p.value).map(|g| (p.name.clone(), g.as_vec())));
+            if p.is_trained() {
+                found.push((p.name.clone(), gradients.to_vec(&p.value)));
             }
         });
-        Ok((loss.array(), found.into_iter().collect::<Result<_>>()?))
+        Ok((loss.value(), found))
     }
 }
 
 /// A student that is to run its first block alone gives what that block gives in the whole tower.
-fn check_reach(cx: &Context<Cpu>, student: &mut dyn Student<Cpu>, trial: &Trial, faults: &mut Faults) -> Result<()> {
-    let first = |student: &dyn Student<Cpu>| -> Result<Vec<f32>> {
-        let off = &mut Recorder::inference();
+fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
+    let first = |student: &dyn StudentModel| -> Result<Vec<f32>> {
+        let off = &mut Tape::inference();
         let features = student.forward(cx, off, trial.images, Some(trial.visible), None, &|i| i == 0)?;
-        Ok(features.hidden.get(&0).map(|x| x.as_vec()).unwrap_or_default())
+        Ok(features.hidden.get(&0).map(|x| x.to_vec()).unwrap_or_default())
     };
-    let trained = |student: &mut dyn Student<Cpu>| {
+    let trained = |student: &mut dyn StudentModel| {
         let mut count = 0;
-        student.visit(&mut |p| count += usize::from(p.trainable));
+        student.visit(&mut |p| count += usize::from(p.is_trained()));
         count
     };
     let whole = Reach { blocks: student.shape().arch.depth, norm: true };
@@ -157,12 +156,7 @@ fn check_reach(cx: &Context<Cpu>, student: &mut dyn Student<Cpu>, trial: &Trial,
 }
 
 /// Every parameter that is trained has a gradient, and together they agree with finite differences.
-fn check_gradients(
-    cx: &Context<Cpu>,
-    student: &mut dyn Student<Cpu>,
-    trial: &Trial,
-    faults: &mut Faults,
-) -> Result<()> {
+fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
     let (_, slopes) = trial.gradients(cx, student)?;
     for (name, slope) in &slopes {
         faults.unless(
@@ -176,17 +170,19 @@ fn check_gradients(
     }
     let start = student.to_host();
     let off = slope_error(norm, |distance| {
+        let mut loaded = Ok(());
         let mut slopes = slopes.iter();
         student.visit(&mut |p| {
-            if p.trainable
+            if p.is_trained()
                 && let Some((name, slope)) = slopes.next()
             {
-                p.load(&moved(&start[name].data, slope, distance, norm));
+                loaded = loaded.clone().and(p.load(&moved(&start[name].data, slope, distance, norm)));
             }
         });
+        loaded?;
         Ok(trial.gradients(cx, student)?.0)
     })?;
-    student.load(&start);
+    student.load(&start)?;
     faults.unless(off < 0.05, format_args!("its gradients are off by {:.0} % from finite differences", 100.0 * off));
     Ok(())
 }
@@ -210,7 +206,7 @@ struct Taught {
     compared: Vec<f32>,
 }
 
-fn run_teacher(builder: &dyn TeacherBuilder<Cpu>, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
+fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
     let shape = builder.plan(plan)?;
     if 12 * shape.arch.depth * shape.arch.dim.pow(2) > LARGE {
         return Ok(());
@@ -220,15 +216,15 @@ fn run_teacher(builder: &dyn TeacherBuilder<Cpu>, plan: &PlanContext, faults: &m
     let visible: Vec<u32> = [0, 1].into_iter().chain([patches as u32 - 1, 0]).collect();
     let masks = Masks { batch: 2, visible, masked: Vec::new() };
     let last = shape.arch.depth - 1;
-    let run = |cx: &Context<Cpu>| -> Result<(TowerShape, Taught)> {
+    let run = |cx: &Context| -> Result<(TowerShape, Taught)> {
         let teacher = builder.build(plan, cx)?;
         let wants = Wants { levels: (0..=last).collect(), attention: shape.cls_token, whole: true, ..Wants::default() };
         let mut pass = teacher.begin(cx, &images, &wants)?;
         let attention = std::mem::take(&mut pass.attention);
-        let whole = teacher.finish(cx, pass, &wants, &masks)?.into_values().map(|level| level.x.as_vec()).collect();
+        let whole = teacher.finish(cx, pass, &wants, &masks)?.into_values().map(|level| level.x.to_vec()).collect();
         let wants = Wants { levels: [last].into(), tokens, ..Wants::default() };
         let pass = teacher.begin(cx, &images, &wants)?;
-        let compared = teacher.finish(cx, pass, &wants, &masks)?.remove(&last).map(|level| level.x.as_vec());
+        let compared = teacher.finish(cx, pass, &wants, &masks)?.remove(&last).map(|level| level.x.to_vec());
         Ok((teacher.shape(), Taught { attention, whole, compared: compared.unwrap_or_default() }))
     };
     let (built, taught) = run(&fused())?;

@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::ImageBatch;
 use maskalign_registry::{DatasetTag, Refusal, Slot, TransformTag};
 
 use crate::{
     component,
     data::{Images, Loader, LoaderConfig, OnError, Order, Transform, output_size},
-    images::ImageBatch,
     plugin::Build,
 };
 
@@ -38,7 +37,7 @@ pub struct OpenData {
 impl Data {
     fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Refusal> {
         let build = |(i, slot): (usize, &Slot<TransformTag>)| {
-            let built = Build::build::<Cpu>(slot).and_then(|t| t.check().map(|()| t));
+            let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
             built.map_err(|r| r.under(i.to_string()).under("transforms"))
         };
         self.transforms.iter().enumerate().map(build).collect()
@@ -54,7 +53,7 @@ impl Data {
         let size = match known {
             Some(size) => Some(size),
             None => {
-                let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
+                let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
                 if dataset.needs_files() && !environment {
                     return Err(Refusal::new("transforms", "the size of the images cannot be known without the data")
                         .help("end with a transform that fixes it, such as `center_crop`"));
@@ -78,14 +77,14 @@ impl Data {
     /// Names the option that names something missing.
     pub fn open(&self) -> Result<OpenData, Refusal> {
         let size = self.size(true)?;
-        let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
+        let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
         let images = dataset.open().map_err(|r| r.under("dataset"))?;
         Ok(OpenData { images: Arc::from(images), transforms: self.transforms()?.into(), on_error: self.on_error, size })
     }
 
     /// Whether it can be opened: it needs no files, or they may be looked at.
     pub fn may_open(&self, environment: bool) -> bool {
-        environment || Build::build::<Cpu>(&self.dataset).is_ok_and(|d| !d.needs_files())
+        environment || Build::build(&self.dataset).is_ok_and(|d| !d.needs_files())
     }
 }
 

@@ -1,11 +1,15 @@
 //! Supervised training of a student: fine-tuning after a pre-training stage, or from random initialisation.
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::{
+    Context, ImageBatch, Role, Tape, Tensor,
+    ops::{self, Act},
+    random::Stream,
+};
 use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot, StudentTag};
 use rand_distr::{Beta, Distribution};
 
 use super::{
-    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
+    Data, OpenData, Outcome, Stage, StageContext, StagePlan, StageRun,
     data::image_batch,
     keep,
     knn::Pooling,
@@ -16,19 +20,13 @@ use super::{
 use crate::{
     component,
     components::{
-        students::Student,
+        students::StudentModel,
         towers::{PlanContext, StudentRecord, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix, Scalar},
     error::{Error, Result},
-    images::ImageBatch,
-    kernels::Act,
     nn::{Bias, Init, Linear, Norm, Param, Reach},
     plugin::Build,
-    random::Stream,
     register,
-    tape::Recorder,
 };
 
 fn one() -> f64 {
@@ -112,43 +110,43 @@ pub struct Finetune {
 }
 
 /// A student with a classification head.
-pub struct Classifier<D: Dev> {
-    student: Box<dyn Student<D>>,
-    norm: Option<Norm<D>>,
-    head: Linear<D>,
+pub struct Classifier {
+    student: Box<dyn StudentModel>,
+    norm: Option<Norm>,
+    head: Linear,
     seed: u64,
     layer_decay: f64,
     label_smoothing: f64,
     mixing: Option<Mixup>,
 }
 
-impl<D: Dev> Classifier<D> {
+impl Classifier {
     /// The tower.
-    pub fn student(&self) -> &dyn Student<D> {
+    pub fn student(&self) -> &dyn StudentModel {
         &*self.student
     }
 
     fn logits(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         scales: Option<&crate::nn::BranchScales>,
-    ) -> Result<Matrix<D>> {
+    ) -> Result<Tensor> {
         let shape = self.student.shape();
-        let features = self.student.forward(cx, r, images, None, scales, &|_| false)?;
+        let features = self.student.forward(cx, tape, images, None, scales, &|_| false)?;
         let pooled = match &self.norm {
             Some(norm) => {
-                let mean = cx.kernels.mean_tokens(r, &features.last, images.batch, usize::from(shape.cls_token))?;
-                cx.kernels.layer_norm(r, &mean, norm)?
+                let mean = ops::mean_tokens(cx, tape, &features.last, images.batch, usize::from(shape.cls_token))?;
+                norm.forward(cx, tape, &mean)?
             }
             None => {
                 let rows: Vec<u32> = (0..images.batch).map(|i| (i * features.tokens) as u32).collect();
-                let cls = cx.kernels.gather_rows(r, &[features.last], &rows)?;
-                self.student.norm(cx, r, &cls)?
+                let cls = ops::gather_rows(cx, tape, &[&features.last], &rows)?;
+                self.student.norm(cx, tape, &cls)?
             }
         };
-        cx.kernels.linear(r, &pooled, &self.head, Act::None)
+        Ok(self.head.forward(cx, tape, &pooled, Act::None)?)
     }
 
     /// Targets `[batch, classes]`, and the images mixed in place where that is on.
@@ -210,24 +208,25 @@ impl<D: Dev> Classifier<D> {
     }
 }
 
-impl<D: Dev> Task<D> for Classifier<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Task for Classifier {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.student.visit(f);
-        self.norm.iter_mut().for_each(|n| n.each_mut(f));
-        self.head.each_mut(f);
+        self.norm.iter_mut().for_each(|n| n.visit(f));
+        self.head.visit(f);
     }
 
-    fn student(&mut self) -> &mut dyn Student<D> {
+    fn student(&mut self) -> &mut dyn StudentModel {
         &mut *self.student
     }
 
-    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
         let mut images = batch.images.clone();
         let targets = self.targets(&mut images, batch)?;
         let depth = self.student.shape().arch.depth;
         let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
-        let logits = self.logits(cx, r, &images, scales.as_ref())?;
-        cx.kernels.cross_entropy(r, &logits, targets)
+        let logits = self.logits(cx, tape, &images, scales.as_ref())?;
+        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
+        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
     }
 
     /// BEiT's rule: the embedding is layer 0, block i is layer i + 1, the rest depth + 1.
@@ -284,14 +283,15 @@ impl Finetune {
         }
     }
 
-    fn build<D: Dev>(&self, towers: &PlanContext, init: &Init<D>, seed: u64, classes: usize) -> Result<Classifier<D>> {
-        let mut student = Build::build::<D>(&self.student)
+    fn build(&self, towers: &PlanContext, init: &Init, seed: u64, classes: usize) -> Result<Classifier> {
+        let mut student = Build::build(&self.student)
             .map_err(|r| r.under("student"))?
             .build(towers, init)
             .map_err(|e| under(e, "student"))?;
         let shape = student.shape();
         let mean = self.pooling == Pooling::Mean;
         student.set_reach(self.reach(&shape));
+        let init = &init.of_role(Role::Head);
         let weight = init.truncated_normal("head.weight", &[classes, shape.arch.dim], self.head_std)?;
         Ok(Classifier {
             norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,
@@ -308,21 +308,21 @@ impl Finetune {
     ///
     /// # Errors
     /// What planning and loading answer.
-    pub fn prepare<D: Dev>(
+    pub fn prepare(
         &self,
-        cx: &Context<D>,
+        cx: &Context,
         stage: &StageContext,
         data_size: usize,
         images: usize,
         classes: usize,
-    ) -> Result<(Classifier<D>, Trainer<D>)> {
-        let init = Init::new(&cx.dev, stage.seed, stage.name);
+    ) -> Result<(Classifier, Trainer)> {
+        let init = Init::new(cx.device(), stage.seed, stage.name);
         let model = self.build(&stage.towers(data_size), &init, stage.seed, classes)?;
         Ok((model, Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, self.length(images))?))
     }
 }
 
-impl StagePlugin for Finetune {
+impl Stage for Finetune {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.batch.check());
@@ -357,13 +357,10 @@ impl StagePlugin for Finetune {
             }
         }
         let length = self.length(plan.images.unwrap_or(self.batch.effective));
-        keep(
-            &mut refusals,
-            Trainer::<Cpu>::new(&self.optimizer, &self.schedule, self.batch.effective, length).map(drop),
-        );
+        keep(&mut refusals, Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length).map(drop));
         let Some(size) = size else { return Err(refusals) };
         let towers = cx.towers(size);
-        let shape = Build::build::<Cpu>(&self.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
+        let shape = Build::build(&self.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
         let Some(shape) = keep(&mut refusals, shape) else { return Err(refusals) };
         if self.pooling == Pooling::Cls && !shape.cls_token {
             refusals.push(Refusal::new("pooling", "`cls` needs a student with a class token"));
@@ -371,11 +368,10 @@ impl StagePlugin for Finetune {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        let dev = Cpu::default();
-        match self.build(&towers, &Init::shapes(&dev), cx.seed, classes) {
+        match self.build(&towers, &Init::shapes(), cx.seed, classes) {
             Ok(mut model) => model.visit(&mut |p| {
                 plan.parameters += p.len();
-                plan.trainable += if p.trainable { p.len() } else { 0 };
+                plan.trainable += if p.is_trained() { p.len() } else { 0 };
             }),
             Err(error) => return Err(vec![Refusal::whole(error.to_string())]),
         }
@@ -395,12 +391,12 @@ impl StagePlugin for Finetune {
         Ok(plan)
     }
 
-    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let stage = run.stage;
         let data = self.data.open().map_err(|r| r.under("data"))?;
         let length = self.length(data.images.len());
         let towers = stage.towers(data.size);
-        let init = Init::new(&run.cx.dev, stage.seed, stage.name);
+        let init = Init::new(run.cx.device(), stage.seed, stage.name);
         let mut model = self.build(&towers, &init, stage.seed, self.classes_of(&data)?)?;
         let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
         let plan = Loop {
@@ -408,7 +404,7 @@ impl StagePlugin for Finetune {
             batch: self.batch,
             length,
             checkpoints: &self.checkpoints,
-            after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None),
+            after_epoch: &mut |_, _: &mut Classifier, _| Ok(None),
         };
         let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
         if let Some(eval) = &self.eval {
@@ -431,18 +427,13 @@ fn largest_label(data: &OpenData) -> usize {
 }
 
 /// Share of the images whose class the model finds, and how many could not be read.
-fn accuracy<D: Dev>(
-    run: &mut StageRun<D>,
-    model: &Classifier<D>,
-    data: &OpenData,
-    batch: usize,
-) -> Result<(f64, usize)> {
+fn accuracy(run: &mut StageRun, model: &Classifier, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
     let (mut right, mut seen) = (0usize, 0usize);
     let classes = model.head.outputs();
     for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
         let mut batch = batch?;
         let images = image_batch(&mut batch);
-        let logits = model.logits(&run.cx, &mut Recorder::inference(), &images, None)?.as_vec();
+        let logits = model.logits(&run.cx, &mut Tape::inference(), &images, None)?.to_vec();
         for (row, label) in logits.chunks_exact(classes).zip(&batch.labels) {
             let best = (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
             right += usize::from(best.map(|b| b as u32) == *label && label.is_some());

@@ -1,30 +1,28 @@
 //! Weighted k-nearest-neighbour classification of frozen features (DINO's protocol, arXiv 2104.14294, section 4.1).
 
-use dfdx::prelude::HasShape;
 use indexmap::IndexMap;
+use maskalign_engine::{
+    Context, ImageBatch, Tape, Tensor,
+    ops::{self, Act, LinearWeights},
+};
 use maskalign_registry::{Refusal, Slot, TeacherTag, Weights};
 use serde_json::{Value, json};
 
 use super::{
-    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun, data::image_batch, keep, memory, under,
+    Data, OpenData, Outcome, Stage, StageContext, StagePlan, StageRun, data::image_batch, keep, memory, under,
 };
 use crate::{
     component,
     components::{
-        students::Student,
-        teachers::{Teacher, Wants},
+        students::StudentModel,
+        teachers::{TeacherModel, Wants},
         tokens::Masks,
         towers::{PlanContext, Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Error, Result, device},
-    images::ImageBatch,
-    kernels::Act,
-    nn::{Init, Linear},
+    error::{Error, Result},
+    nn::Init,
     plugin::Build,
     register,
-    tape::Recorder,
 };
 
 /// Divisor of similarities before they are exponentiated into votes.
@@ -168,12 +166,7 @@ impl PeriodicKnn {
 
 impl OpenKnn {
     /// The accuracy of a student in training.
-    pub(super) fn measure<D: Dev>(
-        &self,
-        run: &mut StageRun<D>,
-        student: &dyn Student<D>,
-        epochs: u64,
-    ) -> Result<Value> {
+    pub(super) fn measure(&self, run: &mut StageRun, student: &dyn StudentModel, epochs: u64) -> Result<Value> {
         let tower = Tower::Student(student);
         let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: batch() };
         let train = extract(run, &tower, &self.train, view)?;
@@ -215,22 +208,22 @@ struct View {
 }
 
 /// What features are taken from.
-enum Tower<'a, D: Dev> {
+enum Tower<'a> {
     Pixels,
-    Student(&'a dyn Student<D>),
-    Teacher(&'a dyn Teacher<D>),
+    Student(&'a dyn StudentModel),
+    Teacher(&'a dyn TeacherModel),
 }
 
-impl<D: Dev> Tower<'_, D> {
+impl Tower<'_> {
     /// One feature an image, `[batch, width]`.
-    fn features(&self, cx: &Context<D>, images: ImageBatch, view: View) -> Result<Matrix<D>> {
+    fn features(&self, cx: &Context, images: ImageBatch, view: View) -> Result<Tensor> {
         let batch = images.batch;
-        let off = &mut Recorder::inference();
+        let off = &mut Tape::inference();
         let normed = view.tap == FeatureTap::Norm;
-        let (x, shape): (Matrix<D>, TowerShape) = match self {
+        let (x, shape): (Tensor, TowerShape) = match self {
             Tower::Pixels => {
                 let width = images.pixels.len() / batch;
-                return cx.dev.try_tensor_from_vec(images.pixels, (batch, width)).map_err(device);
+                return Ok(cx.tensor(images.pixels, batch, width)?);
             }
             Tower::Student(student) => {
                 let last = student.forward(cx, off, &images, None, None, &|_| false)?.last;
@@ -247,10 +240,10 @@ impl<D: Dev> Tower<'_, D> {
             }
         };
         match view.pooling {
-            Pooling::Mean => cx.kernels.mean_tokens(off, &x, batch, usize::from(shape.cls_token)),
+            Pooling::Mean => Ok(ops::mean_tokens(cx, off, &x, batch, usize::from(shape.cls_token))?),
             Pooling::Cls => {
                 let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
-                cx.kernels.gather_rows(off, &[x], &rows)
+                Ok(ops::gather_rows(cx, off, &[&x], &rows)?)
             }
         }
     }
@@ -265,7 +258,7 @@ pub(crate) struct Bank {
     skipped: usize,
 }
 
-fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, view: View) -> Result<Bank> {
+fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;
     for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
@@ -275,8 +268,8 @@ fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, vie
             bank.labels.push(label);
         }
         let x = tower.features(&run.cx, image_batch(&mut batch), view)?;
-        bank.width = x.shape().1;
-        bank.features.extend(x.as_vec());
+        bank.width = x.columns();
+        bank.features.extend(x.to_vec());
         run.progress.count("features", bank.labels.len() as u64, all);
         if let Some(stop) = run.stop.get() {
             return Err(super::train::stopped(run, stop));
@@ -294,17 +287,19 @@ fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, vie
 }
 
 /// Share of `test` that each number of neighbours in `train` classifies rightly.
-pub(crate) fn accuracy<D: Dev>(cx: &Context<D>, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
-    let init = Init::blank(&cx.dev);
-    let weight = init.values("bank", &[train.labels.len(), train.width], train.features.clone())?;
-    let bank = Linear { weight, bias: None, packed: None };
+pub(crate) fn accuracy(cx: &Context, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
+    let bank = LinearWeights {
+        weight: cx.tensor(train.features.clone(), train.labels.len(), train.width)?,
+        bias: None,
+        packed: None,
+    };
     let classes = 1 + train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0) as usize;
     let most = ks.iter().copied().max().unwrap_or(1).min(train.labels.len());
     let mut right = vec![0usize; ks.len()];
     const CHUNK: usize = 256;
     for (features, labels) in test.features.chunks(CHUNK * test.width).zip(test.labels.chunks(CHUNK)) {
-        let x = cx.dev.try_tensor_from_vec(features.to_vec(), (labels.len(), test.width)).map_err(device)?;
-        let similarity = cx.kernels.linear(&mut Recorder::inference(), &x, &bank, Act::None)?.as_vec();
+        let x = cx.tensor(features.to_vec(), labels.len(), test.width)?;
+        let similarity = ops::linear(cx, &mut Tape::inference(), &x, &bank, Act::None)?.to_vec();
         for (row, &label) in similarity.chunks_exact(train.labels.len()).zip(labels) {
             let mut order: Vec<u32> = (0..row.len() as u32).collect();
             let nearer = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
@@ -348,7 +343,7 @@ impl Knn {
     }
 }
 
-impl StagePlugin for Knn {
+impl Stage for Knn {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         let mut plan = StagePlan::default();
@@ -383,7 +378,7 @@ impl StagePlugin for Knn {
         }
         if refusals.is_empty() {
             for (name, slot) in &self.teachers {
-                let planned = Build::build::<dfdx::prelude::Cpu>(slot).and_then(|t| t.plan(&towers));
+                let planned = Build::build(slot).and_then(|t| t.plan(&towers));
                 if let Some(shape) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
                     passes.push(shape);
                 }
@@ -397,13 +392,13 @@ impl StagePlugin for Knn {
         }
     }
 
-    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let run = &mut run;
         let train = self.train.open().map_err(|r| r.under("train"))?;
         let test = self.test.open().map_err(|r| r.under("test"))?;
         let towers = run.stage.towers(train.size);
         let mut results = serde_json::Map::new();
-        let mut measure = |run: &mut StageRun<D>, name: &str, tower: &Tower<D>| -> Result<()> {
+        let mut measure = |run: &mut StageRun, name: &str, tower: &Tower| -> Result<()> {
             let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
             let near = extract(run, tower, &train, view)?;
             let far = extract(run, tower, &test, view)?;
@@ -417,22 +412,19 @@ impl StagePlugin for Knn {
         }
         if let Some(stage) = self.stage()? {
             let record = towers.student(stage).map_err(|r| r.under("student"))?;
-            let dev = run.cx.dev.clone();
-            let init = Init::new(&dev, run.stage.seed, &*record.init_scope);
+            let init = Init::new(run.cx.device(), run.stage.seed, &*record.init_scope);
             // It runs at the size it was trained at, and resizes these images to that.
             let trained_at = PlanContext { data_size: record.shape.image_size, ..towers };
-            let mut student =
-                Build::build::<D>(&record.slot)?.build(&trained_at, &init).map_err(|e| under(e, "student"))?;
+            let mut student = Build::build(&record.slot)?.build(&trained_at, &init).map_err(|e| under(e, "student"))?;
             student.set_reach(record.reach);
             if self.baselines.contains(&Baseline::Untrained) {
                 measure(run, "untrained", &Tower::Student(&*student))?;
             }
-            student.load(record.weights.as_ref().expect("a stage that ran leaves its student's weights"));
+            student.load(record.weights.as_ref().expect("a stage that ran leaves its student's weights"))?;
             measure(run, "student", &Tower::Student(&*student))?;
         }
         for (name, slot) in &self.teachers {
-            let teacher =
-                Build::build::<D>(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
+            let teacher = Build::build(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
             measure(run, name, &Tower::Teacher(&*teacher))?;
         }
         Ok(Outcome { results: Value::Object(results), student: None, metric_records: run.metric_records })
@@ -445,13 +437,14 @@ register!(stage "knn" => Knn, "measures frozen features by weighted k nearest ne
 
 #[cfg(test)]
 mod tests {
+    use maskalign_engine::Device;
+
     use super::*;
-    use dfdx::prelude::Cpu;
 
     /// Votes are exp(similarity / 0.07): one very near neighbour outweighs two that are farther.
     #[test]
     fn votes_are_weighted_by_similarity() {
-        let cx = Context::new(Cpu::default(), 1);
+        let cx = Context::new(Device::Cpu, 1);
         let angle = |degrees: f64| [degrees.to_radians().cos() as f32, degrees.to_radians().sin() as f32];
         let bank = |angles: &[f64], labels: &[u32]| Bank {
             features: angles.iter().flat_map(|&a| angle(a)).collect(),

@@ -1,5 +1,7 @@
 //! Estimates of peak memory, before the first step. `tests/memory.rs` compares them with measured peaks.
 
+use maskalign_engine::Recompute;
+
 use super::StagePlan;
 use crate::components::towers::TowerShape;
 
@@ -26,7 +28,7 @@ pub(super) struct TrainingStep<'a> {
     /// Values that alignments keep for the backward pass.
     pub aligned: usize,
     /// Whether blocks keep their input alone.
-    pub recompute: bool,
+    pub recompute: Recompute,
 }
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
@@ -35,7 +37,7 @@ pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
     let arch = step.student.arch;
     let (dim, mlp, depth) = (arch.dim as u64, arch.mlp as u64, arch.depth as u64);
     let rows = (step.images * step.tokens) as u64;
-    let kept = if step.recompute { dim } else { dim * 6 + mlp };
+    let kept = if step.recompute == Recompute::Blocks { dim } else { dim * 6 + mlp };
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
     let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;

@@ -9,6 +9,7 @@ mod train;
 
 use std::{collections::BTreeMap, path::Path};
 
+use maskalign_engine::{Context, Recompute};
 use maskalign_registry::Refusal;
 use serde::Serialize;
 
@@ -20,8 +21,6 @@ pub use train::{BatchSize, MicroBatch, Phases, Step, StepReport, Task, Trainer};
 
 use crate::{
     components::towers::{PlanContext, StudentRecord},
-    context::Context,
-    device::Dev,
     error::{Error, Result},
     plugin::kind,
     run::{RunDir, StopFlag},
@@ -41,7 +40,7 @@ pub struct StageContext<'a> {
     /// Whether towers get random weights where theirs cannot be found (timings alone).
     pub random_weights: bool,
     /// Whether the flag `--recompute` holds, for the memory estimate.
-    pub recompute: bool,
+    pub recompute: Recompute,
 }
 
 impl<'a> StageContext<'a> {
@@ -84,9 +83,9 @@ pub struct StagePlan {
 }
 
 /// What a running stage is given.
-pub struct StageRun<'a, D: Dev> {
+pub struct StageRun<'a> {
     /// The device and its operators.
-    pub cx: Context<D>,
+    pub cx: Context,
     /// Name, seed and earlier students.
     pub stage: StageContext<'a>,
     /// Where checkpoints and metrics go.
@@ -129,8 +128,8 @@ pub trait Progress {
     fn result(&mut self, stage: &str, result: &serde_json::Value);
 }
 
-/// A stage, as its author writes it: for any device.
-pub trait StagePlugin: Send + Sync {
+/// A stage.
+pub trait Stage: Send + Sync {
     /// Checks all that can be known before the first step.
     ///
     /// # Errors
@@ -140,26 +139,10 @@ pub trait StagePlugin: Send + Sync {
     ///
     /// # Errors
     /// Whatever ends a run early.
-    fn run<D: Dev>(&self, run: StageRun<D>) -> Result<Outcome>;
+    fn run(&self, run: StageRun) -> Result<Outcome>;
 }
 
-/// A stage's options on one device, as the runner calls them; see [`StagePlugin`].
-#[allow(missing_docs)]
-pub trait Stage<D: Dev> {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>>;
-    fn run(&self, run: StageRun<D>) -> Result<Outcome>;
-}
-
-impl<P: StagePlugin, D: Dev> Stage<D> for P {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
-        StagePlugin::plan(self, cx)
-    }
-    fn run(&self, run: StageRun<D>) -> Result<Outcome> {
-        StagePlugin::run(self, run)
-    }
-}
-
-kind!(device StageTag, StagePlugin, Stage, stage);
+kind!(StageTag, Stage, stage);
 
 /// Keeps the value, or notes the refusal.
 fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Option<T> {

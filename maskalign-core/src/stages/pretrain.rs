@@ -5,8 +5,8 @@ mod objective;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dfdx::prelude::Cpu;
 use indexmap::IndexMap;
+use maskalign_engine::{Context, Device};
 use maskalign_registry::{LevelRef, MaskerTag, OptimizerTag, Refusal, ScheduleTag, Slot, StudentTag, TeacherTag};
 
 pub use model::{Inspection, PretrainModel};
@@ -14,7 +14,7 @@ pub use objective::Objective;
 
 use self::objective::ObjectiveShape;
 use super::{
-    Data, Outcome, StageContext, StagePlan, StagePlugin, StageRun, keep,
+    Data, Outcome, Stage, StageContext, StagePlan, StageRun, keep,
     knn::PeriodicKnn,
     memory::{self, TrainingStep},
     train::{BatchSize, Checkpoints, Length, Loop, Precision, Task, Trainer, finish, train},
@@ -26,8 +26,6 @@ use crate::{
         teachers::Wants,
         towers::{PlanContext, StudentRecord, Tap, TowerShape},
     },
-    context::Context,
-    device::Dev,
     error::Result,
     nn::{Init, Reach},
     plugin::Build,
@@ -124,11 +122,11 @@ impl Pretrain {
         let mut refusals = Vec::new();
         let student = keep(
             &mut refusals,
-            Build::build::<Cpu>(&self.student).and_then(|s| s.plan(towers)).map_err(|r| r.under("student")),
+            Build::build(&self.student).and_then(|s| s.plan(towers)).map_err(|r| r.under("student")),
         );
         let mut teachers = BTreeMap::new();
         for (name, slot) in &self.teachers {
-            let planned = Build::build::<Cpu>(slot).and_then(|t| t.plan(towers));
+            let planned = Build::build(slot).and_then(|t| t.plan(towers));
             if let Some(shape) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
                 teachers.insert(name.clone(), shape);
             }
@@ -137,7 +135,7 @@ impl Pretrain {
         let masked = match &self.masker {
             None => Some((Counts { visible: student.grid.patches(), masked: 0 }, None)),
             Some(slot) => {
-                let planned = Build::build::<Cpu>(slot).and_then(|masker| {
+                let planned = Build::build(slot).and_then(|masker| {
                     self.check_masker(&*masker, student, &teachers)?;
                     Ok((masker.plan(student.grid)?, masker.teacher().map(str::to_owned)))
                 });
@@ -201,7 +199,7 @@ impl Pretrain {
     }
 }
 
-impl StagePlugin for Pretrain {
+impl Stage for Pretrain {
     fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.batch.check());
@@ -223,7 +221,7 @@ impl StagePlugin for Pretrain {
             }
         }
         let length = self.length(plan.images.unwrap_or(self.batch.effective));
-        let trainer = Trainer::<Cpu>::new(&self.optimizer, &self.schedule, self.batch.effective, length);
+        let trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length);
         keep(&mut refusals, trainer.map(drop));
         let Some(size) = size else { return Err(refusals) };
         let towers = cx.towers(size);
@@ -256,23 +254,22 @@ impl StagePlugin for Pretrain {
         let visible = counts.visible + usize::from(student.cls_token);
         plan.tokens = Some((visible, student.tokens()));
         plan.student = Some(self.record(cx.name, student, shape.reach()));
-        let dev = Cpu::default();
         let compared: usize = shape
             .objectives
             .iter()
             .map(|o| micro * o.tokens.count(counts.visible, counts.masked) * o.align.width * o.level_weights.len())
             .sum();
         let kept = |o: &ObjectiveShape| {
-            let aligner = Build::build::<Cpu>(&self.objectives[&o.name].aligner);
+            let aligner = Build::build(&self.objectives[&o.name].aligner);
             aligner.map_or(0, |aligner| aligner.kept(&o.align, cx.recompute))
         };
         let aligned: usize = shape.objectives.iter().map(kept).sum();
-        let model = PretrainModel::build(self, cx, shape, &Context::new(dev.clone(), 1), &towers, &Init::shapes(&dev));
+        let model = PretrainModel::build(self, cx, shape, &Context::new(Device::Cpu, 1), &towers, &Init::shapes());
         match model {
             Ok(mut model) => {
                 model.visit(&mut |p| {
                     plan.parameters += p.len();
-                    plan.trainable += if p.trainable { p.len() } else { 0 };
+                    plan.trainable += if p.is_trained() { p.len() } else { 0 };
                 });
                 let step = TrainingStep {
                     student: &student,
@@ -291,14 +288,14 @@ impl StagePlugin for Pretrain {
         Ok(plan)
     }
 
-    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let stage = run.stage;
         let data = self.data.open().map_err(|r| r.under("data"))?;
         let towers = stage.towers(data.size);
         let shape = self.shape(&towers).map_err(|mut all| all.swap_remove(0))?;
         let (student_shape, reach) = (shape.student, shape.reach());
         let length = self.length(data.images.len());
-        let init = Init::new(&run.cx.dev, stage.seed, stage.name);
+        let init = Init::new(run.cx.device(), stage.seed, stage.name);
         let mut model = PretrainModel::build(self, &stage, shape, &run.cx, &towers, &init)?;
         let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
         let knn = self.knn.as_ref().map(|knn| knn.open().map_err(|r| r.under("knn"))).transpose()?;
@@ -311,7 +308,7 @@ impl StagePlugin for Pretrain {
                 batch: self.batch,
                 length,
                 checkpoints: &self.checkpoints,
-                after_epoch: &mut |run, model: &mut PretrainModel<D>, epochs| {
+                after_epoch: &mut |run, model: &mut PretrainModel, epochs| {
                     let Some(knn) = knn.as_ref().filter(|knn| epochs % knn.every_epochs == 0) else { return Ok(None) };
                     let result = knn.measure(run, &*model.student, epochs)?;
                     run.progress.result(run.stage.name, &result);
@@ -331,16 +328,16 @@ impl Pretrain {
     ///
     /// # Errors
     /// What planning and loading answer.
-    pub fn prepare<D: Dev>(
+    pub fn prepare(
         &self,
-        cx: &Context<D>,
+        cx: &Context,
         stage: &StageContext,
         data_size: usize,
         images: usize,
-    ) -> Result<(PretrainModel<D>, Trainer<D>)> {
+    ) -> Result<(PretrainModel, Trainer)> {
         let towers = stage.towers(data_size);
         let shape = self.shape(&towers).map_err(|mut all| all.swap_remove(0))?;
-        let init = Init::new(&cx.dev, stage.seed, stage.name);
+        let init = Init::new(cx.device(), stage.seed, stage.name);
         let model = PretrainModel::build(self, stage, shape, cx, &towers, &init)?;
         let trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, self.length(images))?;
         Ok((model, trainer))

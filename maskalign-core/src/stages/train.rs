@@ -6,7 +6,11 @@ use std::{
     time::Instant,
 };
 
-use dfdx::prelude::Gradients;
+use maskalign_engine::{
+    Context, Gradients, ImageBatch, Tape, Tensor,
+    ops::{self, optim},
+    random::Stream,
+};
 use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot};
 use serde::{Deserialize, Serialize};
 
@@ -17,18 +21,13 @@ use crate::{
     components::{
         optimizers::{Optimizer, Update},
         schedules::Schedule,
-        students::Student,
+        students::StudentModel,
     },
-    context::Context,
     data::{Batch, Position},
-    device::{Dev, Scalar, Vector},
-    error::{Error, Result, device},
-    images::ImageBatch,
+    error::{Error, Result},
     nn::Param,
     plugin::Build,
-    random::Stream,
     run::{Checkpoint, CheckpointHeader, Metrics, Retention, Stop},
-    tape::{Recorder, swap_gradient},
     weights::{TensorData, TensorMap, TensorRef},
 };
 
@@ -171,16 +170,16 @@ pub struct MicroBatch {
 }
 
 /// What is trained: parameters, and a loss of a micro-batch.
-pub trait Task<D: Dev> {
+pub trait Task {
     /// Calls `f` on every parameter that checkpoints hold.
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>));
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
     /// The tower among them that later stages and exports take.
-    fn student(&mut self) -> &mut dyn Student<D>;
+    fn student(&mut self) -> &mut dyn StudentModel;
     /// The loss of a micro-batch, averaged over its images.
     ///
     /// # Errors
     /// Out of memory on the device, or data that does not fit.
-    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>>;
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor>;
     /// Where forward passes went since this was last asked.
     fn take_times(&mut self) -> ForwardTimes {
         ForwardTimes::default()
@@ -216,11 +215,11 @@ pub struct StepReport {
 }
 
 /// An optimizer with its state, gradient buffers and schedule.
-pub struct Trainer<D: Dev> {
-    optimizer: Box<dyn Optimizer<D>>,
+pub struct Trainer {
+    optimizer: Box<dyn Optimizer>,
     schedule: Box<dyn Schedule>,
-    state: BTreeMap<String, Vec<Vector<D>>>,
-    gradients: Option<Gradients<f32, D>>,
+    state: BTreeMap<String, Vec<Tensor>>,
+    gradients: Option<Gradients>,
     length: Length,
     peak_lr: f64,
     /// Updates so far.
@@ -251,7 +250,7 @@ pub struct Phases {
     pub optimizer: f64,
 }
 
-impl<D: Dev> Trainer<D> {
+impl Trainer {
     /// An optimizer before its first step.
     ///
     /// # Errors
@@ -262,8 +261,8 @@ impl<D: Dev> Trainer<D> {
         effective: usize,
         length: Length,
     ) -> Result<Self, Refusal> {
-        let optimizer = Build::build::<D>(optimizer).map_err(|r| r.under("optimizer"))?;
-        let schedule = Build::build::<D>(schedule).map_err(|r| r.under("schedule"))?;
+        let optimizer = Build::build(optimizer).map_err(|r| r.under("optimizer"))?;
+        let schedule = Build::build(schedule).map_err(|r| r.under("schedule"))?;
         optimizer.check().map_err(|r| r.under("optimizer"))?;
         schedule.check(length.epochs).map_err(|r| r.under("schedule"))?;
         let peak_lr = optimizer.peak_lr(effective);
@@ -286,8 +285,8 @@ impl<D: Dev> Trainer<D> {
     /// What the micro-batches and the task answer; a loss or a gradient that is not finite (nothing is updated then).
     pub fn step(
         &mut self,
-        cx: &Context<D>,
-        task: &mut dyn Task<D>,
+        cx: &Context,
+        task: &mut dyn Task,
         parts: usize,
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
     ) -> Result<Step> {
@@ -300,20 +299,20 @@ impl<D: Dev> Trainer<D> {
     /// As there.
     pub fn step_at(
         &mut self,
-        cx: &Context<D>,
-        task: &mut dyn Task<D>,
+        cx: &Context,
+        task: &mut dyn Task,
         parts: usize,
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
         lr: f64,
     ) -> Result<Step> {
-        let mut gradients = self.zeroed(cx, task)?;
+        let mut gradients = Gradients::default();
         let (mut total, mut phases) = (0.0f64, Phases::default());
         for _ in 0..parts {
             let batch = micro_batches()?;
             let started = Instant::now();
-            let mut r = Recorder::onto(&cx.dev, gradients);
-            let loss = task.loss(cx, &mut r, &batch)?;
-            let value = loss.as_vec()[0];
+            let mut tape = Tape::onto(gradients);
+            let loss = task.loss(cx, &mut tape, &batch)?;
+            let value = loss.value();
             if !value.is_finite() {
                 return Err(self.not_finite("loss", f64::from(value), lr));
             }
@@ -321,32 +320,20 @@ impl<D: Dev> Trainer<D> {
             let share = 1.0 / parts as f32;
             let loss = match parts {
                 1 => loss,
-                _ => r.run(&loss, |loss| {
-                    use dfdx::prelude::TryMul;
-                    loss.try_mul(share)
-                })?,
+                _ => ops::scale(cx, &mut tape, &loss, share)?,
             };
             let forward = started.elapsed();
-            let mut all = {
+            gradients = {
                 let _span = tracing::info_span!("backward").entered();
-                r.backward(&loss)?
+                tape.backward(&loss)?
             };
-            // The parameters' buffers alone go on; everything else the pass needed dies here.
-            gradients = Gradients::leaky();
-            let mut outcome = Ok(());
-            task.visit(&mut |p| {
-                if p.trainable && outcome.is_ok() {
-                    outcome = swap_gradient(&mut gradients, &mut all, &p.value);
-                }
-            });
-            outcome?;
             phases.forward += forward.as_secs_f64();
             phases.backward += (started.elapsed() - forward).as_secs_f64();
         }
         let started = Instant::now();
         let gradient_norm = {
             let _span = tracing::info_span!("optimizer").entered();
-            self.update(cx, task, &mut gradients, lr)?
+            self.update(cx, task, &gradients, lr)?
         };
         self.gradients = Some(gradients);
         self.updates += 1;
@@ -359,37 +346,19 @@ impl<D: Dev> Trainer<D> {
     }
 
     /// The gradients of the last step, before clipping.
-    pub fn gradients(&mut self) -> Option<&mut Gradients<f32, D>> {
-        self.gradients.as_mut()
+    pub fn gradients(&self) -> Option<&Gradients> {
+        self.gradients.as_ref()
     }
 
-    fn zeroed(&mut self, cx: &Context<D>, task: &mut dyn Task<D>) -> Result<Gradients<f32, D>> {
-        let mut gradients = self.gradients.take().unwrap_or_else(Gradients::leaky);
-        let mut outcome = Ok(());
-        task.visit(&mut |p| {
-            if p.trainable && outcome.is_ok() {
-                let zero = gradients.get_or_alloc_mut(&p.value).and_then(|buffer| cx.dev.try_fill_with_zeros(buffer));
-                outcome = zero.map_err(device);
-            }
-        });
-        outcome.map(|()| gradients)
-    }
-
-    fn update(
-        &mut self,
-        cx: &Context<D>,
-        task: &mut dyn Task<D>,
-        gradients: &mut Gradients<f32, D>,
-        lr: f64,
-    ) -> Result<f64> {
+    fn update(&mut self, cx: &Context, task: &mut dyn Task, gradients: &Gradients, lr: f64) -> Result<f64> {
         let norm = {
             let mut parameters = Vec::new();
             task.visit(&mut |p| {
-                if p.trainable {
-                    parameters.push(p.vector())
+                if p.is_trained() {
+                    parameters.push(p.value.clone())
                 }
             });
-            cx.kernels.square_sum(gradients, &parameters)?.sqrt()
+            optim::square_sum(cx, &parameters, gradients)?.sqrt()
         };
         if !norm.is_finite() {
             return Err(self.not_finite("norm of the gradients", norm, lr));
@@ -410,25 +379,26 @@ impl<D: Dev> Trainer<D> {
         let (optimizer, state) = (&self.optimizer, &mut self.state);
         let mut outcome = Ok(());
         task.visit(&mut |p| {
-            if !p.trainable || outcome.is_err() {
+            if !p.is_trained() || outcome.is_err() {
                 return;
             }
             outcome = (|| {
                 if !state.contains_key(&p.name) {
-                    let zeros = || cx.dev.try_tensor_from_vec(vec![0.0; p.len()], (p.len(),)).map_err(device);
-                    let fresh = optimizer.state_names().iter().map(|_| zeros()).collect::<Result<_>>()?;
+                    let (rows, columns) = p.value.shape();
+                    let zeros = || Tensor::zeros(cx.device(), rows, columns);
+                    let fresh = optimizer.state_names().iter().map(|_| zeros()).collect::<Result<_, _>>()?;
                     state.insert(p.name.clone(), fresh);
                 }
                 let state = state.get_mut(&p.name).expect("made above");
                 let update = Update { lr: lr * scales[&p.name], progress, step, gradient_scale };
-                optimizer.update(cx, p, gradients, state, update)
+                optimizer.update(cx, p, gradients, state, update).map_err(Error::from)
             })();
         });
         outcome.map(|()| norm)
     }
 
     /// Parameters and optimizer state as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`.
-    fn tensors(&self, task: &mut dyn Task<D>) -> Vec<TensorRef<'static>> {
+    fn tensors(&self, task: &mut dyn Task) -> Vec<TensorRef<'static>> {
         let mut all = Vec::new();
         task.visit(&mut |p| {
             let name = &p.name;
@@ -445,16 +415,12 @@ impl<D: Dev> Trainer<D> {
     ///
     /// # Errors
     /// Tensors that are missing or do not fit (a checkpoint of another recipe); out of memory on the device.
-    pub fn restore(
-        &mut self,
-        cx: &Context<D>,
-        task: &mut dyn Task<D>,
-        tensors: &TensorMap,
-        updates: u64,
-    ) -> Result<()> {
-        let mut missing = BTreeSet::new();
+    pub fn restore(&mut self, cx: &Context, task: &mut dyn Task, tensors: &TensorMap, updates: u64) -> Result<()> {
+        let (mut missing, mut loaded) = (BTreeSet::new(), Ok(()));
         task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
-            Some(tensor) if tensor.shape == p.dims => p.load(&tensor.data),
+            Some(tensor) if tensor.shape == p.dims => {
+                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data))
+            }
             _ => {
                 missing.insert(p.name.clone());
             }
@@ -464,11 +430,12 @@ impl<D: Dev> Trainer<D> {
                 "the checkpoint has no `{name}` of the model's shape: it is of another recipe"
             )));
         }
+        loaded?;
         let mut state = BTreeMap::new();
         let mut outcome = Ok(());
         let names = self.optimizer.state_names();
         task.visit(&mut |p| {
-            if !p.trainable || outcome.is_err() {
+            if !p.is_trained() || outcome.is_err() {
                 return;
             }
             let vectors = names.iter().map(|kind| {
@@ -478,9 +445,10 @@ impl<D: Dev> Trainer<D> {
                         "the checkpoint has no `{name}` of that parameter's shape: it is of another recipe"
                     ))
                 })?;
-                cx.dev.try_tensor_from_vec(tensor.data.clone(), (tensor.data.len(),)).map_err(device)
+                let (rows, columns) = p.value.shape();
+                Ok(cx.tensor(tensor.data.clone(), rows, columns)?)
             });
-            match vectors.collect::<Result<Vec<Vector<D>>>>() {
+            match vectors.collect::<Result<Vec<Tensor>>>() {
                 Ok(vectors) => {
                     state.insert(p.name.clone(), vectors);
                 }
@@ -494,13 +462,13 @@ impl<D: Dev> Trainer<D> {
 }
 
 /// What a training loop is told besides the run.
-pub(crate) struct Loop<'a, D: Dev, T> {
+pub(crate) struct Loop<'a, T> {
     pub data: &'a OpenData,
     pub batch: BatchSize,
     pub length: Length,
     pub checkpoints: &'a Checkpoints,
     /// Called after every epoch's last step, with the number of epochs done. What it measures is kept in checkpoints.
-    pub after_epoch: &'a mut dyn FnMut(&mut StageRun<D>, &mut T, u64) -> Result<Option<serde_json::Value>>,
+    pub after_epoch: &'a mut dyn FnMut(&mut StageRun, &mut T, u64) -> Result<Option<serde_json::Value>>,
 }
 
 /// What a checkpoint notes besides tensors, so that a resumed stage ends with the results of an uninterrupted one.
@@ -526,11 +494,11 @@ pub(crate) struct Trained {
 
 /// Trains to the end of the stage, from its last checkpoint where there is one. The state at the end is saved too: what
 /// follows may be interrupted, and a run that `--steps` ended may go on.
-pub(crate) fn train<D: Dev, T: Task<D>>(
-    run: &mut StageRun<D>,
+pub(crate) fn train<T: Task>(
+    run: &mut StageRun,
     task: &mut T,
-    trainer: &mut Trainer<D>,
-    plan: Loop<D, T>,
+    trainer: &mut Trainer,
+    plan: Loop<T>,
 ) -> Result<Trained> {
     let Loop { data, batch, length, checkpoints, after_epoch } = plan;
     let mut notes = Notes::default();
@@ -625,7 +593,7 @@ pub(crate) fn train<D: Dev, T: Task<D>>(
 }
 
 /// The newest checkpoint of the stage that can be read.
-fn last_checkpoint<D: Dev>(run: &StageRun<D>) -> Result<Option<Checkpoint>> {
+fn last_checkpoint(run: &StageRun) -> Result<Option<Checkpoint>> {
     let name = run.stage.name;
     let checkpoint = run.dir.latest_checkpoint(name)?;
     match &checkpoint {
@@ -637,12 +605,12 @@ fn last_checkpoint<D: Dev>(run: &StageRun<D>) -> Result<Option<Checkpoint>> {
 }
 
 /// The end of a run that the user asked for.
-pub(crate) fn stopped<D: Dev>(run: &StageRun<D>, stop: Stop) -> Error {
+pub(crate) fn stopped(run: &StageRun, stop: Stop) -> Error {
     Error::Stopped { signal: stop.name(), code: stop.exit_code(), dir: run.dir.path().display().to_string() }
 }
 
 /// Adds to a loss or a gradient that is not finite which checkpoint is the last good one, and what to try.
-fn advised<D: Dev>(error: Error, run: &StageRun<D>, last_good: Option<u64>) -> Error {
+fn advised(error: Error, run: &StageRun, last_good: Option<u64>) -> Error {
     let Error::NonFinite { what, value, step, lr, .. } = error else { return error };
     let path = last_good.and_then(|step| run.dir.checkpoint_path(run.stage.name, step).ok());
     let checkpoint = match path.filter(|path| path.is_file()) {
@@ -662,13 +630,7 @@ struct Saver {
 }
 
 impl Saver {
-    fn save<D: Dev>(
-        &mut self,
-        run: &mut StageRun<D>,
-        task: &mut dyn Task<D>,
-        trainer: &Trainer<D>,
-        notes: &Notes,
-    ) -> Result<()> {
+    fn save(&mut self, run: &mut StageRun, task: &mut dyn Task, trainer: &Trainer, notes: &Notes) -> Result<()> {
         self.metrics.sync()?;
         let tensors = trainer.tensors(task);
         let meta = serde_json::to_value(notes).expect("numbers and lists");
@@ -681,9 +643,9 @@ impl Saver {
     }
 }
 
-fn header<D: Dev>(
-    run: &StageRun<D>,
-    task: &mut dyn Task<D>,
+fn header(
+    run: &StageRun,
+    task: &mut dyn Task,
     step: u64,
     metrics_records: u64,
     meta: serde_json::Value,
@@ -700,15 +662,15 @@ fn header<D: Dev>(
 
 /// Writes what a finished training stage leaves, and gives its student's parameters by name. The trainer's state is
 /// freed first, and so are the buffers of its steps: the next stage has sizes of its own.
-pub(crate) fn finish<D: Dev>(
-    run: &StageRun<D>,
-    task: &mut dyn Task<D>,
-    trainer: Trainer<D>,
+pub(crate) fn finish(
+    run: &StageRun,
+    task: &mut dyn Task,
+    trainer: Trainer,
     trained: &Trained,
 ) -> Result<Arc<TensorMap>> {
     let step = trainer.updates;
     drop(trainer);
-    run.cx.kernels.trim();
+    run.cx.trim();
     let mut weights = TensorMap::new();
     task.visit(&mut |p| {
         weights.insert(p.name.clone(), p.to_host());
@@ -720,14 +682,9 @@ pub(crate) fn finish<D: Dev>(
 }
 
 /// A tensor that is copied from its device when it is written.
-fn on_device<D: Dev>(name: String, dims: &[usize], values: &Vector<D>) -> TensorRef<'static> {
+fn on_device(name: String, dims: &[usize], values: &Tensor) -> TensorRef<'static> {
     let (len, values) = (dims.iter().product(), values.clone());
-    let read = move || {
-        let mut copy = vec![0.0; len];
-        values.copy_into(&mut copy);
-        copy
-    };
-    TensorRef { name, shape: dims.to_vec(), data: TensorData::Device(len, Box::new(read)) }
+    TensorRef { name, shape: dims.to_vec(), data: TensorData::Device(len, Box::new(move || values.to_vec())) }
 }
 
 /// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and

@@ -10,7 +10,7 @@ pub struct Pointwise {
     norm: bool,
 }
 
-impl AlignerPlugin for Pointwise {
+impl Aligner for Pointwise {
     fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
         if plan.tokens.masked {
             return Err(
@@ -35,7 +35,7 @@ impl AlignerPlugin for Pointwise {
         })
     }
 
-    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
+    fn build(&self, plan: &AlignPlan, init: &Init) -> Result<Box<dyn AlignerModel>, Error> {
         let norm = match self.norm {
             true => Some(Norm::new(init, "pointwise.norm", plan.student.arch.dim, 1e-6)?),
             false => None,
@@ -46,33 +46,33 @@ impl AlignerPlugin for Pointwise {
 }
 
 /// What is trained.
-struct Layers<D: Dev> {
-    norm: Option<Norm<D>>,
-    linear: Linear<D>,
+struct Layers {
+    norm: Option<Norm>,
+    linear: Linear,
 }
 
-impl<D: Dev> Module<D> for Layers<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.norm.iter_mut().for_each(|norm| norm.each_mut(f));
-        self.linear.each_mut(f);
+impl Module for Layers {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.iter_mut().for_each(|norm| norm.visit(f));
+        self.linear.visit(f);
     }
 }
 
-impl<D: Dev> Aligner<D> for Layers<D> {
+impl AlignerModel for Layers {
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        input: &AlignInput<D>,
-    ) -> Result<Vec<Matrix<D>>> {
+        cx: &Context,
+        tape: &mut Tape,
+        input: &AlignInput,
+    ) -> Result<Vec<Tensor>> {
         let mut x = input.levels[0].clone();
         if let Some(rows) = input.masks.within(input.tokens, input.held) {
-            x = cx.kernels.gather_rows(r, &[x], &rows)?;
+            x = ops::gather_rows(cx, tape, &[&x], &rows)?;
         }
         if let Some(norm) = &self.norm {
-            x = cx.kernels.layer_norm(r, &x, norm)?;
+            x = norm.forward(cx, tape, &x)?;
         }
-        Ok(vec![cx.kernels.linear(r, &x, &self.linear, Act::None)?])
+        Ok(vec![self.linear.forward(cx, tape, &x, Act::None)?])
     }
 }
 

@@ -1,9 +1,10 @@
 //! A choice of patches led by the teacher's attention.
 
+use maskalign_engine::{Result, random::Stream};
 use maskalign_registry::Refusal;
 
 use super::{Counts, Mask, MaskInput, Masker, counts, split};
-use crate::{component, nn::Grid, random::Stream, register};
+use crate::{component, nn::Grid, register};
 
 /// Draws an order of the patches without replacement, proportional to the attention that the class token of the
 /// teacher's last block pays them, and keeps the first: well-attended patches tend to stay visible (MaskAlign,

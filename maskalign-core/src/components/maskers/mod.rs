@@ -6,9 +6,11 @@ mod random;
 pub use attention::AttentionMasker;
 pub use random::RandomMasker;
 
+use maskalign_engine::Result;
+use maskalign_engine::random::Stream;
 use maskalign_registry::Refusal;
 
-use crate::{nn::Grid, plugin::kind, random::Stream};
+use crate::{nn::Grid, plugin::kind};
 
 /// How many patches a masker keeps and asks for: fixed for a run, so that a batch is one matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +56,7 @@ pub trait Masker: Send + Sync {
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask;
 }
 
-kind!(host MaskerTag, Masker, masker);
+kind!(MaskerTag, Masker, masker);
 
 /// The visible and predicted counts that `ratio`, `visible` and `predict_ratio` mean for `patches` patches.
 ///

@@ -1,9 +1,10 @@
 //! A uniform choice of patches.
 
+use maskalign_engine::{Result, random::Stream};
 use maskalign_registry::Refusal;
 
 use super::{Counts, Mask, MaskInput, Masker, counts, split};
-use crate::{component, nn::Grid, random::Stream, register};
+use crate::{component, nn::Grid, register};
 
 /// Keeps patches chosen uniformly, in random order (MAE, arXiv 2111.06377, section 3).
 #[component]

@@ -2,21 +2,18 @@
 
 mod vit;
 
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
 use maskalign_registry::Refusal;
 
 use crate::{
     components::towers::{PlanContext, TowerShape},
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
+    error::Error,
     nn::{BranchScales, Features, Init, Module, Reach},
     plugin::kind,
-    tape::Recorder,
 };
 
-/// A student, as its author writes it: for any device.
-pub trait StudentPlugin: Send + Sync {
+/// A student.
+pub trait Student: Send + Sync {
     /// The shape of the tower.
     ///
     /// # Errors
@@ -26,29 +23,13 @@ pub trait StudentPlugin: Send + Sync {
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>>;
+    fn build(&self, plan: &PlanContext, init: &Init) -> Result<Box<dyn StudentModel>, Error>;
 }
 
-/// A student's options on one device, as stages call them; see [`StudentPlugin`].
-#[allow(missing_docs)]
-pub trait StudentBuilder<D: Dev> {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    fn build(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>>;
-}
-
-impl<P: StudentPlugin, D: Dev> StudentBuilder<D> for P {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        StudentPlugin::plan(self, cx)
-    }
-    fn build(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
-        StudentPlugin::build(self, plan, init)
-    }
-}
-
-kind!(device StudentTag, StudentPlugin, StudentBuilder, student);
+kind!(StudentTag, Student, student);
 
 /// The tower that is trained.
-pub trait Student<D: Dev>: Module<D> {
+pub trait StudentModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;
     /// Largest rate of stochastic depth, that of the last block.
@@ -62,16 +43,16 @@ pub trait Student<D: Dev>: Module<D> {
     /// Out of memory on the device, as below.
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
-    ) -> Result<Features<D>>;
+    ) -> Result<Features>;
     /// The final norm.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>>;
+    fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor>;
 }

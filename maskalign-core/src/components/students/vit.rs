@@ -1,19 +1,15 @@
 //! The vision transformer as a student.
 
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Student, StudentPlugin};
+use super::{Student, StudentModel};
 use crate::{
     component,
     components::towers::{self, PlanContext, TowerOptions, TowerShape, input},
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    kernels::Act,
+    error::Error,
     nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Reach, Statistics, Vit, VitConfig},
     register,
-    tape::Recorder,
     weights::Family,
 };
 
@@ -97,12 +93,12 @@ impl VitStudent {
     }
 }
 
-impl StudentPlugin for VitStudent {
+impl Student for VitStudent {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
         towers::plan_tower(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)
     }
 
-    fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
+    fn build(&self, plan: &PlanContext, init: &Init) -> Result<Box<dyn StudentModel>, Error> {
         let mut vit = Vit::new(init, self.config(plan)?)?;
         if let Some(weights) = self.weights.as_ref().filter(|w| init.draws() && !plan.invents(w)) {
             towers::load_tower(plan, &mut vit, weights, Family::Vit)?;
@@ -114,18 +110,18 @@ impl StudentPlugin for VitStudent {
 register!(student "vit" => VitStudent, "a vision transformer",
     example: "{ type: vit, arch: base_16, drop_path: 0.1 }", paper: "arXiv 2010.11929; MAE's initialisation");
 
-struct Tower<D: Dev> {
-    vit: Vit<D>,
+struct Tower {
+    vit: Vit,
     drop_path: f64,
 }
 
-impl<D: Dev> Module<D> for Tower<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for Tower {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.vit.visit(f);
     }
 }
 
-impl<D: Dev> Student<D> for Tower<D> {
+impl StudentModel for Tower {
     fn shape(&self) -> TowerShape {
         TowerShape::from(&self.vit.config)
     }
@@ -140,17 +136,17 @@ impl<D: Dev> Student<D> for Tower<D> {
 
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
-    ) -> Result<Features<D>> {
-        self.vit.forward(cx, r, images, visible, scales, keep)
+    ) -> Result<Features> {
+        self.vit.forward(cx, tape, images, visible, scales, keep)
     }
 
-    fn norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        self.vit.final_norm(cx, r, x)
+    fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        self.vit.final_norm(cx, tape, x)
     }
 }

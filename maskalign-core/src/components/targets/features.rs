@@ -1,18 +1,13 @@
 //! A teacher's hidden states.
 
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, flat_rows},
+};
 use maskalign_registry::{LevelRef, Levels, Refusal};
 
-use super::{Normalize, TargetContext, TargetInput, TargetPlan, TargetPlugin};
-use crate::{
-    component,
-    components::towers::Tap,
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    kernels::flat_rows,
-    register,
-    tape::Recorder,
-};
+use super::{Normalize, Target, TargetContext, TargetInput, TargetPlan};
+use crate::{component, components::towers::Tap, register};
 
 /// Whether levels stay apart.
 #[component]
@@ -46,7 +41,7 @@ pub struct Features {
     combine: Combine,
 }
 
-impl TargetPlugin for Features {
+impl Target for Features {
     fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
         let teacher = cx.teachers.get(&self.teacher).ok_or_else(|| {
             let known: Vec<&str> = cx.teachers.keys().map(String::as_str).collect();
@@ -90,9 +85,9 @@ impl TargetPlugin for Features {
         })
     }
 
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
+    fn outputs(&self, cx: &Context, plan: &TargetPlan, input: &TargetInput) -> Result<Vec<Tensor>> {
         let (levels, teacher) = input.teacher.as_ref().expect("planned: a teacher");
-        let off = &mut Recorder::inference();
+        let off = &mut Tape::inference();
         let mut outputs = Vec::with_capacity(plan.levels.len());
         for index in &plan.levels {
             let level = &levels[index];
@@ -110,7 +105,7 @@ impl TargetPlugin for Features {
                 }
             };
             if let Some(rows) = rows {
-                x = cx.kernels.gather_rows(off, &[x], &rows)?;
+                x = ops::gather_rows(cx, off, &[&x], &rows)?;
             }
             if !plan.whole {
                 x = self.normalize.apply(cx, &teacher.tap(cx, &x, self.tap)?)?;
@@ -119,7 +114,7 @@ impl TargetPlugin for Features {
         }
         if self.combine == Combine::Mean {
             let share = vec![1.0 / outputs.len() as f32; outputs.len()];
-            outputs = vec![cx.kernels.weighted_mean(&outputs, &share)?];
+            outputs = vec![ops::weighted_mean(cx, &outputs.iter().collect::<Vec<_>>(), &share)?];
         }
         Ok(outputs)
     }

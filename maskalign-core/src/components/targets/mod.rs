@@ -5,19 +5,20 @@ mod pixels;
 
 use std::collections::BTreeMap;
 
+use maskalign_engine::{
+    Context, ImageBatch, Result, Tape, Tensor,
+    ops::{self, Standardize},
+};
 use maskalign_registry::Refusal;
 
 use crate::{
     component,
     components::{
-        teachers::{Level, Teacher},
+        teachers::{Level, TeacherModel},
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
+    nn::Norm,
     plugin::kind,
 };
 
@@ -52,7 +53,7 @@ pub struct TargetPlan {
 }
 
 /// What a target is computed from.
-pub struct TargetInput<'a, D: Dev> {
+pub struct TargetInput<'a> {
     /// The images.
     pub images: &'a ImageBatch,
     /// The masks.
@@ -62,11 +63,11 @@ pub struct TargetInput<'a, D: Dev> {
     /// The student, whose statistics and patches pixels are given in.
     pub student: TowerShape,
     /// The teacher's levels, and the teacher, where the plan names one.
-    pub teacher: Option<(&'a BTreeMap<usize, Level<D>>, &'a dyn Teacher<D>)>,
+    pub teacher: Option<(&'a BTreeMap<usize, Level>, &'a dyn TeacherModel)>,
 }
 
-/// A target, as its author writes it: for any device.
-pub trait TargetPlugin: Send + Sync {
+/// A target.
+pub trait Target: Send + Sync {
     /// What it needs and gives.
     ///
     /// # Errors
@@ -77,26 +78,10 @@ pub trait TargetPlugin: Send + Sync {
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
+    fn outputs(&self, cx: &Context, plan: &TargetPlan, input: &TargetInput) -> Result<Vec<Tensor>>;
 }
 
-/// A target on one device, as stages call it; see [`TargetPlugin`].
-#[allow(missing_docs)]
-pub trait Target<D: Dev> {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
-    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
-}
-
-impl<P: TargetPlugin, D: Dev> Target<D> for P {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
-        TargetPlugin::plan(self, cx)
-    }
-    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
-        TargetPlugin::outputs(self, cx, plan, input)
-    }
-}
-
-kind!(device TargetTag, TargetPlugin, Target, target);
+kind!(TargetTag, Target, target);
 
 /// How targets are normalised, before tokens are gathered.
 #[component]
@@ -122,14 +107,13 @@ impl Normalize {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn apply<D: Dev>(self, cx: &Context<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        use crate::{kernels::Standardize, nn::Norm, tape::Recorder};
+    pub fn apply(self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         match self {
             Normalize::None => Ok(x.clone()),
-            Normalize::Whiten => cx.kernels.layer_norm(&mut Recorder::inference(), x, &Norm::plain(1e-5)),
-            Normalize::L2 => cx.kernels.standardize(x, Standardize::Length),
-            Normalize::Standardize => cx.kernels.standardize(x, Standardize::Rows),
-            Normalize::StandardizeBatch => cx.kernels.standardize(x, Standardize::All),
+            Normalize::Whiten => Norm::plain(1e-5).forward(cx, &mut Tape::inference(), x),
+            Normalize::L2 => ops::standardize(cx, x, Standardize::Length),
+            Normalize::Standardize => ops::standardize(cx, x, Standardize::Rows),
+            Normalize::StandardizeBatch => ops::standardize(cx, x, Standardize::All),
         }
     }
 }

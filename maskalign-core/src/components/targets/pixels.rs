@@ -1,15 +1,15 @@
 //! The pixels of the patches.
 
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, flat_rows},
+};
 use maskalign_registry::Refusal;
 
-use super::{Normalize, TargetContext, TargetInput, TargetPlan, TargetPlugin};
+use super::{Normalize, Target, TargetContext, TargetInput, TargetPlan};
 use crate::{
     component,
     components::towers::{Tap, input},
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Result, device},
-    kernels::flat_rows,
     register,
 };
 
@@ -21,7 +21,7 @@ pub struct Pixels {
     normalize: Normalize,
 }
 
-impl TargetPlugin for Pixels {
+impl Target for Pixels {
     fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
         if cx.tokens.cls {
             return Err(Refusal::whole("the class token has no pixels")
@@ -40,22 +40,22 @@ impl TargetPlugin for Pixels {
         })
     }
 
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input_: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
+    fn outputs(&self, cx: &Context, plan: &TargetPlan, input_: &TargetInput) -> Result<Vec<Tensor>> {
         let TargetInput { images, masks, student, .. } = *input_;
         let tower = input(student.image_size, student.statistics);
         let wanted = masks.rows(input_.tokens, false);
-        let matrix = |patches: Option<&[u32]>| -> Result<Matrix<D>> {
-            let planes = tower.patchify(&*cx.kernels, images, student.arch.patch, patches);
+        let matrix = |patches: Option<&[u32]>| -> Result<Tensor> {
+            let planes = tower.patchify(cx, images, student.arch.patch, patches);
             let pixels = channels_last(&planes, plan.width);
             let rows = pixels.len() / plan.width;
-            cx.dev.try_tensor_from_vec(pixels, (rows, plan.width)).map_err(device)
+            cx.tensor(pixels, rows, plan.width)
         };
         if !plan.whole {
             return Ok(vec![self.normalize.apply(cx, &matrix(Some(&wanted))?)?]);
         }
         let all = self.normalize.apply(cx, &matrix(None)?)?;
         let rows = flat_rows(&wanted, masks.batch, student.grid.patches());
-        Ok(vec![cx.kernels.gather_rows(&mut crate::tape::Recorder::inference(), &[all], &rows)?])
+        Ok(vec![ops::gather_rows(cx, &mut Tape::inference(), &[&all], &rows)?])
     }
 }
 

@@ -1,15 +1,13 @@
 //! CLIP's image tower.
 
+use maskalign_engine::{Context, Result, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{Teacher, TeacherModel, TowerTeacher};
 use crate::{
     component,
     components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    error::Error,
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -82,12 +80,12 @@ impl Clip {
     }
 }
 
-impl TeacherPlugin for Clip {
+impl Teacher for Clip {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
         plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Clip)
     }
 
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+    fn build(&self, plan: &PlanContext, cx: &Context) -> Result<Box<dyn TeacherModel>, Error> {
         let config = self.config(plan)?;
         Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Clip)?))
     }

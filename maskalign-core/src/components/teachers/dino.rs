@@ -1,15 +1,13 @@
 //! DINO's tower.
 
+use maskalign_engine::{Context, Result, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{Teacher, TeacherModel, TowerTeacher};
 use crate::{
     component,
     components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    error::Error,
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -55,12 +53,12 @@ impl Dino {
     }
 }
 
-impl TeacherPlugin for Dino {
+impl Teacher for Dino {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
         plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Dino)
     }
 
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+    fn build(&self, plan: &PlanContext, cx: &Context) -> Result<Box<dyn TeacherModel>, Error> {
         let config = self.config(plan)?;
         Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Dino)?))
     }

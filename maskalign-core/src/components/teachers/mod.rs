@@ -8,6 +8,7 @@ mod vit;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use maskalign_engine::{Context, ImageBatch, Result, Tensor, ops::Begun};
 use maskalign_registry::Refusal;
 
 pub use tower::TowerTeacher;
@@ -17,11 +18,7 @@ use crate::{
         tokens::{Masks, Tokens},
         towers::{PlanContext, Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    kernels::Begun,
+    error::Error,
     nn::{Features, Module},
     plugin::kind,
 };
@@ -40,26 +37,26 @@ pub struct Wants {
 }
 
 /// A teacher's pass between attention and outputs, while the mask is drawn.
-pub struct Pass<D: Dev> {
+pub struct Pass {
     /// Attention of the class token to each patch in the last block, mean over heads: `[batch, patches]`; empty where
     /// [`Wants::attention`] is false.
     pub attention: Vec<f32>,
     /// What the blocks gave so far; a teacher keeps its wanted levels in `hidden`.
-    pub features: Features<D>,
+    pub features: Features,
     /// The last block, where its rows wait for the mask.
-    pub begun: Option<Begun<D>>,
+    pub begun: Option<Begun>,
 }
 
 /// One level of a teacher.
-pub struct Level<D: Dev> {
+pub struct Level {
     /// `[batch * tokens, channels]`.
-    pub x: Matrix<D>,
+    pub x: Tensor,
     /// The tokens that the rows are, where only those were computed; else all tokens in order.
     pub only: Option<Tokens>,
 }
 
-/// A teacher, as its author writes it: for any device.
-pub trait TeacherPlugin: Send + Sync {
+/// A teacher.
+pub trait Teacher: Send + Sync {
     /// The shape of the tower.
     ///
     /// # Errors
@@ -69,46 +66,29 @@ pub trait TeacherPlugin: Send + Sync {
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>>;
+    fn build(&self, plan: &PlanContext, cx: &Context) -> Result<Box<dyn TeacherModel>, Error>;
 }
 
-/// A teacher's options on one device, as stages call them; see [`TeacherPlugin`].
-#[allow(missing_docs)]
-pub trait TeacherBuilder<D: Dev> {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    fn build(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>>;
-}
-
-impl<P: TeacherPlugin, D: Dev> TeacherBuilder<D> for P {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        TeacherPlugin::plan(self, cx)
-    }
-    fn build(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
-        TeacherPlugin::build(self, plan, cx)
-    }
-}
-
-kind!(device TeacherTag, TeacherPlugin, TeacherBuilder, teacher);
+kind!(TeacherTag, Teacher, teacher);
 
 /// A frozen tower. It runs in two halves: the first gives the attention that a masker may draw by, the second only the
 /// rows of the last block that are compared once the mask is known.
-pub trait Teacher<D: Dev>: Module<D> {
+pub trait TeacherModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;
     /// Up to where the mask is drawn.
     ///
     /// # Errors
     /// Out of memory on the device, as below.
-    fn begin(&self, cx: &Context<D>, images: &ImageBatch, wants: &Wants) -> Result<Pass<D>>;
+    fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass>;
     /// The wanted levels.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn finish(&self, cx: &Context<D>, pass: Pass<D>, wants: &Wants, masks: &Masks)
-    -> Result<BTreeMap<usize, Level<D>>>;
+    fn finish(&self, cx: &Context, pass: Pass, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level>>;
     /// Hidden states after the final norm, or after it and the projection.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn tap(&self, cx: &Context<D>, x: &Matrix<D>, tap: Tap) -> Result<Matrix<D>>;
+    fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor>;
 }

@@ -1,15 +1,13 @@
 //! A plain vision transformer under timm's names.
 
+use maskalign_engine::{Context, Result, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{Teacher, TeacherModel, TowerTeacher};
 use crate::{
     component,
     components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    error::Error,
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -60,12 +58,12 @@ impl VitTeacher {
     }
 }
 
-impl TeacherPlugin for VitTeacher {
+impl Teacher for VitTeacher {
     fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
         plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Vit)
     }
 
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
+    fn build(&self, plan: &PlanContext, cx: &Context) -> Result<Box<dyn TeacherModel>, Error> {
         let config = self.config(plan)?;
         Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Vit)?))
     }

@@ -5,6 +5,11 @@ use std::{
     time::Instant,
 };
 
+use maskalign_engine::{
+    Context, ImageBatch, Role, Tape, Tensor,
+    ops::{self},
+    random::Stream,
+};
 use maskalign_registry::{LevelRef, Refusal, Scalar as Ramp};
 
 use super::{
@@ -19,33 +24,28 @@ use super::{
 use crate::{
     bench::ForwardTimes,
     components::{
-        aligners::{AlignInput, Aligner},
+        aligners::{AlignInput, AlignerModel},
         losses::Loss,
         maskers::{Counts, MaskInput, Masker},
-        students::Student,
+        students::StudentModel,
         targets::{Target, TargetInput},
-        teachers::{Teacher, Wants},
+        teachers::{TeacherModel, Wants},
         tokens::{Masks, Tokens},
         towers::{PlanContext, Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix, Scalar},
     error::{Error, Result},
-    images::ImageBatch,
     nn::{Features, Grid, Init, Param},
     plugin::Build,
-    random::Stream,
-    tape::Recorder,
 };
 
 /// The models of a pre-training stage, and its loss.
-pub struct PretrainModel<D: Dev> {
+pub struct PretrainModel {
     /// The tower that is trained.
-    pub student: Box<dyn Student<D>>,
-    teachers: BTreeMap<String, (Box<dyn Teacher<D>>, Wants)>,
+    pub student: Box<dyn StudentModel>,
+    teachers: BTreeMap<String, (Box<dyn TeacherModel>, Wants)>,
     masker: Option<Box<dyn Masker>>,
     counts: Counts,
-    objectives: Vec<BuiltObjective<D>>,
+    objectives: Vec<BuiltObjective>,
     seed: u64,
     grid: Grid,
     kept: BTreeSet<usize>,
@@ -54,11 +54,11 @@ pub struct PretrainModel<D: Dev> {
     pub given_masks: std::collections::VecDeque<Masks>,
 }
 
-struct BuiltObjective<D: Dev> {
+struct BuiltObjective {
     shape: ObjectiveShape,
-    target: Box<dyn Target<D>>,
-    aligner: Box<dyn Aligner<D>>,
-    loss: Box<dyn Loss<D>>,
+    target: Box<dyn Target>,
+    aligner: Box<dyn AlignerModel>,
+    loss: Box<dyn Loss>,
     weight: Ramp,
 }
 
@@ -72,27 +72,27 @@ pub struct Inspection {
     pub student_hidden: BTreeMap<usize, Vec<f32>>,
 }
 
-impl<D: Dev> PretrainModel<D> {
+impl PretrainModel {
     /// Builds teachers, student and alignments. Teachers are left out where `init` makes shapes alone.
     pub(super) fn build(
         stage: &Pretrain,
         cx: &StageContext,
         shape: Shape,
-        context: &Context<D>,
+        context: &Context,
         towers: &PlanContext,
-        init: &Init<D>,
+        init: &Init,
     ) -> Result<Self> {
-        let masker = stage.masker.as_ref().map(|slot| Build::build::<D>(slot)).transpose()?;
+        let masker = stage.masker.as_ref().map(Build::build).transpose()?;
         let mut teachers = BTreeMap::new();
         // A teacher that nobody asks is not even loaded.
         for (name, wants) in shape.wants().into_iter().filter(|_| init.draws()) {
             let in_teachers = |error| under(under(error, &name), "teachers");
-            let built = Build::build::<D>(&stage.teachers[&name]).map_err(Error::from);
+            let built = Build::build(&stage.teachers[&name]).map_err(Error::from);
             let teacher = built.and_then(|teacher| teacher.build(towers, context)).map_err(in_teachers)?;
             check_projection(&name, &*teacher, &shape).map_err(|refusal| in_teachers(refusal.into()))?;
             teachers.insert(name, (teacher, wants));
         }
-        let mut student = Build::build::<D>(&stage.student)?.build(towers, init).map_err(|e| under(e, "student"))?;
+        let mut student = Build::build(&stage.student)?.build(towers, init).map_err(|e| under(e, "student"))?;
         let (reach, kept) = (shape.reach(), shape.kept());
         student.set_reach(reach);
         let mut model = PretrainModel {
@@ -101,7 +101,7 @@ impl<D: Dev> PretrainModel<D> {
             teachers,
             masker,
             counts: shape.counts,
-            objectives: build_objectives(stage, shape.objectives, init)?,
+            objectives: build_objectives(stage, shape.objectives, &init.of_role(Role::Head))?,
             seed: cx.seed,
             kept,
             times: ForwardTimes::default(),
@@ -155,7 +155,7 @@ impl<D: Dev> PretrainModel<D> {
     /// Multiplications and additions of the alignments' linear outputs for one image of so many tokens.
     pub fn heads_flop(&self, tokens: usize) -> f64 {
         let dim = self.student.shape().arch.dim as f64;
-        let outputs = |o: &BuiltObjective<D>| (o.shape.align.width * o.shape.align.wanted.len()) as f64;
+        let outputs = |o: &BuiltObjective| (o.shape.align.width * o.shape.align.wanted.len()) as f64;
         self.objectives.iter().map(|o| 2.0 * tokens as f64 * dim * outputs(o)).sum()
     }
 
@@ -163,7 +163,7 @@ impl<D: Dev> PretrainModel<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn inspect(&mut self, cx: &Context<D>, images: &ImageBatch, masks: &Masks) -> Result<Inspection> {
+    pub fn inspect(&mut self, cx: &Context, images: &ImageBatch, masks: &Masks) -> Result<Inspection> {
         let mut inspection =
             Inspection { attention: Vec::new(), teacher_hidden: BTreeMap::new(), student_hidden: BTreeMap::new() };
         for (teacher, _) in self.teachers.values() {
@@ -176,22 +176,22 @@ impl<D: Dev> PretrainModel<D> {
             let mut pass = teacher.begin(cx, images, &wants)?;
             inspection.attention = std::mem::take(&mut pass.attention);
             let levels = teacher.finish(cx, pass, &wants, masks)?;
-            inspection.teacher_hidden = levels.into_iter().map(|(i, level)| (i, level.x.as_vec())).collect();
+            inspection.teacher_hidden = levels.into_iter().map(|(i, level)| (i, level.x.to_vec())).collect();
         }
         let visible = Some(masks.visible.as_slice());
-        let features = self.student.forward(cx, &mut Recorder::inference(), images, visible, None, &|_| true)?;
-        inspection.student_hidden = features.hidden.iter().map(|(i, x)| (*i, x.as_vec())).collect();
+        let features = self.student.forward(cx, &mut Tape::inference(), images, visible, None, &|_| true)?;
+        inspection.student_hidden = features.hidden.iter().map(|(i, x)| (*i, x.to_vec())).collect();
         Ok(inspection)
     }
 }
 
-impl<D: Dev> Task<D> for PretrainModel<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Task for PretrainModel {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.student.visit(f);
         self.objectives.iter_mut().for_each(|o| o.aligner.visit(f));
     }
 
-    fn student(&mut self) -> &mut dyn Student<D> {
+    fn student(&mut self) -> &mut dyn StudentModel {
         &mut *self.student
     }
 
@@ -199,34 +199,34 @@ impl<D: Dev> Task<D> for PretrainModel<D> {
         std::mem::take(&mut self.times)
     }
 
-    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
         let (masks, targets) = self.teach(cx, batch)?;
         debug_assert_eq!(self.counts.visible, masks.visible_each());
         let _span = tracing::info_span!("student").entered();
         let depth = self.student.shape().arch.depth;
         let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
         let kept = |i: usize| self.kept.contains(&i);
-        let features = self.student.forward(cx, r, &batch.images, Some(&masks.visible), scales.as_ref(), &kept)?;
+        let features = self.student.forward(cx, tape, &batch.images, Some(&masks.visible), scales.as_ref(), &kept)?;
         let mut terms = Vec::new();
         let mut weights = Vec::new();
         for (objective, (predictions, targets)) in
-            self.objectives.iter().zip(self.align(cx, r, &features, &masks)?.iter().zip(targets))
+            self.objectives.iter().zip(self.align(cx, tape, &features, &masks)?.iter().zip(targets))
         {
             let weight = objective.weight.at(batch.progress) as f32;
             for ((prediction, target), level_weight) in
                 predictions.iter().zip(&targets).zip(&objective.shape.level_weights)
             {
-                terms.push(objective.loss.term(cx, r, prediction, target)?);
+                terms.push(objective.loss.term(cx, tape, prediction, target)?);
                 weights.push(weight * level_weight);
             }
         }
-        cx.kernels.weighted_sum(r, &terms, &weights)
+        Ok(ops::weighted_sum(cx, tape, &terms, &weights)?)
     }
 }
 
-impl<D: Dev> PretrainModel<D> {
+impl PretrainModel {
     /// What frozen towers and pixels give for a micro-batch: masks, and each objective's targets.
-    fn teach(&mut self, cx: &Context<D>, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Matrix<D>>>)> {
+    fn teach(&mut self, cx: &Context, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Tensor>>)> {
         let images = &batch.images;
         let started = Instant::now();
         let mut passes = BTreeMap::new();
@@ -251,27 +251,21 @@ impl<D: Dev> PretrainModel<D> {
             levels.insert(name, teacher.finish(cx, pass, wants, &masks)?);
         }
         let student = self.student.shape();
-        let outputs = |o: &BuiltObjective<D>| {
+        let outputs = |o: &BuiltObjective| {
             let teacher = o.shape.target.teacher.as_ref().map(|name| (&levels[name], &*self.teachers[name].0));
             let input = TargetInput { images, masks: &masks, tokens: o.shape.tokens, student, teacher };
             o.target.outputs(cx, &o.shape.target, &input)
         };
-        let targets = self.objectives.iter().map(outputs).collect::<Result<_>>()?;
+        let targets = self.objectives.iter().map(outputs).collect::<Result<_, _>>()?;
         self.times.mask += drawn - attended;
         self.times.teacher += started.elapsed().as_secs_f64() - (drawn - attended);
         Ok((masks, targets))
     }
 
     /// Each objective's predictions from the student's hidden states.
-    fn align(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        features: &Features<D>,
-        masks: &Masks,
-    ) -> Result<Vec<Vec<Matrix<D>>>> {
+    fn align(&self, cx: &Context, tape: &mut Tape, features: &Features, masks: &Masks) -> Result<Vec<Vec<Tensor>>> {
         let held = Tokens { cls: self.student.shape().cls_token, visible: true, masked: false };
-        let mut normed: BTreeMap<LevelRef, Matrix<D>> = BTreeMap::new();
+        let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
         for o in &self.objectives {
             let mut levels = Vec::with_capacity(o.shape.needs.levels.len());
@@ -286,19 +280,19 @@ impl<D: Dev> PretrainModel<D> {
                 }
                 // One norm for all objectives that look through it.
                 if !normed.contains_key(level) {
-                    normed.insert(*level, self.student.norm(cx, r, x)?);
+                    normed.insert(*level, self.student.norm(cx, tape, x)?);
                 }
                 levels.push(normed[level].clone());
             }
             let input = AlignInput { levels: &levels, held, masks, tokens: o.shape.tokens };
-            predictions.push(o.aligner.forward(cx, r, &input)?);
+            predictions.push(o.aligner.forward(cx, tape, &input)?);
         }
         Ok(predictions)
     }
 }
 
 /// Refuses weights without the projection that a target taps: CLIP's files come with and without it.
-fn check_projection<D: Dev>(name: &str, teacher: &dyn Teacher<D>, shape: &Shape) -> Result<(), Refusal> {
+fn check_projection(name: &str, teacher: &dyn TeacherModel, shape: &Shape) -> Result<(), Refusal> {
     let taps = |o: &ObjectiveShape| o.target.teacher.as_deref() == Some(name) && o.target.tap == Tap::Projection;
     match teacher.shape().projection.is_none() && shape.objectives.iter().any(taps) {
         true => Err(Refusal::new("weights", "hold no projection, which a target's `tap` asks for")),
@@ -306,23 +300,19 @@ fn check_projection<D: Dev>(name: &str, teacher: &dyn Teacher<D>, shape: &Shape)
     }
 }
 
-fn build_objectives<D: Dev>(
-    stage: &Pretrain,
-    shapes: Vec<ObjectiveShape>,
-    init: &Init<D>,
-) -> Result<Vec<BuiltObjective<D>>> {
+fn build_objectives(stage: &Pretrain, shapes: Vec<ObjectiveShape>, init: &Init) -> Result<Vec<BuiltObjective>> {
     let several = shapes.len() > 1;
     let mut built = Vec::new();
     for shape in shapes {
         let recipe = &stage.objectives[&shape.name];
-        let mut aligner = Build::build::<D>(&recipe.aligner)?.build(&shape.align, init)?;
+        let mut aligner = Build::build(&recipe.aligner)?.build(&shape.align, init)?;
         if several {
             aligner.visit(&mut |p| p.name = format!("{}.{}", shape.name, p.name));
         }
         built.push(BuiltObjective {
-            target: Build::build::<D>(&recipe.target)?,
+            target: Build::build(&recipe.target)?,
             aligner,
-            loss: Build::build::<D>(&recipe.loss)?,
+            loss: Build::build(&recipe.loss)?,
             weight: recipe.weight,
             shape,
         });

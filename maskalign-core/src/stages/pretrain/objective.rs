@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use dfdx::prelude::Cpu;
 use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
 use super::super::keep;
@@ -147,11 +146,11 @@ impl Objective {
             );
         }
         let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default() };
-        let target = Build::build::<Cpu>(&self.target).and_then(|target| target.plan(&at));
+        let target = Build::build(&self.target).and_then(|target| target.plan(&at));
         let target = keep(&mut refusals, target.map_err(|r| r.under("target")));
         let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
-        let aligner = keep(&mut refusals, Build::build::<Cpu>(&self.aligner).map_err(|r| r.under("aligner")));
-        keep(&mut refusals, Build::build::<Cpu>(&self.loss).map_err(|r| r.under("loss")));
+        let aligner = keep(&mut refusals, Build::build(&self.aligner).map_err(|r| r.under("aligner")));
+        keep(&mut refusals, Build::build(&self.loss).map_err(|r| r.under("loss")));
         let (Some(tokens), Some(mut target), Some(weights), Some(aligner), Some(counts), true) =
             (tokens, target, weights, aligner, counts, refusals.is_empty())
         else {

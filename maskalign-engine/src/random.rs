@@ -11,7 +11,7 @@ use rand_distr::{Distribution, StandardNormal};
 /// differently batched run draw the same crops and masks.
 ///
 /// ```
-/// # use maskalign_core::random::Stream;
+/// # use maskalign_engine::random::Stream;
 /// let mut crops = Stream::new(0, "augment", 3, 17);
 /// let mut again = Stream::new(0, "augment", 3, 17);
 /// assert_eq!(crops.uniform(), again.uniform());

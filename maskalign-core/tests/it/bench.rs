@@ -2,11 +2,9 @@
 
 use std::{fs, path::Path};
 
-use dfdx::prelude::Cpu;
 use maskalign_core::{
+    Context, Device, ImageBatch, Recompute,
     bench::{BenchOptions, Job, bench_on},
-    context::Context,
-    images::ImageBatch,
     pipeline::{self, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
     stages::{MicroBatch, Pretrain, Progress, StagePlan, StepReport},
@@ -61,11 +59,11 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         builtins: &NoRecipes,
     };
     let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
-    let cx = Context::new(Cpu::default(), 2);
+    let cx = Context::new(Device::Cpu, 2);
 
     let folder = tempfile::tempdir().unwrap();
     let dir = RunDir::create(folder.path().join("run"), Mode::Fresh).unwrap();
-    let plan = PlanOptions { environment: true, random_weights: false, recompute: false };
+    let plan = PlanOptions { environment: true, random_weights: false, recompute: Recompute::Never };
     let plans = pipeline::plan(loaded.recipe(), plan).unwrap_or_else(|_| panic!("the recipe is sound"));
     let options = RunOptions {
         resolved: &loaded.resolved_yaml(ShowOrigin::No),

@@ -3,12 +3,9 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use dfdx::prelude::{AsArray, Cpu};
 use maskalign_core::{
-    context::Context,
-    images::ImageBatch,
+    Context, Device, ImageBatch, Recompute, Tape,
     stages::{Finetune, MicroBatch, StageContext, Task},
-    tape::Recorder,
     weights::{Export, Family, TensorMap, read, to_canonical, to_family},
 };
 use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry, decode_options};
@@ -36,10 +33,16 @@ fn a_fine_tuned_student_is_timms_classifier() {
     let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
     let (name, slot) = loaded.recipe().stages.first().unwrap();
     let stage: Finetune = decode_options(slot.options_value()).unwrap();
-    let cx = Context::new(Cpu::default(), 1);
+    let cx = Context::new(Device::Cpu, 1);
     let (seed, students) = (0, BTreeMap::new());
-    let context =
-        StageContext { name, seed, students: &students, environment: true, random_weights: false, recompute: false };
+    let context = StageContext {
+        name,
+        seed,
+        students: &students,
+        environment: true,
+        random_weights: false,
+        recompute: Recompute::Never,
+    };
     let (mut model, _) = stage.prepare(&cx, &context, 28, 3, 5).unwrap();
     let mut own = TensorMap::new();
     model.visit(&mut |p| {
@@ -63,7 +66,7 @@ fn a_fine_tuned_student_is_timms_classifier() {
                 epoch: 0,
                 progress: 0.0,
             };
-            let loss = model.loss(&cx, &mut Recorder::inference(), &batch).unwrap().array();
+            let loss = model.loss(&cx, &mut Tape::inference(), &batch).unwrap().value();
             let expected = -expected.data[image * 5 + class as usize];
             assert!(
                 (loss - expected).abs() < 1e-4 * expected.abs(),

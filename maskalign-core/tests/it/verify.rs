@@ -3,14 +3,11 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
-use dfdx::prelude::Cpu;
 use maskalign_core::{
-    context::Context,
+    Context, Device, Forms, Recompute,
     error::Error,
-    kernels::{Kernels, composed::Composed},
     verify::{Case, CaseReport},
     weights::{TensorFile, TensorMap},
 };
@@ -23,11 +20,11 @@ fn cases() -> Vec<PathBuf> {
     cases
 }
 
-fn replay(cx: &Context<Cpu>, path: &Path, sets: &[&str]) -> CaseReport {
+fn replay(cx: &Context, path: &Path, sets: &[&str]) -> CaseReport {
     try_replay(cx, path, sets).unwrap()
 }
 
-fn try_replay(cx: &Context<Cpu>, path: &Path, sets: &[&str]) -> Result<CaseReport, Error> {
+fn try_replay(cx: &Context, path: &Path, sets: &[&str]) -> Result<CaseReport, Error> {
     let case = Case::read(path).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let teacher = folder.path().join("teacher.safetensors");
@@ -43,13 +40,12 @@ fn try_replay(cx: &Context<Cpu>, path: &Path, sets: &[&str]) -> Result<CaseRepor
     case.replay(cx, loaded.recipe())
 }
 
-fn contexts() -> Vec<Context<Cpu>> {
-    let composed: Arc<dyn Kernels<Cpu>> = Arc::new(Composed::new(2));
+fn contexts() -> Vec<Context> {
     vec![
-        Context { dev: Cpu::default(), kernels: composed.clone(), recompute: false },
-        Context { dev: Cpu::default(), kernels: composed, recompute: true },
-        Context::new(Cpu::default(), 2),
-        Context { recompute: true, ..Context::new(Cpu::default(), 1) },
+        Context::new(Device::Cpu, 2).with_forms(Forms::Composed),
+        Context::new(Device::Cpu, 2).with_forms(Forms::Composed).with_recompute(Recompute::Blocks),
+        Context::new(Device::Cpu, 2),
+        Context::new(Device::Cpu, 1).with_recompute(Recompute::Blocks),
     ]
 }
 
@@ -63,9 +59,9 @@ fn every_recorded_quantity_agrees_within_1e_4() {
             let name = path.file_stem().unwrap().to_string_lossy().into_owned();
             for q in &report.quantities {
                 println!(
-                    "{name} {} recompute {}: {} {:.1e} ({} of {})",
-                    cx.kernels.name(),
-                    cx.recompute,
+                    "{name} {} recompute {:?}: {} {:.1e} ({} of {})",
+                    cx.operators(),
+                    cx.recompute(),
                     q.name,
                     q.error,
                     q.worst,
@@ -81,7 +77,7 @@ fn every_recorded_quantity_agrees_within_1e_4() {
 #[test]
 fn a_wrong_recipe_fails() {
     let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
-    let cx = Context::new(Cpu::default(), 1);
+    let cx = Context::new(Device::Cpu, 1);
     for set in [
         "stages.pretrain.objectives.align.aligner.fusion=simple",
         "stages.pretrain.objectives.align.target.normalize=none",
@@ -166,7 +162,7 @@ fn settings_that_are_not_known_are_refused_with_those_that_are() {
 #[test]
 fn micro_batches_are_replayed_and_other_batches_refused() {
     let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
-    let cx = Context::new(Cpu::default(), 1);
+    let cx = Context::new(Device::Cpu, 1);
     let whole = replay(&cx, &case, &[]);
     let halves = replay(&cx, &case, &["stages.pretrain.batch.micro=2"]);
     assert!(halves.error() < 1e-4, "{:.1e}", halves.error());
@@ -185,7 +181,7 @@ fn micro_batches_are_replayed_and_other_batches_refused() {
 #[test]
 fn a_loss_that_is_not_finite_is_told_without_advice_for_runs() {
     let (_folder, path) = altered(&|_| {}, &|t| t.get_mut("images").unwrap().data[0] = f32::NAN);
-    let error = try_replay(&Context::new(Cpu::default(), 1), &path, &[]).unwrap_err();
+    let error = try_replay(&Context::new(Device::Cpu, 1), &path, &[]).unwrap_err();
     assert!(!error.is_users());
     assert!(error.to_string().ends_with("e-4)") || error.to_string().ends_with("e-3)"), "{error}");
 }

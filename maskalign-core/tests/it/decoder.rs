@@ -1,21 +1,18 @@
 //! The cross-attention decoder gives what `tests/fixtures/make_crossmae_decoder.py` recorded of PyTorch.
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
-use dfdx::prelude::{AsArray, Cpu, TensorFromVec};
 use maskalign_core::{
+    Context, Device, Forms, Tape, Tensor,
     components::{
         aligners::{AlignInput, AlignPlan},
         maskers::Counts,
         tokens::{Masks, Tokens},
         towers::TowerShape,
     },
-    context::Context,
-    device::Matrix,
-    kernels::{Distance, composed::Composed},
     nn::{Arch, Grid, Init, Statistics},
+    ops::{self, Distance},
     plugin::Build,
-    tape::{Recorder, gradient},
     weights::{self, HostTensor, TensorMap},
 };
 use maskalign_registry::{AlignerTag, Kind, Registry, Slot};
@@ -54,8 +51,8 @@ fn plan() -> AlignPlan {
     }
 }
 
-fn matrix(tensor: &HostTensor, columns: usize) -> Matrix<Cpu> {
-    Cpu::default().tensor_from_vec(tensor.data.clone(), (tensor.data.len() / columns, columns))
+fn matrix(tensor: &HostTensor, columns: usize) -> Tensor {
+    Tensor::new(&Device::Cpu, tensor.data.clone(), tensor.data.len() / columns, columns).unwrap()
 }
 
 /// Norm of the difference over norm of what was recorded.
@@ -72,58 +69,58 @@ fn replay(case: &str, levels: &str) {
     let text = format!("{{ type: decoder, {options}, tap: block, levels: {levels} }}");
     let value = Registry::global().unwrap().component(Kind::Aligner, "decoder", &text).unwrap();
     let slot: Slot<AlignerTag> = serde_json::from_value(value).unwrap();
-    let builder = slot.build::<Cpu>().unwrap();
+    let builder = slot.build().unwrap();
     let plan = plan();
     let given = (0..).map_while(|i| recorded.get(&format!("values.levels.{i}")));
-    let levels: Vec<Matrix<Cpu>> = given.map(|level| matrix(level, 12)).collect();
+    let levels: Vec<Tensor> = given.map(|level| matrix(level, 12).tracked()).collect();
     assert_eq!(builder.plan(&plan).unwrap().levels.len(), levels.len());
     let patches = |name: &str| recorded[name].data.iter().map(|&v| v as u32).collect();
     let masks = Masks { batch: BATCH, visible: patches("visible"), masked: patches("masked") };
 
-    let composed = Context { dev: Cpu::default(), kernels: Arc::new(Composed::new(1)), recompute: false };
-    for cx in [composed, Context::new(Cpu::default(), 2)] {
-        let mut aligner = builder.build(&plan, &Init::new(&cx.dev, 0, "test")).unwrap();
+    let composed = Context::new(Device::Cpu, 1).with_forms(Forms::Composed);
+    for cx in [composed, Context::new(Device::Cpu, 2)] {
+        let mut aligner = builder.build(&plan, &Init::new(cx.device(), 0, "test")).unwrap();
         let (mut names, mut compared) = (Vec::new(), Vec::new());
         aligner.visit(&mut |p| {
             let value = &recorded[&format!("values.{}", p.name)];
             assert_eq!(p.dims, value.shape, "{}", p.name);
-            if !p.trainable {
-                compared.push((p.name.clone(), difference(&p.value.as_vec(), &value.data)));
+            if !p.is_trained() {
+                compared.push((p.name.clone(), difference(&p.value.to_vec(), &value.data)));
             }
-            p.load(&value.data);
+            p.load(&value.data).unwrap();
             names.push(p.name.clone());
         });
         let parameters = recorded.keys().filter(|k| k.starts_with("values.") && !k.starts_with("values.levels."));
         assert_eq!(names.len(), parameters.count());
 
-        let mut r = Recorder::training();
+        let mut tape = Tape::training();
         let held = Tokens { cls: true, visible: true, masked: false };
         let input = AlignInput { levels: &levels, held, masks: &masks, tokens: plan.tokens };
-        let outputs = aligner.forward(&cx, &mut r, &input).unwrap();
+        let outputs = aligner.forward(&cx, &mut tape, &input).unwrap();
         assert_eq!(outputs.len(), 1);
-        compared.push(("output".into(), difference(&outputs[0].as_vec(), &recorded["output"].data)));
+        compared.push(("output".into(), difference(&outputs[0].to_vec(), &recorded["output"].data)));
         let target = matrix(&recorded["target"], WIDTH);
-        let loss = cx.kernels.distance(&mut r, &outputs[0], &target, Distance::Mse).unwrap();
-        compared.push(("loss".into(), difference(&[loss.array()], &recorded["loss"].data)));
-        let mut gradients = r.backward(&loss).unwrap();
+        let loss = ops::distance(&cx, &mut tape, &outputs[0], &target, Distance::Mse).unwrap();
+        compared.push(("loss".into(), difference(&[loss.value()], &recorded["loss"].data)));
+        let gradients = tape.backward(&loss).unwrap();
         let mut of = |name: String, got: Vec<f32>| {
             let error = difference(&got, &recorded[&format!("gradients.{name}")].data);
             compared.push((format!("gradient of {name}"), error));
         };
         for (i, level) in levels.iter().enumerate() {
-            of(format!("levels.{i}"), gradient(&mut gradients, level).unwrap().as_vec());
+            of(format!("levels.{i}"), gradients.to_vec(level));
         }
         aligner.visit(&mut |p| {
-            if p.trainable {
-                of(p.name.clone(), gradient(&mut gradients, &p.value).unwrap().as_vec());
+            if p.is_trained() {
+                of(p.name.clone(), gradients.to_vec(&p.value));
             }
         });
         // Every gradient that was recorded, the output, the loss and the positions.
         assert_eq!(compared.len(), 3 + recorded.keys().filter(|k| k.starts_with("gradients.")).count());
         let worst = compared.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("something");
-        println!("{case}, {}: {} numbers, worst {} {:.1e}", cx.kernels.name(), compared.len(), worst.0, worst.1);
+        println!("{case}, {}: {} numbers, worst {} {:.1e}", cx.operators(), compared.len(), worst.0, worst.1);
         for (name, error) in &compared {
-            assert!(*error < TOLERANCE, "{case}, {}, {name}: {error:.1e}", cx.kernels.name());
+            assert!(*error < TOLERANCE, "{case}, {}, {name}: {error:.1e}", cx.operators());
         }
     }
 }

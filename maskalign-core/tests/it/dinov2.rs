@@ -5,17 +5,15 @@
 
 use std::{collections::BTreeMap, io::Write, path::Path};
 
-use dfdx::prelude::Cpu;
 use maskalign_core::{
+    Context, Device, ImageBatch,
     components::{
-        teachers::{Teacher, TowerTeacher, Wants},
+        teachers::{TeacherModel, TowerTeacher, Wants},
         tokens::Masks,
         towers::{PlanContext, Tap},
     },
-    context::Context,
-    images::ImageBatch,
-    kernels::Act,
     nn::{Arch, Bias, Statistics, TowerInput, VitConfig},
+    ops::Act,
     weights::{self, Family},
 };
 use maskalign_registry::Weights;
@@ -55,7 +53,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         eps: 1e-6,
         projection: None,
     };
-    let cx = Context::new(Cpu::default(), 2);
+    let cx = Context::new(Device::Cpu, 2);
     let students = BTreeMap::new();
     let plan = PlanContext { data_size: 224, students: &students, environment: true, random_weights: false };
     let file = Weights::Path(path.to_str().expect("a path in UTF-8").into());
@@ -78,12 +76,12 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         let masks = Masks::all_visible(1, shape.grid.patches());
         let found = teacher.finish(&cx, pass, &wants, &masks).unwrap();
         for level in &levels {
-            let error = difference(&found[level].x.as_vec(), &golden[&format!("block.{level}")].data);
+            let error = difference(&found[level].x.to_vec(), &golden[&format!("block.{level}")].data);
             println!("block {level}: {error:.1e}");
             assert!(error < TOLERANCE, "block {level}: {error:e}");
         }
         let normed = teacher.tap(&cx, &found[&11].x, Tap::Norm).unwrap();
-        let error = difference(&normed.as_vec(), &golden["norm"].data);
+        let error = difference(&normed.to_vec(), &golden["norm"].data);
         println!("norm: {error:.1e}");
         assert!(error < TOLERANCE, "norm: {error:e}");
     }

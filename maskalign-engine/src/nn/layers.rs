@@ -1,10 +1,8 @@
 //! Linear and LayerNorm.
 
-use super::{Init, Param};
 use crate::{
-    device::{Dev, Matrix, Vector},
-    error::{Result, device},
-    kernels::{Kernels, Packed},
+    Context, Init, Param, Result, Role, Tape, Tensor,
+    ops::{self, Act, LinearWeights, NormWeights, Packed},
 };
 
 /// Whether a linear layer adds a learned vector to its product.
@@ -18,21 +16,21 @@ pub enum Bias {
 
 /// A linear layer, `[out, in]` as checkpoints store it.
 #[derive(Clone)]
-pub struct Linear<D: Dev> {
+pub struct Linear {
     /// `NAME.weight`; `[out, in]`, or `[out, channels, patch, patch]` for a patch embedding.
-    pub weight: Param<D>,
+    pub weight: Param,
     /// `NAME.bias`, `[out]`.
-    pub bias: Option<Param<D>>,
-    /// The weight in the layout the kernels multiply fastest by; it replaces the tensor.
-    pub packed: Option<Packed>,
+    pub bias: Option<Param>,
+    /// The weight in the layout that the device multiplies fastest by; it replaces the tensor.
+    pub(super) packed: Option<Packed>,
 }
 
-impl<D: Dev> Linear<D> {
+impl Linear {
     /// Xavier-uniform weight and zero bias (METHOD: the official initialisation).
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn new(init: &Init<D>, name: &str, outputs: usize, inputs: usize, bias: Bias) -> Result<Self> {
+    pub fn new(init: &Init, name: &str, outputs: usize, inputs: usize, bias: Bias) -> Result<Self> {
         Self::from_weight(init, name, init.xavier(format!("{name}.weight"), &[outputs, inputs])?, bias)
     }
 
@@ -40,7 +38,7 @@ impl<D: Dev> Linear<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn from_weight(init: &Init<D>, name: &str, weight: Param<D>, bias: Bias) -> Result<Self> {
+    pub fn from_weight(init: &Init, name: &str, weight: Param, bias: Bias) -> Result<Self> {
         let bias = match bias {
             Bias::With => Some(init.constant(format!("{name}.bias"), &weight.dims[..1], 0.0)?),
             Bias::Without => None,
@@ -48,7 +46,7 @@ impl<D: Dev> Linear<D> {
         Ok(Linear { weight, bias, packed: None })
     }
 
-    /// Rows of the result.
+    /// Columns of the result.
     pub fn outputs(&self) -> usize {
         self.weight.dims[0]
     }
@@ -58,57 +56,58 @@ impl<D: Dev> Linear<D> {
         self.weight.dims[1..].iter().product()
     }
 
-    /// The weight as `[out, in]`. Empty once packed.
-    pub fn weight(&self) -> Matrix<D> {
-        self.weight.matrix(self.weight.dims[0])
+    /// What the operators take.
+    pub fn weights(&self) -> LinearWeights {
+        LinearWeights {
+            weight: self.weight.value.clone(),
+            bias: self.bias.as_ref().map(|bias| bias.value.clone()),
+            packed: self.packed.clone(),
+        }
     }
 
-    /// Freezes the layer; the packed weight replaces the tensor where the kernels have such a form.
+    /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn pack(&mut self, kernels: &dyn Kernels<D>) -> Result<()> {
-        self.each_mut(&mut |p| p.trainable = false);
-        if let Some(packed) = kernels.pack(&self.weight(), 0..self.outputs()) {
-            self.weight.value = dev_empty(&self.weight.value)?;
+    pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, act: Act) -> Result<Tensor> {
+        ops::linear(cx, tape, x, &self.weights(), act)
+    }
+
+    /// Freezes the layer; the packed weight replaces the tensor where the device has such a form.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pack(&mut self, cx: &Context) -> Result<()> {
+        self.visit(&mut |p| p.set_role(Role::Frozen));
+        if let Some(packed) = ops::pack(cx, &self.weight.value, 0..self.outputs()) {
+            self.weight.value = self.weight.value.emptied()?;
             self.packed = Some(packed);
         }
         Ok(())
     }
 
     /// Calls `f` on each parameter.
-    pub fn each(&self, f: &mut dyn FnMut(&Param<D>)) {
-        f(&self.weight);
-        self.bias.iter().for_each(f);
-    }
-
-    /// Calls `f` on each parameter.
-    pub fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         f(&mut self.weight);
         self.bias.iter_mut().for_each(f);
     }
 }
 
-/// No values, in the place of those that were packed.
-pub(super) fn dev_empty<D: Dev>(x: &Vector<D>) -> Result<Vector<D>> {
-    x.device().try_tensor_from_vec(Vec::new(), (0,)).map_err(device)
-}
-
 /// LayerNorm over channels.
 #[derive(Clone)]
-pub struct Norm<D: Dev> {
+pub struct Norm {
     /// `NAME.weight` and `NAME.bias`, `[C]`; `None` only whitens.
-    pub affine: Option<(Param<D>, Param<D>)>,
+    pub affine: Option<(Param, Param)>,
     /// Added to the variance.
     pub eps: f64,
 }
 
-impl<D: Dev> Norm<D> {
+impl Norm {
     /// Ones and zeros.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn new(init: &Init<D>, name: &str, width: usize, eps: f64) -> Result<Self> {
+    pub fn new(init: &Init, name: &str, width: usize, eps: f64) -> Result<Self> {
         let weight = init.constant(format!("{name}.weight"), &[width], 1.0)?;
         let bias = init.constant(format!("{name}.bias"), &[width], 0.0)?;
         Ok(Norm { affine: Some((weight, bias)), eps })
@@ -119,16 +118,22 @@ impl<D: Dev> Norm<D> {
         Norm { affine: None, eps }
     }
 
-    /// Calls `f` on each parameter.
-    pub fn each(&self, f: &mut dyn FnMut(&Param<D>)) {
-        if let Some((weight, bias)) = &self.affine {
-            f(weight);
-            f(bias);
-        }
+    /// What the operators take.
+    pub fn weights(&self) -> NormWeights {
+        let affine = self.affine.as_ref().map(|(weight, bias)| (weight.value.clone(), bias.value.clone()));
+        NormWeights { affine, eps: self.eps }
+    }
+
+    /// `[rows, C] -> [rows, C]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(cx, tape, x, &self.weights())
     }
 
     /// Calls `f` on each parameter.
-    pub fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         if let Some((weight, bias)) = &mut self.affine {
             f(weight);
             f(bias);

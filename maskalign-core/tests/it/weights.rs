@@ -4,12 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use maskalign_core::images::resize_images_bicubic;
-use maskalign_core::kernels::Pool;
 use maskalign_core::weights::{
     Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, read,
     read_shapes, resize_positions, to_canonical, to_family, write_safetensors,
 };
+use maskalign_core::{Pool, resize_images_bicubic};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/weights").join(name)

@@ -1,8 +1,10 @@
 //! A batch of images on its way into the towers.
 
-use maskalign_kernels::for_parts;
+use maskalign_kernels::{Pool, elementwise as ew, for_parts};
 
-use crate::kernels::Pool;
+use crate::Context;
+
+pub use maskalign_kernels::elementwise::Patches;
 
 /// Square RGB images in [0, 1], `[batch, 3, size, size]` row-major, on the host: each tower resizes and normalises for
 /// itself.
@@ -79,4 +81,12 @@ pub fn resize_images_bicubic(pool: &Pool, data: &[f32], shape: [usize; 4], to: [
         }
     });
     out
+}
+
+/// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel, row,
+/// column. `index` holds as many patches for each image; without it all are cut.
+pub fn cut_patches(cx: &Context, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
+    let mut rows = vec![0.0; from.elements(index)];
+    ew::cut_patches(cx.pool(), from, index, &mut rows);
+    rows
 }
