@@ -4,12 +4,12 @@ use std::{borrow::Cow, fmt, marker::PhantomData};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::{
-    plugin::{KindTag, Options},
-    schema::with_article,
-};
+use crate::{plugin::KindTag, wording::with_article};
+
+/// The options of a component as a map; `type` is not among them.
+pub type Options = Map<String, Value>;
 
 /// A component named by its `type`, with its options still undecoded.
 ///

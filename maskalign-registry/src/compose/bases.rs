@@ -1,8 +1,4 @@
-//! `extends`, `--set` and `${VARIABLE}`: from a request to one tree of nodes.
-//!
-//! The order is fixed: each text is parsed and its variables are put in; bases are merged from
-//! left to right with the recipe on top; then the flags apply, in the order given. A variable
-//! without a value is an error only where it survives that.
+//! A recipe and the recipes that it extends, read and merged.
 
 use std::{
     collections::HashMap,
@@ -12,68 +8,17 @@ use std::{
     sync::Arc,
 };
 
+use super::{Input, LoadRequest, flags::apply_flag, variables::put_variables};
 use crate::{
-    diagnostic::{Diagnostic, Place, codes, quoted},
-    plugin::nearest,
-    source::{
-        Content, MAX_BYTES, MAX_DEPTH, MAX_NODES, Mapping, Member, Node, Origin, Source, SourceKind, Typing, parse,
-        parse_from, resolve_plain,
-    },
+    diagnostic::{Diagnostic, Place, Source, SourceKind, codes},
+    wording::{nearest, quoted},
+    yaml::{Content, MAX_BYTES, MAX_NODES, Mapping, Member, Node, Typing, parse},
 };
 
 /// How many `extends` may follow each other.
 const MAX_CHAIN: usize = 32;
 /// How many values merging may copy in all.
 const MAX_MERGED: usize = 10 * MAX_NODES;
-
-/// Where the names of embedded recipes come from.
-pub trait RecipeSource {
-    /// The text of the embedded recipe of that name.
-    fn builtin(&self, name: &str) -> Option<&str>;
-
-    /// The names of all embedded recipes, for suggestions.
-    fn names(&self) -> Vec<&str>;
-}
-
-/// No embedded recipes.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoRecipes;
-
-impl RecipeSource for NoRecipes {
-    fn builtin(&self, _: &str) -> Option<&str> {
-        None
-    }
-
-    fn names(&self) -> Vec<&str> {
-        Vec::new()
-    }
-}
-
-/// The recipe to read.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// A file; where there is none, the name of an embedded recipe.
-    Path(PathBuf),
-    /// Text in place of a file.
-    Text {
-        /// The name that messages show; bases are looked up relative to it.
-        name: String,
-        /// The YAML.
-        text: String,
-    },
-}
-
-/// All that decides what a recipe means, besides the registry.
-pub struct LoadRequest<'a> {
-    /// The recipe.
-    pub input: Input,
-    /// The values of `--set`, in order: `path=VALUE` or `~path`.
-    pub sets: &'a [String],
-    /// The environment.
-    pub env: &'a dyn Fn(&str) -> Option<String>,
-    /// The embedded recipes.
-    pub builtins: &'a dyn RecipeSource,
-}
 
 /// The outcome of composition.
 pub(crate) struct Composed {
@@ -290,7 +235,7 @@ impl Composer<'_> {
             self.incomplete = true;
             return None;
         };
-        self.put_variables(&mut root);
+        put_variables(&mut root, self.request.env);
         let Content::Map(map) = &mut root.content else {
             return Some(root);
         };
@@ -472,10 +417,6 @@ impl Composer<'_> {
         Node { content: Content::Map(merged), origin: upper.origin, typing: Typing::Fixed }
     }
 
-    fn put_variables(&mut self, node: &mut Node) {
-        put_variables(node, self.request.env);
-    }
-
     /// Applies one `--set`.
     fn apply_flag(&mut self, root: &mut Node, text: &str) {
         let source = self.add_source("--set", text, SourceKind::Flag);
@@ -484,50 +425,9 @@ impl Composer<'_> {
             self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, too_many_bytes(), place));
             return;
         }
-        if let Err(diagnostics) = self.try_flag(root, &source) {
+        if let Err(diagnostics) = apply_flag(root, &source, self.request.env) {
             self.diagnostics.extend(diagnostics);
         }
-    }
-
-    fn try_flag(&mut self, root: &mut Node, source: &Arc<Source>) -> Result<(), Vec<Diagnostic>> {
-        let text = source.text();
-        let place = |span| Place { source: Arc::clone(source), span };
-        if text.starts_with('~') {
-            let (segments, end) = parse_path(source, 1)?;
-            if end < text.len() {
-                let message = "`~path` deletes and takes no value";
-                return Err(vec![
-                    Diagnostic::error(codes::BAD_OVERRIDE, message, place(end..text.len()))
-                        .help("write `~path` to delete, or `path=VALUE` to set"),
-                ]);
-            }
-            return delete(root, &segments).map_err(|diagnostic| vec![*diagnostic]);
-        }
-        let (segments, end) = parse_path(source, 0)?;
-        if text.as_bytes().get(end) != Some(&b'=') {
-            return Err(vec![
-                Diagnostic::error(codes::BAD_OVERRIDE, "`=` is missing", place(end..text.len()))
-                    .help("write `path=VALUE` to set, or `~path` to delete"),
-            ]);
-        }
-        if segments[0].name == "extends" {
-            let span = segments[0].place.clone();
-            return Err(vec![
-                Diagnostic::error(codes::BAD_OVERRIDE, "`extends` cannot be set by a flag", span)
-                    .help("write a recipe that extends the other"),
-            ]);
-        }
-        let parsed = parse_from(source, end + 1);
-        if !parsed.diagnostics.is_empty() {
-            return Err(parsed.diagnostics);
-        }
-        let mut value = parsed.root.unwrap_or_else(|| Node {
-            content: Content::Null,
-            origin: Origin::Flag(place(end + 1..text.len())),
-            typing: Typing::Text,
-        });
-        self.put_variables(&mut value);
-        set(root, &segments, value).map_err(|diagnostic| vec![*diagnostic])
     }
 }
 
@@ -586,339 +486,5 @@ fn changes_type(base: &Mapping, upper: &Mapping) -> bool {
             _ => false,
         },
         _ => false,
-    }
-}
-
-/// One segment of the path of a flag.
-struct Segment {
-    name: String,
-    place: Place,
-}
-
-/// Splits `a.b."c.d"` from a byte offset up to `=` or the end; gives the offset where it stopped.
-fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize), Vec<Diagnostic>> {
-    let text = source.text();
-    let refuse =
-        |span, message: &str| {
-            let place = Place { source: Arc::clone(source), span };
-            vec![Diagnostic::error(codes::BAD_OVERRIDE, message, place).help(
-                "a path is keys joined by dots, such as stages.pretrain.masker.ratio; quote a key that has a dot",
-            )]
-        };
-    let mut segments = Vec::new();
-    let mut at = start;
-    loop {
-        let rest = &text[at..];
-        let (name, length) = match rest.chars().next() {
-            Some(quote @ ('"' | '\'')) => match rest[1..].find(quote) {
-                Some(end) => (&rest[1..1 + end], end + 2),
-                None => return Err(refuse(at..text.len(), "the quote is not closed")),
-            },
-            _ => {
-                let length = rest.find(['.', '=']).unwrap_or(rest.len());
-                (&rest[..length], length)
-            }
-        };
-        if let Some((list, index)) = name.strip_suffix(']').and_then(|name| name.split_once('[')) {
-            let place = Place { source: Arc::clone(source), span: at..at + length };
-            return Err(vec![
-                Diagnostic::error(codes::BAD_OVERRIDE, "the item of a list follows a dot", place)
-                    .help(format!("write {list}.{index}")),
-            ]);
-        }
-        if name.trim().is_empty() || name.trim() != name {
-            let message = if name.trim().is_empty() { "a key is missing" } else { "a key has spaces around it" };
-            return Err(refuse(at..at + length, message));
-        }
-        segments.push(Segment {
-            name: name.to_owned(),
-            place: Place { source: Arc::clone(source), span: at..at + length },
-        });
-        if segments.len() > MAX_DEPTH {
-            return Err(refuse(at..at + length, "the path is deeper than any recipe"));
-        }
-        at += length;
-        match text[at..].chars().next() {
-            Some('.') => at += 1,
-            None | Some('=') => return Ok((segments, at)),
-            Some(_) => return Err(refuse(at..at + 1, "a dot or `=` must follow a quoted key")),
-        }
-    }
-}
-
-/// The list index that a segment names, checked against the list.
-fn list_index(items: &[Node], segment: &Segment) -> Result<usize, Box<Diagnostic>> {
-    // `00` and `+0` would be read as 0: one item has one name.
-    let index = segment.name.parse::<usize>().ok().filter(|index| index.to_string() == segment.name);
-    let message = match index {
-        Some(index) if index < items.len() => return Ok(index),
-        Some(index) => format!("the list has no item {index}"),
-        None => format!("{} is not the index of an item of this list", quoted(&segment.name)),
-    };
-    let help = match items.len() {
-        0 => "the list is empty: set item 0 to add one".to_owned(),
-        count => format!("items are counted from 0; there are {count}, and setting item {count} adds one"),
-    };
-    let diagnostic = Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone());
-    Err(Box::new(diagnostic.help(help)))
-}
-
-fn not_a_mapping(content: &Content, origin: &Origin, segment: &Segment) -> Diagnostic {
-    let message = format!("{} cannot hold {}", content.describe(), quoted(&segment.name));
-    let diagnostic = Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone());
-    match origin.place() {
-        Some(place) => diagnostic.label(place.clone(), "which was set here"),
-        None => diagnostic,
-    }
-}
-
-/// What a segment of a path goes into.
-enum Holder<'n> {
-    Map(&'n mut Mapping),
-    Item(&'n mut Vec<Node>, usize),
-}
-
-/// The collection that a node is; nothing becomes an empty mapping, another value is refused.
-fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<Diagnostic>> {
-    let Node { content, origin, .. } = node;
-    if matches!(content, Content::Null) {
-        *content = Content::Map(Mapping::new());
-    }
-    match content {
-        Content::Map(map) => Ok(Holder::Map(map)),
-        Content::Seq(items) => {
-            let index = list_index(items, segment)?;
-            Ok(Holder::Item(items, index))
-        }
-        other => Err(Box::new(not_a_mapping(other, origin, segment))),
-    }
-}
-
-/// Adds an empty item where a segment names the one after the last of a list.
-fn make_room(node: &mut Node, segment: &Segment) {
-    if let Content::Seq(items) = &mut node.content
-        && segment.name == items.len().to_string()
-    {
-        let origin = Origin::Flag(segment.place.clone());
-        items.push(Node { content: Content::Null, origin, typing: Typing::Fixed });
-    }
-}
-
-fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Diagnostic>> {
-    let Some((last, parents)) = segments.split_last() else {
-        return Ok(());
-    };
-    let mut node = root;
-    for segment in parents {
-        make_room(node, segment);
-        node = match holder(node, segment)? {
-            Holder::Item(items, index) => &mut items[index],
-            Holder::Map(map) => {
-                let key = Origin::Flag(segment.place.clone());
-                let member = map.entry(segment.name.clone()).or_insert_with(|| Member {
-                    value: Node { content: Content::Null, origin: key.clone(), typing: Typing::Fixed },
-                    key,
-                });
-                &mut member.value
-            }
-        };
-    }
-    make_room(node, last);
-    match holder(node, last)? {
-        Holder::Item(items, index) => items[index] = value,
-        Holder::Map(map) => {
-            let changes_type =
-                last.name == "type" && map.get("type").is_some_and(|old| old.value.as_str() != value.as_str());
-            if changes_type {
-                // Another component: the old one's options go, those that flags set stay.
-                map.retain(|key, member| key == "type" || keeps_flags(&mut member.value));
-            }
-            let key = Origin::Flag(last.place.clone());
-            map.insert(last.name.clone(), Member { key, value });
-        }
-    }
-    Ok(())
-}
-
-/// Leaves of a value what flags set; false where that is nothing.
-fn keeps_flags(node: &mut Node) -> bool {
-    if node.origin.place().is_some_and(|place| place.source.kind() == SourceKind::Flag) {
-        return true;
-    }
-    match &mut node.content {
-        Content::Map(map) => {
-            map.retain(|_, member| keeps_flags(&mut member.value));
-            !map.is_empty()
-        }
-        _ => false,
-    }
-}
-
-fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> {
-    let Some((last, parents)) = segments.split_last() else {
-        return Ok(());
-    };
-    let mut node = root;
-    for segment in parents {
-        node = match holder(node, segment)? {
-            Holder::Item(items, index) => &mut items[index],
-            Holder::Map(map) => match map.get_index_of(&segment.name) {
-                Some(index) => &mut map[index].value,
-                None => return Err(Box::new(nothing_to_delete(map, segment))),
-            },
-        };
-    }
-    match holder(node, last)? {
-        Holder::Item(items, index) => {
-            items.remove(index);
-        }
-        Holder::Map(map) => {
-            if map.shift_remove(&last.name).is_none() {
-                return Err(Box::new(nothing_to_delete(map, last)));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn nothing_to_delete(map: &Mapping, segment: &Segment) -> Diagnostic {
-    const SHOWN: usize = 12;
-    let message = format!("there is no {} to delete", quoted(&segment.name));
-    Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone())
-        .allowing(nearest(&segment.name, map.keys().map(String::as_str)), map.keys().take(SHOWN).map(String::as_str))
-}
-
-/// Puts the variables into every scalar below a node.
-fn put_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String>) {
-    match &mut node.content {
-        Content::Seq(items) => items.iter_mut().for_each(|item| put_variables(item, env)),
-        Content::Map(map) => map.values_mut().for_each(|member| put_variables(&mut member.value, env)),
-        Content::Str(text) if text.contains('$') => {
-            let Some(place) = node.origin.place().cloned() else {
-                return;
-            };
-            match expand(text, &place, env) {
-                Ok(expanded) => {
-                    node.content = match (expanded.whole, node.typing) {
-                        (true, Typing::Text) => resolve_plain(&expanded.text),
-                        (true, Typing::Fixed) => {
-                            node.typing = Typing::Option;
-                            Content::Str(expanded.text)
-                        }
-                        _ => Content::Str(expanded.text),
-                    };
-                    if let Some(name) = expanded.variable {
-                        node.origin = Origin::Variable { name, at: place };
-                    }
-                }
-                Err((text, diagnostics)) => node.content = Content::Unset { text, diagnostics },
-            }
-        }
-        _ => {}
-    }
-}
-
-struct Expanded {
-    text: String,
-    /// The first variable that took part.
-    variable: Option<String>,
-    /// Whether the scalar is one variable and nothing else.
-    whole: bool,
-}
-
-/// Puts in the variables of a scalar; the refusal comes with the text as far as it is known.
-fn expand(
-    text: &str,
-    place: &Place,
-    env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Expanded, (String, Vec<Diagnostic>)> {
-    let mut out = String::with_capacity(text.len());
-    let mut variable = None;
-    let mut diagnostics = Vec::new();
-    let mut rest = text;
-    // Where to look for the next `${` in the source, so that equal variables get their own place.
-    let mut searched = place.span.start;
-    let mut pieces = 0;
-    while let Some(at) = rest.find('$') {
-        out.push_str(&rest[..at]);
-        pieces += usize::from(at > 0);
-        rest = &rest[at..];
-        if let Some(after) = rest.strip_prefix("$$") {
-            out.push('$');
-            pieces += 1;
-            rest = after;
-            continue;
-        }
-        let Some(inner) = rest.strip_prefix("${") else {
-            out.push('$');
-            pieces += 1;
-            rest = &rest[1..];
-            continue;
-        };
-        pieces += 1;
-        let (inner, after) = match inner.find('}') {
-            Some(end) => (&inner[..end], &inner[end + 1..]),
-            None => (inner, ""),
-        };
-        let closed = rest.len() > inner.len() + 2;
-        let written = &rest[..inner.len() + 2 + usize::from(closed)];
-        let spot = locate(place, &mut searched, written);
-        rest = after;
-        let (name, default) = match inner.split_once(":-") {
-            Some((name, default)) => (name, Some(default)),
-            None => (inner, None),
-        };
-        let is_name = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        if !closed || !is_name || default.is_some_and(|default| default.contains("${")) {
-            let message = if !closed {
-                "`${` without `}`".to_owned()
-            } else if !is_name {
-                format!("{} is not the name of a variable", quoted(name))
-            } else {
-                "a default cannot hold another variable".to_owned()
-            };
-            diagnostics.push(
-                Diagnostic::error(codes::BAD_VARIABLE, message, spot)
-                    .help("write ${NAME} or ${NAME:-default}; a literal dollar is `$$`"),
-            );
-            continue;
-        }
-        variable.get_or_insert_with(|| name.to_owned());
-        match (env(name), default) {
-            (Some(value), None) => out.push_str(&value),
-            (Some(value), Some(_)) if !value.is_empty() => out.push_str(&value),
-            (_, Some(default)) => out.push_str(default),
-            (None, None) => {
-                out.push_str(&format!("${name}"));
-                diagnostics.push(
-                    Diagnostic::error(codes::UNSET_VARIABLE, format!("the variable `{name}` is not set"), spot).help(
-                        format!(
-                            "set it in the environment, as in `{name}=... maskalign ...`, or give a default: ${{{name}:-default}}"
-                        ),
-                    ),
-                );
-            }
-        }
-    }
-    pieces += usize::from(!rest.is_empty());
-    out.push_str(rest);
-    if diagnostics.is_empty() {
-        Ok(Expanded { text: out, whole: variable.is_some() && pieces == 1, variable })
-    } else {
-        Err((out, diagnostics))
-    }
-}
-
-/// The place of `${...}` in the source text of a scalar; the whole scalar where escapes hide it.
-fn locate(scalar: &Place, searched: &mut usize, written: &str) -> Place {
-    let found = scalar.source.text().get(*searched..scalar.span.end).and_then(|text| text.find(written));
-    match found {
-        Some(at) => {
-            let start = *searched + at;
-            *searched = start + written.len();
-            Place { source: Arc::clone(&scalar.source), span: start..start + written.len() }
-        }
-        None => scalar.clone(),
     }
 }

@@ -1,0 +1,20 @@
+//! What a plugin is: a closed set of [`Kind`]s, an open set of [`Entry`]s.
+//!
+//! A crate registers a component with `inventory::submit!`; [`Registry::global`] collects what the
+//! linker found. The registry knows names, options, schemas and examples, never a component's
+//! trait: the typed constructors travel in [`Entry::vtable`] and belong to the crate that defines
+//! the traits.
+
+mod entry;
+mod kind;
+mod refusal;
+
+pub use entry::{Entry, decode_options};
+pub use kind::{
+    AlignerTag, DatasetTag, Kind, KindTag, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StageTag, StudentTag,
+    TargetTag, TeacherTag, TransformTag,
+};
+pub(crate) use refusal::Base;
+pub use refusal::{Refusal, Related};
+
+pub use crate::wording::nearest;

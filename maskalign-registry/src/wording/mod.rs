@@ -1,0 +1,9 @@
+//! What messages are made of: quoted text, lists, articles, numbers, and names that are spelled alike.
+
+mod phrases;
+mod spelling;
+
+pub use phrases::number;
+pub(crate) use phrases::{list, quoted, visible, visible_lines, with_article};
+pub(crate) use spelling::distance;
+pub use spelling::nearest;
