@@ -3,10 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::{
+    checker::Checker,
     locate::{blamed, locate},
     mapping::Chosen,
     scalar::from_variable,
-    walk::Checker,
 };
 use crate::{
     diagnostic::{Diagnostic, codes},

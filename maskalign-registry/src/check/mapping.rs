@@ -2,7 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use super::{locate::blamed, walk::Checker};
+use super::{
+    checker::{Checker, Frame},
+    locate::blamed,
+};
 use crate::{
     diagnostic::{Diagnostic, codes},
     plugin::Entry,
@@ -10,15 +13,6 @@ use crate::{
     wording::{list, quoted},
     yaml::{Mapping, Node, Origin},
 };
-
-/// A mapping that encloses what is being checked.
-pub(super) struct Frame<'a> {
-    pub(super) schema: &'a Value,
-    pub(super) map: &'a Mapping,
-    pub(super) depth: usize,
-    /// The component whose options these are.
-    pub(super) component: Option<&'static Entry>,
-}
 
 /// The component that a mapping is, and the key that says so.
 #[derive(Clone, Copy)]

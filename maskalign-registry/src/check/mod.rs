@@ -4,6 +4,7 @@
 //! editors and the decoder agree. A component whose structure holds is then decoded into its own struct, which may
 //! still refuse a value. What a mistake is told as stands beside the check that finds it.
 
+mod checker;
 mod component;
 mod fill;
 mod locate;
@@ -15,7 +16,7 @@ mod typos;
 mod unset;
 mod walk;
 
+pub(crate) use checker::Unset;
 pub(crate) use fill::fill;
 pub(crate) use locate::{Located, locate};
-pub(crate) use unset::Unset;
 pub(crate) use walk::{check, check_component};

@@ -1,6 +1,9 @@
 //! Names of teachers and stages that an option refers to.
 
-use super::{mapping::Frame, scalar::from_variable, walk::Checker};
+use super::{
+    checker::{Checker, Frame},
+    scalar::from_variable,
+};
 use crate::{
     diagnostic::{Diagnostic, codes},
     plugin::Kind,

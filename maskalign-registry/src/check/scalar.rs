@@ -2,7 +2,7 @@
 
 use serde_json::{Number, Value};
 
-use super::walk::Checker;
+use super::checker::Checker;
 use crate::{
     diagnostic::{Diagnostic, codes},
     schema::{range, shown_bound, types},

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{mapping::Frame, walk::Checker};
+use super::checker::{Checker, Frame};
 use crate::{
     diagnostic::{Diagnostic, codes},
     plugin::Entry,

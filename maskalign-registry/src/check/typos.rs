@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::walk::Checker;
+use super::checker::Checker;
 use crate::{
     schema::{required, types},
     yaml::{Content, Member, Node, mistyped_key, resolve_plain},

@@ -2,21 +2,12 @@
 
 use serde_json::Value;
 
-use super::walk::Checker;
+use super::checker::{Checker, Unset};
 use crate::{
     diagnostic::{Diagnostic, codes},
     schema::{reference, types, words},
     yaml::Node,
 };
-
-/// What a variable without a value is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Unset {
-    /// A mistake.
-    Mistake,
-    /// Some scalar that fits: the recipe is not run on this machine.
-    Unknown,
-}
 
 impl Checker<'_> {
     /// A scalar whose variables have no value.

@@ -5,15 +5,14 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::{
-    Unset,
-    mapping::Frame,
+    checker::{Checker, Unset},
     scalar::{admits, retyped},
 };
 use crate::{
     catalog::Registry,
-    diagnostic::{Diagnostic, Place, Source, codes},
+    diagnostic::{Diagnostic, Source, codes},
     plugin::Kind,
-    schema::{Schemas, reference, types, words},
+    schema::{reference, types, words},
     yaml::{Content, Node, Origin, Typing},
 };
 
@@ -49,44 +48,7 @@ pub(crate) fn check_component(
     (value, checker.diagnostics)
 }
 
-pub(super) struct Checker<'a> {
-    pub(super) registry: &'a Registry,
-    pub(super) schemas: &'a Schemas,
-    pub(super) root: &'a Node,
-    pub(super) fallback: &'a Arc<Source>,
-    pub(super) path: Vec<String>,
-    pub(super) frames: Vec<Frame<'a>>,
-    pub(super) diagnostics: Vec<Diagnostic>,
-    pub(super) references: Vec<Diagnostic>,
-    pub(super) unset: Unset,
-    pub(super) unknown: Vec<Diagnostic>,
-}
-
 impl<'a> Checker<'a> {
-    fn new(root: &'a Node, registry: &'a Registry, fallback: &'a Arc<Source>) -> Checker<'a> {
-        Checker {
-            registry,
-            schemas: registry.schemas(),
-            root,
-            fallback,
-            path: Vec::new(),
-            frames: Vec::new(),
-            diagnostics: Vec::new(),
-            references: Vec::new(),
-            unset: Unset::Mistake,
-            unknown: Vec::new(),
-        }
-    }
-
-    pub(super) fn place(&self, origin: &Origin) -> Place {
-        origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(self.fallback), span: 0..0 })
-    }
-
-    pub(super) fn report(&mut self, diagnostic: Diagnostic) {
-        let diagnostic = diagnostic.at(&self.path);
-        self.diagnostics.push(diagnostic);
-    }
-
     /// The JSON of a node that the schema admits; what is wrong is reported here.
     pub(super) fn value(&mut self, node: &'a Node, schema: &'a Value, key: Option<&'a Origin>) -> Option<Value> {
         let schema = self.schemas.resolve(schema);

@@ -116,7 +116,7 @@ pub trait KindTag: 'static {
 
 macro_rules! tags {
     ($($tag:ident => $kind:ident),* $(,)?) => {$(
-        #[doc = concat!("Stands for [`Kind::", stringify!($kind), "`] in a [`Slot`](crate::Slot).")]
+        #[doc = concat!("Stands for [`Kind::", stringify!($kind), "`], as in `Slot<", stringify!($tag), ">`.")]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub struct $tag;
         impl KindTag for $tag {

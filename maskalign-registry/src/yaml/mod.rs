@@ -10,11 +10,11 @@ mod scalar;
 mod syntax;
 mod write;
 
-pub(crate) use node::Typing;
 pub use node::{Content, Mapping, Member, Node, Origin};
+pub(crate) use node::{Typing, integer};
 pub use parse::parse_value;
 pub(crate) use parse::{parse, parse_from};
-pub(crate) use scalar::{integer, resolve_plain};
+pub(crate) use scalar::resolve_plain;
 pub(crate) use syntax::mistyped_key;
 pub(crate) use write::write;
 

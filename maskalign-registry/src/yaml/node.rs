@@ -3,7 +3,6 @@
 use indexmap::IndexMap;
 use serde_json::{Number, Value};
 
-use super::integer;
 use crate::{
     diagnostic::{Diagnostic, Place, SourceKind},
     wording::{number, quoted},
@@ -159,4 +158,9 @@ impl Node {
             Content::Map(map) => map.iter().map(|(key, member)| (key.clone(), member.value.to_json())).collect(),
         }
     }
+}
+
+/// A whole number as JSON, where it fits 64 bits.
+pub(crate) fn integer(value: i128) -> Option<Number> {
+    i64::try_from(value).map(Number::from).or_else(|_| u64::try_from(value).map(Number::from)).ok()
 }

@@ -1,13 +1,6 @@
 //! What plain scalars mean.
 
-use serde_json::Number;
-
-use super::Content;
-
-/// A whole number as JSON, where it fits 64 bits.
-pub(crate) fn integer(value: i128) -> Option<Number> {
-    i64::try_from(value).map(Number::from).or_else(|_| u64::try_from(value).map(Number::from)).ok()
-}
+use super::node::{Content, integer};
 
 /// What the text of a plain scalar means in the core schema.
 pub(crate) fn resolve_plain(text: &str) -> Content {

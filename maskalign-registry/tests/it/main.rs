@@ -3,7 +3,9 @@
 mod agreement;
 #[allow(dead_code, reason = "options are read through serde alone")]
 mod components;
+mod layers;
 mod mistakes;
 mod plugins;
 mod recipes;
 mod robustness;
+mod structure;
