@@ -23,10 +23,10 @@ pub use catalog::{DuplicatePlugin, Registry, recipe_schema};
 pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource};
 pub use diagnostic::{Diagnostic, Label, Place, Report};
 pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, Slot, Weights};
-pub use plugin::{
-    AlignerTag, DatasetTag, Entry, Kind, KindTag, LossTag, MaskerTag, OptimizerTag, Refusal, Related, ScheduleTag,
-    StageTag, StudentTag, TargetTag, TeacherTag, TransformTag, decode_options,
-};
+#[doc(hidden)]
+pub use plugin::tag_named;
+pub use plugin::tags::*;
+pub use plugin::{Entry, Kind, KindTag, Refusal, Related, decode_options};
 pub use recipe::{Loaded, Recipe, ShowOrigin, diff, fingerprint};
 pub use schema::{OptionDoc, Schemas};
 pub use yaml::Origin;

@@ -10,9 +10,11 @@ mod kind;
 mod refusal;
 
 pub use entry::{Entry, decode_options};
+#[doc(hidden)]
+pub use kind::tag_named;
 pub use kind::{
-    AlignerTag, DatasetTag, Kind, KindTag, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StageTag, StudentTag,
-    TargetTag, TeacherTag, TransformTag,
+    Kind, KindTag,
+    tags::{self, *},
 };
 pub(crate) use refusal::Base;
 pub use refusal::{Refusal, Related};

@@ -1,6 +1,8 @@
 //! What the registry tells of its components, and what it refuses.
 
-use maskalign_registry::{Entry, Kind, Refusal, Registry, plugin::nearest};
+use maskalign_registry::{
+    Entry, Kind, KindTag, MaskerTag, Refusal, Registry, Slot, for_each_kind, plugin::nearest, tag_named,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -136,4 +138,29 @@ fn refusals_carry_their_path_upwards() {
     let refusal = refusal.under("masker").under("pretrain");
     assert_eq!(refusal.path, ["pretrain", "masker", "ratio"]);
     assert_eq!(refusal.to_string(), "`pretrain.masker.ratio`: hides all patches (lower it)");
+}
+
+/// Another crate expands the table of kinds, from items and inside of functions.
+#[test]
+fn the_table_of_kinds_can_be_expanded_elsewhere() {
+    fn tag_of(kind: Kind) -> std::any::TypeId {
+        macro_rules! tags {
+            ($($kind:ident $name:ident $tag:ident $plural:literal $description:literal;)*) => {
+                match kind { $(Kind::$kind => std::any::TypeId::of::<maskalign_registry::$tag>(),)* }
+            };
+        }
+        for_each_kind!(tags)
+    }
+    macro_rules! names {
+        ($($kind:ident $name:ident $tag:ident $plural:literal $description:literal;)*) => {
+            const NAMES: &[(&str, Kind)] = &[$((stringify!($name), <tag_named::$name as KindTag>::KIND),)*];
+        };
+    }
+    for_each_kind!(names);
+    assert_eq!(NAMES.len(), Kind::ALL.len());
+    for (name, kind) in NAMES {
+        assert_eq!((kind.name(), Kind::from_name(name)), (*name, Some(*kind)));
+    }
+    assert_eq!(tag_of(Kind::Masker), std::any::TypeId::of::<MaskerTag>());
+    let _: Slot<tag_named::masker> = Slot::<MaskerTag>::new("random");
 }
