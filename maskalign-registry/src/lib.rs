@@ -26,7 +26,7 @@ pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, Slot, We
 #[doc(hidden)]
 pub use plugin::tag_named;
 pub use plugin::tags::*;
-pub use plugin::{Entry, Kind, KindTag, Refusal, Related, decode_options};
+pub use plugin::{Code, Entry, Kind, KindTag, Refusal, Related, decode_options};
 pub use recipe::{Loaded, Recipe, ShowOrigin, diff, fingerprint};
 pub use schema::{OptionDoc, Schemas};
 pub use yaml::Origin;

@@ -125,6 +125,8 @@ pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal>
                 serde_path_to_error::Segment::Unknown => None,
             })
             .collect();
-        Refusal { path, ..Refusal::whole(error.inner().to_string()) }
+        let mut refusal = Refusal::whole(error.inner().to_string());
+        refusal.path = path;
+        refusal
     })
 }

@@ -17,6 +17,6 @@ pub use kind::{
     tags::{self, *},
 };
 pub(crate) use refusal::Base;
-pub use refusal::{Refusal, Related};
+pub use refusal::{Code, Refusal, Related};
 
 pub use crate::wording::nearest;

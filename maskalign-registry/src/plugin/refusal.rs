@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::Kind;
+
 /// A component that refuses its options: which one, why, and the way out.
 ///
 /// The path is relative to the component until callers prefix it with [`Refusal::under`];
@@ -16,6 +18,24 @@ pub struct Refusal {
     pub help: Option<String>,
     /// Other options that take part in it.
     pub related: Vec<Related>,
+    // In a box, since refusals travel in results.
+    code: Box<Code>,
+}
+
+/// What a refusal is, for programs. Its message is for people, and changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Code {
+    /// An option is refused for what it is, or for what stands beside it.
+    #[default]
+    Invalid,
+    /// An option names something else in the recipe, and nothing of that name can be used.
+    Unresolved {
+        /// What is named: a stage, or a teacher.
+        kind: Kind,
+        /// The name.
+        name: String,
+    },
 }
 
 /// An option that an option at fault does not fit. Whichever of them was set last is blamed.
@@ -42,12 +62,32 @@ pub(crate) enum Base {
 impl Refusal {
     /// A refusal of one option.
     pub fn new(option: impl Into<String>, message: impl Into<String>) -> Refusal {
-        Refusal { path: vec![option.into()], message: message.into(), help: None, related: Vec::new() }
+        Refusal { path: vec![option.into()], ..Refusal::whole(message) }
     }
 
     /// A refusal of the component as a whole.
     pub fn whole(message: impl Into<String>) -> Refusal {
-        Refusal { path: Vec::new(), message: message.into(), help: None, related: Vec::new() }
+        Refusal { path: Vec::new(), message: message.into(), help: None, related: Vec::new(), code: Box::default() }
+    }
+
+    /// Says that it is refused since the option names something of a kind, and nothing of that name can be used.
+    #[must_use]
+    pub fn unresolved(mut self, kind: Kind, name: impl Into<String>) -> Refusal {
+        *self.code = Code::Unresolved { kind, name: name.into() };
+        self
+    }
+
+    /// What it is, for programs.
+    pub fn code(&self) -> &Code {
+        &self.code
+    }
+
+    /// Whether it only follows from another refusal: it names something of this kind that was refused itself.
+    pub fn follows_from(&self, kind: Kind, was_refused: impl FnOnce(&str) -> bool) -> bool {
+        match &*self.code {
+            Code::Unresolved { kind: named, name } => *named == kind && was_refused(name),
+            Code::Invalid => false,
+        }
     }
 
     /// Adds what to do about it.

@@ -1,7 +1,7 @@
 //! What the registry tells of its components, and what it refuses.
 
 use maskalign_registry::{
-    Entry, Kind, KindTag, MaskerTag, Refusal, Registry, Slot, for_each_kind, plugin::nearest, tag_named,
+    Code, Entry, Kind, KindTag, MaskerTag, Refusal, Registry, Slot, for_each_kind, plugin::nearest, tag_named,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -138,6 +138,19 @@ fn refusals_carry_their_path_upwards() {
     let refusal = refusal.under("masker").under("pretrain");
     assert_eq!(refusal.path, ["pretrain", "masker", "ratio"]);
     assert_eq!(refusal.to_string(), "`pretrain.masker.ratio`: hides all patches (lower it)");
+}
+
+#[test]
+fn a_refusal_that_follows_from_another_says_so_to_programs() {
+    let plain = Refusal::new("weights", "no such stage");
+    assert_eq!(plain.code(), &Code::Invalid);
+    let refusal = plain.clone().unresolved(Kind::Stage, "warm").help("name another").under("student").under("pretrain");
+    assert_eq!(refusal.code(), &Code::Unresolved { kind: Kind::Stage, name: "warm".to_owned() });
+    let was_refused = |name: &str| name == "warm";
+    assert!(refusal.follows_from(Kind::Stage, was_refused));
+    assert!(!refusal.follows_from(Kind::Stage, |_| false));
+    assert!(!refusal.follows_from(Kind::Teacher, was_refused));
+    assert!(!plain.follows_from(Kind::Stage, |_| true));
 }
 
 /// Another crate expands the table of kinds, from items and inside of functions.
