@@ -22,7 +22,7 @@ mod recipe;
 pub use catalog::{DuplicatePlugin, Registry, recipe_schema};
 pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource};
 pub use diagnostic::{Diagnostic, Label, Place, Report};
-pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, Slot, Weights};
+pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, SharedOptions, Slot, Weights, With};
 #[doc(hidden)]
 pub use plugin::tag_named;
 pub use plugin::tags::*;

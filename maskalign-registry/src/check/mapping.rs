@@ -140,6 +140,7 @@ impl<'a> Checker<'a> {
                 let Some(schema) = properties.and_then(|properties| properties.get(*name)) else {
                     continue;
                 };
+                let schema = self.schemas.option(schema);
                 let description = schema
                     .get("description")
                     .or_else(|| self.schemas.without_null(schema).get("description"))

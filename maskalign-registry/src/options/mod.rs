@@ -3,10 +3,13 @@
 
 mod levels;
 mod scalar;
+mod shared;
 mod slot;
 mod weights;
 
 pub use levels::{LevelIndex, LevelRef, Levels};
 pub use scalar::{Scalar, Shape};
+pub(crate) use shared::NAMED_TWICE;
+pub use shared::{SharedOptions, With};
 pub use slot::{Options, Slot};
 pub use weights::Weights;

@@ -1,4 +1,4 @@
-//! One registered component, and how its options are decoded.
+//! One registered component.
 
 use std::{any::Any, fmt};
 
@@ -6,7 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{Kind, Refusal};
+use super::{Kind, Refusal, decode_options};
 use crate::yaml::parse_value;
 
 /// One registered component. Submitted with `inventory::submit!`, built with [`Entry::of`].
@@ -107,26 +107,4 @@ fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
 fn normalize_as<T: Serialize + DeserializeOwned>(options: Value) -> Result<Value, Refusal> {
     let options: T = decode_options(options)?;
     serde_json::to_value(&options).map_err(|error| Refusal::whole(error.to_string()))
-}
-
-/// Decodes a component's options into its struct; the refusal names the option at fault.
-///
-/// # Errors
-/// A [`Refusal`] whose path is where decoding stopped.
-pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal> {
-    serde_path_to_error::deserialize(options).map_err(|error| {
-        let path = error
-            .path()
-            .iter()
-            .filter_map(|segment| match segment {
-                serde_path_to_error::Segment::Seq { index } => Some(index.to_string()),
-                serde_path_to_error::Segment::Map { key } => Some(key.clone()),
-                serde_path_to_error::Segment::Enum { variant } => Some(variant.clone()),
-                serde_path_to_error::Segment::Unknown => None,
-            })
-            .collect();
-        let mut refusal = Refusal::whole(error.inner().to_string());
-        refusal.path = path;
-        refusal
-    })
 }

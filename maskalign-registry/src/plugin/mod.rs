@@ -5,11 +5,14 @@
 //! trait: the typed constructors travel in [`Entry::vtable`] and belong to the crate that defines
 //! the traits.
 
+mod decode;
 mod entry;
 mod kind;
 mod refusal;
 
-pub use entry::{Entry, decode_options};
+pub use decode::decode_options;
+pub(crate) use decode::decode_part;
+pub use entry::Entry;
 #[doc(hidden)]
 pub use kind::tag_named;
 pub use kind::{

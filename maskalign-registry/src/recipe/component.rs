@@ -9,6 +9,7 @@ use crate::{
     catalog::Registry,
     check::{check_component, fill, locate},
     diagnostic::{Diagnostic, Place, Report, Source, SourceKind, codes},
+    options::NAMED_TWICE,
     plugin::{Entry, Kind},
     yaml::parse,
 };
@@ -65,6 +66,11 @@ impl Registry {
             if option.description.is_empty() {
                 faults.push(format!("{address}: `{}` has no description", option.name));
             }
+        }
+        let schema = self.schemas().component(entry.kind, entry.name);
+        let twice = schema.and_then(|schema| schema.get(NAMED_TWICE)?.as_array());
+        for name in twice.into_iter().flatten().filter_map(Value::as_str) {
+            faults.push(format!("{address}: `{name}` is both a shared option and one of its own"));
         }
         for pattern in self.schemas().unread_patterns(entry) {
             faults.push(format!("{address}: the pattern `{pattern}` cannot be read"));

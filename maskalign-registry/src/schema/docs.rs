@@ -36,6 +36,7 @@ pub(crate) fn option_docs(schemas: &Schemas, entry: &Entry) -> Vec<OptionDoc> {
         .into_iter()
         .flatten()
         .map(|(name, schema)| {
+            let schema = schemas.option(schema);
             let target = schemas.without_null(schema);
             let description = schema.get("description").or_else(|| target.get("description"));
             OptionDoc {

@@ -319,7 +319,9 @@ fn drop_unused(root: &mut Value) {
 fn collect_references(schema: &Value, found: &mut Vec<String>) {
     match schema {
         Value::Object(object) => {
-            found.extend(reference(schema).map(str::to_owned));
+            // A reference to an option of a definition keeps the definition.
+            let name = reference(schema).and_then(|reference| reference.split('/').next());
+            found.extend(name.map(str::to_owned));
             object.values().for_each(|value| collect_references(value, found));
         }
         Value::Array(items) => items.iter().for_each(|item| collect_references(item, found)),

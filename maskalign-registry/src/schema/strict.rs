@@ -85,6 +85,10 @@ impl Schemas {
         let mut found = Vec::new();
         if let Some(schema) = self.component(entry.kind, entry.name) {
             collect_patterns(schema, &mut found);
+            let properties = schema.get("properties").and_then(Value::as_object);
+            for (_, option) in properties.into_iter().flatten().filter(|(_, option)| reference(option).is_some()) {
+                collect_patterns(self.option(option), &mut found);
+            }
         }
         found.retain(|pattern| !self.patterns.contains_key(pattern));
         found
@@ -94,9 +98,9 @@ impl Schemas {
     pub(crate) fn resolve<'s>(&'s self, schema: &'s Value) -> &'s Value {
         let mut schema = schema;
         // Definitions that refer to each other in a circle name no schema at all.
-        for _ in 0..self.definitions.len() + 1 {
+        for _ in 0..2 * self.definitions.len() + 1 {
             match reference(schema) {
-                Some(name) if Kind::from_name(name).is_none() => match self.definitions.get(name) {
+                Some(name) if Kind::from_name(name).is_none() => match self.referred(name) {
                     Some(target) => schema = target,
                     None => return schema,
                 },
@@ -104,6 +108,22 @@ impl Schemas {
             }
         }
         schema
+    }
+
+    /// What a reference stands for: a definition, or an option of a struct that several components share.
+    fn referred(&self, reference: &str) -> Option<&Value> {
+        match reference.split_once('/') {
+            Some((name, option)) => self.definitions.get(name)?.pointer(&format!("/{option}")),
+            None => self.definitions.get(reference),
+        }
+    }
+
+    /// An option as its struct describes it, wherever that struct is.
+    pub(crate) fn option<'s>(&'s self, schema: &'s Value) -> &'s Value {
+        match reference(schema) {
+            Some(shared) if shared.contains('/') => self.referred(shared).unwrap_or(schema),
+            _ => schema,
+        }
     }
 
     /// The kind of component that fills this place, where it is a slot; seen through `null`

@@ -8,4 +8,6 @@ mod mistakes;
 mod plugins;
 mod recipes;
 mod robustness;
+#[allow(dead_code, reason = "options are read through serde alone")]
+mod shared;
 mod structure;
