@@ -1,4 +1,4 @@
-//! The components of a binary: what is linked into it, by kind and name.
+//! The registered components of a binary, by kind and name.
 
 use std::sync::OnceLock;
 
@@ -80,12 +80,12 @@ impl Registry {
         self.entries().filter(move |entry| entry.kind == kind)
     }
 
-    /// The names of a kind that are close to `name`, nearest first; empty where none is close.
+    /// The names of a kind that are close to `name`, nearest first; empty if none is close.
     pub fn suggest(&self, kind: Kind, name: &str) -> Vec<&'static str> {
         nearest(name, self.of_kind(kind).map(|entry| entry.name))
     }
 
-    /// The component at an address such as `masker.attention`, or at a name that only one kind has.
+    /// The component at an address such as `masker.attention`, or with a name that only one kind has.
     ///
     /// # Errors
     /// The nearest addresses, nearest first.
@@ -122,7 +122,7 @@ impl Registry {
         self.schemas.get_or_init(|| Schemas::build(&self.entries))
     }
 
-    /// The options of a component as a person reads them, in the order of its struct.
+    /// The options of a component, for people, in the order of its struct.
     pub fn options(&self, entry: &Entry) -> Vec<OptionDoc> {
         schema::option_docs(self.schemas(), entry)
     }

@@ -1,8 +1,8 @@
-//! What a plugin is and what a recipe is: kinds, entries, composition, checking, schemas and diagnostics. No tensors, no
-//! command line, no printing.
+//! What a plugin is and what a recipe is: kinds, entries, composition, checking, schemas and diagnostics. No tensors,
+//! no command line, no printing.
 //!
-//! The modules are layers: each uses those above it in the list below, and none the other way, which
-//! `tests/it/layers.rs` holds to.
+//! The modules are layers, listed from the lowest up: each may use those before it, and none after. A test in
+//! `tests/it/structure.rs` checks that.
 
 mod wording;
 

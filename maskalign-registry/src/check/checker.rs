@@ -1,4 +1,4 @@
-//! What the checks share: where they are in the document, and what they found.
+//! The state that all checks share: the position in the document, and what was found.
 
 use std::sync::Arc;
 
@@ -12,12 +12,12 @@ use crate::{
     yaml::{Mapping, Node, Origin},
 };
 
-/// What a variable without a value is.
+/// How a variable without a value is treated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unset {
-    /// A mistake.
+    /// As a mistake.
     Mistake,
-    /// Some scalar that fits: the recipe is not run on this machine.
+    /// As some valid scalar: the recipe will not run on this machine.
     Unknown,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct Frame<'a> {
     pub(super) component: Option<&'static Entry>,
 }
 
-/// One walk over a document. Its methods stand where what they check does.
+/// One walk over a document. Its methods are spread over the files of this folder by what they check.
 pub(super) struct Checker<'a> {
     pub(super) registry: &'a Registry,
     pub(super) schemas: &'a Schemas,

@@ -1,4 +1,4 @@
-//! A component: `type` chooses whose options are checked.
+//! Components: `type` selects whose options are checked.
 
 use serde_json::{Map, Value};
 
@@ -16,7 +16,7 @@ use crate::{
 };
 
 impl<'a> Checker<'a> {
-    /// A component: `type` is looked up by hand, then its own options are checked.
+    /// Looks up `type`, then checks the options of that component.
     pub(super) fn component(&mut self, node: &'a Node, kind: Kind, key: Option<&'a Origin>) -> Option<Value> {
         let Content::Map(map) = &node.content else {
             let message = format!(
@@ -87,7 +87,7 @@ impl<'a> Checker<'a> {
         Some(Value::Object(component))
     }
 
-    /// The key that says which component a mapping is: `type`, or the key that was meant to be it.
+    /// The key that selects the component: `type`, or the key that was probably meant to be it.
     fn selector(&self, map: &'a Mapping, kind: Kind) -> Option<(&'a str, &'a Member)> {
         if let Some((_, name, member)) = map.get_full("type") {
             return Some((name, member));

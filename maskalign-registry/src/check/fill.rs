@@ -1,4 +1,4 @@
-//! Defaults, at every level.
+//! Filling in defaults at every level.
 
 use serde_json::Value;
 
@@ -8,10 +8,10 @@ use crate::{
     wording::{quoted, with_article},
 };
 
-/// Fills the defaults of a component and of all that it holds.
+/// Fills in the defaults of a component and of everything in it.
 ///
 /// # Errors
-/// The path and the refusal of a component that its holder put there by default.
+/// The path and message of a refusal: only a component that is itself a default can still be refused.
 pub(crate) fn fill(
     registry: &Registry,
     kind: Kind,
@@ -61,7 +61,7 @@ fn fill_slots(
     for keyword in ["anyOf", "oneOf", "allOf"] {
         if let Some(branches) = schema.get(keyword).and_then(Value::as_array) {
             for branch in branches {
-                // Of several forms only mappings and lists hold slots.
+                // Of several branches only mappings and lists can hold slots.
                 let is_slot = schemas.slot(branch).is_some();
                 if !is_slot || value.get("type").is_some() {
                     fill_slots(registry, branch, value, path)?;

@@ -1,4 +1,4 @@
-//! Where a path leads in a document, and which place stands for what is there.
+//! From a path to the place to blame.
 
 use std::sync::Arc;
 
@@ -9,9 +9,10 @@ use crate::{
 
 /// Where a path leads in a document.
 pub(crate) struct Located {
-    /// The value's place; where it is absent, that of the nearest mapping above it.
+    /// The place of the value, or of the nearest mapping above it if it is absent.
     pub place: Place,
-    /// How much of the path leads to the first key that is not there. A scalar stands for what it abbreviates.
+    /// The length of the path up to the first absent key, if any. A scalar may abbreviate a mapping, whose keys are not
+    /// absent.
     pub absent: Option<usize>,
 }
 
@@ -38,13 +39,13 @@ pub(crate) fn locate(root: &Node, path: &[String], fallback: &Arc<Source>) -> Lo
     }
     let blamed = blamed(node, key);
     let is_option = absent.is_none() && node.as_map().is_none_or(|map| !map.contains_key("type"));
-    let part = if is_option { set_part(node) } else { None };
+    let part = if is_option { last_set_by_flag(node) } else { None };
     let place = part.unwrap_or(blamed).place().cloned();
     Located { place: place.unwrap_or_else(|| Place { source: Arc::clone(fallback), span: 0..0 }), absent }
 }
 
-/// What stands for a node as a whole: the key of a collection, and the value otherwise. A component that a flag made
-/// another one is blamed for what the flag chose, since the rest of it may stand elsewhere.
+/// What to blame for a node as a whole: the key of a collection, and any other value itself. For a component whose
+/// `type` a flag changed, that is the flag, since the rest of it may come from elsewhere.
 pub(super) fn blamed<'n>(node: &'n Node, key: Option<&'n Origin>) -> &'n Origin {
     let own = match key {
         Some(key) if matches!(node.content, Content::Map(_) | Content::Seq(_)) => key,
@@ -60,12 +61,12 @@ pub(super) fn blamed<'n>(node: &'n Node, key: Option<&'n Origin>) -> &'n Origin 
     }
 }
 
-/// The last part of an option that a flag set.
-fn set_part(node: &Node) -> Option<&Origin> {
+/// The last part of an option that was set by a flag.
+fn last_set_by_flag(node: &Node) -> Option<&Origin> {
     let own = || (is_flag(&node.origin)).then_some(&node.origin);
     match &node.content {
-        Content::Map(map) => map.values().rev().find_map(|member| set_part(&member.value)),
-        Content::Seq(items) if own().is_none() => items.iter().rev().find_map(set_part),
+        Content::Map(map) => map.values().rev().find_map(|member| last_set_by_flag(&member.value)),
+        Content::Seq(items) if own().is_none() => items.iter().rev().find_map(last_set_by_flag),
         Content::Seq(_) => None,
         _ => own(),
     }

@@ -1,4 +1,4 @@
-//! Mappings of options: keys that are unknown, missing, or badly named.
+//! Mappings: keys that are unknown, missing, or badly named.
 
 use serde_json::{Map, Value};
 
@@ -14,7 +14,7 @@ use crate::{
     yaml::{Mapping, Node, Origin},
 };
 
-/// The component that a mapping is, and the key that says so.
+/// The component that a mapping describes, and the key that selected it.
 #[derive(Clone, Copy)]
 pub(super) struct Chosen<'a> {
     pub(super) entry: &'static Entry,
@@ -22,7 +22,7 @@ pub(super) struct Chosen<'a> {
 }
 
 impl<'a> Checker<'a> {
-    /// A mapping of options: of a component, where `chosen` says which.
+    /// A mapping of options; `chosen` says of which component, if any.
     pub(super) fn mapping(
         &mut self,
         node: &'a Node,
@@ -40,8 +40,7 @@ impl<'a> Checker<'a> {
         let mut meant = Vec::new();
         let mut sound = true;
         let mut object = Map::new();
-        // A stage with a value that cannot be known is left out, and so is what stands at the top: it only ever has a
-        // default.
+        // A stage with an unknown value is left out, and so is an option at the top of the recipe, which has a default.
         let may_leave_out = match self.path.as_slice() {
             [] => component.is_none(),
             [stages] => stages == "stages",
@@ -77,7 +76,7 @@ impl<'a> Checker<'a> {
                 None => sound = false,
             }
         }
-        // A key under a wrong name is one mistake: it is unknown here, not missing there as well.
+        // A misspelled key is one mistake: unknown, and not missing as well.
         missing.retain(|name| !meant.contains(name));
         if !missing.is_empty() {
             self.missing_keys(&missing, node, key, properties);
@@ -112,7 +111,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// What the mapping being checked is, for messages: ``masker `random` ``.
+    /// The mapping being checked, for messages: ``masker `random` ``.
     pub(super) fn holder(&self) -> String {
         match self.frames.last() {
             Some(Frame { component: Some(entry), .. }) => format!("{} `{}`", entry.kind, entry.name),
@@ -121,7 +120,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Required keys of one mapping that are not there: one message, however many they are.
+    /// Reports the required keys that a mapping lacks: one message, however many they are.
     fn missing_keys(
         &mut self,
         names: &[&str],

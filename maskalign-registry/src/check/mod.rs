@@ -1,8 +1,8 @@
-//! Nodes to typed configuration. Every mistake is collected, each with its place.
+//! Checking a document: nodes to JSON that decodes. Every mistake is collected, each with its place.
 //!
-//! The walk follows the strict schemas of [`Schemas`](crate::schema::Schemas): structure is decided there, so that
-//! editors and the decoder agree. A component whose structure holds is then decoded into its own struct, which may
-//! still refuse a value. What a mistake is told as stands beside the check that finds it.
+//! The walk follows the strict schemas of [`Schemas`](crate::schema::Schemas): they alone decide structure, so that
+//! editors and this check agree. A component whose structure is right is then decoded into its own struct, which may
+//! still refuse a value. Each message is written beside the check that reports it.
 
 mod checker;
 mod component;

@@ -1,4 +1,4 @@
-//! Names of teachers and stages that an option refers to.
+//! References to teachers and stages.
 
 use super::{
     checker::{Checker, Frame},
@@ -12,16 +12,15 @@ use crate::{
 };
 
 impl<'a> Checker<'a> {
-    /// Notes a name that nothing in the document has. It is no mistake of structure: what is planned can be refused as
-    /// well, and says the same.
-    fn misses(&mut self, diagnostic: Diagnostic) {
+    /// Notes a reference that does not resolve. It is not a mistake of structure, and planning refuses it as well.
+    fn note_unresolved(&mut self, diagnostic: Diagnostic) {
         let diagnostic = diagnostic.at(&self.path);
         if !self.references.iter().any(|noted| noted.path == diagnostic.path) {
             self.references.push(diagnostic);
         }
     }
 
-    /// Looks a teacher up in the stage that encloses its name. Always true: the document says what it is.
+    /// Looks a teacher up in the enclosing stage. Always true: its value is known either way.
     pub(super) fn teacher(&mut self, node: &Node, name: &str) -> bool {
         let has_teachers =
             |frame: &&Frame<'a>| frame.schema.get("properties").is_some_and(|known| known.get("teachers").is_some());
@@ -39,12 +38,12 @@ impl<'a> Checker<'a> {
             if teachers.is_empty() {
                 diagnostic = diagnostic.help("the stage has no `teachers`");
             }
-            self.misses(diagnostic.allowing(nearest(name, teachers.iter().copied()), teachers));
+            self.note_unresolved(diagnostic.allowing(nearest(name, teachers.iter().copied()), teachers));
         }
         true
     }
 
-    /// Looks a stage up among the earlier ones. False where it is one that cannot be known.
+    /// Looks a stage up among the earlier ones. False if it is one that is left out.
     pub(super) fn stage(&mut self, node: &Node, name: &str) -> bool {
         let stages = self.frames.first().and_then(|root| root.map.get("stages")?.value.as_map());
         let (Some(stages), Some(own)) = (stages, self.path.get(1)) else {
@@ -82,7 +81,7 @@ impl<'a> Checker<'a> {
         } else if known.is_empty() {
             diagnostic = diagnostic.help("no earlier stage trains one");
         }
-        self.misses(diagnostic.allowing(nearest(name, known.iter().copied()), known));
+        self.note_unresolved(diagnostic.allowing(nearest(name, known.iter().copied()), known));
         true
     }
 }

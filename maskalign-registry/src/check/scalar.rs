@@ -1,4 +1,4 @@
-//! Numbers, text and words: their type, range and form.
+//! Numbers, strings and enumerations: type, range and format.
 
 use serde_json::{Number, Value};
 
@@ -15,7 +15,7 @@ impl<'a> Checker<'a> {
         let expected = self.schemas.expected(schema);
         let message = format!("expected {expected}, found {}{}", node.content.describe(), from_variable(node));
         let mut diagnostic = Diagnostic::error(codes::WRONG_TYPE, message, self.place(&node.origin));
-        if let Some(help) = self.slip(node, schema) {
+        if let Some(help) = self.likely_typo(node, schema) {
             diagnostic = diagnostic.help(help);
         }
         self.report(diagnostic);
@@ -30,7 +30,7 @@ impl<'a> Checker<'a> {
         }
         let bound = |keyword: &str| schema.get(keyword).and_then(Value::as_f64);
         let shown = |keyword: &str| schema.get(keyword).map(shown_bound).unwrap_or_default();
-        // Whole numbers are compared exactly: as a float the greatest `u64` is one more than it is.
+        // Whole numbers are compared exactly: as a float, the greatest `u64` rounds up by one.
         const PAST_U64: f64 = 18_446_744_073_709_551_616.0;
         let exceeds = match (&node.content, schema.get("maximum").and_then(Value::as_u64)) {
             (Content::Int(number), Some(bound)) => *number > i128::from(bound),
@@ -75,7 +75,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// A number as it was written, where a person wrote it here.
+    /// A number as it was written, if it was written in a file or flag.
     fn shown(&self, node: &Node) -> String {
         match (&node.origin, node.origin.place()) {
             (Origin::File(_) | Origin::Flag(_), Some(place)) => place.text().to_owned(),
@@ -157,7 +157,7 @@ pub(super) fn from_variable(node: &Node) -> String {
     }
 }
 
-/// What a quoted scalar that is one variable stands for, where the types admit no text.
+/// The value of a quoted scalar that is one variable, if the types admit no string.
 pub(super) fn retyped(names: &[&str], node: &Node) -> Option<Content> {
     match &node.content {
         Content::Str(text) if node.typing == Typing::Option && !names.contains(&"string") => {
@@ -180,7 +180,7 @@ fn admits_content(names: &[&str], content: &Content) -> bool {
         Content::Null => has("null"),
         Content::Bool(_) => has("boolean"),
         Content::Int(_) => has("integer") || has("number"),
-        // As in JSON Schema, 3.0 is a whole number. What is not finite is refused as a number.
+        // As in JSON Schema, 3.0 is an integer. Infinity and NaN are refused later, as numbers.
         Content::Float(number) => has("number") || (has("integer") && number.fract() == 0.0),
         Content::Str(_) => has("string"),
         Content::Seq(_) => has("array"),

@@ -1,4 +1,4 @@
-//! What was probably meant by a key that nobody knows, and where it belongs.
+//! Unknown keys: what was probably meant, and where the key belongs.
 
 use serde_json::{Map, Value};
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl<'a> Checker<'a> {
-    /// Reports a key that is not among the options. Gives the missing option that it stands for, if there is one.
+    /// Reports a key that is not an option. Returns the missing option that it was meant to be, if there is one.
     pub(super) fn unknown_key(
         &mut self,
         name: &str,
@@ -23,13 +23,13 @@ impl<'a> Checker<'a> {
             properties.into_iter().flat_map(|properties| properties.keys().map(String::as_str)).collect();
         let message = format!("unknown key {} in {}", quoted(name), self.holder());
         let mut diagnostic = Diagnostic::error(codes::UNKNOWN_KEY, message, self.place(&member.key));
-        let slip = self.slip_of_key(name, member);
-        let is_typing = slip.is_some();
-        diagnostic.help.extend(slip);
+        let typo = self.likely_key_typo(name, member);
+        let is_typo = typo.is_some();
+        diagnostic.help.extend(typo);
         let bare = name.split([':', '\u{ff1a}', '\u{a0}']).next().unwrap_or(name);
-        let mut near = nearest(if is_typing { bare } else { name }, known.iter().copied());
+        let mut near = nearest(if is_typo { bare } else { name }, known.iter().copied());
         let meant = match (missing, known.as_slice()) {
-            // Nothing else can have been meant.
+            // There is only one option.
             (&[missing], [_]) => Some(missing),
             (&[missing], _) if name.contains("${") => Some(missing),
             _ => near.iter().copied().find(|near| missing.contains(near)),
@@ -38,7 +38,7 @@ impl<'a> Checker<'a> {
             near.retain(|near| *near != meant);
             near.insert(0, meant);
         }
-        let is_slip = is_typing || meant.is_some() || near.first().is_some_and(|near| distance(name, near) <= 2);
+        let is_misspelled = is_typo || meant.is_some() || near.first().is_some_and(|near| distance(name, near) <= 2);
         let component = self.frames.last().and_then(|frame| frame.component);
         let others: Vec<String> = match component {
             Some(entry) => self
@@ -53,8 +53,8 @@ impl<'a> Checker<'a> {
             let noun = if others.len() == 1 { entry.kind.name() } else { entry.kind.plural() };
             let others = list(&others, "and");
             diagnostic = diagnostic.help(format!("`{name}` is an option of the {noun} {others}"));
-        } else if !is_slip {
-            let homes = self.homes(name);
+        } else if !is_misspelled {
+            let homes = self.known_elsewhere(name);
             for home in &homes {
                 diagnostic = diagnostic.help(format!("`{name}` belongs {home}"));
             }
@@ -76,7 +76,7 @@ impl<'a> Checker<'a> {
             .is_some()
     }
 
-    /// The entry of a mapping of named entries that the entry being checked was probably meant to be.
+    /// In a mapping of named entries, another entry that the one being checked was probably meant to be part of.
     pub(super) fn sibling(&self, holder: &Frame<'a>) -> Option<&'a str> {
         let named = holder.schema.get("additionalProperties").is_some_and(Value::is_object);
         let name = self.path.get(holder.depth).filter(|_| named)?;
@@ -84,8 +84,8 @@ impl<'a> Checker<'a> {
         nearest(name, others).into_iter().next()
     }
 
-    /// Where in the document a key would be known, nearest enclosing mapping first.
-    fn homes(&self, name: &str) -> Vec<String> {
+    /// Where in the document a key would be an option, nearest enclosing mapping first.
+    fn known_elsewhere(&self, name: &str) -> Vec<String> {
         const SHOWN: usize = 3;
         let Some((current, enclosing)) = self.frames.split_last() else {
             return Vec::new();
@@ -109,7 +109,7 @@ impl<'a> Checker<'a> {
         found
     }
 
-    /// Looks for a key below a mapping: in the structs and components that it holds.
+    /// Searches for an option below a mapping, in the structs and components that it holds.
     fn search(
         &self,
         schema: &Value,
@@ -175,7 +175,7 @@ impl<'a> Checker<'a> {
                     self.search(schema, map, path, name, found, depth + 1);
                 }
             }
-            // A slot left empty: any component that could fill it.
+            // An empty slot: any component that could fill it.
             None => {
                 let mut holders = self.registry.of_kind(kind).filter(|entry| self.has_option(entry, name));
                 if let Some(entry) = holders.next() {

@@ -1,4 +1,4 @@
-//! The usual typing errors in values and keys, and how what was meant is written.
+//! Common typing errors in values and keys, and how to write what was meant.
 
 use serde_json::Value;
 
@@ -9,8 +9,8 @@ use crate::{
 };
 
 impl Checker<'_> {
-    /// The usual reason for a value of a wrong type.
-    pub(super) fn slip(&self, node: &Node, schema: &Value) -> Option<String> {
+    /// The likely reason for a value of the wrong type.
+    pub(super) fn likely_typo(&self, node: &Node, schema: &Value) -> Option<String> {
         let names = types(schema);
         let has = |name: &str| names.contains(&name);
         match &node.content {
@@ -26,12 +26,12 @@ impl Checker<'_> {
                     return Some("remove the quotes: quoted values are text".to_owned());
                 }
                 if has("number") && text.ends_with('%') {
-                    return Some("write a share such as 0.75, not a percentage".to_owned());
+                    return Some("write a fraction such as 0.75, not a percentage".to_owned());
                 }
                 if let Some(name) = text.strip_prefix('$').filter(|name| is_variable(name)) {
                     return Some(format!("a variable needs braces: ${{{name}}}"));
                 }
-                if numeric && let Some(help) = number_slip(text) {
+                if numeric && let Some(help) = mistyped_number(text) {
                     return Some(help);
                 }
                 if has("object")
@@ -48,26 +48,26 @@ impl Checker<'_> {
                 }
                 has("array").then(|| format!("write a list: [{text}]"))
             }
-            Content::Null => Some(self.nothing()),
+            Content::Null => Some(self.help_for_null()),
             _ => None,
         }
     }
 
-    /// The way out where nothing is written.
-    fn nothing(&self) -> String {
+    /// What to do if no value is written.
+    fn help_for_null(&self) -> String {
         let name = self.path.last().map_or("", String::as_str);
         let held = self.frames.last().map(|frame| (frame.schema, frame.depth));
         match held {
             _ if name.parse::<usize>().is_ok() => "give a value, or remove the item".to_owned(),
             Some((schema, depth)) if depth + 1 == self.path.len() && !required(schema).any(|key| key == name) => {
-                "give a value, or remove the key to have the default".to_owned()
+                "give a value, or remove the key to use the default".to_owned()
             }
             _ => "give a value: it has no default".to_owned(),
         }
     }
 
-    /// The usual reason for a key that nobody knows.
-    pub(super) fn slip_of_key(&self, name: &str, member: &Member) -> Option<String> {
+    /// The likely reason for an unknown key.
+    pub(super) fn likely_key_typo(&self, name: &str, member: &Member) -> Option<String> {
         if name.contains("${") {
             return Some("a variable stands for a value, not for a key".to_owned());
         }
@@ -92,8 +92,8 @@ fn is_variable(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
 }
 
-/// How text that was meant as a number is written in YAML.
-fn number_slip(text: &str) -> Option<String> {
+/// How to write in YAML what was meant as a number.
+fn mistyped_number(text: &str) -> Option<String> {
     let is_number = |text: &str| matches!(resolve_plain(text), Content::Int(_) | Content::Float(_));
     let dotted = text.replacen(',', ".", 1);
     if text.contains(',') && is_number(&dotted) {

@@ -29,7 +29,7 @@ impl Checker<'_> {
             self.wrong_type(node, schema);
             return None;
         }
-        // Free text stands for itself: whatever it is, the same is planned.
+        // A variable in free text is kept as text: planning does not depend on it.
         let pattern = schema.get("pattern").and_then(Value::as_str).map(|pattern| self.schemas.pattern(pattern));
         let fits = |text: &String| pattern.is_none_or(|pattern| pattern.is_some_and(|pattern| pattern.is_match(text)));
         let is_free =
@@ -48,7 +48,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Whether a schema admits some scalar.
+    /// Whether a schema admits any scalar.
     fn takes_scalar(&self, schema: &Value) -> bool {
         let schema = self.schemas.resolve(schema);
         if reference(schema).is_some() {

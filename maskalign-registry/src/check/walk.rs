@@ -16,13 +16,13 @@ use crate::{
     yaml::{Content, Node, Origin, Typing},
 };
 
-/// What checking a document found.
+/// The outcome of checking a document.
 pub(crate) struct Checked {
-    /// The document as JSON, where nothing is wrong. Stages that hold an unknown value are left out.
+    /// The document as JSON, if nothing is wrong. Stages with an unknown value are left out.
     pub value: Option<Value>,
-    /// What is wrong with its structure.
+    /// Mistakes of structure.
     pub diagnostics: Vec<Diagnostic>,
-    /// Names of teachers and stages that are not there.
+    /// References to teachers and stages that do not resolve.
     pub references: Vec<Diagnostic>,
     /// The variables that stages were left out for, with their paths.
     pub unknown: Vec<Diagnostic>,
@@ -36,7 +36,7 @@ pub(crate) fn check(root: &Node, registry: &Registry, fallback: &Arc<Source>, un
     Checked { value, diagnostics, references, unknown }
 }
 
-/// Checks one component that stands alone.
+/// Checks a single component.
 pub(crate) fn check_component(
     root: &Node,
     kind: Kind,
@@ -49,7 +49,7 @@ pub(crate) fn check_component(
 }
 
 impl<'a> Checker<'a> {
-    /// The JSON of a node that the schema admits; what is wrong is reported here.
+    /// Checks a node and reports what is wrong. Returns its JSON if the schema admits it.
     pub(super) fn value(&mut self, node: &'a Node, schema: &'a Value, key: Option<&'a Origin>) -> Option<Value> {
         let schema = self.schemas.resolve(schema);
         if let Content::Unset { text, diagnostics } = &node.content {
@@ -100,7 +100,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Takes the branch that fits what was written, so that the message speaks of that one.
+    /// Checks against the branch that fits the type of what was written, so that messages are about that one.
     fn one_of(
         &mut self,
         node: &'a Node,
@@ -110,7 +110,7 @@ impl<'a> Checker<'a> {
     ) -> Option<Value> {
         let mut fitting: Vec<&'a Value> = branches.iter().filter(|branch| self.fits(branch, node)).collect();
         if fitting.is_empty() {
-            // A slot or null: whatever is no mapping was meant for the slot.
+            // A slot or null: any value that is not a mapping was meant for the slot.
             fitting = branches.iter().filter(|branch| self.schemas.slot(branch).is_some()).collect();
         }
         match fitting.as_slice() {
@@ -193,7 +193,7 @@ impl<'a> Checker<'a> {
             for (index, value) in values.iter().enumerate() {
                 if sound && values[..index].contains(value) {
                     let place = self.place(&items[index].origin);
-                    let message = "the same item twice in a list of different ones";
+                    let message = "an item is repeated in a list whose items must differ";
                     self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, place));
                     sound = false;
                 }

@@ -8,16 +8,16 @@ use std::{
     sync::Arc,
 };
 
-use super::{Input, LoadRequest, flags::apply_flag, variables::put_variables};
+use super::{Input, LoadRequest, flags::apply_flag, variables::substitute_variables};
 use crate::{
     diagnostic::{Diagnostic, Place, Source, SourceKind, codes},
     wording::{nearest, quoted},
     yaml::{Content, MAX_BYTES, MAX_NODES, Mapping, Member, Node, Typing, parse},
 };
 
-/// How many `extends` may follow each other.
+/// The longest chain of `extends`.
 const MAX_CHAIN: usize = 32;
-/// How many values merging may copy in all.
+/// The most values that merging may copy in total.
 const MAX_MERGED: usize = 10 * MAX_NODES;
 
 /// The outcome of composition.
@@ -26,7 +26,7 @@ pub(crate) struct Composed {
     /// Every text that was read, in the order in which reports list them.
     pub sources: Vec<Arc<Source>>,
     pub diagnostics: Vec<Diagnostic>,
-    /// Whether a base is missing, so that keys may be missing too.
+    /// Whether a base could not be read, so that keys may be missing that it would have given.
     pub incomplete: bool,
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn compose(request: &LoadRequest<'_>) -> Composed {
     Composed { root, sources: composer.sources, diagnostics: composer.diagnostics, incomplete: composer.incomplete }
 }
 
-/// What tells one recipe from another, however it was named.
+/// The identity of a recipe, however it was named.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Identity {
     File(PathBuf),
@@ -69,7 +69,7 @@ struct Composer<'a> {
     request: &'a LoadRequest<'a>,
     sources: Vec<Arc<Source>>,
     diagnostics: Vec<Diagnostic>,
-    /// Recipes already composed: a base that is named many times is read once.
+    /// Recipes already composed, so that a base named many times is read once.
     done: HashMap<Identity, Option<Node>>,
     chain: Vec<(Identity, String)>,
     merged: usize,
@@ -235,7 +235,7 @@ impl Composer<'_> {
             self.incomplete = true;
             return None;
         };
-        put_variables(&mut root, self.request.env);
+        substitute_variables(&mut root, self.request.env);
         let Content::Map(map) = &mut root.content else {
             return Some(root);
         };
@@ -358,7 +358,7 @@ impl Composer<'_> {
         path.canonicalize().ok().map(Identity::File)
     }
 
-    /// A base that was composed before, or that is being composed: the latter is a cycle.
+    /// A base that was composed before, or one that is still being composed, which is a cycle.
     fn already(&mut self, identity: &Identity, written: &str, place: &Place) -> Option<Option<Node>> {
         if let Some(start) = self.chain.iter().position(|(open, _)| open == identity) {
             let mut names: Vec<&str> = self.chain[start..].iter().map(|(_, name)| name.as_str()).collect();
@@ -373,15 +373,14 @@ impl Composer<'_> {
         self.done.get(identity).cloned()
     }
 
-    /// Adds to the newest diagnostic, which is about a base, where the base was asked for.
+    /// Adds to the newest diagnostic, which is about a base, the place that extends it.
     fn blame_last(&mut self, place: &Place) {
         if let Some(last) = self.diagnostics.pop() {
             self.diagnostics.push(last.label(place.clone(), "extended here"));
         }
     }
 
-    /// Deep merge: mappings key by key, everything else replaced by the upper value; a component
-    /// whose `type` changes is replaced whole.
+    /// Deep merge: mappings key by key; everything else, and a component whose `type` changes, is replaced as a whole.
     fn merge(&mut self, base: Node, upper: Node, at: &Place) -> Node {
         if self.merged > MAX_MERGED {
             return upper;
@@ -443,7 +442,7 @@ fn too_many_bytes() -> String {
 
 fn is_absent(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{InvalidInput, NotADirectory, NotFound};
-    // A name with a NUL byte or past the length limit is no file either.
+    // Nor can a name with a NUL byte, or one that is too long, be a file.
     matches!(error.kind(), NotFound | NotADirectory | InvalidInput)
         || error.kind() == std::io::ErrorKind::InvalidFilename
 }
@@ -458,14 +457,14 @@ fn nearest_recipes(written: &str, known: &[String]) -> Vec<String> {
     near.into_iter().map(str::to_owned).collect()
 }
 
-/// The path without `.` and with `a/..` folded, for display; symbolic links are left alone.
+/// The path without `.` and `a/..`, for display, except through symbolic links.
 fn tidy(path: &Path) -> PathBuf {
     let mut tidy = PathBuf::new();
     for component in path.components() {
         match component {
             Component::CurDir => {}
             Component::ParentDir if matches!(tidy.components().next_back(), Some(Component::Normal(_))) => {
-                // `a/..` is the same folder only where `a` is no link; keep the name then.
+                // `a/..` is the same folder only if `a` is not a link.
                 if tidy.is_symlink() {
                     tidy.push(component);
                 } else {

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use super::variables::put_variables;
+use super::variables::substitute_variables;
 use crate::{
     diagnostic::{Diagnostic, Place, Source, SourceKind, codes},
     wording::{nearest, quoted},
     yaml::{Content, MAX_DEPTH, Mapping, Member, Node, Origin, Typing, parse_from},
 };
 
-/// Applies the flag that a source is.
+/// Applies one `--set`, whose text is the source.
 pub(super) fn apply_flag(
     root: &mut Node,
     source: &Arc<Source>,
@@ -51,7 +51,7 @@ pub(super) fn apply_flag(
         origin: Origin::Flag(place(end + 1..text.len())),
         typing: Typing::Text,
     });
-    put_variables(&mut value, env);
+    substitute_variables(&mut value, env);
     set(root, &segments, value).map_err(|diagnostic| vec![*diagnostic])
 }
 
@@ -61,7 +61,7 @@ struct Segment {
     place: Place,
 }
 
-/// Splits `a.b."c.d"` from a byte offset up to `=` or the end; gives the offset where it stopped.
+/// Splits `a.b."c.d"` from a byte offset up to `=` or the end; returns the offset where it stopped.
 fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize), Vec<Diagnostic>> {
     let text = source.text();
     let refuse =
@@ -114,7 +114,7 @@ fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize
 
 /// The list index that a segment names, checked against the list.
 fn list_index(items: &[Node], segment: &Segment) -> Result<usize, Box<Diagnostic>> {
-    // `00` and `+0` would be read as 0: one item has one name.
+    // `00` and `+0` parse as 0, but an item has only one name.
     let index = segment.name.parse::<usize>().ok().filter(|index| index.to_string() == segment.name);
     let message = match index {
         Some(index) if index < items.len() => return Ok(index),
@@ -138,13 +138,13 @@ fn not_a_mapping(content: &Content, origin: &Origin, segment: &Segment) -> Diagn
     }
 }
 
-/// What a segment of a path goes into.
+/// The collection that a segment of a path leads into.
 enum Holder<'n> {
     Map(&'n mut Mapping),
     Item(&'n mut Vec<Node>, usize),
 }
 
-/// The collection that a node is; nothing becomes an empty mapping, another value is refused.
+/// The collection in a node. Null becomes an empty mapping; any other value is an error.
 fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<Diagnostic>> {
     let Node { content, origin, .. } = node;
     if matches!(content, Content::Null) {
@@ -160,7 +160,7 @@ fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<D
     }
 }
 
-/// Adds an empty item where a segment names the one after the last of a list.
+/// Appends an empty item if a segment names the one after the last of a list.
 fn make_room(node: &mut Node, segment: &Segment) {
     if let Content::Seq(items) = &mut node.content
         && segment.name == items.len().to_string()
@@ -196,7 +196,7 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
             let changes_type =
                 last.name == "type" && map.get("type").is_some_and(|old| old.value.as_str() != value.as_str());
             if changes_type {
-                // Another component: the old one's options go, those that flags set stay.
+                // It is another component now: the old one's options go, except those that flags set.
                 map.retain(|key, member| key == "type" || keeps_flags(&mut member.value));
             }
             let key = Origin::Flag(last.place.clone());
@@ -206,7 +206,7 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
     Ok(())
 }
 
-/// Leaves of a value what flags set; false where that is nothing.
+/// Removes from a value what no flag set; false if nothing is left.
 fn keeps_flags(node: &mut Node) -> bool {
     if node.origin.place().is_some_and(|place| place.source.kind() == SourceKind::Flag) {
         return true;

@@ -1,4 +1,4 @@
-//! What is asked for: a recipe, flags, an environment.
+//! The request: a recipe, flags and an environment.
 
 use std::path::PathBuf;
 
@@ -28,7 +28,7 @@ impl RecipeSource for NoRecipes {
 /// The recipe to read.
 #[derive(Clone, Debug)]
 pub enum Input {
-    /// A file; where there is none, the name of an embedded recipe.
+    /// A file, or, if there is none, the name of an embedded recipe.
     Path(PathBuf),
     /// Text in place of a file.
     Text {
@@ -39,7 +39,7 @@ pub enum Input {
     },
 }
 
-/// All that decides what a recipe means, besides the registry.
+/// Everything that decides what a recipe means, besides the registry.
 pub struct LoadRequest<'a> {
     /// The recipe.
     pub input: Input,

@@ -8,11 +8,11 @@ use crate::{
     yaml::{Content, Node, Origin, Typing, resolve_plain},
 };
 
-/// Puts the variables into every scalar below a node.
-pub(super) fn put_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String>) {
+/// Substitutes the variables in every scalar below a node.
+pub(super) fn substitute_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String>) {
     match &mut node.content {
-        Content::Seq(items) => items.iter_mut().for_each(|item| put_variables(item, env)),
-        Content::Map(map) => map.values_mut().for_each(|member| put_variables(&mut member.value, env)),
+        Content::Seq(items) => items.iter_mut().for_each(|item| substitute_variables(item, env)),
+        Content::Map(map) => map.values_mut().for_each(|member| substitute_variables(&mut member.value, env)),
         Content::Str(text) if text.contains('$') => {
             let Some(place) = node.origin.place().cloned() else {
                 return;
@@ -40,13 +40,16 @@ pub(super) fn put_variables(node: &mut Node, env: &dyn Fn(&str) -> Option<String
 
 struct Expanded {
     text: String,
-    /// The first variable that took part.
+    /// The first variable in it.
     variable: Option<String>,
     /// Whether the scalar is one variable and nothing else.
     whole: bool,
 }
 
-/// Puts in the variables of a scalar; the refusal comes with the text as far as it is known.
+/// Substitutes the variables of a scalar.
+///
+/// # Errors
+/// The text with `$NAME` where a value is missing, and what is wrong.
 fn expand(
     text: &str,
     place: &Place,
@@ -56,7 +59,7 @@ fn expand(
     let mut variable = None;
     let mut diagnostics = Vec::new();
     let mut rest = text;
-    // Where to look for the next `${` in the source, so that equal variables get their own place.
+    // Where to look for the next `${` in the source, so that each use of a variable gets its own place.
     let mut searched = place.span.start;
     let mut pieces = 0;
     while let Some(at) = rest.find('$') {
@@ -130,7 +133,7 @@ fn expand(
     }
 }
 
-/// The place of `${...}` in the source text of a scalar; the whole scalar where escapes hide it.
+/// The place of `${...}` in the source text of a scalar; the whole scalar if escapes hide it.
 fn locate(scalar: &Place, searched: &mut usize, written: &str) -> Place {
     let found = scalar.source.text().get(*searched..scalar.span.end).and_then(|text| text.find(written));
     match found {

@@ -6,11 +6,11 @@ pub const SYNTAX: &str = "syntax";
 pub const UNREADABLE: &str = "unreadable";
 /// The file, its nesting or its aliases are past the limits.
 pub const TOO_LARGE: &str = "too-large";
-/// A mapping has one key twice.
+/// A mapping has the same key twice.
 pub const DUPLICATE_KEY: &str = "duplicate-key";
 /// `extends` leads back to a recipe that is being read.
 pub const EXTENDS_CYCLE: &str = "extends-cycle";
-/// `extends` names something that is not there.
+/// `extends` names a recipe that does not exist.
 pub const UNKNOWN_BASE: &str = "unknown-base";
 /// A `--set` that cannot be applied.
 pub const BAD_OVERRIDE: &str = "bad-override";
@@ -22,13 +22,13 @@ pub const BAD_VARIABLE: &str = "bad-variable";
 pub const UNKNOWN_KEY: &str = "unknown-key";
 /// A `type` that no component has.
 pub const UNKNOWN_TYPE: &str = "unknown-type";
-/// A value of another type than expected.
+/// A value of the wrong type.
 pub const WRONG_TYPE: &str = "wrong-type";
-/// A key that must be given.
+/// A required key is missing.
 pub const MISSING_KEY: &str = "missing-key";
-/// A number, length or form outside what is allowed.
+/// A number, length or format outside what is allowed.
 pub const OUT_OF_RANGE: &str = "out-of-range";
-/// A word that is not among those allowed.
+/// A word that is not one of those allowed.
 pub const UNKNOWN_VALUE: &str = "unknown-value";
 /// A component refuses an option, or an option does not fit the rest of the recipe.
 pub const REFUSED: &str = "refused";

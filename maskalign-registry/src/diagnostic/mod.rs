@@ -1,4 +1,4 @@
-//! What is wrong with a recipe, where, and the way out.
+//! Diagnostics: what is wrong with a recipe, where, and how to fix it.
 
 pub mod codes;
 mod json;
@@ -46,29 +46,29 @@ impl fmt::Display for Place {
     }
 }
 
-/// A place with what to say there.
+/// A place with a note.
 #[derive(Clone, Debug)]
 pub struct Label {
     /// Where.
     pub place: Place,
-    /// What to say there; empty where the message says it all.
+    /// The note; empty if the message needs none.
     pub text: String,
 }
 
-/// One mistake: what, where, and the way out.
+/// One mistake: what, where, and how to fix it.
 #[derive(Clone, Debug)]
 pub struct Diagnostic {
     /// One of [`codes`].
     pub code: &'static str,
     /// What is wrong: a lower-case fragment.
     pub message: String,
-    /// The first label is the primary one. Empty only where nothing could be read at all.
+    /// The first label is the primary one. Empty only if nothing could be read at all.
     pub labels: Vec<Label>,
-    /// Ways out, each a lower-case fragment.
+    /// Ways to fix it, each a lower-case fragment.
     pub help: Vec<String>,
     /// Keys and indices from the recipe's root to the value at fault; empty where unknown.
     pub path: Vec<String>,
-    /// What may stand there, where that is a list.
+    /// What is allowed there, if that can be listed.
     pub allowed: Vec<String>,
     /// The nearest known names.
     pub suggestions: Vec<String>,
@@ -88,7 +88,7 @@ impl Diagnostic {
         }
     }
 
-    /// Adds a way out.
+    /// Adds a way to fix it.
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Diagnostic {
         self.help.push(help.into());
@@ -102,7 +102,7 @@ impl Diagnostic {
         self
     }
 
-    /// Says what the primary place shows.
+    /// Sets the note at the primary place.
     #[must_use]
     pub fn says(mut self, text: impl Into<String>) -> Diagnostic {
         if let Some(label) = self.labels.first_mut() {
@@ -118,7 +118,7 @@ impl Diagnostic {
         self
     }
 
-    /// Names what is allowed and what is near, and says both in the help.
+    /// Sets the suggestions and what is allowed, and adds both to the help.
     #[must_use]
     pub fn allowing<'a>(
         mut self,

@@ -38,7 +38,7 @@ fn render_label(out: &mut String, label: &Label, gutter: usize, mark: char) {
     let (line_number, _) = label.place.line_column();
     let text = label.place.source.text();
     if text.is_empty() {
-        // A file that could not be read, or holds nothing: there is no line to show.
+        // The file could not be read, or is empty: there is no line to show.
         return;
     }
     let start = label.place.span.start.min(text.len());

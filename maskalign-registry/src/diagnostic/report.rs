@@ -1,4 +1,4 @@
-//! All that is wrong with one recipe.
+//! Everything that is wrong with one recipe.
 
 use std::{fmt, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Text that places refer to.
+//! The texts that diagnostics point into.
 
 use std::ops::Range;
 
@@ -70,7 +70,7 @@ impl Source {
     }
 }
 
-/// Whether a line ends with this byte: a line feed, or a carriage return of its own, as YAML has it.
+/// Whether a line ends with this byte: a line feed, or a carriage return without one, as in YAML.
 fn is_break(bytes: &[u8], at: usize, byte: u8) -> bool {
     byte == b'\n' || (byte == b'\r' && bytes.get(at + 1) != Some(&b'\n'))
 }

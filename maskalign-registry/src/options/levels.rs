@@ -1,4 +1,4 @@
-//! [`Levels`]: which outputs of a tower are meant.
+//! [`Levels`]: a choice of a tower's outputs.
 
 use std::{borrow::Cow, fmt};
 
@@ -52,7 +52,7 @@ pub enum Levels {
 }
 
 impl Levels {
-    /// The outputs meant in a tower of `depth` blocks, in the order written.
+    /// The chosen outputs of a tower of `depth` blocks, in the order written.
     ///
     /// # Errors
     /// A level that the tower lacks, or one named twice, at `last` or at its index in the list.

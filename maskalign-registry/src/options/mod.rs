@@ -1,5 +1,4 @@
-//! What options are made of, besides what serde knows: components in components, and values that several components'
-//! options share.
+//! Building blocks of options: nested components, shared groups of options, and values that many components take.
 
 mod levels;
 mod scalar;

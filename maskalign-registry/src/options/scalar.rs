@@ -1,7 +1,8 @@
-//! [`Scalar`]: a number, or one that moves over the stage.
+//! [`Scalar`]: a number, or one that changes over the stage.
 //!
-//! Its schema is one object with several `type`s rather than `anyOf`, as is that of the other values here: a range on
-//! the field then applies to the number, and a message can speak of what was written.
+//! Its schema is one object with several `type`s rather than `anyOf`, like those of [`Levels`](super::Levels) and
+//! [`Weights`](super::Weights): a range on the field then applies to the number, and a message can be about what was
+//! written.
 
 use std::{borrow::Cow, f64::consts::PI, fmt};
 
@@ -11,7 +12,7 @@ use serde::{
     de::{self, MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
-/// How a [`Scalar`] goes from one value to another.
+/// How a [`Scalar`] moves from one value to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Shape {
@@ -22,7 +23,7 @@ pub enum Shape {
     Cosine,
 }
 
-/// A number, or one that moves over the stage: `0.75` or `{from: 0.996, to: 1.0, shape: linear}`.
+/// A number, or one that changes over the stage: `0.75` or `{from: 0.996, to: 1.0, shape: linear}`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scalar {
     /// The same value throughout.
@@ -33,7 +34,7 @@ pub enum Scalar {
         from: f64,
         /// The value at progress 1.
         to: f64,
-        /// The way between them.
+        /// How it moves between them.
         shape: Shape,
     },
 }

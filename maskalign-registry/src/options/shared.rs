@@ -1,4 +1,4 @@
-//! [`With`]: options that several components share, beside those of their own.
+//! [`With`]: options that several components share, together with a component's own.
 
 use std::borrow::Cow;
 
@@ -14,20 +14,20 @@ use serde_json::{Value, json};
 use super::Options;
 use crate::plugin::decode_part;
 
-/// A struct of options that several components share, such as those of all stages that train.
+/// Options that several components share, such as those of every stage that trains.
 ///
-/// It derives what options derive, `deny_unknown_fields` included, and is put to use with [`With`].
+/// It is a struct that derives what any options struct derives, including `deny_unknown_fields`; see [`With`].
 pub trait SharedOptions: JsonSchema + Serialize + DeserializeOwned {
-    /// Those that stand after a component's own where a recipe is written out; the others stand before them.
+    /// The options that follow a component's own when a recipe is written; the others precede them.
     const LAST: &'static [&'static str] = &[];
 }
 
-/// A component's own options `O`, and options `S` that others have too. In a recipe both stand in one mapping.
+/// A component's own options `O` together with shared options `S`. In a recipe they form one mapping.
 ///
-/// The schema describes the shared ones once, and every component that has them refers there. A name that is in both
-/// structs is a fault of the registration, which [`Registry::faults`](crate::Registry::faults) tells.
+/// The schema defines the shared options once, and each component that has them refers to that definition. A name in
+/// both structs is an error in the registration, which [`Registry::faults`](crate::Registry::faults) reports.
 ///
-/// A component is usually a struct of its own around it:
+/// A component is usually a struct of its own around it, so that it can implement the trait of its kind:
 /// ```
 /// use maskalign_registry::{SharedOptions, With, decode_options};
 /// use schemars::JsonSchema;
@@ -65,9 +65,9 @@ pub trait SharedOptions: JsonSchema + Serialize + DeserializeOwned {
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct With<S, O> {
-    /// The options that others have too.
+    /// The shared options.
     pub shared: S,
-    /// The component's own.
+    /// The component's own options.
     pub own: O,
 }
 
@@ -81,7 +81,7 @@ impl<'de, S: SharedOptions, O: DeserializeOwned> Deserialize<'de> for With<S, O>
     }
 }
 
-/// The keys that a struct decodes: what its `Deserialize` asks a format for.
+/// The keys that a struct decodes, which its derived `Deserialize` passes to the format.
 fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     struct Probe<'p>(&'p mut &'static [&'static str]);
 
@@ -109,7 +109,7 @@ fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
     }
 
     let mut names: &'static [&'static str] = &[];
-    // It fails, once it has said what it wants.
+    // Decoding fails, but only after it has named its fields.
     let _ = T::deserialize(Probe(&mut names));
     names
 }
@@ -127,14 +127,14 @@ impl<S: SharedOptions, O: Serialize> Serialize for With<S, O> {
     }
 }
 
-/// Shared options that stand after a component's own, and those that stand before.
+/// The shared options that follow a component's own, and those that precede them.
 fn split_last<S: SharedOptions>(map: Options) -> (Options, Options) {
     map.into_iter().partition(|(name, _)| S::LAST.contains(&name.as_str()))
 }
 
 impl<S: SharedOptions, O: JsonSchema> JsonSchema for With<S, O> {
     fn inline_schema() -> bool {
-        // A struct around it has the schema of what it holds, not a reference to that.
+        // A newtype around it then has this schema itself, not a reference to it.
         true
     }
 
@@ -151,7 +151,7 @@ impl<S: SharedOptions, O: JsonSchema> JsonSchema for With<S, O> {
         let own = take_map(&mut whole, "properties");
         let mut shared = S::json_schema(generator);
         let properties = take_map(&mut shared, "properties");
-        // The definition stands under the name that the generator gives it; a struct that is written inline has none.
+        // The generator chooses the definition's name; a struct whose schema is inline has none.
         let definition = generator.subschema_for::<S>();
         let definition = definition.get("$ref").and_then(Value::as_str);
         let refer = |(name, schema): (String, Value)| match definition {
@@ -177,7 +177,7 @@ impl<S: SharedOptions, O: JsonSchema> JsonSchema for With<S, O> {
     }
 }
 
-/// The keyword under which a schema lists the names that are both shared and a component's own.
+/// The keyword under which a schema lists names that are in both structs.
 pub(crate) const NAMED_TWICE: &str = "x-named-twice";
 
 fn take_map(schema: &mut Schema, keyword: &str) -> Options {

@@ -13,9 +13,8 @@ pub type Options = Map<String, Value>;
 
 /// A component named by its `type`, with its options still undecoded.
 ///
-/// In YAML it is a mapping with `type` and the options; in a schema it is a reference to the
-/// definition of the kind. An options struct holds nested components as slots, so that whoever
-/// decodes the outer one needs to know nothing of the inner.
+/// In YAML it is a mapping with `type` and the options; in a schema it is a reference to the definition of the kind. An
+/// options struct holds nested components as slots, so that whoever decodes the outer one need not know the inner.
 pub struct Slot<K> {
     /// The value of `type`.
     pub name: String,

@@ -9,8 +9,7 @@ use serde::{
     ser::SerializeMap as _,
 };
 
-/// Where a tower's parameters come from: a file, `hf://org/repo[@revision][/file]`, or the student
-/// of an earlier stage.
+/// Where a tower's parameters come from: a file, `hf://org/repo[@revision][/file]`, or the student of an earlier stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Weights {
     /// A file on this machine.
@@ -19,14 +18,14 @@ pub enum Weights {
     Hub {
         /// `org/name`.
         repo: String,
-        /// A branch, tag or commit; the cache's `main` where absent.
+        /// A branch, tag or commit; the cache's `main` if absent.
         revision: Option<String>,
-        /// The file inside the repository; the usual names are tried where absent.
+        /// The file in the repository; the usual names are tried if absent.
         file: Option<String>,
     },
-    /// Weights that travel inside the program.
+    /// Weights embedded in the program.
     Embedded(String),
-    /// The student that the stage of that name leaves.
+    /// The student of the stage of that name.
     Stage(String),
 }
 
@@ -136,7 +135,7 @@ impl<'de> Deserialize<'de> for Weights {
 
 const WEIGHT_FORMS: &str = "a path, hf://org/repo[@revision][/file], embedded://NAME, or {stage: NAME}";
 
-/// Agrees with [`Weights::parse`]: an address of the hub, or text without `://`.
+/// Agrees with [`Weights::parse`]: an address on the hub, embedded weights, or text without `://`.
 const WEIGHT_PATTERN: &str = concat!(
     r"^hf://[^/@:\s]+/[^/@:\s]+(@[^/\s]+)?(/[^/\s]+)*$",
     r"|^embedded://[A-Za-z0-9_]+$",

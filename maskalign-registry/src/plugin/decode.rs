@@ -1,4 +1,4 @@
-//! Options to a component's struct, and where in them that failed.
+//! Decoding options into a component's struct, with the path of what failed.
 
 use std::cell::RefCell;
 
@@ -9,8 +9,8 @@ use serde_path_to_error::Segment;
 use super::Refusal;
 
 thread_local! {
-    /// Where decoding stopped inside a part that was decoded by itself. An error of serde carries a message and nothing
-    /// else, and the path around it ends at the part.
+    /// Where decoding stopped inside a part that was decoded separately. serde's errors carry only a message, and the
+    /// path that is tracked around the part ends there.
     static INSIDE_PART: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -33,7 +33,8 @@ pub fn decode_options<T: DeserializeOwned>(options: Value) -> Result<T, Refusal>
     })
 }
 
-/// Decodes some of the options that a `Deserialize` was given: [`decode_options`] around it learns where that stopped.
+/// Decodes part of the options inside a `Deserialize`. If that fails, the surrounding [`decode_options`] adds the path
+/// inside the part to its own.
 pub(crate) fn decode_part<T: DeserializeOwned, E: Error>(options: Value) -> Result<T, E> {
     decode_options(options).map_err(|refusal| {
         INSIDE_PART.replace(refusal.path);

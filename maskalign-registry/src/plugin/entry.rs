@@ -19,15 +19,15 @@ pub struct Entry {
     pub summary: &'static str,
     /// YAML flow text of one component, `type` included.
     pub example: &'static str,
-    /// Where it is described, such as `arXiv 2211.08887, section 3.2`; empty where nowhere.
+    /// Where it is described, such as `arXiv 2211.08887, section 3.2`; empty if nowhere.
     pub paper: &'static str,
     /// The crate that registered it.
     pub package: &'static str,
     /// The schema of the options, `type` left out.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
-    /// Decodes options into the component's struct and writes them back, which fills defaults.
+    /// Decodes options into the component's struct and serializes them again, which fills in defaults.
     pub normalize: fn(Value) -> Result<Value, Refusal>,
-    /// The typed constructors; their type is known to the crate that defines the kind's trait.
+    /// The typed constructors, whose type only the crate that defines the kind's trait knows.
     pub vtable: &'static (dyn Any + Send + Sync),
 }
 

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-/// The one table of kinds, handed to a macro. A row is the variant of [`Kind`], the name in recipes, the tag, the plural
-/// and what components of the kind do. The crate that defines the kinds' traits expands it too: a kind is added here,
-/// and gets its trait there.
+/// Calls a macro with the table of kinds. A row is the variant of [`Kind`], the name in recipes, the tag, the plural,
+/// and what components of the kind do. The crate that defines the kinds' traits expands it too, so that a new kind is
+/// one row here and one trait there.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! for_each_kind {
@@ -67,7 +67,7 @@ macro_rules! kinds {
             )*
         }
 
-        /// The tags under the names that recipes use, so that a macro gets from `masker` to `MaskerTag`.
+        /// The tags by the names in recipes, so that a macro that is given `masker` finds `MaskerTag`.
         #[doc(hidden)]
         #[allow(non_camel_case_types, reason = "a macro is given these names")]
         pub mod tag_named {

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::Kind;
 
-/// A component that refuses its options: which one, why, and the way out.
+/// A component's refusal of its options: which one, why, and what to do.
 ///
 /// The path is relative to the component until callers prefix it with [`Refusal::under`];
 /// [`Loaded::locate`](crate::Loaded::locate) maps a path from the recipe's root to a place.
@@ -16,34 +16,35 @@ pub struct Refusal {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
-    /// Other options that take part in it.
+    /// Other options that are part of the reason.
     pub related: Vec<Related>,
-    // In a box, since refusals travel in results.
+    // Boxed, since results that hold a refusal should stay small.
     code: Box<Code>,
 }
 
-/// What a refusal is, for programs. Its message is for people, and changes.
+/// What a refusal is, for programs: messages are for people, and may change.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Code {
-    /// An option is refused for what it is, or for what stands beside it.
+    /// An option is invalid, by itself or together with others.
     #[default]
     Invalid,
-    /// An option names something else in the recipe, and nothing of that name can be used.
+    /// An option refers by name to another part of the recipe, and there is none of that name, or none that can be
+    /// used.
     Unresolved {
-        /// What is named: a stage, or a teacher.
+        /// What it refers to: a stage, or a teacher.
         kind: Kind,
         /// The name.
         name: String,
     },
 }
 
-/// An option that an option at fault does not fit. Whichever of them was set last is blamed.
+/// An option that conflicts with the refused one. Whichever of them was set last is blamed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Related {
-    /// Keys and indices, from what `base` says.
+    /// Keys and indices, starting where `base` says.
     pub path: Vec<String>,
-    /// What it has to do with it: a lower-case fragment.
+    /// How it is part of the reason: a lower-case fragment.
     pub note: String,
     pub(crate) base: Base,
 }
@@ -53,7 +54,7 @@ pub struct Related {
 pub(crate) enum Base {
     /// Where the refusal's own path begins.
     Own,
-    /// At what holds the component.
+    /// At the mapping that holds the component.
     Holder,
     /// At the stage.
     Stage,
@@ -70,19 +71,19 @@ impl Refusal {
         Refusal { path: Vec::new(), message: message.into(), help: None, related: Vec::new(), code: Box::default() }
     }
 
-    /// Says that it is refused since the option names something of a kind, and nothing of that name can be used.
+    /// Marks it as a reference that does not resolve: to something of a kind, by name.
     #[must_use]
     pub fn unresolved(mut self, kind: Kind, name: impl Into<String>) -> Refusal {
         *self.code = Code::Unresolved { kind, name: name.into() };
         self
     }
 
-    /// What it is, for programs.
+    /// The code, for programs.
     pub fn code(&self) -> &Code {
         &self.code
     }
 
-    /// Whether it only follows from another refusal: it names something of this kind that was refused itself.
+    /// Whether it only follows from another refusal: it refers to something of this kind that was itself refused.
     pub fn follows_from(&self, kind: Kind, was_refused: impl FnOnce(&str) -> bool) -> bool {
         match &*self.code {
             Code::Unresolved { kind: named, name } => *named == kind && was_refused(name),
@@ -97,19 +98,19 @@ impl Refusal {
         self
     }
 
-    /// Names another option of the component that takes part in it; one that is not set is not shown.
+    /// Adds another option of the component that is part of the reason. It is shown only if it is set.
     #[must_use]
     pub fn related<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
         self.relate(path, note.into(), Base::Own)
     }
 
-    /// As [`Refusal::related`], for an option beside the component, in what holds it.
+    /// As [`Refusal::related`], for an option beside the component, in the mapping that holds it.
     #[must_use]
     pub fn beside<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
         self.relate(path, note.into(), Base::Holder)
     }
 
-    /// As [`Refusal::related`], for an option of the stage that holds the component, however deep it is in it.
+    /// As [`Refusal::related`], for an option of the stage that the component is in, at any depth.
     #[must_use]
     pub fn in_stage<'s>(self, path: impl IntoIterator<Item = &'s str>, note: impl Into<String>) -> Refusal {
         self.relate(path, note.into(), Base::Stage)

@@ -1,4 +1,4 @@
-//! One component that stands alone, such as an example, and what is wrong with how it is registered.
+//! Checking a single component, such as an example, and how it is registered.
 
 use std::sync::Arc;
 
@@ -15,10 +15,10 @@ use crate::{
 };
 
 impl Registry {
-    /// One component written as YAML, checked and with every default filled in.
+    /// A single component written as YAML, checked and with every default filled in.
     ///
     /// # Errors
-    /// Every mistake in it; `name` stands for the file in their places.
+    /// Every mistake in it; their places show `name` as the file.
     pub fn component(&self, kind: Kind, name: &str, text: &str) -> Result<Value, Report> {
         let source = Arc::new(Source::new(name, text, SourceKind::File));
         let parsed = parse(&source);
@@ -43,8 +43,8 @@ impl Registry {
         Ok(value)
     }
 
-    /// What is wrong with how a component is registered, one sentence each: its name, summary,
-    /// example, and the descriptions and patterns of its options. Empty for a sound component.
+    /// What is wrong with how a component is registered, one sentence each: its name, summary and example, and the
+    /// names, descriptions and patterns of its options. Empty if nothing is.
     pub fn faults(&self, entry: &Entry) -> Vec<String> {
         let address = entry.address();
         let mut faults = Vec::new();

@@ -1,4 +1,4 @@
-//! What tells two recipes apart.
+//! Comparing recipes: fingerprints and differences.
 
 use serde_json::{Map, Value};
 
@@ -11,7 +11,7 @@ pub fn fingerprint(resolved: &Value) -> String {
     blake3::hash(resolved.to_string().as_bytes()).to_hex().to_string()
 }
 
-/// What differs between two resolved recipes, one line each: `path: old -> new`.
+/// The differences between two resolved recipes, one line each: `path: old -> new`.
 pub fn diff(old: &Value, new: &Value) -> Vec<String> {
     let mut lines = Vec::new();
     diff_at("", Some(old), Some(new), &mut lines);

@@ -1,4 +1,4 @@
-//! A recipe without mistakes of structure, and the document that it came from.
+//! A recipe without mistakes of structure, with the document that it came from.
 
 use std::sync::Arc;
 
@@ -17,20 +17,20 @@ use crate::{
 pub enum ShowOrigin {
     /// Values alone.
     No,
-    /// A comment behind each value.
+    /// A comment after each value.
     Yes,
 }
 
-/// A recipe without mistakes of structure, and the document that it came from.
+/// A recipe without mistakes of structure, with the document that it came from.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub(super) root: Node,
-    /// Every text that took part, in the order in which reports list them: flags last.
+    /// Every text that was read, in the order in which reports list them: flags last.
     pub(super) sources: Vec<Arc<Source>>,
     pub(super) fallback: Arc<Source>,
-    /// Names of teachers and stages that are not there: planning refuses them too.
+    /// References to teachers and stages that do not resolve, which planning refuses too.
     pub(super) references: Vec<Diagnostic>,
-    /// Variables without a value that stages were left out for.
+    /// Variables without a value, for which stages were left out.
     pub(super) unplanned: Vec<Diagnostic>,
     pub(super) recipe: Recipe,
     pub(super) resolved: Value,
@@ -47,8 +47,8 @@ impl Loaded {
         &self.resolved
     }
 
-    /// The stages that were left out since a variable that decides more than a text has no value, in their order, with
-    /// every such variable at its place.
+    /// The stages that were left out because a variable that is not free text has no value, in their order, with every
+    /// such variable at its place.
     pub fn unplanned(&self) -> Vec<(&str, Report)> {
         let stages = self.root.as_map().and_then(|root| root.get("stages")?.value.as_map());
         let names = stages.into_iter().flat_map(|stages| stages.keys());
@@ -72,7 +72,7 @@ impl Loaded {
         &self.root
     }
 
-    /// Who set the value at a path of keys and indices; [`Origin::Default`] where nobody did.
+    /// Where the value at a path of keys and indices comes from; [`Origin::Default`] if it is not written anywhere.
     pub fn origin_of<S: AsRef<str>>(&self, path: &[S]) -> Origin {
         let mut node = &self.root;
         for segment in path {
@@ -84,12 +84,11 @@ impl Loaded {
         node.origin.clone()
     }
 
-    /// Puts a refusal at its place. Its path starts at the recipe's root: prefix it with
-    /// [`Refusal::under`] `(stage)` and `("stages")`. An option that was left at its default is
-    /// shown at the nearest mapping above it; of options that do not fit each other the one that was
-    /// set last is blamed, and the others are shown beside it.
+    /// Turns a refusal into a diagnostic at its place. Its path starts at the recipe's root: prefix it with
+    /// [`Refusal::under`] `(stage)` and `("stages")`. An option that was left at its default is shown at the nearest
+    /// mapping above it; of options that conflict, the one set last is blamed, and the others are shown with it.
     pub fn locate(&self, refusal: &Refusal) -> Diagnostic {
-        // Of a name that is not there the document says more: what is near, and what is known.
+        // For a reference that does not resolve, the check knows more: similar names, and all known ones.
         if let Some(missed) = self.references.iter().find(|missed| missed.path == refusal.path) {
             return missed.clone();
         }
@@ -123,7 +122,7 @@ impl Loaded {
         diagnostic
     }
 
-    /// What holds for an option that is not given.
+    /// A note on an option that is not given.
     fn default_of(&self, path: &[String]) -> String {
         let option = path.last().map_or("", String::as_str);
         let mut value = Some(&self.resolved);
@@ -141,7 +140,7 @@ impl Loaded {
         }
     }
 
-    /// What overrides what: flags the recipe, later ones earlier ones, and the recipe its bases.
+    /// What overrides what: flags override the recipe, later flags earlier ones, and the recipe its bases.
     fn precedence(&self, place: &Place) -> (bool, isize) {
         let at = self.sources.iter().position(|source| Arc::ptr_eq(source, &place.source));
         let at = at.map_or(isize::MAX, |at| at as isize);
@@ -149,7 +148,7 @@ impl Loaded {
         (is_flag, if is_flag { at } else { -at })
     }
 
-    /// Puts several refusals at their places, sorted. What two parts of a stage are refused for in the same words is one
+    /// Turns refusals into diagnostics at their places, sorted. Two refusals in one stage with the same message are one
     /// mistake with two places.
     pub fn locate_all<'r>(&self, refusals: impl IntoIterator<Item = &'r Refusal>) -> Report {
         let mut diagnostics: Vec<Diagnostic> = Vec::new();
@@ -165,7 +164,7 @@ impl Loaded {
                 _ => diagnostics.push(found),
             }
         }
-        // What planning did not come to, since something before it was refused.
+        // References that planning did not reach, because it refused something before them.
         for missed in &self.references {
             if !diagnostics.iter().any(|known| known.path == missed.path) {
                 diagnostics.push(missed.clone());
@@ -174,8 +173,7 @@ impl Loaded {
         report(diagnostics, &self.sources)
     }
 
-    /// The recipe as YAML that decodes to the same recipe: no variables, no bases, no defaults
-    /// left to fill.
+    /// The recipe as YAML that decodes to the same recipe, without variables, bases, or defaults left to fill in.
     pub fn resolved_yaml(&self, show: ShowOrigin) -> String {
         yaml::write(&self.resolved, &|path| match show {
             ShowOrigin::Yes => Some(origin_comment(&self.origin_of(path))),
@@ -183,8 +181,8 @@ impl Loaded {
         })
     }
 
-    /// BLAKE3 of the resolved recipe without its `description`, in hexadecimal. Maps that a person
-    /// orders, such as stages, keep their order in it; options stand in the order of their struct.
+    /// BLAKE3 of the resolved recipe without its `description`, in hexadecimal. Mappings whose order has a meaning,
+    /// such as stages, keep it; options are in the order of their struct.
     pub fn fingerprint(&self) -> String {
         fingerprint(&self.resolved)
     }
@@ -192,7 +190,7 @@ impl Loaded {
 
 fn origin_comment(origin: &Origin) -> String {
     let at = |place: &Place| format!("{}:{}", place.source.name(), place.line_column().0);
-    // A comment ends at the end of the line, so nothing in it may break the line.
+    // A comment ends with its line, so that nothing in it may break the line.
     let text = match origin {
         Origin::File(place) => at(place),
         Origin::Flag(place) => format!("--set {}", place.source.text()),

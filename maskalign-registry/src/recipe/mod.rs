@@ -1,4 +1,4 @@
-//! A recipe, from a request to stages with every default filled in.
+//! Recipes: from a request to stages with every default filled in.
 
 mod component;
 mod diff;
@@ -22,16 +22,16 @@ use crate::{
     plugin::{Kind, StageTag},
 };
 
-/// How many mistakes one report lists.
+/// The most mistakes that one report lists.
 const MAX_REPORTED: usize = 100;
 
-/// What a recipe says, with the defaults of every component at every level.
+/// A recipe, with the defaults of every component at every level.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
     /// Run directories are named after it.
     pub name: String,
-    /// What it is for; changes nothing.
+    /// What it is for; it changes nothing.
     #[serde(default)]
     pub description: Option<String>,
     /// Everything random follows from it.
@@ -42,20 +42,21 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads, composes, checks and fills a recipe.
+    /// Reads, composes and checks a recipe, and fills in its defaults.
     ///
     /// # Errors
-    /// Every mistake that can be known from the recipe's structure, sorted by place; with such mistakes also names of
-    /// teachers and stages that are not there, which otherwise are told with all that cannot be planned.
+    /// Every mistake of structure, sorted by place. References to teachers and stages that do not resolve are reported
+    /// along with those; on their own they are left to planning.
     pub fn load(request: &LoadRequest<'_>, registry: &Registry) -> Result<Loaded, Report> {
         Recipe::load_as(request, registry, Unset::Mistake)
     }
 
-    /// As [`Recipe::load`], for a machine on which the recipe does not run: a variable that is not set is some scalar
-    /// that fits. Text stands for itself; a stage in which it is anything else is left out, see [`Loaded::unplanned`].
+    /// As [`Recipe::load`], for a machine on which the recipe will not run: a variable that is not set counts as some
+    /// valid scalar. In free text it is kept as text; a stage where it is anything else is left out, see
+    /// [`Loaded::unplanned`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Recipe::load`].
     pub fn load_without_environment(request: &LoadRequest<'_>, registry: &Registry) -> Result<Loaded, Report> {
         Recipe::load_as(request, registry, Unset::Unknown)
     }
@@ -82,7 +83,7 @@ impl Recipe {
         if let Some(root) = &composed.root {
             let checked = check(root, registry, &fallback, unset);
             if composed.incomplete {
-                // What a base that could not be read would have given is not missing.
+                // Keys may come from a base that could not be read.
                 let is_there = |found: &Diagnostic| found.code != codes::MISSING_KEY;
                 diagnostics.extend(checked.diagnostics.into_iter().filter(is_there));
             } else {
@@ -129,7 +130,7 @@ fn report(diagnostics: Vec<Diagnostic>, sources: &[Arc<Source>]) -> Report {
     report
 }
 
-/// Fills the defaults of the root and of every component.
+/// Fills in the defaults of the root and of every component.
 fn fill(value: Value, registry: &Registry) -> Result<(Recipe, Value), (Vec<String>, String)> {
     let mut value = value;
     let mut path = vec!["stages".to_owned()];

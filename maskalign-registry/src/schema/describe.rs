@@ -1,4 +1,4 @@
-//! What a schema admits, in words.
+//! The values that a schema admits, in words.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::{
 };
 
 impl Schemas {
-    /// What may be written, in words.
+    /// The values that a schema admits, in words.
     pub(crate) fn expected(&self, schema: &Value) -> String {
         let mut forms = Vec::new();
         self.forms(schema, &mut forms, 0);
@@ -116,7 +116,7 @@ pub(crate) fn shown_bound(bound: &Value) -> String {
     }
 }
 
-/// Whether a bound is only that of 32 or 64 bits, which no person needs to be told.
+/// Whether a bound is just the limit of 32 or 64 bits, which is not worth mentioning.
 fn is_huge(bound: &Value) -> bool {
     bound.as_f64().is_some_and(|bound| bound.abs() > 2e9)
 }

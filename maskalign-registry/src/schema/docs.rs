@@ -13,19 +13,19 @@ use crate::plugin::{Entry, Kind};
 pub struct OptionDoc {
     /// The key in the recipe.
     pub name: String,
-    /// What may be written, in words: `a number of at least 0`.
+    /// The admitted values, in words: `a number of at least 0`.
     pub expected: String,
-    /// Whether it must be given.
+    /// Whether it is required.
     pub required: bool,
-    /// What holds when it is absent.
+    /// The default.
     pub default: Option<Value>,
     /// The doc comment of the field.
     pub description: String,
-    /// The kind of component that fills it, where it is a slot.
+    /// The kind of component that fills it, if it is a slot.
     pub kind: Option<&'static str>,
 }
 
-/// The options of a component as a person reads them.
+/// The options of a component, for people.
 pub(crate) fn option_docs(schemas: &Schemas, entry: &Entry) -> Vec<OptionDoc> {
     let Some(schema) = schemas.component(entry.kind, entry.name) else {
         return Vec::new();

@@ -1,9 +1,9 @@
-//! One draft-07 document of every recipe, for editors.
+//! One draft-07 schema of every recipe, for editors.
 //!
 //! It differs from the strict schemas in three ways: `${VARIABLE}` is legal for any scalar; a component is chosen by
 //! `if`/`then` on `type`, which is the form in which yaml-language-server both completes the options of the chosen
-//! component and complains of the one that is wrong; and a recipe that extends another is held to definitions in which
-//! nothing is required.
+//! component and reports the one that is wrong; and a recipe that extends another is checked against definitions in
+//! which nothing is required.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -161,7 +161,7 @@ fn branch(schemas: &Schemas, entry: &Entry) -> Value {
     branch
 }
 
-/// Nothing is required, and references go to partial definitions.
+/// Requires nothing, and refers to partial definitions.
 fn make_partial(schema: &mut Value) {
     if let Value::Object(object) = schema {
         object.shift_remove("required");
@@ -175,7 +175,7 @@ fn make_partial(schema: &mut Value) {
     each_subschema(schema, &mut make_partial);
 }
 
-/// A component whose `type` its base decides: any option of any component of the kind.
+/// A component whose `type` is set by a base: any option of any component of the kind.
 fn any_branch(definitions: &BTreeMap<String, Value>, entries: &[&'static Entry], kind: Kind) -> Value {
     let mut options: BTreeMap<&str, Vec<&Value>> = BTreeMap::new();
     for entry in of_kind(entries, kind) {
@@ -211,7 +211,7 @@ const VARIABLE_PATTERN: &str = r"\$\{";
 /// Lets `${VARIABLE}` stand for any scalar.
 fn admit_variables(schema: &mut Value) {
     if schema.get("if").is_some() && schema.get("then").is_some() && schema.get("properties").is_none() {
-        // A branch on `type`: the condition must stay exact.
+        // A branch on `type`, whose condition must stay exact.
         if let Some(then) = schema.get_mut("then") {
             admit_variables(then);
         }
@@ -244,7 +244,7 @@ fn admit_variables(schema: &mut Value) {
     }
 }
 
-/// Says in words what a string that fails the pattern should have been; editors show it.
+/// Adds the message that editors show for a string that does not match the pattern.
 fn explain_pattern(object: &mut Map<String, Value>) {
     let expected = match object.get("x-expected").and_then(Value::as_str) {
         Some(expected) => expected.to_owned(),
@@ -280,7 +280,7 @@ fn types_of(object: &Map<String, Value>) -> Vec<String> {
     }
 }
 
-/// Editors escape `description`; where it holds Markdown they are given it as such.
+/// Editors escape `description`, so one with Markdown is given as Markdown too.
 fn add_markdown(schema: &mut Value) {
     if let Value::Object(object) = schema
         && let Some(description) = object.get("description").and_then(Value::as_str)
@@ -319,7 +319,7 @@ fn drop_unused(root: &mut Value) {
 fn collect_references(schema: &Value, found: &mut Vec<String>) {
     match schema {
         Value::Object(object) => {
-            // A reference to an option of a definition keeps the definition.
+            // A reference to an option of a definition uses the definition.
             let name = reference(schema).and_then(|reference| reference.split('/').next());
             found.extend(name.map(str::to_owned));
             object.values().for_each(|value| collect_references(value, found));

@@ -1,10 +1,10 @@
-//! The part of JSON Schema that is used here, read and changed.
+//! Reading and changing the subset of JSON Schema that is used here.
 
 use serde_json::Value;
 
 pub(super) const DEFINITIONS: &str = "#/definitions/";
 
-/// Keywords that say something of a value without restricting it.
+/// Keywords that describe a value without restricting it.
 pub(super) const ANNOTATIONS: [&str; 6] =
     ["description", "markdownDescription", "default", "examples", "title", "deprecated"];
 
@@ -22,7 +22,7 @@ pub(crate) fn types(schema: &Value) -> Vec<&str> {
     }
 }
 
-/// The words that a schema admits, where it is a choice among words.
+/// The values of `enum` or `const` as text, if a schema has one.
 pub(crate) fn words(schema: &Value) -> Option<Vec<String>> {
     let word = |value: &Value| match value {
         Value::String(text) => Some(text.clone()),

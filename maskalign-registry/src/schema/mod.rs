@@ -1,5 +1,4 @@
-//! The schemas of all that is registered: strict ones for the decoder, one draft-07 document for
-//! editors.
+//! The schemas of everything registered: strict ones for checking, and one draft-07 document for editors.
 //!
 //! Both come from the same structs, so that an editor and the decoder agree on structure.
 

@@ -1,4 +1,4 @@
-//! The schemas that the decoder walks.
+//! The schemas that documents are checked against.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::plugin::{Entry, Kind};
 
-/// The strict schemas that the decoder walks.
+/// The strict schemas that documents are checked against.
 #[derive(Debug)]
 pub struct Schemas {
     root: Value,
@@ -30,7 +30,7 @@ impl Schemas {
         let mut generator = SchemaSettings::draft07()
             .with(|settings| {
                 // Without the transform that moves siblings of `$ref` into `allOf`: descriptions
-                // beside `$ref` are what editors show, and `tidy` moves all else.
+                // beside `$ref` are what editors show, and `tidy` moves everything else.
                 settings.transforms = vec![Box::new(ReplacePrefixItems::default())];
             })
             .into_generator();
@@ -59,12 +59,12 @@ impl Schemas {
         Schemas { root, components, definitions, patterns }
     }
 
-    /// The schema of a whole recipe, `extends` left out.
+    /// The schema of a whole recipe, without `extends`.
     pub fn root(&self) -> &Value {
         &self.root
     }
 
-    /// The schema of a component's options, `type` left out.
+    /// The schema of a component's options, without `type`.
     pub fn component(&self, kind: Kind, name: &str) -> Option<&Value> {
         self.components.get(&kind)?.get(name)
     }
@@ -74,13 +74,12 @@ impl Schemas {
         &self.definitions
     }
 
-    /// A `pattern` of these schemas; nothing where it is no regular expression that Rust's `regex`
-    /// reads.
+    /// A `pattern` of these schemas, compiled; `None` if Rust's `regex` cannot read it.
     pub fn pattern(&self, pattern: &str) -> Option<&Regex> {
         self.patterns.get(pattern)
     }
 
-    /// The patterns of a component's own options that Rust's `regex` does not read.
+    /// The patterns of a component's options that Rust's `regex` cannot read.
     pub(crate) fn unread_patterns(&self, entry: &Entry) -> Vec<String> {
         let mut found = Vec::new();
         if let Some(schema) = self.component(entry.kind, entry.name) {
@@ -94,10 +93,10 @@ impl Schemas {
         found
     }
 
-    /// Follows references to shared definitions. References to kinds are left: they are slots.
+    /// Follows references to shared definitions, but not to kinds, which are slots.
     pub(crate) fn resolve<'s>(&'s self, schema: &'s Value) -> &'s Value {
         let mut schema = schema;
-        // Definitions that refer to each other in a circle name no schema at all.
+        // Definitions that refer to each other in a circle lead to no schema.
         for _ in 0..2 * self.definitions.len() + 1 {
             match reference(schema) {
                 Some(name) if Kind::from_name(name).is_none() => match self.referred(name) {
@@ -110,7 +109,7 @@ impl Schemas {
         schema
     }
 
-    /// What a reference stands for: a definition, or an option of a struct that several components share.
+    /// The target of a reference: a definition, or an option of a definition that components share.
     fn referred(&self, reference: &str) -> Option<&Value> {
         match reference.split_once('/') {
             Some((name, option)) => self.definitions.get(name)?.pointer(&format!("/{option}")),
@@ -118,7 +117,7 @@ impl Schemas {
         }
     }
 
-    /// An option as its struct describes it, wherever that struct is.
+    /// The schema of an option, which for a shared one is in the definition.
     pub(crate) fn option<'s>(&'s self, schema: &'s Value) -> &'s Value {
         match reference(schema) {
             Some(shared) if shared.contains('/') => self.referred(shared).unwrap_or(schema),
@@ -126,14 +125,13 @@ impl Schemas {
         }
     }
 
-    /// The kind of component that fills this place, where it is a slot; seen through `null`
-    /// branches and references.
+    /// The kind of component that fills this place, if it is a slot, looking through `null` branches and references.
     pub(crate) fn slot(&self, schema: &Value) -> Option<Kind> {
         let schema = self.without_null(schema);
         reference(schema).and_then(Kind::from_name)
     }
 
-    /// The schema without its `null` branch, and without a wrapper of one.
+    /// The schema without its `null` branch and without wrappers around a single schema.
     pub(crate) fn without_null<'s>(&'s self, schema: &'s Value) -> &'s Value {
         const DEEPEST: usize = 16;
         let mut schema = self.resolve(schema);
@@ -165,7 +163,7 @@ fn collect_patterns(value: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// Brings what schemars writes into the subset that the decoder enforces.
+/// Reduces what schemars generates to the subset that is checked.
 fn tidy(schema: &mut Value) {
     if let Value::Object(object) = schema {
         object.shift_remove("title");
@@ -176,14 +174,14 @@ fn tidy(schema: &mut Value) {
         if let Some(Value::String(description)) = object.get_mut("description") {
             *description = unwrap_lines(description);
         }
-        gather_words(object);
+        merge_enum_branches(object);
         bound_ramp(object);
-        set_reference_apart(object);
+        wrap_reference(object);
     }
     each_subschema(schema, &mut tidy);
 }
 
-/// A closed object, where the schema does not say otherwise.
+/// Closes the object, unless the schema says otherwise.
 fn close(schema: &mut Value) {
     if let Value::Object(object) = schema {
         object.entry("type").or_insert(json!("object"));
@@ -193,7 +191,7 @@ fn close(schema: &mut Value) {
     }
 }
 
-/// Turns `uint8` and the like into bounds; other formats say nothing that is checked.
+/// Turns `uint8` and the like into bounds; other formats are not checked.
 fn bound_by_format(object: &mut Map<String, Value>, format: &Value) {
     let (low, high) = match format.as_str() {
         Some("uint8") => (json!(0), json!(u8::MAX)),
@@ -223,7 +221,7 @@ fn unwrap_lines(text: &str) -> String {
 
 /// Turns `oneOf: [{const: a, description}, ...]`, which schemars writes for documented unit
 /// variants, into one `enum` with descriptions.
-fn gather_words(object: &mut Map<String, Value>) {
+fn merge_enum_branches(object: &mut Map<String, Value>) {
     let Some(branches) = object.get("oneOf").and_then(Value::as_array) else {
         return;
     };
@@ -267,8 +265,8 @@ fn bound_ramp(object: &mut Map<String, Value>) {
     }
 }
 
-/// Draft-07 ignores what stands beside `$ref`: anything that restricts moves beside it in `allOf`.
-fn set_reference_apart(object: &mut Map<String, Value>) {
+/// Draft-07 ignores keywords beside `$ref`: those that restrict the value move into an `allOf` with it.
+fn wrap_reference(object: &mut Map<String, Value>) {
     let restricts = |keyword: &str| keyword != "$ref" && !ANNOTATIONS.contains(&keyword);
     if !object.contains_key("$ref") || !object.keys().any(|keyword| restricts(keyword)) {
         return;

@@ -1,4 +1,4 @@
-//! What messages are made of: quoted text, lists, articles, numbers, and names that are spelled alike.
+//! The building blocks of messages: quoted text, lists, articles, numbers, and suggestions by spelling.
 
 mod phrases;
 mod spelling;

@@ -10,20 +10,20 @@ pub(crate) fn list(names: &[String], word: &str) -> String {
     }
 }
 
-/// Text on one line, with nothing in it that a terminal would act on.
+/// Text with every control character replaced, line breaks included, so that no terminal acts on one.
 pub(crate) fn visible(text: &str) -> String {
     let show = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().map(show).collect()
 }
 
-/// As [`visible`], for a message of several lines, such as a list of all that does not fit.
+/// As [`visible`], but keeping line breaks: some messages hold a list.
 pub(crate) fn visible_lines(text: &str) -> String {
     let lines: Vec<String> = text.lines().map(visible).collect();
     lines.join("\n")
 }
 
-/// User text for a message: in backticks, line breaks as YAML escapes them, other control characters hidden, cut when
-/// long.
+/// Text from the user, for a message: in backticks, with line breaks escaped as in YAML, other control characters
+/// replaced, and shortened if long.
 pub(crate) fn quoted(text: &str) -> String {
     const SHOWN: usize = 48;
     let mut shown = String::new();
@@ -47,7 +47,7 @@ pub(crate) fn with_article(noun: &str) -> String {
     format!("{article} {noun}")
 }
 
-/// A number for messages: in powers of ten where its digits would fill the line.
+/// A number for messages: in scientific notation if it is very large or very small.
 pub fn number(value: f64) -> String {
     const MANY: f64 = 1e15;
     const FEW: f64 = 1e-6;

@@ -1,8 +1,8 @@
-//! Which known names are spelled like one that is not known.
+//! Suggestions: the known names closest in spelling to an unknown one.
 
 use std::collections::BTreeSet;
 
-/// The candidates close enough to `name` to be meant by it, nearest first, at most three.
+/// The candidates that `name` may be a misspelling of, nearest first, at most three.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let written = name.to_lowercase();
     let length = written.chars().count();
@@ -24,12 +24,12 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }
 
-/// How many letters two names differ by; capitals are no difference.
+/// The edit distance between two names, ignoring case.
 pub(crate) fn distance(a: &str, b: &str) -> usize {
     strsim::osa_distance(&a.to_lowercase(), &b.to_lowercase())
 }
 
-/// Whether a name is short for another, or the same words in another order: `lr` for `base_lr`.
+/// Whether every word of a name is in the other, in any order: `lr` for `base_lr`.
 fn is_short_for(written: &str, candidate: &str) -> bool {
     let split = |name: &str| -> BTreeSet<String> { name.split(['_', '-', ' ']).map(str::to_owned).collect() };
     split(written).is_subset(&split(candidate))

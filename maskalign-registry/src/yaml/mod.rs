@@ -1,4 +1,4 @@
-//! YAML text to [`Node`]s that know where they were written.
+//! YAML: text to [`Node`]s that know where they were written, and values back to text.
 //!
 //! Scalars follow the core schema of YAML 1.2, as editors read it: `yes` and `no` are text, `1e-3`
 //! and `.75` are numbers. Anchors, aliases and merge keys are resolved here; duplicate keys are

@@ -1,4 +1,4 @@
-//! Values that know who set them.
+//! Values that know where they come from.
 
 use indexmap::IndexMap;
 use serde_json::{Number, Value};
@@ -8,7 +8,7 @@ use crate::{
     wording::{number, quoted},
 };
 
-/// Who set a value.
+/// Where a value comes from.
 #[derive(Clone, Debug)]
 pub enum Origin {
     /// A recipe file or an embedded recipe.
@@ -22,7 +22,7 @@ pub enum Origin {
         /// Where `${...}` stands.
         at: Place,
     },
-    /// Nobody: the component's default.
+    /// Not written anywhere: the component's default.
     Default,
 }
 
@@ -48,7 +48,7 @@ impl Origin {
 pub struct Node {
     /// The value.
     pub content: Content,
-    /// Who set it.
+    /// Where it comes from.
     pub origin: Origin,
     /// What decides the type of a scalar.
     pub(crate) typing: Typing,
@@ -57,12 +57,12 @@ pub struct Node {
 /// What decides the type of a scalar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Typing {
-    /// Its text: it is plain.
+    /// Its text: it is a plain scalar.
     Text,
-    /// It is what it is: quoted, tagged, or a collection.
+    /// Its syntax: it is quoted, tagged, or a collection.
     Fixed,
-    /// The option that it is given to: it is quoted, but one variable and nothing else. Inside
-    /// `{ }` a variable cannot be written without quotes.
+    /// The option that it is given to: it is quoted, but consists of one variable alone. Inside `{ }` a variable has to
+    /// be quoted.
     Option,
 }
 
@@ -83,7 +83,7 @@ pub enum Content {
     Seq(Vec<Node>),
     /// A mapping.
     Map(Mapping),
-    /// A scalar whose `${...}` have no value; an error where it is read.
+    /// A scalar with a `${...}` that has no value; an error where it is read.
     Unset {
         /// The scalar, with `$NAME` where a value is missing.
         text: String,

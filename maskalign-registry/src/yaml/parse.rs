@@ -33,7 +33,7 @@ pub fn parse_value(text: &str) -> Result<Value, String> {
     Ok(parsed.root.map_or(Value::Null, |root| root.to_json()))
 }
 
-/// What became of a text.
+/// The outcome of parsing.
 pub(crate) struct Parsed {
     /// The document; absent where the text is not YAML, or empty.
     pub root: Option<Node>,
@@ -66,7 +66,7 @@ pub(crate) fn parse_from(source: &Arc<Source>, offset: usize) -> Parsed {
     }
 }
 
-/// A finished node with what limits need to know.
+/// A finished node, with its size and depth for the limits.
 #[derive(Clone)]
 struct Built {
     node: Node,
@@ -74,7 +74,7 @@ struct Built {
     depth: usize,
 }
 
-/// A scalar as it was written, which is what a key is.
+/// A scalar as it was written: keys are text whatever their value would be.
 #[derive(Clone, Copy)]
 struct Written<'a> {
     text: &'a str,
@@ -98,7 +98,7 @@ enum Collection {
         merged: HashSet<String>,
         /// The key whose value comes next.
         key: Option<(Key, Place)>,
-        /// Where `<<` stands, once it was seen.
+        /// Where `<<` stands, if there was one.
         merge_at: Option<Place>,
     },
 }
@@ -135,7 +135,7 @@ impl Builder<'_> {
         let text = &self.source.text()[self.offset..];
         let options = granit_parser::options! {
             emit_comments: false,
-            // One more than allowed here, so that our message is the one shown.
+            // More than allowed here, so that our message is the one shown.
             flow_nesting_limit: MAX_DEPTH + 2,
             block_nesting_limit: MAX_DEPTH + 2,
         };
@@ -237,7 +237,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Where the tag of a value stands: the parser's span begins behind it.
+    /// Where the tag of a value stands: the parser's span begins after it.
     fn tag_place(&self, written: &str, span: Span) -> Place {
         let mut place = self.span_place(span);
         let line = self.source.line_range(place.span.start).start;
@@ -247,7 +247,7 @@ impl Builder<'_> {
         place
     }
 
-    /// Counts values against the limit before they are made.
+    /// Counts values against the limit before they are allocated.
     fn charge(&mut self, nodes: usize, span: Span) -> Result<(), Fatal> {
         self.nodes = self.nodes.saturating_add(nodes);
         if self.nodes > MAX_NODES {
@@ -273,7 +273,7 @@ impl Builder<'_> {
         };
         let start = frame.start.byte_range().unwrap_or(0..0);
         let end_range = end.byte_range().unwrap_or(start.clone());
-        // A block collection ends where the next thing begins; only flow ones end visibly.
+        // A block collection ends where the next token begins; only flow ones have a visible end.
         let flow = frame.style == StructureStyle::Flow;
         let stop = if flow { end_range.end } else { start.end };
         let content = match frame.collection {
@@ -299,7 +299,7 @@ impl Builder<'_> {
         let Some(built) = self.anchors.get(&id) else {
             return Err(Box::new(
                 Diagnostic::error(codes::SYNTAX, "an alias of the value that contains it", self.span_place(span))
-                    .help("a recipe cannot hold itself: write the value out"),
+                    .help("a recipe cannot contain itself: write the value out"),
             ));
         };
         let (nodes, depth) = (built.nodes, built.depth);
@@ -313,10 +313,10 @@ impl Builder<'_> {
         self.finish(built, 0, span, None)
     }
 
-    /// Hands a finished node to the collection that waits for it.
+    /// Adds a finished node to the collection that it belongs to.
     fn finish(&mut self, built: Built, anchor: usize, span: Span, written: Option<Written<'_>>) -> Result<(), Fatal> {
         if anchor != 0 {
-            // What an anchor keeps is a copy.
+            // The anchor keeps a copy, which counts too.
             self.charge(built.nodes, span)?;
             self.anchors.insert(anchor, built.clone());
         }
@@ -340,7 +340,7 @@ impl Builder<'_> {
                                 .help("quote the key, or indent what follows it"),
                         ));
                     };
-                    // Of a key that is not written the parser makes `~`, at no place.
+                    // For a missing key the parser emits `~` with an empty span.
                     let is_plain = written.is_some_and(|written| written.plain);
                     if is_plain && place.span.is_empty() {
                         let colon = place.span.start..(place.span.start + 1).min(self.source.text().len());
@@ -363,7 +363,7 @@ impl Builder<'_> {
                 }
                 Some((Key::Name(name), at)) => {
                     let mut value = built.node;
-                    // Nothing stands after the key: the key is the place to show.
+                    // No value is written: the key is the place to show.
                     if matches!(value.content, Content::Null)
                         && value.origin.place().is_some_and(|place| place.span.is_empty())
                     {
@@ -392,7 +392,7 @@ fn duplicate(key: &str, second: Place, first: Place) -> Diagnostic {
         .help("keep one of the two")
 }
 
-/// Takes in the members of `<<`: a mapping, or a list of them of which earlier ones win.
+/// Adds the members of `<<`: a mapping, or a list of mappings, of which earlier ones win.
 fn merge(members: &mut Mapping, merged: &mut HashSet<String>, value: Node, at: Place) -> Result<(), Fatal> {
     let bases = match value.content {
         Content::Map(map) => vec![map],

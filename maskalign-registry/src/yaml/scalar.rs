@@ -1,4 +1,4 @@
-//! What plain scalars mean.
+//! The types of plain scalars.
 
 use super::node::{Content, integer};
 

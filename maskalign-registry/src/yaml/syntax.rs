@@ -1,4 +1,4 @@
-//! What is not YAML, and what was probably meant.
+//! Syntax errors, and what was probably meant.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use granit_parser::{ErrorKind, ScanError};
 use super::MAX_DEPTH;
 use crate::diagnostic::{Diagnostic, Place, Source, codes};
 
-/// Says what the parser stopped at, in a text that begins at an offset of the source.
+/// Explains why the parser stopped. Its text begins at an offset of the source.
 pub(super) fn not_yaml(
     source: &Source,
     offset: usize,
@@ -38,7 +38,7 @@ pub(super) fn not_yaml(
         return Diagnostic::error(codes::SYNTAX, message, place(tab..tab + 1))
             .help("YAML is indented with spaces: replace the tab");
     }
-    // The parser stops at the line after a key that it took for the beginning of a text.
+    // The parser took the mistyped key for the beginning of a multi-line scalar, and stopped on the line after it.
     let before = range.start.checked_sub(1).filter(|end| *end >= offset);
     let before = before.map(|end| source.line_range(end)).filter(|range| range.start >= offset);
     for range in [Some(range), before].into_iter().flatten() {
@@ -69,7 +69,7 @@ pub(super) fn too_deep() -> String {
     format!("nested deeper than {MAX_DEPTH} levels")
 }
 
-/// What keeps a line, or a key, from being `key: value` though it looks like it: where, and the way out.
+/// Why a line, or a key, that looks like `key: value` is not: where, and how to fix it.
 pub(crate) fn mistyped_key(text: &str) -> Option<(Range<usize>, String)> {
     let comment = text.find(" #").unwrap_or(text.len());
     let text = &text[..comment];
@@ -86,16 +86,16 @@ pub(crate) fn mistyped_key(text: &str) -> Option<(Range<usize>, String)> {
     let start = text.len() - key.len();
     let (name, value) = key.split_once(':')?;
     let is_name = !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_');
-    // Neither `a: b`, which is sound, nor an address such as `hf://a`.
+    // Neither `a: b`, which is valid, nor an address such as `hf://a`.
     let glued = !value.is_empty() && !value.starts_with([' ', '/', ':', '\t']);
     (is_name && glued).then(|| {
         let end = key.trim_end().len();
-        (start..start + end, format!("write a space behind the colon: `{name}: {}`", value.trim_end()))
+        (start..start + end, format!("put a space after the colon: `{name}: {}`", value.trim_end()))
     })
 }
 
-/// The first tab in the indentation of the line at an offset or of the one after it, which is
-/// where a scalar that runs on stops.
+/// The first tab in the indentation of the line at an offset, or of the one after it, where the parser stops if it
+/// takes the line for a multi-line scalar.
 fn tab_in_indentation(text: &str, line_start: usize) -> Option<usize> {
     let mut start = line_start;
     for line in text[line_start..].split_inclusive('\n').take(2) {
@@ -108,7 +108,7 @@ fn tab_in_indentation(text: &str, line_start: usize) -> Option<usize> {
     None
 }
 
-/// The innermost `[` or `{` that text leaves open, comments and one-line quotes left out.
+/// The innermost `[` or `{` left open in a text, not counting comments and quotes that close on their line.
 fn open_bracket(text: &str) -> Option<usize> {
     let mut open = Vec::new();
     let mut start = 0;

@@ -1,10 +1,10 @@
-//! Values to YAML text, with a comment behind each where there is something to say.
+//! Values to YAML text, with a comment after each value that has one.
 
 use serde_json::Value;
 
 use super::{Content, resolve_plain};
 
-/// A JSON object as a YAML document. `comment` says what stands behind the value at a path.
+/// A JSON object as a YAML document. `comment` gives the comment for the value at a path.
 pub(crate) fn write(document: &Value, comment: &dyn Fn(&[String]) -> Option<String>) -> String {
     const COMMENT_COLUMN: usize = 48;
     let mut writer = Writer { comment, path: Vec::new(), lines: Vec::new() };
@@ -38,12 +38,12 @@ impl Writer<'_> {
         }
     }
 
-    /// Writes a value behind `head`, which is `key:` or `-`.
+    /// Writes a value after `head`, which is `key:` or `-`.
     fn value(&mut self, head: &str, value: &Value, indent: usize) {
         match value {
             Value::Object(object) if !object.is_empty() => {
                 if head.ends_with('-') {
-                    // The first key stands on the dash's line.
+                    // The first key goes on the line of the dash.
                     let first = self.lines.len();
                     self.mapping(value, indent);
                     if let Some((line, _)) = self.lines.get_mut(first) {
@@ -86,13 +86,13 @@ fn yaml_flow(value: &Value) -> String {
             format!("[{}]", items.join(", "))
         }
         Value::Object(_) => "{}".to_owned(),
-        // A dollar would begin a variable.
+        // A single dollar could begin a variable.
         Value::String(text) => yaml_text(&text.replace('$', "$$")),
         other => other.to_string(),
     }
 }
 
-/// Text as a YAML scalar: plain where that is safe anywhere, double-quoted otherwise.
+/// Text as a YAML scalar: plain if that is safe anywhere, double-quoted otherwise.
 fn yaml_text(text: &str) -> String {
     let is_word = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_' || c == '/')
         && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/'));

@@ -1,4 +1,4 @@
-//! What the registry tells of its components, and what it refuses.
+//! What the registry reports about its components, and what it refuses.
 
 use maskalign_registry::{
     Code, Entry, Kind, KindTag, MaskerTag, Refusal, Registry, Slot, for_each_kind, plugin::nearest, tag_named,
@@ -37,7 +37,7 @@ fn components_are_listed_by_kind_and_name() {
 }
 
 #[test]
-fn a_component_is_found_by_its_address_or_by_a_name_that_is_its_alone() {
+fn a_component_is_found_by_its_address_or_by_a_unique_name() {
     let found = |address: &str| registry().find(address).map(Entry::address);
     assert_eq!(found("masker.attention"), Ok("masker.attention".to_owned()));
     assert_eq!(found("attention"), Ok("masker.attention".to_owned()));
@@ -48,7 +48,7 @@ fn a_component_is_found_by_its_address_or_by_a_name_that_is_its_alone() {
 }
 
 #[test]
-fn suggestions_are_near_and_nothing_is_suggested_for_the_far() {
+fn only_similar_names_are_suggested() {
     let known = ["drop_path", "positions", "cls_token", "warmup_epochs", "epochs"];
     for (written, expected) in [
         ("drop_pth", vec!["drop_path"]),
@@ -90,7 +90,7 @@ fn the_example_of_every_component_parses_and_decodes() {
 }
 
 #[test]
-fn a_careless_registration_is_told_what_it_lacks() {
+fn faults_list_everything_that_a_registration_lacks() {
     #[derive(Serialize, Deserialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
     struct Careless {

@@ -1,4 +1,4 @@
-//! What a recipe means: eleven papers, composition, defaults, origins, and the way back.
+//! What a recipe means: eleven papers, composition, defaults, origins, and the round trip.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -61,7 +61,7 @@ impl RecipeSource for Papers {
 const MAE: &str = include_str!("../recipes/mae_vitb.yaml");
 
 #[test]
-fn eleven_papers_are_recipes_and_come_back_from_their_resolved_form() {
+fn eleven_papers_are_recipes_that_survive_a_round_trip() {
     let mut seen = 0;
     for file in fs::read_dir(folder()).expect("the folder") {
         let path = file.expect("an entry").path();
@@ -233,7 +233,7 @@ fn variables_are_typed_by_how_they_are_written() {
 }
 
 #[test]
-fn a_dollar_is_written_twice_and_survives_the_way_back() {
+fn a_dollar_is_written_twice_and_survives_a_round_trip() {
     let loaded = load(MAE, &["stages.pretrain.data.dataset.root=\"a$$b $c é \\t 名\""]);
     let root = &loaded.resolved()["stages"]["pretrain"]["data"]["dataset"]["root"];
     assert_eq!(root, &json!("a$b $c é \t 名"));
@@ -332,7 +332,7 @@ fn in_stage(refusal: Refusal) -> Refusal {
 }
 
 #[test]
-fn of_options_that_do_not_fit_the_one_that_was_set_last_is_blamed() {
+fn of_conflicting_options_the_one_set_last_is_blamed() {
     let refusal = || {
         let whole = Refusal::whole("no outputs for `masked`").beside(["tokens"], "asked for here");
         in_stage(whole.under("aligner").under("pixels").under("objectives"))
@@ -366,7 +366,7 @@ fn a_component_that_a_flag_chose_is_blamed_there_and_a_scalar_for_what_it_abbrev
 }
 
 #[test]
-fn refusals_are_told_in_the_order_of_the_sources_and_the_same_one_once() {
+fn refusals_are_reported_in_the_order_of_sources_and_equal_ones_once() {
     let sets = ["stages.pretrain.epochs=7", "seed=1"];
     let loaded = load("extends: mae_vitb\nname: x\nstages: { pretrain: { batch: { micro: 7 } } }", &sets);
     let refusals: Vec<Refusal> = [
@@ -385,7 +385,7 @@ fn refusals_are_told_in_the_order_of_the_sources_and_the_same_one_once() {
 }
 
 #[test]
-fn data_says_which_flag_and_which_line() {
+fn json_names_the_flag_and_the_line() {
     let sets = ["seed=3", "stages.pretrain.epochs=0"];
     let mistakes = refuse(&MAE.replace("ratio: 0.75", "ratio: 2"), &sets).to_json();
     assert_eq!(mistakes[1]["flag"], json!(sets[1]));
@@ -395,7 +395,7 @@ fn data_says_which_flag_and_which_line() {
 }
 
 #[test]
-fn names_that_are_not_there_are_told_with_what_cannot_be_planned() {
+fn unresolved_names_are_reported_with_what_cannot_be_planned() {
     let text = include_str!("../recipes/maskalign_vitb_clip.yaml")
         .replace("attention, teacher: clip", "attention, teacher: clop");
     let loaded = load(&text, &[]);
@@ -410,7 +410,7 @@ fn names_that_are_not_there_are_told_with_what_cannot_be_planned() {
 }
 
 #[test]
-fn without_the_environment_an_unset_variable_is_whatever_fits() {
+fn without_the_environment_an_unset_variable_is_any_valid_scalar() {
     let knn = "  knn:\n    type: knn\n    dataset: { type: sample }\n    neighbours: [\"${K}\"]\n";
     let load = |text: &str| {
         let request = LoadRequest {
@@ -453,7 +453,7 @@ fn without_the_environment_an_unset_variable_is_whatever_fits() {
 }
 
 #[test]
-fn a_flag_adds_an_item_behind_the_last() {
+fn a_flag_appends_an_item_to_a_list() {
     let loaded = load(MAE, &["stages.pretrain.data.transforms.2.type=horizontal_flip"]);
     let transforms = &loaded.resolved()["stages"]["pretrain"]["data"]["transforms"];
     assert_eq!(transforms[2], json!({ "type": "horizontal_flip", "probability": 0.5 }));

@@ -1,4 +1,4 @@
-//! What is past a limit, or is no recipe at all, is refused at once and by name.
+//! Input past a limit, or that is no recipe at all, is refused at once and by name.
 
 use maskalign_registry::{Input, LoadRequest, Recipe, RecipeSource, Report, diagnostic::codes};
 
@@ -35,7 +35,7 @@ fn refusal_of(text: String) -> Report {
 }
 
 #[test]
-fn what_is_past_a_limit_is_refused_at_once() {
+fn input_past_a_limit_is_refused_at_once() {
     let bomb: String = (0..40)
         .map(|level| format!("a{level}: &a{level} [{}]\n", vec![format!("*a{}", level - 1); 9].join(", ")))
         .skip(1)

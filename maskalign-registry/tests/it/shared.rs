@@ -1,6 +1,7 @@
 //! Options that stages share are to a recipe what they were when every stage's struct repeated them.
 //!
-//! The oracle is the repetition: the same two stages, once with a struct each that holds everything, once with [`With`].
+//! The oracle is the repetition: the same two stages, once with a struct each that holds everything, once with
+//! [`With`].
 
 use std::collections::HashMap;
 
@@ -223,7 +224,7 @@ const MISTAKES: &[(&str, &str, &str, &str)] = &[
 ];
 
 #[test]
-fn a_mistake_is_told_in_the_same_words_at_the_same_place() {
+fn a_mistake_is_reported_in_the_same_words_at_the_same_place() {
     let (shared, repeated) = (registry(&SHARED), registry(&REPEATED));
     for (from, to, place, code) in MISTAKES {
         assert!(RECIPE.contains(from), "{from}");
