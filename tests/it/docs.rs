@@ -2,9 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use maskalign_tests::{Sandbox, compare, files_in, here};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
+use crate::support::{Sandbox, assert_committed, files_in, here};
 
 fn page(name: &str) -> PathBuf {
     here().join("../docs").join(name)
@@ -47,7 +45,7 @@ fn the_code_for_plugin_authors_is_that_of_the_plugin_that_is_tested() {
 
 #[test]
 fn every_whole_recipe_in_the_guide_validates() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let recipes: Vec<String> =
         blocks(&read(&page("recipes.md")), "yaml").into_iter().filter(|block| block.starts_with("# recipe")).collect();
     assert!(recipes.len() >= 3, "{} recipes", recipes.len());
@@ -64,7 +62,7 @@ fn every_whole_recipe_in_the_guide_validates() {
 
 #[test]
 fn the_guide_to_mistakes_shows_what_is_printed() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let file = page("mistakes.md");
     let committed = read(&file);
     let (mut text, mut shown) = (String::new(), 0);
@@ -87,6 +85,5 @@ fn the_guide_to_mistakes_shows_what_is_printed() {
         shown += 1;
     }
     assert_eq!(shown, 10);
-    let stale = compare(&file, &text);
-    assert!(stale.is_none(), "{}", stale.unwrap_or_default());
+    assert_committed(&file, text);
 }
