@@ -87,3 +87,40 @@ fn the_guide_to_mistakes_shows_what_is_printed() {
     assert_eq!(shown, 10);
     assert_committed(&file, text);
 }
+
+/// What a page links to, but for headings and the web.
+fn links(page: &str) -> Vec<&str> {
+    let targets = page.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    targets.filter(|target| !target.starts_with('#') && !target.contains("://")).collect()
+}
+
+#[test]
+fn the_book_has_every_page_and_every_link_its_file() {
+    let folder = here().join("../docs");
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "md");
+    let pages: Vec<PathBuf> = files_in(&folder).into_iter().filter(is_page).collect();
+    for page in &pages {
+        for target in links(&read(page)) {
+            let file = target.split('#').next().unwrap_or(target);
+            assert!(folder.join(file).is_file(), "{}: there is no {target}", page.display());
+        }
+    }
+    let summary = read(&page("SUMMARY.md"));
+    let mut listed = links(&summary);
+    listed.push("SUMMARY.md");
+    listed.sort_unstable();
+    let names: Vec<&str> = pages.iter().filter_map(|page| page.file_name()?.to_str()).collect();
+    assert_eq!(listed, names, "docs/SUMMARY.md names every page once");
+}
+
+#[test]
+fn the_version_that_is_cited_is_this_one() {
+    let citation: serde_json::Value = serde_yaml::from_str(&read(&here().join("../CITATION.cff"))).expect("YAML");
+    assert_eq!(citation["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn the_readme_asks_for_the_rust_that_cargo_asks_for() {
+    let asked = format!("With Rust ({} or newer)", env!("CARGO_PKG_RUST_VERSION"));
+    assert!(read(&here().join("../README.md")).contains(&asked), "not in README.md: {asked}");
+}
