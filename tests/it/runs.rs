@@ -8,10 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use maskalign_tests::Sandbox;
+use crate::support::Sandbox;
 use serde_json::Value;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 fn json(path: &Path) -> Value {
     let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -20,7 +18,7 @@ fn json(path: &Path) -> Value {
 
 #[test]
 fn a_run_leaves_its_directory_and_prints_its_results() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let output = sandbox.run(["run", "good.yaml", "--steps", "2", "--out", "run", "--threads", "1"]);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(0), "{err}");
@@ -51,7 +49,7 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
 
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let output = sandbox.run(["run", "good.yaml", "--set", "stages.pretrain.masker.ratio=1", "--out", "run"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(!sandbox.work().join("run").exists());
@@ -59,7 +57,7 @@ fn a_refused_recipe_leaves_no_directory() {
 
 #[test]
 fn a_student_is_exported_under_other_names() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let run = sandbox.run(["run", "good.yaml", "--steps", "1", "--out", "run", "-q"]);
     assert_eq!(run.status.code(), Some(0), "{}", String::from_utf8_lossy(&run.stderr));
     for (format, name) in
@@ -104,7 +102,7 @@ mod signals {
     #[test]
     fn stopped_runs_save_their_state_and_say_how_to_go_on() {
         for (name, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
-            let sandbox = Sandbox::new(BINARY);
+            let sandbox = Sandbox::new();
             let child = long_run(&sandbox);
             signal(&child, name);
             let output = child.wait_with_output().expect("it ends");
@@ -128,7 +126,7 @@ mod signals {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_run_that_is_to_outlive_its_terminal_does() {
-        let sandbox = Sandbox::new(BINARY);
+        let sandbox = Sandbox::new();
         let binary = sandbox.command(LONG);
         let mut command = Command::new("sh");
         command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(binary.get_program()).args(LONG);

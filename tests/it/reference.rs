@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
+use crate::support::{assert_committed, here};
 use maskalign_core::embedded;
 use maskalign_registry::{Entry, Kind, OptionDoc, Registry, recipe_schema};
-use maskalign_tests::{UPDATE, compare, here};
 use serde_json::Value;
 
 const INTRODUCTION: &str = "\
@@ -180,7 +180,7 @@ fn reference() -> String {
     let schema = recipe_schema(registry);
     let mut out = format!(
         "# Reference of components\n\n\
-         <!-- Written by `{UPDATE}=1 cargo test -p maskalign-tests --test reference`; edits are overwritten. -->\n\n\
+         <!-- Written by `SNAPSHOTS=overwrite cargo test -p maskalign-tests reference::`; edits are overwritten. -->\n\n\
          {INTRODUCTION}\n"
     );
     for kind in Kind::ALL {
@@ -207,8 +207,7 @@ fn reference() -> String {
 
 #[test]
 fn the_committed_reference_is_the_one_of_this_registry() {
-    let stale = compare(&here().join("../docs/reference.md"), &reference());
-    assert!(stale.is_none(), "{}", stale.unwrap_or_default());
+    assert_committed(&here().join("../docs/reference.md"), reference());
 }
 
 /// What the page shows can be copied: each example stands for its component, complete and well-formed.

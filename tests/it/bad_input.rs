@@ -2,10 +2,8 @@
 
 use std::{fs, path::Path, process::Output};
 
+use crate::support::{Sandbox, files_in, here, run_record};
 use maskalign_core::weights::{self, HostTensor, TensorMap, write_safetensors};
-use maskalign_tests::{Sandbox, files_in, here, run_record};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 fn copy_folder(from: &Path, to: &Path) {
     for class in ["blobs", "stripes"] {
@@ -22,7 +20,7 @@ fn write_weights(path: &Path, tensors: &TensorMap) {
 
 /// A sandbox with `images`, `bad` (six files, two of them broken) and `teacher.safetensors`.
 fn sandbox() -> (Sandbox, TensorMap) {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let work = sandbox.work();
     copy_folder(&here().join("fixtures/images"), &work.join("images"));
     copy_folder(&here().join("fixtures/bad_images"), &work.join("bad"));
@@ -213,7 +211,7 @@ fn evaluation_on_other_classes_or_none_is_refused() {
 
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let sets =
         ["--set", "stages.pretrain.optimizer.base_lr=1e30", "--set", "~stages.pretrain.optimizer.clip_norm", "-q"];
     let output = sandbox.run(["run", "tiny.yaml", "--out", "run"].iter().chain(&sets));
@@ -232,7 +230,7 @@ fn a_loss_that_is_not_finite_ends_the_run() {
 fn a_full_disk_leaves_nothing_half_written() {
     use std::{io::Write, process::Command};
 
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let disk = sandbox.work().join("disk");
     fs::create_dir(&disk).expect("a folder");
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=200k", "tmpfs"]).arg(&disk).output();

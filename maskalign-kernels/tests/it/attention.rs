@@ -1,10 +1,8 @@
 //! Attention against its definition in double precision.
 
-mod support;
-
+use crate::support::*;
 use maskalign_kernels::attention::{AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention};
 use maskalign_kernels::elementwise::Write;
-use support::*;
 
 fn naive(s: AttentionShape) -> Attention {
     let AttentionShape { batch, heads, head_dim, queries, keys } = s;

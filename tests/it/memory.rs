@@ -1,14 +1,11 @@
 //! What `validate` says a stage will need, against what the process had at most.
-#![cfg(target_os = "linux")]
 
-use maskalign_tests::Sandbox;
+use crate::support::Sandbox;
 use serde_json::Value;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 /// The estimate and the measured peak of a recipe of one stage, in MiB. The sizes make the step outweigh the program.
 fn compare(recipe: &str, overrides: &[&str], flags: &[&str]) {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let sets = overrides.iter().flat_map(|o| ["--set", o]);
     let validate: Vec<&str> = ["validate", recipe, "--format", "json"].into_iter().chain(sets.clone()).collect();
     let output = sandbox.run(validate.iter().chain(flags));

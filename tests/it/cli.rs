@@ -1,34 +1,19 @@
 //! What each verb prints, and its exit code.
 //!
 //! A case is a file `cli/NAME.txt`: lines `$ maskalign ...`, each run in the same temporary folder beside copies of
-//! `cli/recipes`, and behind each what it printed. `MASKALIGN_UPDATE=1` rewrites what was printed.
+//! `cli/recipes`, and behind each what it printed. `SNAPSHOTS=overwrite` rewrites what was printed.
 
-use std::{fs, path::Path, process::Stdio};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
-use maskalign_tests::{Sandbox, compare, files_in, here};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
-
-/// The words of a command line; single quotes keep a word together.
-fn words(line: &str) -> Vec<String> {
-    let mut words = vec![String::new()];
-    for (index, part) in line.split('\'').enumerate() {
-        match index % 2 {
-            1 => words.last_mut().expect("one word").push_str(part),
-            _ => {
-                let mut pieces = part.split(' ');
-                words.last_mut().expect("one word").push_str(pieces.next().unwrap_or(""));
-                words.extend(pieces.map(str::to_string));
-            }
-        }
-    }
-    words.retain(|word| !word.is_empty());
-    words
-}
+use crate::support::{Sandbox, assert_committed, compare, files_in, here};
 
 /// Runs a case and gives its file as it should be.
 fn replay(case: &str) -> String {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let mut out = String::new();
     for line in case.lines() {
         if line.starts_with('#') {
@@ -40,7 +25,7 @@ fn replay(case: &str) -> String {
         if out.lines().last().is_some_and(|line| !line.starts_with('#')) {
             out.push('\n');
         }
-        let words = words(typed);
+        let words = shlex::split(typed).expect("a command line");
         let variables = words.iter().take_while(|word| *word != "maskalign").count();
         let mut command = sandbox.command(&words[variables + 1..]);
         command.envs(words[..variables].iter().filter_map(|word| word.split_once('=')));
@@ -66,24 +51,23 @@ fn replay(case: &str) -> String {
 fn every_case_prints_what_is_committed() {
     let cases = files_in(&here().join("cli"));
     assert!(cases.len() >= 10, "{} cases", cases.len());
-    let stale = |file: &std::path::PathBuf| compare(file, &replay(&fs::read_to_string(file).expect("text")));
-    let stale: Vec<String> = cases.iter().filter_map(stale).collect();
-    assert!(stale.is_empty(), "{}", stale.join("\n\n"));
+    let stale = |file: &PathBuf| compare(file, replay(&fs::read_to_string(file).expect("text"))).err();
+    let stale: Vec<String> = cases.iter().filter_map(stale).map(|stale| stale.to_string()).collect();
+    assert!(stale.is_empty(), "{}", stale.join("\n"));
 }
 
 #[test]
 fn the_committed_schema_is_the_one_of_this_binary() {
-    let output = Sandbox::new(BINARY).run(["schema"]);
+    let output = Sandbox::new().run(["schema"]);
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).expect("UTF-8");
     assert!(text.ends_with("}\n"));
-    let stale = compare(&here().join("../recipes/recipe.schema.json"), &text);
-    assert!(stale.is_none(), "{}", stale.unwrap_or_default());
+    assert_committed(&here().join("../recipes/recipe.schema.json"), text);
 }
 
 #[test]
 fn every_shipped_recipe_validates_by_its_name() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let output = sandbox.run(["list", "recipes", "--format", "json"]);
     let listed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let names: Vec<&str> = listed.as_array().expect("a list").iter().filter_map(|r| r["name"].as_str()).collect();
@@ -101,7 +85,7 @@ fn every_shipped_recipe_validates_by_its_name() {
 /// A recipe that `show --resolved` printed is the same recipe.
 #[test]
 fn a_resolved_recipe_resolves_to_itself() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let first = sandbox.run(["show", "good.yaml", "--resolved"]);
     assert!(first.status.success());
     fs::write(sandbox.work().join("resolved.yaml"), &first.stdout).expect("written");
@@ -111,7 +95,7 @@ fn a_resolved_recipe_resolves_to_itself() {
 
 #[test]
 fn mistakes_are_data_too() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let output = sandbox.run(["validate", "unknown_key.yaml", "good.yaml", "--format", "json"]);
     assert_eq!(output.status.code(), Some(2));
     let data: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -126,7 +110,7 @@ fn mistakes_are_data_too() {
 /// As in `maskalign list | head -1`.
 #[test]
 fn a_closed_pipe_is_no_failure() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let mut child =
         sandbox.command(["schema"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     drop(child.stdout.take());
@@ -136,7 +120,7 @@ fn a_closed_pipe_is_no_failure() {
 
 #[test]
 fn colour_changes_no_text() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let plain = sandbox.run(["validate", "unknown_key.yaml"]);
     let forced =
         sandbox.command(["validate", "unknown_key.yaml"]).env("CLICOLOR_FORCE", "1").output().expect("it starts");
@@ -158,7 +142,7 @@ fn colour_changes_no_text() {
 
 #[test]
 fn every_shell_gets_completions() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         let output = sandbox.run(["completions", shell]);
         assert!(output.status.success(), "{shell}");
@@ -169,7 +153,7 @@ fn every_shell_gets_completions() {
 /// A generated plugin has everything in place; building it is CI's.
 #[test]
 fn a_new_plugin_points_at_the_checkout() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let checkout = here().parent().expect("the workspace");
     let output = sandbox.run(["new", "plugin", "lattice", "--path", checkout.to_str().expect("UTF-8")]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

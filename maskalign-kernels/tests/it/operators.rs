@@ -1,13 +1,11 @@
 //! Norms, losses, the optimiser and element-wise operators against PyTorch and definitions.
 
-mod support;
-
+use crate::support::*;
 use maskalign_kernels::elementwise::*;
 use maskalign_kernels::loss::*;
 use maskalign_kernels::norm::*;
 use maskalign_kernels::optim::*;
 use maskalign_kernels::{Act, Arena, Pool};
-use support::*;
 
 #[test]
 fn layer_norm_agrees_with_its_definition() {

@@ -2,11 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
+use crate::support::{Sandbox, files_in, here};
 use maskalign_core::embedded;
-use maskalign_tests::{Sandbox, files_in, here};
 use serde_json::Value;
 
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 const MODELINE: &str = "# yaml-language-server: $schema=./recipe.schema.json";
 
 /// Every shipped recipe: its name, its file and its text.
@@ -69,7 +68,7 @@ fn every_recipe_satisfies_the_committed_schema() {
 /// By its file and by its name, on a machine without data and weights.
 #[test]
 fn every_recipe_validates_without_an_environment() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let shipped = shipped();
     let files = shipped.iter().map(|(_, path, _)| path.to_str().expect("UTF-8"));
     let names = shipped.iter().map(|(name, _, _)| name.as_str());

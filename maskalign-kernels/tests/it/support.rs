@@ -1,7 +1,5 @@
 //! Plain double-precision versions of the operators, and tools to compare with them.
 
-#![allow(dead_code)]
-
 use maskalign_kernels::{Act, Arena, Pool};
 use std::sync::Arc;
 

@@ -2,11 +2,9 @@
 
 use std::{fs, path::Path, process::Output};
 
+use crate::support::{Sandbox, files_in, here};
 use maskalign_core::weights;
-use maskalign_tests::{Sandbox, files_in, here};
 use serde_json::Value;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 /// Holds an end against what it should be.
 fn ends(output: &Output, code: i32, says: &[&str]) {
@@ -20,14 +18,14 @@ fn ends(output: &Output, code: i32, says: &[&str]) {
 
 /// A sandbox with a run of `tiny.yaml` in `run`: pre-training, fine-tuning, nearest neighbours.
 fn sandbox() -> Sandbox {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     ends(&sandbox.run(["run", "tiny.yaml", "--out", "run", "-q"]), 0, &[]);
     sandbox
 }
 
 #[test]
 fn a_case_that_cannot_be_read_does_not_end_the_others() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let good = here().join("fixtures/cases/mae.safetensors").display().to_string();
     fs::write(sandbox.work().join("bad"), "no case").expect("written");
     let output = sandbox.run(["verify", "bad", &good, "missing", "--json"]);
@@ -175,7 +173,7 @@ fn weights_that_do_not_fit_are_known_before_the_run_directory_is_made() {
 
 #[test]
 fn a_trace_replaces_nothing_and_waits_for_the_recipe() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let work = sandbox.work();
     let recipe = fs::read(work.join("tiny.yaml")).expect("a recipe");
     let traced = |file: &str, set: &str| {
@@ -193,7 +191,7 @@ fn a_trace_replaces_nothing_and_waits_for_the_recipe() {
 
 #[test]
 fn a_run_directory_is_made_where_one_can_be() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let work = sandbox.work();
     ends(&sandbox.run(["run", "good.yaml", "--out", "tiny.yaml"]), 2, &["a file is in its place", "--out"]);
     ends(&sandbox.run(["run", "good.yaml", "--out", "tiny.yaml/run"]), 2, &["a file is in its place"]);
@@ -204,7 +202,7 @@ fn a_run_directory_is_made_where_one_can_be() {
 
 #[test]
 fn a_run_that_is_resumed_elsewhere_is_told_where_it_was_started() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let work = sandbox.work();
     let images = here().join("fixtures/images");
     for class in ["blobs", "stripes"] {

@@ -1,12 +1,10 @@
 //! A run that is killed at any moment and resumed ends as if nothing had happened.
 //!
-//! Needs the feature `failpoints`: `cargo test -p maskalign-tests --features failpoints --test kill`.
+//! Needs the feature `failpoints`: `cargo test -p maskalign-tests --features failpoints kill::`.
 
 use std::{fs, path::Path};
 
-use maskalign_tests::{Sandbox, run_record};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
+use crate::support::{Sandbox, run_record};
 
 /// Runs or resumes until a fail point ends the process.
 fn killed_at(sandbox: &Sandbox, arguments: &[&str], place: &str) {
@@ -55,7 +53,7 @@ fn places() -> Vec<String> {
 
 #[test]
 fn a_killed_run_goes_on_exactly() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let run = ["run", "tiny.yaml", "--out", "whole", "--threads", "1", "-q"];
     finished(&sandbox, &run, "uninterrupted");
     let whole = run_record(&sandbox.work().join("whole"));
@@ -74,7 +72,7 @@ fn a_killed_run_goes_on_exactly() {
 
 #[test]
 fn a_run_survives_kill_upon_kill() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     finished(&sandbox, &["run", "tiny.yaml", "--out", "whole", "-q"], "uninterrupted");
     killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "-q"], "metrics.append:4");
     let resume = ["run", "tiny.yaml", "--resume", "killed", "-q"];

@@ -1,10 +1,8 @@
 //! The transformer block against timm, finite differences and itself in its other modes.
 
-mod support;
-
+use crate::support::*;
 use maskalign_kernels::block::*;
 use maskalign_kernels::{Act, Arena, Pool};
-use support::*;
 
 const NAMES: [&str; 14] = [
     "norm1.weight",

@@ -7,9 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use maskalign_tests::{Sandbox, run_record};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
+use crate::support::{Sandbox, run_record};
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
     let output = sandbox.run(["run", "tiny.yaml", "-q"].iter().chain(arguments));
@@ -18,7 +16,7 @@ fn run(sandbox: &Sandbox, arguments: &[&str]) {
 
 #[test]
 fn threads_workers_and_recomputation_change_nothing() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     run(&sandbox, &["--out", "one", "--threads", "1"]);
     let one = run_record(&sandbox.work().join("one"));
     let others: [(&str, &[&str]); 4] = [
@@ -37,7 +35,7 @@ fn threads_workers_and_recomputation_change_nothing() {
 /// A run that `--steps` ended goes on with more steps, and what was built on the shorter stage is made again.
 #[test]
 fn a_run_ended_by_steps_goes_on() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     run(&sandbox, &["--out", "whole"]);
     run(&sandbox, &["--out", "run", "--steps", "3"]);
     let dir = sandbox.work().join("run");
@@ -53,7 +51,7 @@ fn a_run_ended_by_steps_goes_on() {
 
 #[test]
 fn a_resumed_run_keeps_its_recipe() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     run(&sandbox, &["--out", "one"]);
     let again = sandbox.run(["run", "tiny.yaml", "--out", "one"]);
     assert_eq!(again.status.code(), Some(2), "a directory that is not empty");
@@ -65,7 +63,7 @@ fn a_resumed_run_keeps_its_recipe() {
 
 #[test]
 fn force_deletes_what_a_run_made_and_nothing_else() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     run(&sandbox, &["--out", "run"]);
     let first = run_record(&sandbox.work().join("run"));
     let dir = sandbox.work().join("run");
@@ -88,7 +86,7 @@ fn force_deletes_what_a_run_made_and_nothing_else() {
 #[cfg(unix)]
 #[test]
 fn stopped_runs_go_on_exactly() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     // Long enough for a signal to come in its midst.
     let longer = ["--set", "stages.pretrain.epochs=60"];
     run(&sandbox, &[&longer[..], &["--out", "whole"]].concat());

@@ -8,10 +8,12 @@ use std::{
 };
 
 use serde_json::Value;
+use snapbox::{
+    Assert, Data,
+    assert::{DEFAULT_ACTION_ENV, Error},
+    data::DataFormat,
+};
 use tempfile::TempDir;
-
-/// Set to rewrite what snapshot tests compare with.
-pub const UPDATE: &str = "MASKALIGN_UPDATE";
 
 /// This package's folder, which holds the fixtures.
 pub fn here() -> &'static Path {
@@ -25,11 +27,12 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// A folder with copies of the files of `tests/cli/recipes`. `binary` is `env!("CARGO_BIN_EXE_maskalign-under-test")`.
+    /// A folder with copies of the files of `tests/cli/recipes`.
     ///
     /// # Panics
     /// The folder cannot be made.
-    pub fn new(binary: &str) -> Sandbox {
+    pub fn new() -> Sandbox {
+        let binary = env!("CARGO_BIN_EXE_maskalign-under-test");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let work = folder.path().join("work");
         fs::create_dir(&work).expect("a folder");
@@ -148,26 +151,19 @@ pub fn files_in(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Compares text with a committed file, or rewrites the file where [`UPDATE`] is set. Gives what is wrong.
+/// Compares text with a committed file, byte by byte but for the ends of lines; `SNAPSHOTS=overwrite` rewrites the file.
+pub fn compare(file: &Path, text: String) -> Result<(), Error> {
+    let committed = Data::read_from(file, Some(DataFormat::Text)).raw();
+    Assert::new().action_env(DEFAULT_ACTION_ENV).try_eq(Some(&"now"), Data::text(text), committed)
+}
+
+/// Asserts that text is that of a committed file; see [`compare`].
 ///
 /// # Panics
-/// The file cannot be rewritten.
-pub fn compare(file: &Path, text: &str) -> Option<String> {
-    let committed = fs::read_to_string(file).unwrap_or_default();
-    if committed == text {
-        return None;
+/// It is not.
+#[track_caller]
+pub fn assert_committed(file: &Path, text: String) {
+    if let Err(stale) = compare(file, text) {
+        panic!("{stale}");
     }
-    if std::env::var_os(UPDATE).is_some() {
-        fs::write(file, text).expect("the file is written");
-        return None;
-    }
-    let differs = committed.lines().zip(text.lines()).position(|(a, b)| a != b);
-    let line = differs.unwrap_or_else(|| committed.lines().count().min(text.lines().count()));
-    Some(format!(
-        "{} is stale from line {}; {UPDATE}=1 rewrites it\n  committed: {}\n  now:       {}",
-        file.display(),
-        line + 1,
-        committed.lines().nth(line).unwrap_or("(the end)"),
-        text.lines().nth(line).unwrap_or("(the end)"),
-    ))
 }

@@ -2,9 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use maskalign_tests::{Sandbox, compare, files_in, here};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
+use crate::support::{Sandbox, assert_committed, files_in, here};
 
 fn page(name: &str) -> PathBuf {
     here().join("../docs").join(name)
@@ -47,7 +45,7 @@ fn the_code_for_plugin_authors_is_that_of_the_plugin_that_is_tested() {
 
 #[test]
 fn every_whole_recipe_in_the_guide_validates() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let recipes: Vec<String> =
         blocks(&read(&page("recipes.md")), "yaml").into_iter().filter(|block| block.starts_with("# recipe")).collect();
     assert!(recipes.len() >= 3, "{} recipes", recipes.len());
@@ -64,7 +62,7 @@ fn every_whole_recipe_in_the_guide_validates() {
 
 #[test]
 fn the_guide_to_mistakes_shows_what_is_printed() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let file = page("mistakes.md");
     let committed = read(&file);
     let (mut text, mut shown) = (String::new(), 0);
@@ -87,6 +85,42 @@ fn the_guide_to_mistakes_shows_what_is_printed() {
         shown += 1;
     }
     assert_eq!(shown, 10);
-    let stale = compare(&file, &text);
-    assert!(stale.is_none(), "{}", stale.unwrap_or_default());
+    assert_committed(&file, text);
+}
+
+/// What a page links to, but for headings and the web.
+fn links(page: &str) -> Vec<&str> {
+    let targets = page.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    targets.filter(|target| !target.starts_with('#') && !target.contains("://")).collect()
+}
+
+#[test]
+fn the_book_has_every_page_and_every_link_its_file() {
+    let folder = here().join("../docs");
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|ending| ending == "md");
+    let pages: Vec<PathBuf> = files_in(&folder).into_iter().filter(is_page).collect();
+    for page in &pages {
+        for target in links(&read(page)) {
+            let file = target.split('#').next().unwrap_or(target);
+            assert!(folder.join(file).is_file(), "{}: there is no {target}", page.display());
+        }
+    }
+    let summary = read(&page("SUMMARY.md"));
+    let mut listed = links(&summary);
+    listed.push("SUMMARY.md");
+    listed.sort_unstable();
+    let names: Vec<&str> = pages.iter().filter_map(|page| page.file_name()?.to_str()).collect();
+    assert_eq!(listed, names, "docs/SUMMARY.md names every page once");
+}
+
+#[test]
+fn the_version_that_is_cited_is_this_one() {
+    let citation: serde_json::Value = serde_yaml::from_str(&read(&here().join("../CITATION.cff"))).expect("YAML");
+    assert_eq!(citation["version"], env!("CARGO_PKG_VERSION"));
+}
+
+#[test]
+fn the_readme_asks_for_the_rust_that_cargo_asks_for() {
+    let asked = format!("With Rust ({} or newer)", env!("CARGO_PKG_RUST_VERSION"));
+    assert!(read(&here().join("../README.md")).contains(&asked), "not in README.md: {asked}");
 }

@@ -6,10 +6,8 @@ use std::{
     path::Path,
 };
 
-use maskalign_tests::{Sandbox, files_in, here};
+use crate::support::{Sandbox, files_in, here};
 use serde_json::{Value, json};
-
-const BINARY: &str = env!("CARGO_BIN_EXE_maskalign-under-test");
 
 /// The towers of `fixtures/clip_tiny.safetensors`, on the embedded images of 28 x 28 pixels.
 const SMALL: [&str; 4] = [
@@ -36,7 +34,7 @@ fn losses(run: &Path) -> Vec<f64> {
 
 /// Two steps of a shipped recipe at the size of the fixture; gives their losses.
 fn two_steps(recipe: &str, sets: &[&str]) -> Vec<f64> {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let recipe = shipped(recipe);
     let mut arguments = vec!["run", recipe.as_str(), "--steps", "2", "--out", "run"];
     arguments.extend(["--threads", "1", "--device", "cpu", "-q"]);
@@ -165,7 +163,7 @@ fn write_random(path: &Path, tensors: &[(String, Vec<usize>)]) -> std::io::Resul
 /// cache where Hugging Face's tools would have put it.
 #[test]
 fn the_papers_vit_b_takes_two_steps_at_full_size() {
-    let sandbox = Sandbox::new(BINARY);
+    let sandbox = Sandbox::new();
     let (images, cache) = (sandbox.work().join("images"), sandbox.work().join("hub"));
     for class in ["blobs", "stripes"] {
         let folder = images.join("train").join(class);
