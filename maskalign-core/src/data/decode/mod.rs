@@ -12,6 +12,9 @@ use image::{DynamicImage, ImageError, ImageFormat, ImageReader, Limits};
 
 use super::{DataError, RgbImage};
 
+mod colour;
+mod jpeg;
+
 /// Images with more pixels than this are refused: 256 MiB of RGB, the size above which Pillow warns.
 pub const MAX_PIXELS: usize = 89_478_485;
 
@@ -51,20 +54,55 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
     let format = image::guess_format(bytes).map_err(|_| {
         broken(path, "its first bytes are those of no known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PNM)")
     })?;
-    if format == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
-        return Err(truncated(path, format!("no end-of-image marker within its {} bytes", bytes.len())));
+    let decoded = catch_unwind(|| match format {
+        ImageFormat::Jpeg if !jpeg::is_complete(bytes) => Err(Unreadable::NoEnd),
+        ImageFormat::Jpeg => jpeg::decode(bytes),
+        _ => by_image(bytes, format),
+    });
+    let length = bytes.len();
+    match decoded.unwrap_or_else(|_| Err(Unreadable::Broken("the decoder panicked".into()))) {
+        Ok(image) => {
+            debug_assert_eq!(image.pixels.len(), image.width * image.height * 3);
+            Ok(image)
+        }
+        Err(Unreadable::Broken(message)) => Err(broken(path, message)),
+        Err(Unreadable::Truncated) => {
+            Err(truncated(path, format!("the file ends after {length} bytes, inside the image")))
+        }
+        Err(Unreadable::NoEnd) => Err(truncated(path, format!("no end-of-image marker within its {length} bytes"))),
+        Err(Unreadable::TooLarge(width, height)) => Err(DataError::TooLarge { path: path.to_owned(), width, height }),
     }
-    catch_unwind(|| decode_format(bytes, format, path)).unwrap_or_else(|_| Err(broken(path, "the decoder panicked")))
 }
 
-fn decode_format(bytes: &[u8], format: ImageFormat, path: &Path) -> Result<RgbImage, DataError> {
+/// Why a file's content is not an image.
+enum Unreadable {
+    /// What is wrong.
+    Broken(String),
+    /// The file ends inside the image.
+    Truncated,
+    /// A JPEG without its last marker.
+    NoEnd,
+    /// More than [`MAX_PIXELS`]: width and height.
+    TooLarge(usize, usize),
+}
+
+/// Refuses sizes of nothing and of more than [`MAX_PIXELS`]; decoders ask before they take memory.
+fn check_size(width: usize, height: usize) -> Result<(), Unreadable> {
+    if width == 0 || height == 0 {
+        return Err(Unreadable::Broken(format!("it is {width} x {height} pixels")));
+    }
+    if width.saturating_mul(height) > MAX_PIXELS {
+        return Err(Unreadable::TooLarge(width, height));
+    }
+    Ok(())
+}
+
+fn by_image(bytes: &[u8], format: ImageFormat) -> Result<RgbImage, Unreadable> {
     use image::ImageDecoder;
 
     let failed = |error: ImageError| match error {
-        ImageError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            truncated(path, format!("the file ends after {} bytes, inside the image", bytes.len()))
-        }
-        error => broken(path, error.to_string()),
+        ImageError::IoError(error) if error.kind() == io::ErrorKind::UnexpectedEof => Unreadable::Truncated,
+        error => Unreadable::Broken(error.to_string()),
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
@@ -73,14 +111,8 @@ fn decode_format(bytes: &[u8], format: ImageFormat, path: &Path) -> Result<RgbIm
     let decoder = reader.into_decoder().map_err(failed)?;
     let (width, height) = decoder.dimensions();
     let (width, height) = (width as usize, height as usize);
-    if width == 0 || height == 0 {
-        return Err(broken(path, format!("it is {width} x {height} pixels")));
-    }
-    if width * height > MAX_PIXELS {
-        return Err(DataError::TooLarge { path: path.to_owned(), width, height });
-    }
+    check_size(width, height)?;
     let pixels = to_rgb(DynamicImage::from_decoder(decoder).map_err(failed)?);
-    debug_assert_eq!(pixels.len(), width * height * 3);
     Ok(RgbImage { width, height, pixels })
 }
 
@@ -97,30 +129,6 @@ fn to_rgb(image: DynamicImage) -> Vec<u8> {
         DynamicImage::ImageRgba16(image) => image.pixels().flat_map(|p| [p.0[0], p.0[1], p.0[2]].map(upper)).collect(),
         other => other.into_rgb8().into_raw(),
     }
-}
-
-/// Whether a JPEG goes on to its end-of-image marker. Decoders fill in what is missing; training must not see that.
-fn jpeg_is_complete(bytes: &[u8]) -> bool {
-    const START: u8 = 0xD8;
-    const END: u8 = 0xD9;
-    // In front of a marker: nothing to skip but the marker. Stuffed zeros and restarts lie inside entropy-coded data.
-    let stands_alone = |marker: u8| matches!(marker, 0x00 | 0x01 | START | 0xD0..=0xD7);
-    let mut at = 2;
-    while let Some(offset) = bytes.get(at..).and_then(|rest| rest.iter().position(|&byte| byte == 0xFF)) {
-        at += offset + 1;
-        match bytes.get(at) {
-            None => return false,
-            Some(&END) => return true,
-            // Fill: the next byte may begin the marker.
-            Some(&0xFF) => {}
-            Some(&marker) if stands_alone(marker) => at += 1,
-            Some(_) => match bytes.get(at + 1..at + 3) {
-                Some(length) => at += 1 + usize::from(u16::from_be_bytes([length[0], length[1]])),
-                None => return false,
-            },
-        }
-    }
-    false
 }
 
 fn broken(path: &Path, message: impl Into<String>) -> DataError {
