@@ -46,6 +46,13 @@ pub(super) fn ycc_to_rgb([y, cb, cr]: [u8; 3]) -> [u8; 3] {
         .map(|chroma| (y + ((chroma + 32_768) >> 16)).clamp(0, 255) as u8)
 }
 
+/// Pillow's own conversion, in 6-bit fixed point; what JPEG holds goes through [`ycc_to_rgb`].
+pub(super) fn pillow_ycc_to_rgb([y, cb, cr]: [u8; 3]) -> [u8; 3] {
+    let term = |factor: f64, chroma: u8| (factor * (f64::from(chroma) - 128.0) * 64.0 + 0.5).trunc() as i32;
+    [term(1.402, cr), term(-0.34414, cb) + term(-0.71414, cr), term(1.772, cb)]
+        .map(|chroma| (i32::from(y) + (chroma >> 6)).clamp(0, 255) as u8)
+}
+
 /// Numbers below `2^bits` in rows of whole bytes, the first in the highest bits; `bits` is 1, 2, 4 or 8.
 pub(super) fn unpack(row: &[u8], bits: usize, count: usize) -> impl Iterator<Item = u8> + '_ {
     let per_byte = 8 / bits;

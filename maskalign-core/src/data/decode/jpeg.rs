@@ -12,35 +12,45 @@
 use libjpeg_turbo_rs::{ColorSpace, DecodeLimits, Decoder, JpegError, PixelFormat};
 
 use super::colour::{cmyk_to_rgb, ycc_to_rgb};
-use super::{MAX_DECODER_BYTES, Unreadable, check_size};
+use super::{MAX_DECODER_BYTES, Unreadable, check_fits, check_size, most_per_byte};
 use crate::data::RgbImage;
 
 /// More scans than any encoder writes; each costs a pass over the whole image.
 const MAX_SCANS: usize = 500;
 
 pub(super) fn decode(bytes: &[u8]) -> Result<RgbImage, Unreadable> {
-    let mut decoder = Decoder::new_with_limits(bytes, limits(0)).map_err(unreadable)?;
-    let (width, height) = (decoder.header().width(), decoder.header().height());
-    check_size(width, height)?;
-    decoder.set_limits(limits(3 * (width * height) as u64));
-    let factors: Vec<(usize, usize)> = (decoder.header().components.iter())
-        .map(|component| (component.horizontal_sampling.into(), component.vertical_sampling.into()))
-        .collect();
-    if decoder.header().precision != 8 || !matches!(factors.len(), 1 | 3 | 4) {
-        return Err(Unreadable::Broken(format!(
-            "{} components of {} bits, where 1, 3 or 4 of 8 bits can be read",
-            factors.len(),
-            decoder.header().precision
-        )));
-    }
-    let most = |side: fn(&(usize, usize)) -> usize| factors.iter().map(side).max().unwrap_or(1);
-    let most = (most(|factor| factor.0), most(|factor| factor.1));
-    if factors.len() == 4 || factors[0] != most && factors.len() == 3 {
+    let (mut decoder, factors, most) = open(bytes)?;
+    if factors.len() == 4 || factors.len() == 3 && factors[0] != most {
         return from_planes(decoder, &factors, most);
     }
     decoder.set_output_format(PixelFormat::Rgb);
+    let (width, height) = (decoder.header().width(), decoder.header().height());
     let image = decoder.decode_image().map_err(unreadable)?;
     Ok(RgbImage { width, height, pixels: image.data })
+}
+
+/// Reads the headers: the decoder, the sampling factors of each component across and down, and the largest of them.
+fn open(bytes: &[u8]) -> Result<(Decoder<'_>, Vec<(usize, usize)>, (usize, usize)), Unreadable> {
+    let mut decoder = Decoder::new_with_limits(bytes, limits(0)).map_err(unreadable)?;
+    let (width, height) = (decoder.header().width(), decoder.header().height());
+    check_size(width, height)?;
+    check_fits(width * height, most_per_byte::JPEG, bytes.len())?;
+    decoder.set_limits(limits(3 * (width * height) as u64));
+    let components = &decoder.header().components;
+    let factors: Vec<(usize, usize)> = components
+        .iter()
+        .map(|component| (component.horizontal_sampling.into(), component.vertical_sampling.into()))
+        .collect();
+    let precision = decoder.header().precision;
+    if precision != 8 || !matches!(factors.len(), 1 | 3 | 4) {
+        return Err(Unreadable::Broken(format!(
+            "{} components of {precision} bits, where 1, 3 or 4 of 8 bits can be read",
+            factors.len()
+        )));
+    }
+    let across = factors.iter().map(|factor| factor.0).max().unwrap_or(1);
+    let down = factors.iter().map(|factor| factor.1).max().unwrap_or(1);
+    Ok((decoder, factors, (across, down)))
 }
 
 fn limits(image_bytes: u64) -> DecodeLimits {
@@ -54,28 +64,11 @@ fn unreadable(error: JpegError) -> Unreadable {
     }
 }
 
-/// Decodes what the crate's own last steps do not cover; `factors` are the sampling factors of each component, `most`
-/// the largest of them.
+/// Decodes what the crate's own last steps do not cover.
 fn from_planes(decoder: Decoder<'_>, factors: &[(usize, usize)], most: (usize, usize)) -> Result<RgbImage, Unreadable> {
     let (width, height) = (decoder.header().width(), decoder.header().height());
-    if factors.iter().any(|factor| most.0 % factor.0 != 0 || most.1 % factor.1 != 0) {
-        return Err(Unreadable::Broken("its components are sampled at no whole multiples of each other".into()));
-    }
     let space = decoder.jpeg_color_space();
-    let raw = decoder.decode_raw().map_err(unreadable)?;
-    let planes: Vec<Vec<u8>> = factors
-        .iter()
-        .zip(raw.planes.iter().zip(&raw.plane_widths))
-        .map(|(factor, (samples, &stride))| {
-            let plane = Plane {
-                samples,
-                stride,
-                width: (width * factor.0).div_ceil(most.0),
-                height: (height * factor.1).div_ceil(most.1),
-            };
-            plane.upsampled((width, height), (most.0 / factor.0, most.1 / factor.1))
-        })
-        .collect();
+    let planes = planes(decoder, factors, most)?;
     let mut pixels = Vec::with_capacity(3 * width * height);
     for at in 0..width * height {
         let first = [planes[0][at], planes[1][at], planes[2][at]];
@@ -90,6 +83,36 @@ fn from_planes(decoder: Decoder<'_>, factors: &[(usize, usize)], most: (usize, u
     Ok(RgbImage { width, height, pixels })
 }
 
+/// `(width, height)` and each component in that size, as they are stored: for JPEG inside TIFF, whose tags say what the
+/// components mean.
+pub(super) fn components(bytes: &[u8]) -> Result<((usize, usize), Vec<Vec<u8>>), Unreadable> {
+    let (decoder, factors, most) = open(bytes)?;
+    let size = (decoder.header().width(), decoder.header().height());
+    Ok((size, planes(decoder, &factors, most)?))
+}
+
+/// Each component in the image's size; `factors` are their sampling factors, `most` the largest of them.
+fn planes(decoder: Decoder<'_>, factors: &[(usize, usize)], most: (usize, usize)) -> Result<Vec<Vec<u8>>, Unreadable> {
+    let (width, height) = (decoder.header().width(), decoder.header().height());
+    if factors.iter().any(|factor| most.0 % factor.0 != 0 || most.1 % factor.1 != 0) {
+        return Err(Unreadable::Broken("its components are sampled at no whole multiples of each other".into()));
+    }
+    let raw = decoder.decode_raw().map_err(unreadable)?;
+    let samples = raw.planes.iter().zip(&raw.plane_widths);
+    Ok(factors
+        .iter()
+        .zip(samples)
+        .map(|(factor, (samples, &stride))| {
+            let plane = Plane {
+                samples,
+                stride,
+                width: (width * factor.0).div_ceil(most.0),
+                height: (height * factor.1).div_ceil(most.1),
+            };
+            plane.upsampled((width, height), (most.0 / factor.0, most.1 / factor.1))
+        })
+        .collect())
+}
 
 /// The samples of one component.
 struct Plane<'a> {
