@@ -5,13 +5,13 @@
 //! frame is taken: all as Pillow does, to the byte. What Pillow refuses is refused. Files that Pillow reads and this does not
 //! (TIFF packed with LZMA or Zstandard, say) are refused with what to do, and so are damaged ones that Pillow fills in.
 
-use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::panic::catch_unwind;
 use std::path::Path;
 
 use image::{DynamicImage, ImageError, ImageFormat, ImageReader, Limits};
 
+use super::regular_file::{OpenError, open_regular};
 use super::{DataError, RgbImage};
 
 mod bmp;
@@ -33,14 +33,13 @@ const MAX_DECODER_BYTES: u64 = 1 << 30;
 /// Reads one image file.
 ///
 /// # Errors
-/// The file cannot be read, is truncated, is no image of a known format, or is larger than [`MAX_PIXELS`].
+/// The file cannot be read or is no regular file, is truncated, is no image of a known format, or is larger than [`MAX_PIXELS`].
 pub fn read(path: &Path) -> Result<RgbImage, DataError> {
     let failed = |source| DataError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(failed(io::Error::other("not a file")));
-    }
+    let (file, metadata) = open_regular(path).map_err(|error| match error {
+        OpenError::NotRegular(what) => DataError::NotAFile { path: path.to_owned(), what },
+        OpenError::Io(source) => failed(source),
+    })?;
     if metadata.len() > MAX_FILE_BYTES {
         return Err(broken(path, format!("a file of {} bytes, more than 1 GiB", metadata.len())));
     }

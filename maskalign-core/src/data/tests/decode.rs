@@ -185,3 +185,73 @@ fn a_giant_image_is_refused_before_memory_is_taken() {
     let error = decode::decode(&jpeg, Path::new("giant.jpg")).unwrap_err();
     assert!(matches!(error, DataError::TooLarge { width: 65_535, .. }), "{error}");
 }
+
+/// A file of some hundred bytes whose header announces `side` pixels each way.
+fn headers(side: u32) -> Vec<(&'static str, Vec<u8>)> {
+    let (high, low) = (side.to_be_bytes(), side.to_le_bytes());
+    let short = (&high[2..], &low[..2]);
+    let chunk = |name: &[u8], data: &[u8]| {
+        let named = [name, data].concat();
+        let mut crc = flate2::Crc::new();
+        crc.update(&named);
+        [&(data.len() as u32).to_be_bytes()[..], &named, &crc.sum().to_be_bytes()].concat()
+    };
+    let header = [&high[..], &high, &[8, 2, 0, 0, 0]].concat();
+    let png = [
+        b"\x89PNG\r\n\x1a\n".to_vec(),
+        chunk(b"IHDR", &header),
+        chunk(b"IDAT", &[0x78, 0x9C, 1, 0, 0]),
+        chunk(b"IEND", b""),
+    ];
+    let gif =
+        [b"GIF89a", short.1, short.1, &[0, 0, 0, 0x2C, 0, 0, 0, 0], short.1, short.1, &[0, 8, 2, 0, 0x51, 0, 0x3B]];
+    let bmp = [b"BM", &[0; 8][..], &[54, 0, 0, 0, 40, 0, 0, 0], &low, &low, &[1, 0, 24, 0], &[0; 24], &[7; 50]];
+    let tag = |number: u8, value: [u8; 4]| [&[number, 1, 4, 0, 1, 0, 0, 0][..], &value].concat();
+    let tiff = |compression: u8| {
+        let tags = [
+            tag(0, [low[0], low[1], low[2], low[3]]),
+            tag(1, [low[0], low[1], low[2], low[3]]),
+            tag(2, [8, 0, 0, 0]),
+            tag(3, [compression, 0, 0, 0]),
+            tag(6, [1, 0, 0, 0]),
+            tag(17, [8, 0, 0, 0]),
+            tag(23, [90, 0, 0, 0]),
+        ];
+        [b"II*\0\x08\0\0\0\x07\0".to_vec(), tags.concat(), vec![0; 4]].concat()
+    };
+    let mut jpeg = fs::read(fixtures().join("decode/rgb.jpg")).unwrap();
+    let frame = jpeg.windows(2).position(|marker| marker == [0xFF, 0xC0]).unwrap();
+    jpeg[frame + 5..frame + 7].copy_from_slice(short.0);
+    jpeg[frame + 7..frame + 9].copy_from_slice(short.0);
+    let mut progressive = fs::read(fixtures().join("decode/progressive.jpg")).unwrap();
+    let frame = progressive.windows(2).position(|marker| marker == [0xFF, 0xC2]).unwrap();
+    progressive[frame + 5..frame + 7].copy_from_slice(short.0);
+    progressive[frame + 7..frame + 9].copy_from_slice(short.0);
+    vec![
+        ("png", png.concat()),
+        ("gif", gif.concat()),
+        ("bmp", bmp.concat()),
+        ("tiff", tiff(1)),
+        ("tiff lzw", tiff(5)),
+        ("tiff deflate", tiff(8)),
+        ("pgm", format!("P5 {side} {side} 255\n{}", "x".repeat(50)).into_bytes()),
+        ("plain ppm", format!("P3 {side} {side} 255\n{}", "1 ".repeat(50)).into_bytes()),
+        ("jpeg", jpeg),
+        ("progressive", progressive),
+    ]
+}
+
+#[test]
+fn a_header_that_announces_more_than_the_file_holds_is_refused_at_once() {
+    for (name, bytes) in headers(65_535) {
+        let error = decode::decode(&bytes, Path::new(name)).unwrap_err();
+        assert!(matches!(error, DataError::TooLarge { width: 65_535, height: 65_535, .. }), "{name}: {error}");
+    }
+    // Few enough pixels for the limit, and still far more than some hundred bytes hold.
+    for (name, bytes) in headers(9000) {
+        let start = std::time::Instant::now();
+        let error = decode::decode(&bytes, Path::new(name)).unwrap_err();
+        assert!(matches!(error, DataError::Truncated { .. }), "{name}: {error}");
+        assert!(start.elapsed().as_millis() < 500, "{name}: {:?}", start.elapsed());
+    }
+}
