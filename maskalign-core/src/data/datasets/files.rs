@@ -1,11 +1,12 @@
 //! Images in files, read when asked for; and the checks of paths that recipes name.
 
-use std::fs;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ListHash;
 use crate::Refusal;
+use crate::data::regular_file::{OpenError, open_regular, other_than_file};
 use crate::data::{DataError, Images, RgbImage, decode};
 
 /// A list of image files, with or without labels.
@@ -16,6 +17,8 @@ pub struct FileImages {
     pub files: Vec<(Box<Path>, Option<u32>)>,
     /// The names of the classes by label, where they are known.
     pub classes: Option<Vec<String>>,
+    /// What was left out, or may not be meant.
+    pub notes: Vec<String>,
 }
 
 impl Images for FileImages {
@@ -43,6 +46,10 @@ impl Images for FileImages {
         None
     }
 
+    fn notes(&self) -> Vec<String> {
+        self.notes.clone()
+    }
+
     /// Takes one look at each file's size; a file that is missing counts as one of no bytes.
     fn fingerprint(&self) -> String {
         let mut hash = ListHash::new();
@@ -63,7 +70,9 @@ pub fn existing_folder(option: &str, path: &str) -> Result<PathBuf, Refusal> {
     if found.is_dir() {
         return Ok(found);
     }
-    Err(Refusal::new(option, format!("expected a folder, but `{path}` is a file"))
+    let kind = fs::metadata(&found).map(|metadata| metadata.file_type());
+    let what = kind.ok().and_then(other_than_file).unwrap_or("a file");
+    Err(Refusal::new(option, format!("expected a folder, but `{path}` is {what}"))
         .help("name the folder that holds the images; a text file that lists them is read by `image_list`"))
 }
 
@@ -73,11 +82,30 @@ pub fn existing_folder(option: &str, path: &str) -> Result<PathBuf, Refusal> {
 /// Names `option`, what is there instead, and what usually leads to it.
 pub fn existing_file(option: &str, path: &str) -> Result<PathBuf, Refusal> {
     let found = existing(option, path, "file")?;
-    if found.is_dir() {
-        return Err(Refusal::new(option, format!("expected a file, but `{path}` is a folder"))
-            .help("name a file; a folder of images is read by `image_folder`"));
+    let kind = fs::metadata(&found).map(|metadata| metadata.file_type());
+    match kind.ok().and_then(other_than_file) {
+        Some(what) => Err(not_a_file(option, path, what)),
+        None => Ok(found),
     }
-    Ok(found)
+}
+
+/// Opens the file that [`existing_file`] found.
+///
+/// # Errors
+/// It may not be read, or something else has taken its place.
+pub fn open_named(option: &str, path: &str, found: &Path) -> Result<(File, Metadata), Refusal> {
+    open_regular(found).map_err(|error| match error {
+        OpenError::NotRegular(what) => not_a_file(option, path, what),
+        OpenError::Io(error) => Refusal::new(option, format!("cannot read `{path}`: {error}")),
+    })
+}
+
+fn not_a_file(option: &str, path: &str, what: &str) -> Refusal {
+    let help = match what {
+        "a folder" => "name a file; a folder of images is read by `image_folder`",
+        _ => "write what comes from there into a file, and name that",
+    };
+    Refusal::new(option, format!("expected a file, but `{path}` is {what}")).help(help)
 }
 
 fn existing(option: &str, path: &str, what: &str) -> Result<PathBuf, Refusal> {
