@@ -6,18 +6,19 @@
 // `#[component]` and `register!` name this crate by its path, here as in a plugin.
 extern crate self as maskalign_core;
 
-pub mod bench;
 pub mod components;
-pub mod conformance;
+
 pub mod data;
 pub mod embedded;
 pub mod error;
+pub mod events;
+pub mod kinds;
 pub mod nn;
 pub mod pipeline;
 pub mod plugin;
 pub mod run;
 pub mod stages;
-pub mod verify;
+
 pub mod weights;
 
 pub use maskalign_engine::{
@@ -31,25 +32,35 @@ pub use maskalign_registry::Refusal;
 pub mod prelude {
     pub use crate::{
         components::{
-            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel},
+            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner},
             losses::Loss,
-            maskers::{Counts, Mask, MaskInput, Masker},
+            maskers::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split},
             optimizers::{Optimizer, Update},
             schedules::Schedule,
-            students::{Student, StudentModel},
-            targets::{Target, TargetContext, TargetInput, TargetPlan},
-            teachers::{Level, Pass, Teacher, TeacherModel, TowerTeacher, Wants},
+            students::{PlannedStudent, Student, StudentModel},
+            targets::{
+                ImageTarget, Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource, TeacherTarget,
+            },
+            teachers::{Level, Pass, PlannedTeacher, Teacher, TeacherBuild, TeacherModel, TowerTeacher, Wants},
             tokens::{Masks, TokenKind, Tokens},
-            towers::{PlanContext, Tap, TowerShape},
+            towers::{
+                Environment, MissingWeights, PlanContext, PlannedTower, StudentPlan, Tap, TowerOptions, TowerShape,
+                TrainedStudents, input,
+            },
         },
         data::{DataError, Dataset, Images, RgbImage, Transform},
         error::Error,
+        events::{Event, Events, Mark, Sink},
         nn::{
             Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
             VitConfig,
         },
         register,
-        stages::{Outcome, Stage, StageContext, StagePlan, StageRun},
+        stages::{
+            Bank, Classify, Data, FeatureTap, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData, PlannedStage,
+            PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training, View,
+            extract,
+        },
         weights::Family,
     };
     pub use maskalign_engine::{
@@ -65,10 +76,7 @@ pub mod prelude {
 #[doc(hidden)]
 pub mod __private {
     pub use inventory;
-    pub use maskalign_registry::{
-        AlignerTag, DatasetTag, Entry, Kind, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StageTag, StudentTag,
-        TargetTag, TeacherTag, TransformTag,
-    };
+    pub use maskalign_registry::{Entry, KindTag, tag_named};
     pub use schemars;
     pub use serde;
 }

@@ -228,6 +228,11 @@ impl Init {
         self.values == Values::Drawn
     }
 
+    /// Whether the parameters have values at all.
+    pub fn has_values(&self) -> bool {
+        self.values != Values::Shapes
+    }
+
     /// The device that the parameters are made on.
     pub fn device(&self) -> &Device {
         &self.device

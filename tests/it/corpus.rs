@@ -5,7 +5,9 @@
 
 use jsonschema::Validator;
 use maskalign_core::{
-    Recompute, embedded,
+    Recompute,
+    components::towers::{Environment, MissingWeights},
+    embedded,
     pipeline::{PlanOptions, plan},
 };
 use maskalign_registry::{
@@ -226,7 +228,11 @@ fn check(text: &str) -> Result<(), Report> {
         builtins: &NoRecipes,
     };
     let loaded = Recipe::load(&request, registry())?;
-    let options = PlanOptions { environment: false, random_weights: false, recompute: Recompute::Never };
+    let options = PlanOptions {
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Refused,
+        recompute: Recompute::Never,
+    };
     match plan(loaded.recipe(), options) {
         Ok(_) => Ok(()),
         Err(refusals) => Err(loaded.locate_all(&refusals)),

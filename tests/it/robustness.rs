@@ -4,7 +4,9 @@
 use std::time::{Duration, Instant};
 
 use maskalign_core::{
-    Recompute, embedded,
+    Recompute,
+    components::towers::{Environment, MissingWeights},
+    embedded,
     pipeline::{PlanOptions, plan},
 };
 use maskalign_registry::{
@@ -351,7 +353,11 @@ fn check(text: String, sets: &[String], machine: Machine) -> Result<(), Report> 
         let again = read(yaml.clone(), &[], Machine::Ready).unwrap_or_else(|report| panic!("{report}\n{yaml}"));
         assert_eq!(again.resolved(), loaded.resolved());
     }
-    let options = PlanOptions { environment: false, random_weights: false, recompute: Recompute::Never };
+    let options = PlanOptions {
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Refused,
+        recompute: Recompute::Never,
+    };
     plan(loaded.recipe(), options).map(drop).map_err(|refusals| {
         assert!(!refusals.is_empty());
         loaded.locate_all(&refusals)

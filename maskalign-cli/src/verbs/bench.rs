@@ -3,7 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use clap::ValueEnum;
-use maskalign_core::bench::{self, BenchOptions, BenchReport, Job};
+use maskalign_testkit::bench::{self, BenchOptions, BenchReport, Job};
 use serde_json::json;
 
 use super::machine::{Machine, at_least_one};

@@ -10,8 +10,10 @@ use std::{
 use clap::ArgGroup;
 use maskalign_core::{
     Context,
+    components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
-    pipeline::{self, PlanOptions, Plans, RunOptions},
+    events::{Events, MetricsFile},
+    pipeline::{self, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
@@ -78,7 +80,7 @@ impl Args {
     pub fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
-        let (loaded, plans, cx) = match self.prepare(session, resumed.as_ref()) {
+        let (loaded, plan, cx) = match self.prepare(session, resumed.as_ref()) {
             Ok(prepared) => prepared,
             Err(failure) => {
                 resumed.map(RunDir::withdraw).transpose()?;
@@ -97,9 +99,8 @@ impl Args {
         let stop = StopFlag::new();
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
-        let job =
-            Job { args: &self, loaded: &loaded, plans: &plans, dir: &dir, stop: &stop, arguments: session.arguments };
-        let outcome = job.run_on(&cx, &mut reporter);
+        let job = Job { args: &self, loaded: &loaded, dir: &dir, stop: &stop, arguments: session.arguments };
+        let outcome = job.run_on(&cx, plan, &mut reporter);
         reporter.clear();
         let results = match outcome {
             Ok(results) => results,
@@ -116,14 +117,18 @@ impl Args {
     }
 
     /// All that is needed before the run directory: the recipe, what is known of its stages, and the device.
-    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plans, Context), Failure> {
+    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plan, Context), Failure> {
         let loaded = match (resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
             (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
             (None, None) => return Err(Failure::mistake("no recipe is named")),
         };
-        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute() };
-        let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
+        let options = PlanOptions {
+            environment: Environment::Checked,
+            missing_weights: MissingWeights::Refused,
+            recompute: self.machine.recompute(),
+        };
+        let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
             let mut report = loaded.locate_all(&refusals);
             if let Some(place) = resumed.and_then(elsewhere) {
                 report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
@@ -131,7 +136,7 @@ impl Args {
             Failure::Recipe(report)
         })?;
         let cx = self.machine.open()?;
-        Ok((loaded, plans, cx))
+        Ok((loaded, plan, cx))
     }
 
     /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
@@ -180,14 +185,13 @@ fn elsewhere(dir: &RunDir) -> Option<String> {
 struct Job<'a> {
     args: &'a Args,
     loaded: &'a Loaded,
-    plans: &'a Plans,
     dir: &'a RunDir,
     stop: &'a StopFlag,
     arguments: &'a [OsString],
 }
 
 impl Job<'_> {
-    fn run_on(&self, cx: &Context, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
+    fn run_on(&self, cx: &Context, plan: Plan, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
@@ -195,11 +199,10 @@ impl Job<'_> {
             workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
-            device: cx.device().name(),
             stop: self.stop,
-            progress: reporter,
+            events: Events::new(vec![Box::new(MetricsFile::new(self.dir)), Box::new(reporter)]),
         };
-        pipeline::run(cx, self.loaded.recipe(), self.plans, self.dir, options)
+        pipeline::run(cx, self.loaded.recipe(), plan, self.dir, options)
     }
 }
 

@@ -2,12 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use maskalign_core::{
-    Context,
-    error::Result as CoreResult,
-    verify::{Case, CaseReport},
-};
+use maskalign_core::{Context, error::Result as CoreResult};
 use maskalign_registry::{Input, LoadRequest, Loaded, Recipe};
+use maskalign_testkit::replay::{Case, CaseReport};
 use serde_json::{Value, json};
 
 use super::machine::Machine;

@@ -12,8 +12,3 @@ pub mod targets;
 pub mod teachers;
 pub mod tokens;
 pub mod towers;
-
-use crate::plugin::kind;
-
-kind!(DatasetTag, crate::data::Dataset, dataset);
-kind!(TransformTag, crate::data::Transform, transform);

@@ -2,7 +2,7 @@
 
 use maskalign_engine::Recompute;
 
-use super::StagePlan;
+use super::StageSummary;
 use crate::components::towers::TowerShape;
 
 /// Bytes of a value.
@@ -13,7 +13,8 @@ const BASE: u64 = 20 << 20;
 const BATCHES: u64 = 3;
 
 /// What a step of a training stage needs room for, in values where nothing else is said.
-pub(super) struct TrainingStep<'a> {
+pub struct TrainingStep<'a> {
+    /// The student.
     pub student: &'a TowerShape,
     /// Images of a micro-batch.
     pub images: usize,
@@ -33,7 +34,7 @@ pub(super) struct TrainingStep<'a> {
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
 /// student's forward and backward passes.
-pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
+pub fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     let arch = step.student.arch;
     let (dim, mlp, depth) = (arch.dim as u64, arch.mlp as u64, arch.depth as u64);
     let rows = (step.images * step.tokens) as u64;
@@ -48,7 +49,7 @@ pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
 }
 
 /// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
-pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
+pub fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
     let raw = batch(1, size);
     let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
     let bank = bank(count, if pixels { raw.max(widest) } else { widest } as usize);
@@ -59,7 +60,7 @@ pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: 
 
 /// Bytes for `count` features of `width` values: themselves, their copy on the device, and the layout they are
 /// multiplied in.
-pub(super) fn bank(count: usize, width: usize) -> u64 {
+pub fn bank(count: usize, width: usize) -> u64 {
     FLOAT * 3 * (count * width) as u64
 }
 

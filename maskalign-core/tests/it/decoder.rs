@@ -73,13 +73,14 @@ fn replay(case: &str, levels: &str) {
     let plan = plan();
     let given = (0..).map_while(|i| recorded.get(&format!("values.levels.{i}")));
     let levels: Vec<Tensor> = given.map(|level| matrix(level, 12).tracked()).collect();
-    assert_eq!(builder.plan(&plan).unwrap().levels.len(), levels.len());
+    let planned = builder.plan(&plan).unwrap();
+    assert_eq!(planned.needs().levels.len(), levels.len());
     let patches = |name: &str| recorded[name].data.iter().map(|&v| v as u32).collect();
     let masks = Masks { batch: BATCH, visible: patches("visible"), masked: patches("masked") };
 
     let composed = Context::new(Device::Cpu, 1).with_forms(Forms::Composed);
     for cx in [composed, Context::new(Device::Cpu, 2)] {
-        let mut aligner = builder.build(&plan, &Init::new(cx.device(), 0, "test")).unwrap();
+        let mut aligner = planned.build(&Init::new(cx.device(), 0, "test")).unwrap();
         let (mut names, mut compared) = (Vec::new(), Vec::new());
         aligner.visit(&mut |p| {
             let value = &recorded[&format!("values.{}", p.name)];

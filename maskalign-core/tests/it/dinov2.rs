@@ -10,9 +10,9 @@ use maskalign_core::{
     components::{
         teachers::{TeacherModel, TowerTeacher, Wants},
         tokens::Masks,
-        towers::{PlanContext, Tap},
+        towers::{Environment, MissingWeights, PlanContext, PlannedTower, Tap, TrainedStudents},
     },
-    nn::{Arch, Bias, Statistics, TowerInput, VitConfig},
+    nn::{Arch, Bias, Init, Statistics, TowerInput, VitConfig},
     ops::Act,
     weights::{self, Family},
 };
@@ -55,9 +55,17 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
     };
     let cx = Context::new(Device::Cpu, 2);
     let students = BTreeMap::new();
-    let plan = PlanContext { data_size: 224, students: &students, environment: true, random_weights: false };
+    let plan = PlanContext {
+        data_size: 224,
+        students: &students,
+        student: None,
+        environment: Environment::Checked,
+        missing_weights: MissingWeights::Refused,
+    };
     let file = Weights::Path(path.to_str().expect("a path in UTF-8").into());
-    let teacher = TowerTeacher::load(&plan, &cx, config, &file, Family::Dinov2).unwrap();
+    let planned = PlannedTower::plan(&plan, config, Some(&file), Family::Dinov2).unwrap();
+    let tower = planned.build(&Init::blank(cx.device()), &TrainedStudents::default()).unwrap();
+    let teacher = TowerTeacher::new(tower, &cx).unwrap();
     let shape = teacher.shape();
 
     // The recorded image is normalised; towers normalise for themselves.

@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, path::Path};
 
 use maskalign_core::{
     Context, Device, ImageBatch, Recompute, Tape,
+    components::towers::{Environment, MissingWeights, TrainedStudents},
     stages::{Finetune, MicroBatch, StageContext, Task},
     weights::{Export, Family, TensorMap, read, to_canonical, to_family},
 };
 use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry, decode_options};
 
 const STAGE: &str = r#"{ name: classifier, stages: { finetune: { type: finetune, epochs: 1, classes: 5,
-    data: { dataset: { type: sample, split: train } },
+    data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
     student: { type: vit, arch: { dim: 16, depth: 2, heads: 2, patch: 7 } },
     optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 1 } } } }"#;
 
@@ -39,16 +40,17 @@ fn a_fine_tuned_student_is_timms_classifier() {
         name,
         seed,
         students: &students,
-        environment: true,
-        random_weights: false,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Refused,
         recompute: Recompute::Never,
     };
-    let (mut model, _) = stage.prepare(&cx, &context, 28, 3, 5).unwrap();
+    let planned = stage.plan_finetune(&context).unwrap_or_else(|refusals| panic!("{refusals:?}"));
+    let mut model = planned.model(&planned.init(&cx), &TrainedStudents::default()).unwrap();
     let mut own = TensorMap::new();
     model.visit(&mut |p| {
         if let Some(tensor) = theirs.get(&p.name) {
             assert_eq!(p.dims, tensor.shape, "{}", p.name);
-            p.load(&tensor.data);
+            p.load(&tensor.data).unwrap();
         }
         own.insert(p.name.clone(), p.to_host());
     });

@@ -11,7 +11,7 @@ pub struct Pointwise {
 }
 
 impl Aligner for Pointwise {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         if plan.tokens.masked {
             return Err(
                 Refusal::whole("there are outputs for the student's tokens only")
@@ -29,18 +29,37 @@ impl Aligner for Pointwise {
             ))
             .help("choose one level of the target, or `combine: mean`"));
         }
-        Ok(AlignNeeds {
-            levels: vec![LevelRef::Block(plan.student.arch.depth - 1)],
-            tap: Tap::Block,
-        })
+        Ok(Box::new(PlannedPointwise {
+            needs: AlignNeeds {
+                levels: vec![LevelRef::Block(plan.student.arch.depth - 1)],
+                tap: Tap::Block,
+            },
+            norm: self.norm,
+            from: plan.student.arch.dim,
+            to: plan.width,
+        }))
+    }
+}
+
+/// A layer between two widths.
+struct PlannedPointwise {
+    needs: AlignNeeds,
+    norm: bool,
+    from: usize,
+    to: usize,
+}
+
+impl PlannedAligner for PlannedPointwise {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
-    fn build(&self, plan: &AlignPlan, init: &Init) -> Result<Box<dyn AlignerModel>, Error> {
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
         let norm = match self.norm {
-            true => Some(Norm::new(init, "pointwise.norm", plan.student.arch.dim, 1e-6)?),
+            true => Some(Norm::new(init, "pointwise.norm", self.from, 1e-6)?),
             false => None,
         };
-        let linear = Linear::new(init, "pointwise.linear", plan.width, plan.student.arch.dim, Bias::With)?;
+        let linear = Linear::new(init, "pointwise.linear", self.to, self.from, Bias::With)?;
         Ok(Box::new(Layers { norm, linear }))
     }
 }

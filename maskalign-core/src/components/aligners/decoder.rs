@@ -6,14 +6,14 @@ use maskalign_engine::{
 };
 use maskalign_registry::{Levels, Refusal};
 
-use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel};
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner};
 use crate::{
     component,
     components::{
+        maskers::Counts,
         tokens::{Masks, Tokens},
-        towers::Tap,
+        towers::{Tap, TowerShape},
     },
-    error::Error,
     nn::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
     register,
 };
@@ -90,7 +90,7 @@ pub struct Decoder {
 }
 
 impl Aligner for Decoder {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         let cross = self.attention == DecoderAttention::Cross;
         if levels.len() != 1 && !cross {
@@ -137,53 +137,85 @@ impl Aligner for Decoder {
                 .in_stage(["masker"], "nothing is masked")
                 .help("give the stage a `masker`, or raise its ratio"));
         }
-        Ok(AlignNeeds { levels, tap: self.tap })
+        Ok(Box::new(PlannedDecoder {
+            needs: AlignNeeds { levels, tap: self.tap },
+            attention: self.attention,
+            depth: self.depth,
+            block: BlockConfig {
+                dim: self.dim,
+                heads: self.heads,
+                mlp: self.mlp.unwrap_or(4 * self.dim),
+                eps: self.eps,
+                act: Act::Gelu,
+                layer_scale: false,
+            },
+            student: plan.student,
+            counts: plan.counts,
+            width: plan.width,
+        }))
+    }
+}
+
+/// A decoder of a student's tokens.
+struct PlannedDecoder {
+    needs: AlignNeeds,
+    attention: DecoderAttention,
+    depth: usize,
+    block: BlockConfig,
+    student: TowerShape,
+    counts: Counts,
+    /// Channels of the target.
+    width: usize,
+}
+
+impl PlannedAligner for PlannedDecoder {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
-    fn kept(&self, plan: &AlignPlan, recompute: Recompute) -> usize {
-        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
-        let student = plan.counts.visible + usize::from(plan.student.cls_token);
-        let tokens = student + plan.counts.masked;
+    fn kept(&self, recompute: Recompute) -> usize {
+        let BlockConfig { dim, mlp, .. } = self.block;
+        let student = self.counts.visible + usize::from(self.student.cls_token);
+        let tokens = student + self.counts.masked;
         match self.attention {
             DecoderAttention::Full if recompute == Recompute::Blocks => self.depth * tokens * dim,
             DecoderAttention::Full => self.depth * tokens * (6 * dim + mlp),
             // Every operator on its own: rows of all tokens, then of the queries.
             DecoderAttention::MaskedQueries => {
-                self.depth * (tokens * 4 * dim + plan.counts.masked * (8 * dim + 2 * mlp))
+                self.depth * (tokens * 4 * dim + self.counts.masked * (8 * dim + 2 * mlp))
             }
             DecoderAttention::Cross => {
-                let several = self.levels.resolve(plan.student.arch.depth).is_ok_and(|levels| levels.len() > 1);
-                let mixed = if several { 2 * plan.student.arch.dim } else { 0 };
-                self.depth * (student * (2 * dim + mixed) + plan.counts.masked * (8 * dim + 2 * mlp))
+                let mixed = if self.needs.levels.len() > 1 { 2 * self.student.arch.dim } else { 0 };
+                self.depth * (student * (2 * dim + mixed) + self.counts.masked * (8 * dim + 2 * mlp))
             }
         }
     }
 
-    fn build(&self, plan: &AlignPlan, init: &Init) -> Result<Box<dyn AlignerModel>, Error> {
-        let grid = plan.student.grid;
-        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
+        let (grid, from, dim) = (self.student.grid, self.student.arch.dim, self.block.dim);
         let mut positions = init.values("decoder_pos_embed", &[1, 1 + grid.patches(), dim], || {
             sincos_positions(dim, grid.rows, grid.columns)
         })?;
         positions.set_trained(false);
-        let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
         let name = |i: usize| format!("decoder_blocks.{i}");
-        let embed = || Linear::new(init, "decoder_embed", dim, plan.student.arch.dim, Bias::With);
+        let embed = || Linear::new(init, "decoder_embed", dim, from, Bias::With);
         let blocks = match self.attention {
             DecoderAttention::Full => Blocks::Full(
                 embed()?,
-                (0..self.depth).map(|i| Block::new(init, &name(i), config)).collect::<Result<_>>()?,
+                (0..self.depth).map(|i| Block::new(init, &name(i), self.block)).collect::<Result<_>>()?,
             ),
             DecoderAttention::MaskedQueries => Blocks::MaskedQueries(
                 embed()?,
-                (0..self.depth).map(|i| QueryBlock::new(init, &name(i), config)).collect::<Result<_>>()?,
+                (0..self.depth).map(|i| QueryBlock::new(init, &name(i), self.block)).collect::<Result<_>>()?,
             ),
             DecoderAttention::Cross => {
-                let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
-                let from = plan.student.arch.dim;
+                let levels = self.needs.levels.len();
+                let mix = || LevelMix::new(init, self.depth, levels, from, self.block.eps);
                 Blocks::Cross(
-                    (levels > 1).then(|| LevelMix::new(init, self.depth, levels, from, self.eps)).transpose()?,
-                    (0..self.depth).map(|i| CrossBlock::new(init, &name(i), from, config)).collect::<Result<_>>()?,
+                    (levels > 1).then(mix).transpose()?,
+                    (0..self.depth)
+                        .map(|i| CrossBlock::new(init, &name(i), from, self.block))
+                        .collect::<Result<_>>()?,
                 )
             }
         };
@@ -191,8 +223,8 @@ impl Aligner for Decoder {
             mask_token: init.normal("mask_token", &[1, 1, dim], 0.02)?,
             positions,
             blocks,
-            norm: Norm::new(init, "decoder_norm", dim, self.eps)?,
-            pred: Linear::new(init, "decoder_pred", plan.width, dim, Bias::With)?,
+            norm: Norm::new(init, "decoder_norm", dim, self.block.eps)?,
+            pred: Linear::new(init, "decoder_pred", self.width, dim, Bias::With)?,
         }))
     }
 }

@@ -4,13 +4,12 @@ use maskalign_engine::{
     Context, Recompute, Result, Tape, Tensor,
     ops::{self, Act},
 };
-use maskalign_registry::{Levels, Refusal};
+use maskalign_registry::{LevelRef, Levels, Refusal};
 
-use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel};
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner};
 use crate::{
     component,
     components::{tokens::Tokens, towers::Tap},
-    error::Error,
     nn::{Bias, Init, Linear, Module, Norm, Param},
     register,
 };
@@ -69,7 +68,7 @@ pub struct Dynamic {
 }
 
 impl Aligner for Dynamic {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         let all = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         if self.tap == Tap::Projection {
             return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
@@ -98,42 +97,74 @@ impl Aligner for Dynamic {
             .beside(["target", "levels"], "the target's levels")
             .help("use `fusion: sum` for unequal depths")
         };
-        let needed = match self.fusion {
+        let student_levels = all.len();
+        let needed: Vec<LevelRef> = match self.fusion {
             Fusion::Linear if all.len() != self.rows(plan) => return Err(unequal("linear")),
             Fusion::Simple if all.len() != self.rows(plan) => return Err(unequal("simple")),
             // Level i feeds head i: the other levels do not reach the loss.
             Fusion::Simple => self.active(plan).into_iter().map(|row| all[row]).collect(),
             _ => all,
         };
-        Ok(AlignNeeds { levels: needed, tap: self.tap })
+        Ok(Box::new(PlannedDynamic {
+            needs: AlignNeeds { levels: needed, tap: self.tap },
+            fusion: self.fusion,
+            head: self.head,
+            rows: self.rows(plan),
+            active: self.active(plan),
+            student_levels,
+            from: plan.student.arch.dim,
+            to: plan.width,
+            tokens: plan.tokens.count(plan.counts.visible, 0),
+            class_token: plan.student.cls_token,
+        }))
+    }
+}
+
+/// An alignment of so many levels.
+struct PlannedDynamic {
+    needs: AlignNeeds,
+    fusion: Fusion,
+    head: Head,
+    /// Rows of the matrix, and heads.
+    rows: usize,
+    /// The rows that are compared.
+    active: Vec<usize>,
+    student_levels: usize,
+    /// Channels of the student and of the target.
+    from: usize,
+    to: usize,
+    /// Tokens of an image that are compared.
+    tokens: usize,
+    class_token: bool,
+}
+
+impl PlannedAligner for PlannedDynamic {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
     /// The mixes and their gradients, and the gradients of the levels.
-    fn kept(&self, plan: &AlignPlan, _recompute: Recompute) -> usize {
-        let levels = Aligner::plan(self, plan).map_or(0, |needs| needs.levels.len());
-        plan.tokens.count(plan.counts.visible, 0) * plan.student.arch.dim * (levels + 2 * plan.wanted.len())
+    fn kept(&self, _: Recompute) -> usize {
+        self.tokens * self.from * (self.needs.levels.len() + 2 * self.active.len())
     }
 
-    fn build(&self, plan: &AlignPlan, init: &Init) -> Result<Box<dyn AlignerModel>, Error> {
-        let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
-        let (rows, active) = (self.rows(plan), self.active(plan));
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
+        let (rows, levels) = (self.rows, self.student_levels);
         let matrix = match self.fusion {
             Fusion::Simple => None,
             Fusion::Linear => {
                 let values = || (0..rows * rows).map(|i| if i % (rows + 1) == 0 { 1.01 } else { 0.01 }).collect();
                 Some(init.values("distill_weights", &[rows, rows], values)?)
             }
-            Fusion::Sum => {
-                Some(init.constant("distill_weights", &[rows, student_levels], 1.0 / student_levels as f32)?)
-            }
+            Fusion::Sum => Some(init.constant("distill_weights", &[rows, levels], 1.0 / levels as f32)?),
         };
         let mut heads = (0..rows)
-            .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, plan.student.arch.dim, plan.width))
+            .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, self.from, self.to))
             .collect::<Result<Vec<_>>>()?;
         for (i, head) in heads.iter_mut().enumerate() {
-            head.visit(&mut |p| p.set_trained(active.contains(&i)));
+            head.visit(&mut |p| p.set_trained(self.active.contains(&i)));
         }
-        Ok(Box::new(DynamicAlignment { matrix, heads, active, class_token: plan.student.cls_token }))
+        Ok(Box::new(DynamicAlignment { matrix, heads, active: self.active.clone(), class_token: self.class_token }))
     }
 }
 

@@ -14,9 +14,7 @@ use crate::{
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
-    error::Error,
     nn::{Init, Module},
-    plugin::kind,
 };
 
 /// What an alignment is asked before the first step.
@@ -62,26 +60,30 @@ pub struct AlignInput<'a> {
     pub tokens: Tokens,
 }
 
-/// An alignment.
+/// An alignment's options.
 pub trait Aligner: Send + Sync {
-    /// What it needs of the student.
+    /// Checks them, and gives what builds the alignment.
     ///
     /// # Errors
     /// Names the option that does not fit the depths, tokens or widths.
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal>;
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal>;
+}
+
+/// An alignment whose options fit.
+pub trait PlannedAligner: Send + Sync {
+    /// What it needs of the student.
+    fn needs(&self) -> &AlignNeeds;
     /// About how many values of each image a step keeps for its backward pass, inside the alignment; for estimates of
     /// memory. With [`Recompute::Blocks`], blocks keep their input alone.
-    fn kept(&self, _plan: &AlignPlan, _recompute: Recompute) -> usize {
+    fn kept(&self, _recompute: Recompute) -> usize {
         0
     }
     /// Makes its parameters. Those that no output reaches must be marked as not trained.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn build(&self, plan: &AlignPlan, init: &Init) -> Result<Box<dyn AlignerModel>, Error>;
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>>;
 }
-
-kind!(AlignerTag, Aligner, aligner);
 
 /// A trained map from the student's outputs to the target's shape.
 pub trait AlignerModel: Module {

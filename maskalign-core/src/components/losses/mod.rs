@@ -6,7 +6,6 @@ mod l1;
 mod mse;
 mod smooth_l1;
 
-use crate::plugin::kind;
 use maskalign_engine::{Context, Result, Tape, Tensor};
 
 /// A loss.
@@ -17,5 +16,3 @@ pub trait Loss: Send + Sync {
     /// Out of memory on the device.
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor>;
 }
-
-kind!(LossTag, Loss, loss);

@@ -5,7 +5,7 @@ mod adamw;
 use maskalign_engine::{Context, Gradients, Result, Tensor};
 use maskalign_registry::Refusal;
 
-use crate::{nn::Param, plugin::kind};
+use crate::nn::Param;
 
 /// What changes from one update to the next.
 #[derive(Clone, Copy, Debug)]
@@ -47,5 +47,3 @@ pub trait Optimizer: Send + Sync {
         update: Update,
     ) -> Result<()>;
 }
-
-kind!(OptimizerTag, Optimizer, optimizer);

@@ -7,8 +7,6 @@ mod multistep;
 use maskalign_engine::Result;
 use maskalign_registry::{Refusal, source::number};
 
-use crate::plugin::kind;
-
 /// A learning rate over time.
 pub trait Schedule: Send + Sync {
     /// The rate at `epoch` (fractional, from 0) of `epochs`, for a peak rate of `peak`.
@@ -20,8 +18,6 @@ pub trait Schedule: Send + Sync {
     /// Names the option.
     fn check(&self, epochs: f64) -> Result<(), Refusal>;
 }
-
-kind!(ScheduleTag, Schedule, schedule);
 
 /// A linear warm-up from `from` to `peak`, or `None` once it is over.
 fn warmup(from: f64, peak: f64, epoch: f64, warmup_epochs: f64) -> Option<f64> {

@@ -2,31 +2,36 @@
 
 mod vit;
 
+use std::sync::Arc;
+
 use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
 use maskalign_registry::Refusal;
 
 use crate::{
-    components::towers::{PlanContext, TowerShape},
+    components::towers::{PlanContext, TowerShape, TrainedStudents},
     error::Error,
     nn::{BranchScales, Features, Init, Module, Reach},
-    plugin::kind,
 };
 
-/// A student.
+/// A student's options.
 pub trait Student: Send + Sync {
-    /// The shape of the tower.
+    /// Checks them, and gives what builds the student.
     ///
     /// # Errors
     /// Names the option that does not fit.
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    /// Builds the tower, from its initial values or from weights.
+    fn plan(&self, cx: &PlanContext) -> Result<Arc<dyn PlannedStudent>, Refusal>;
+}
+
+/// A student whose options fit.
+pub trait PlannedStudent: Send + Sync {
+    /// The shape of its tower.
+    fn shape(&self) -> TowerShape;
+    /// Builds the tower, from its initial values or from weights. Parameters are those of `init`'s role.
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build(&self, plan: &PlanContext, init: &Init) -> Result<Box<dyn StudentModel>, Error>;
+    fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error>;
 }
-
-kind!(StudentTag, Student, student);
 
 /// The tower that is trained.
 pub trait StudentModel: Module {

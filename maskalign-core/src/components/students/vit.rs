@@ -1,12 +1,14 @@
 //! The vision transformer as a student.
 
+use std::sync::Arc;
+
 use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Student, StudentModel};
+use super::{PlannedStudent, Student, StudentModel};
 use crate::{
     component,
-    components::towers::{self, PlanContext, TowerOptions, TowerShape, input},
+    components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents, input},
     error::Error,
     nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Reach, Statistics, Vit, VitConfig},
     register,
@@ -63,7 +65,7 @@ impl VitStudent {
         let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: self.weights.as_ref() };
         let (arch, image_size) = options.resolve(cx)?;
         let earlier = match &self.weights {
-            Some(Weights::Stage(stage)) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape),
+            Some(Weights::Stage(stage)) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape()),
             _ => None,
         };
         let cls_token = self.cls_token.or(earlier.map(|shape| shape.cls_token)).unwrap_or(true);
@@ -94,16 +96,25 @@ impl VitStudent {
 }
 
 impl Student for VitStudent {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        towers::plan_tower(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)
+    fn plan(&self, cx: &PlanContext) -> Result<Arc<dyn PlannedStudent>, Refusal> {
+        let tower = PlannedTower::plan(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)?;
+        Ok(Arc::new(PlannedVit { tower, drop_path: self.drop_path }))
+    }
+}
+
+/// A tower whose sizes and weights fit, and its rate of stochastic depth.
+struct PlannedVit {
+    tower: PlannedTower,
+    drop_path: f64,
+}
+
+impl PlannedStudent for PlannedVit {
+    fn shape(&self) -> TowerShape {
+        self.tower.shape()
     }
 
-    fn build(&self, plan: &PlanContext, init: &Init) -> Result<Box<dyn StudentModel>, Error> {
-        let mut vit = Vit::new(init, self.config(plan)?)?;
-        if let Some(weights) = self.weights.as_ref().filter(|w| init.draws() && !plan.invents(w)) {
-            towers::load_tower(plan, &mut vit, weights, Family::Vit)?;
-        }
-        Ok(Box::new(Tower { vit, drop_path: self.drop_path }))
+    fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error> {
+        Ok(Box::new(Tower { vit: self.tower.build(init, trained)?, drop_path: self.drop_path }))
     }
 }
 

@@ -19,7 +19,6 @@ use crate::{
         towers::{Tap, TowerShape},
     },
     nn::Norm,
-    plugin::kind,
 };
 
 /// What a target is asked before the first step.
@@ -33,26 +32,57 @@ pub struct TargetContext<'a> {
     pub tokens: Tokens,
 }
 
-/// What a target answers.
-#[derive(Clone, Debug)]
-pub struct TargetPlan {
-    /// The teacher it reads.
-    pub teacher: Option<String>,
-    /// Blocks of the teacher that it reads, in the order of its outputs.
-    pub levels: Vec<usize>,
-    /// Outputs: one per level, or one where levels are combined.
+/// A target's options.
+pub trait Target: Send + Sync {
+    /// Checks them, and gives what computes the target.
+    ///
+    /// # Errors
+    /// Names the option that does not fit.
+    fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal>;
+}
+
+/// A target whose options fit: what it gives, and what it is computed from.
+pub struct PlannedTarget {
+    /// Outputs: one a level, or one where levels are combined.
     pub outputs: usize,
-    /// Depth of the tower that the levels belong to: alignments keep one head per level of it.
+    /// Depth of the tower that the levels belong to: alignments keep one head for each level of it.
     pub depth: usize,
+    /// The levels that it lists, in order; those of a target of images are `[0]`.
+    pub levels: Vec<usize>,
     /// Channels.
     pub width: usize,
-    /// Where the teacher is read.
-    pub tap: Tap,
-    /// Whether every token is needed, not only those compared.
-    pub whole: bool,
+    /// What it is computed from.
+    pub source: TargetSource,
 }
 
 /// What a target is computed from.
+pub enum TargetSource {
+    /// The images alone.
+    Images(Box<dyn ImageTarget>),
+    /// A teacher's hidden states.
+    Teacher {
+        /// The teacher's name.
+        name: String,
+        /// Where the teacher is read.
+        tap: Tap,
+        /// Whether every token is needed, not only those compared.
+        whole: bool,
+        /// The target.
+        target: Box<dyn TeacherTarget>,
+    },
+}
+
+impl PlannedTarget {
+    /// The teacher that it reads.
+    pub fn teacher(&self) -> Option<&str> {
+        match &self.source {
+            TargetSource::Images(_) => None,
+            TargetSource::Teacher { name, .. } => Some(name),
+        }
+    }
+}
+
+/// What every target is computed from.
 pub struct TargetInput<'a> {
     /// The images.
     pub images: &'a ImageBatch,
@@ -60,28 +90,33 @@ pub struct TargetInput<'a> {
     pub masks: &'a Masks,
     /// The tokens of the objective.
     pub tokens: Tokens,
-    /// The student, whose statistics and patches pixels are given in.
-    pub student: TowerShape,
-    /// The teacher's levels, and the teacher, where the plan names one.
-    pub teacher: Option<(&'a BTreeMap<usize, Level>, &'a dyn TeacherModel)>,
 }
 
-/// A target.
-pub trait Target: Send + Sync {
-    /// What it needs and gives.
-    ///
-    /// # Errors
-    /// Names the option that does not fit.
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
-    /// The targets, one matrix `[batch * tokens, width]` per output; the rows of an image are its class token, visible
-    /// and masked patches, as far as [`TargetInput::tokens`] has them.
+/// A target that is computed from the images.
+pub trait ImageTarget: Send + Sync {
+    /// The targets, one matrix `[batch * tokens, width]` an output; the rows of an image are its class token, visible and
+    /// masked patches, as far as [`TargetInput::tokens`] has them.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn outputs(&self, cx: &Context, plan: &TargetPlan, input: &TargetInput) -> Result<Vec<Tensor>>;
+    fn outputs(&self, cx: &Context, input: &TargetInput) -> Result<Vec<Tensor>>;
 }
 
-kind!(TargetTag, Target, target);
+/// A target that is computed from a teacher's hidden states.
+pub trait TeacherTarget: Send + Sync {
+    /// The targets as [`ImageTarget::outputs`] gives them, from the teacher's `levels` in the order of the plan; levels
+    /// that no loss compares are left out of them and of the outputs.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn outputs(
+        &self,
+        cx: &Context,
+        input: &TargetInput,
+        teacher: &dyn TeacherModel,
+        levels: &[&Level],
+    ) -> Result<Vec<Tensor>>;
+}
 
 /// How targets are normalised, before tokens are gathered.
 #[component]

@@ -1,4 +1,4 @@
-//! Frozen towers that see the whole image.
+//! Towers that see the whole image and are not trained by gradients.
 
 mod clip;
 mod dino;
@@ -6,7 +6,10 @@ mod dinov2;
 mod tower;
 mod vit;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use maskalign_engine::{Context, ImageBatch, Result, Tensor, ops::Begun};
 use maskalign_registry::Refusal;
@@ -15,12 +18,12 @@ pub use tower::TowerTeacher;
 
 use crate::{
     components::{
+        students::{PlannedStudent, StudentModel},
         tokens::{Masks, Tokens},
-        towers::{PlanContext, Tap, TowerShape},
+        towers::{PlanContext, Tap, TowerShape, TrainedStudents},
     },
     error::Error,
     nn::{Features, Module},
-    plugin::kind,
 };
 
 /// What the objectives and the masker need of a teacher, known before the first step.
@@ -55,24 +58,46 @@ pub struct Level {
     pub only: Option<Tokens>,
 }
 
-/// A teacher.
+/// A teacher's options.
 pub trait Teacher: Send + Sync {
-    /// The shape of the tower.
+    /// Checks them, and gives what builds the teacher.
     ///
     /// # Errors
     /// Names the option that does not fit.
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal>;
+}
+
+/// A teacher whose options fit.
+pub trait PlannedTeacher: Send + Sync {
+    /// The shape of its tower.
+    fn shape(&self) -> TowerShape;
+    /// Whether it gives the attention of its class token, which a masker may draw by.
+    fn gives_attention(&self) -> bool {
+        self.shape().cls_token
+    }
     /// Builds the tower and reads its weights.
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build(&self, plan: &PlanContext, cx: &Context) -> Result<Box<dyn TeacherModel>, Error>;
+    fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error>;
 }
 
-kind!(TeacherTag, Teacher, teacher);
+/// What a teacher is built from.
+pub struct TeacherBuild<'a> {
+    /// Device and operators.
+    pub cx: &'a Context,
+    /// The parameters of earlier stages' students.
+    pub trained: &'a TrainedStudents,
+    /// The student that the stage trains, with its values at the beginning, and how it was built; `None` where the stage
+    /// trains none.
+    pub student: Option<(&'a Arc<dyn PlannedStudent>, &'a mut dyn StudentModel)>,
+}
 
-/// A frozen tower. It runs in two halves: the first gives the attention that a masker may draw by, the second only the
-/// rows of the last block that are compared once the mask is known.
+/// A teacher. It runs in two halves: the first gives the attention that a masker may draw by, the second only the rows of
+/// the last block that are compared once the mask is known.
+///
+/// Its parameters have the role [`Frozen`](maskalign_engine::Role::Frozen), or
+/// [`Moving`](maskalign_engine::Role::Moving) where they change after each update: those are saved in checkpoints.
 pub trait TeacherModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;
@@ -91,4 +116,12 @@ pub trait TeacherModel: Module {
     /// # Errors
     /// Out of memory on the device.
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor>;
+    /// Called after each update of the student, the only time at which a teacher may change. `progress` is the share of
+    /// the stage that is done, in 0..=1.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn after_update(&mut self, _cx: &Context, _student: &mut dyn StudentModel, _progress: f64) -> Result<()> {
+        Ok(())
+    }
 }

@@ -3,18 +3,31 @@
 use std::collections::BTreeMap;
 
 use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
-use maskalign_registry::Weights;
 
-use super::{Level, Pass, TeacherModel, Wants};
+use super::{Level, Pass, PlannedTeacher, TeacherBuild, TeacherModel, Wants};
 use crate::{
     components::{
         tokens::Masks,
-        towers::{self, PlanContext, Tap, TowerShape},
+        towers::{self, PlannedTower, Tap, TowerShape},
     },
     error::Error,
-    nn::{Init, Module, Param, Vit, VitConfig},
-    weights::Family,
+    nn::{Init, Module, Param, Vit},
 };
+
+impl PlannedTeacher for PlannedTower {
+    fn shape(&self) -> TowerShape {
+        PlannedTower::shape(self)
+    }
+
+    fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
+        let device = build.cx.device();
+        let init = match self.is_drawn() {
+            true => Init::new(device, 0, "random teacher"),
+            false => Init::blank(device),
+        };
+        Ok(Box::new(TowerTeacher::new(PlannedTower::build(self, &init, build.trained)?, build.cx)?))
+    }
+}
 
 /// A frozen vision transformer with packed weights.
 pub struct TowerTeacher {
@@ -22,24 +35,11 @@ pub struct TowerTeacher {
 }
 
 impl TowerTeacher {
-    /// Builds the tower, reads its weights and packs them.
+    /// Freezes the tower and packs its weights.
     ///
     /// # Errors
-    /// Weights that are missing or do not fit; out of memory on the device.
-    pub fn load(
-        plan: &PlanContext,
-        cx: &Context,
-        config: VitConfig,
-        source: &Weights,
-        family: Family,
-    ) -> Result<Self, Error> {
-        let mut vit = if plan.invents(source) {
-            Vit::new(&Init::new(cx.device(), 0, "random teacher"), config)?
-        } else {
-            let mut vit = Vit::new(&Init::blank(cx.device()), config)?;
-            towers::load_tower(plan, &mut vit, source, family)?;
-            vit
-        };
+    /// Out of memory on the device.
+    pub fn new(mut vit: Vit, cx: &Context) -> Result<Self> {
         vit.pack(cx)?;
         Ok(TowerTeacher { vit })
     }

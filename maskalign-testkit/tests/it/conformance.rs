@@ -1,6 +1,6 @@
 //! Every built-in component does what components of its kind must do.
 
-use maskalign_core::conformance::{Kind, check, check_all, check_as};
+use maskalign_testkit::conformance::{Kind, check, check_all, check_as};
 
 fn passes(result: Result<(), Vec<String>>) {
     if let Err(faults) = result {

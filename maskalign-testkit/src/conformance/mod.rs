@@ -1,7 +1,7 @@
 //! What every component must do, as checks that a plugin's own test can call.
 //!
 //! ```no_run
-//! maskalign_core::conformance::check_all(Some("my-plugin")).unwrap();
+//! maskalign_testkit::conformance::check_all(Some("my-plugin")).unwrap();
 //! ```
 //!
 //! Each check goes through the registry, as a recipe does: the component is named by kind and name, its example is
@@ -20,7 +20,7 @@ use maskalign_registry::{KindTag, Registry, Slot};
 
 pub use maskalign_registry::Kind;
 
-use crate::{
+use maskalign_core::{
     error::Result,
     plugin::{Build, Component},
 };

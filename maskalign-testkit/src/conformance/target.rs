@@ -3,19 +3,18 @@
 use std::collections::BTreeMap;
 
 use maskalign_engine::{Context, ops::Act};
-use maskalign_registry::{Kind, TargetTag, Weights};
+use maskalign_registry::{Kind, TargetTag};
 
 use super::{Faults, ROUND_OFF, built, composed, fused, relative_difference, same_bits, tower::images};
-use crate::{
+use maskalign_core::{
     components::{
-        targets::{Target, TargetContext, TargetInput, TargetPlan},
+        targets::{PlannedTarget, TargetContext, TargetInput, TargetSource},
         teachers::{TeacherModel, TowerTeacher, Wants},
         tokens::{Masks, Tokens},
-        towers::{PlanContext, TowerShape, input},
+        towers::{TowerShape, input},
     },
     error::Result,
-    nn::{Arch, Bias, Statistics, VitConfig},
-    weights::Family,
+    nn::{Arch, Bias, Init, Statistics, Vit, VitConfig},
 };
 
 /// A tower small enough to run at once and deep enough for what papers take from one.
@@ -47,7 +46,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
         match target.plan(&TargetContext { student: shape, teachers: &teachers, tokens }) {
             Ok(plan) => {
                 planned += 1;
-                if let Err(error) = check_plan(&*target, &plan, tokens, faults) {
+                if let Err(error) = check_plan(&plan, tokens, faults) {
                     faults.add(error);
                 }
             }
@@ -57,12 +56,12 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
     faults.unless(planned > 0, format_args!("it refuses every set of tokens: {}", refusals.join("; ")));
 }
 
-fn check_plan(target: &dyn Target, plan: &TargetPlan, tokens: Tokens, faults: &mut Faults) -> Result<()> {
+fn check_plan(plan: &PlannedTarget, tokens: Tokens, faults: &mut Faults) -> Result<()> {
     faults.unless(plan.outputs > 0 && plan.width > 0, "it plans no output");
     let rows = 2 * tokens.count(3, 2);
     let mut seen = Vec::new();
     for cx in [fused(), composed()] {
-        let values = || outputs(target, plan, tokens, &cx);
+        let values = || outputs(plan, tokens, &cx);
         let first = values()?;
         faults.unless(
             first.len() == plan.outputs,
@@ -87,23 +86,20 @@ fn check_plan(target: &dyn Target, plan: &TargetPlan, tokens: Tokens, faults: &m
 }
 
 /// Shapes and values of every output for two images.
-fn outputs(
-    target: &dyn Target,
-    plan: &TargetPlan,
-    tokens: Tokens,
-    cx: &Context,
-) -> Result<Vec<((usize, usize), Vec<f32>)>> {
-    let students = BTreeMap::new();
-    let at = PlanContext { data_size: 10, students: &students, environment: false, random_weights: true };
-    let nowhere = Weights::Stage("none".into());
-    let teacher = TowerTeacher::load(&at, cx, config(), &nowhere, Family::Vit)?;
+fn outputs(plan: &PlannedTarget, tokens: Tokens, cx: &Context) -> Result<Vec<((usize, usize), Vec<f32>)>> {
+    let teacher = TowerTeacher::new(Vit::new(&Init::new(cx.device(), 0, "random teacher"), config())?, cx)?;
     let images = images(2, 10);
     let masks = Masks { batch: 2, visible: vec![3, 0, 7, 24, 1, 2], masked: vec![5, 6, 9, 10] };
-    let wants = Wants { levels: plan.levels.iter().copied().collect(), whole: plan.whole, tokens, ..Wants::default() };
-    let pass = teacher.begin(cx, &images, &wants)?;
-    let levels = teacher.finish(cx, pass, &wants, &masks)?;
-    let read = plan.teacher.is_some().then_some((&levels, &teacher as &dyn TeacherModel));
-    let input = TargetInput { images: &images, masks: &masks, tokens, student: teacher.shape(), teacher: read };
-    let outputs = target.outputs(cx, plan, &input)?;
+    let input = TargetInput { images: &images, masks: &masks, tokens };
+    let outputs = match &plan.source {
+        TargetSource::Images(target) => target.outputs(cx, &input)?,
+        TargetSource::Teacher { whole, target, .. } => {
+            let levels = plan.levels.iter().copied().collect();
+            let wants = Wants { levels, whole: *whole, tokens, ..Wants::default() };
+            let pass = teacher.begin(cx, &images, &wants)?;
+            let given = teacher.finish(cx, pass, &wants, &masks)?;
+            target.outputs(cx, &input, &teacher, &plan.levels.iter().map(|level| &given[level]).collect::<Vec<_>>())?
+        }
+    };
     Ok(outputs.iter().map(|output| (output.shape(), output.to_vec())).collect())
 }

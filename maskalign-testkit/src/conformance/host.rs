@@ -4,8 +4,8 @@ use maskalign_engine::random::Stream;
 use maskalign_registry::{DatasetTag, Kind, MaskerTag, ScheduleTag, Slot, TransformTag};
 
 use super::{Faults, built};
-use crate::{
-    components::maskers::{MaskInput, Masker},
+use maskalign_core::{
+    components::maskers::{MaskInput, PlannedMasker},
     data::{Images, RgbImage},
     nn::Grid,
     plugin::Build,
@@ -19,7 +19,8 @@ pub(super) fn masker(text: &str, faults: &mut Faults) {
     for (rows, columns) in GRIDS {
         let grid = Grid { rows, columns };
         // A grid may be refused: that is known before the first step.
-        let Ok(counts) = masker.plan(grid) else { continue };
+        let Ok(drawn) = masker.plan(grid) else { continue };
+        let counts = drawn.counts();
         planned += 1;
         faults.unless(counts.visible > 0, format_args!("keeps nothing of a grid of {grid}"));
         faults.unless(
@@ -27,21 +28,22 @@ pub(super) fn masker(text: &str, faults: &mut Faults) {
             format_args!("plans {} + {} of {} patches", counts.visible, counts.masked, grid.patches()),
         );
         faults.unless(
-            masker.plan(grid) == Ok(counts),
+            masker.plan(grid).is_ok_and(|again| again.counts() == counts),
             format_args!("plans a grid of {grid} differently the second time"),
         );
         for image in 0..5 {
-            draws(&*masker, grid, image, faults);
+            draws(&*drawn, masker.teacher().is_some(), grid, image, faults);
         }
     }
     faults.unless(planned > 0, "its example refuses every grid from 1x1 to 14x14");
 }
 
-fn draws(masker: &dyn Masker, grid: Grid, image: u64, faults: &mut Faults) {
-    let Ok(counts) = masker.plan(grid) else { return };
+fn draws(masker: &dyn PlannedMasker, by_attention: bool, grid: Grid, image: u64, faults: &mut Faults) {
+    let counts = masker.counts();
     let mut stream = Stream::new(1, "conformance attention", 0, image);
     let attention: Vec<f32> = (0..grid.patches()).map(|_| 0.01 + stream.uniform() as f32).collect();
-    let input = MaskInput { grid, attention: masker.teacher().is_some().then_some(&attention) };
+    let attention = if by_attention { &attention[..] } else { &[] };
+    let input = MaskInput { epoch: 0, image: image as usize, attention };
     let draw = |seed| masker.draw(&input, &mut Stream::new(seed, "mask", 0, image));
     let mask = draw(0);
     faults.unless(mask == draw(0), format_args!("draws differently from equal streams on a grid of {grid}"));

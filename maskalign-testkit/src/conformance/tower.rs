@@ -13,12 +13,12 @@ use super::{
     Faults, LARGE, ROUND_OFF, built, composed, count, fused, matrix, moved, normal, relative_difference, same_bits,
     slope_error, square_sum,
 };
-use crate::{
+use maskalign_core::{
     components::{
         students::{Student, StudentModel},
-        teachers::{Teacher, Wants},
+        teachers::{Teacher, TeacherBuild, Wants},
         tokens::{Masks, Tokens},
-        towers::{PlanContext, TowerShape},
+        towers::{Environment, MissingWeights, PlanContext, TowerShape, TrainedStudents},
     },
     error::Result,
     nn::{Init, Reach},
@@ -46,8 +46,16 @@ fn fitting_size(plan: impl Fn(usize) -> Result<TowerShape, Refusal>, faults: &mu
 pub(super) fn student(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<StudentTag>(text, faults) else { return };
     let students = BTreeMap::new();
-    let plan = |data_size| PlanContext { data_size, students: &students, environment: false, random_weights: true };
-    let Some(size) = fitting_size(|size| builder.plan(&plan(size)), faults) else { return };
+    let plan = |data_size| PlanContext {
+        data_size,
+        students: &students,
+        student: None,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+    };
+    let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
+        return;
+    };
     if let Err(error) = run_student(&*builder, &plan(size), faults) {
         faults.add(format_args!("at {size} pixels: {error}"));
     }
@@ -55,11 +63,12 @@ pub(super) fn student(text: &str, faults: &mut Faults) {
 
 fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
     let (cx, dev) = (fused(), Device::Cpu);
-    let shape = builder.plan(plan)?;
-    let mut student = builder.build(plan, &Init::new(&dev, 1, "conformance"))?;
+    let planned = builder.plan(plan)?;
+    let (shape, trained) = (planned.shape(), TrainedStudents::default());
+    let mut student = planned.build(&Init::new(&dev, 1, "conformance"), &trained)?;
     faults.unless(student.shape() == shape, "the shape it is built with is not the planned one");
-    let planned = builder.build(plan, &Init::shapes())?.shapes();
-    faults.unless(planned == student.shapes(), "its parameters differ between `Init::shapes` and `Init::new`");
+    let shapes = planned.build(&Init::shapes(), &trained)?.shapes();
+    faults.unless(shapes == student.shapes(), "its parameters differ between `Init::shapes` and `Init::new`");
     let images = images(2, plan.data_size);
     let patches = shape.grid.patches();
     let kept = patches.div_ceil(3);
@@ -92,7 +101,7 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
         apart < ROUND_OFF,
         format_args!("its hidden states differ by {apart:.1e} between the CPU's and the composed operators"),
     );
-    let mut other = builder.build(plan, &Init::new(&dev, 2, "conformance"))?;
+    let mut other = planned.build(&Init::new(&dev, 2, "conformance"), &trained)?;
     other.load(&student.to_host())?;
     faults
         .unless(same_bits(&values, &trial.values(&cx, &*other)?), "its hidden states differ after saving and loading");
@@ -161,7 +170,7 @@ fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, 
     for (name, slope) in &slopes {
         faults.unless(
             slope.iter().any(|v| *v != 0.0) && slope.iter().all(|v| v.is_finite()),
-            format_args!("no finite gradient reaches `{name}`; where it has no part, set `trainable = false`"),
+            format_args!("no finite gradient reaches `{name}`; where it has no part, call `set_trained(false)`"),
         );
     }
     let norm = slopes.iter().map(|(_, slope)| square_sum(slope)).sum::<f64>().sqrt();
@@ -190,8 +199,16 @@ fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, 
 pub(super) fn teacher(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<TeacherTag>(text, faults) else { return };
     let students = BTreeMap::new();
-    let plan = |data_size| PlanContext { data_size, students: &students, environment: false, random_weights: true };
-    let Some(size) = fitting_size(|size| builder.plan(&plan(size)), faults) else { return };
+    let plan = |data_size| PlanContext {
+        data_size,
+        students: &students,
+        student: None,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+    };
+    let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
+        return;
+    };
     if let Err(error) = run_teacher(&*builder, &plan(size), faults) {
         faults.add(format_args!("at {size} pixels: {error}"));
     }
@@ -207,7 +224,8 @@ struct Taught {
 }
 
 fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
-    let shape = builder.plan(plan)?;
+    let planned = builder.plan(plan)?;
+    let (shape, trained) = (planned.shape(), TrainedStudents::default());
     if 12 * shape.arch.depth * shape.arch.dim.pow(2) > LARGE {
         return Ok(());
     }
@@ -217,7 +235,7 @@ fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -
     let masks = Masks { batch: 2, visible, masked: Vec::new() };
     let last = shape.arch.depth - 1;
     let run = |cx: &Context| -> Result<(TowerShape, Taught)> {
-        let teacher = builder.build(plan, cx)?;
+        let teacher = planned.build(&mut TeacherBuild { cx, trained: &trained, student: None })?;
         let wants = Wants { levels: (0..=last).collect(), attention: shape.cls_token, whole: true, ..Wants::default() };
         let mut pass = teacher.begin(cx, &images, &wants)?;
         let attention = std::mem::take(&mut pass.attention);

@@ -11,7 +11,7 @@ use super::{
     Faults, LARGE, ROUND_OFF, built, composed, count, fused, matrix, moved, normal, relative_difference, same_bits,
     slope_error, square_sum,
 };
-use crate::{
+use maskalign_core::{
     components::{
         aligners::{AlignInput, AlignPlan, Aligner, AlignerModel},
         maskers::{Counts, Mask},
@@ -85,8 +85,8 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
         return faults.add(format_args!("it refuses every plan that was tried: {}", refusals.join("; ")));
     }
     let large = accepted.first().is_some_and(|plan| {
-        let aligner = builder.build(plan, &Init::shapes());
-        aligner.is_ok_and(|mut aligner| count(&aligner.shapes()) > LARGE)
+        let aligner = builder.plan(plan).map(|planned| planned.build(&Init::shapes()));
+        aligner.is_ok_and(|aligner| aligner.is_ok_and(|mut aligner| count(&aligner.shapes()) > LARGE))
     });
     let tried = if large { 1 } else { accepted.len() };
     for plan in &accepted[..tried] {
@@ -191,11 +191,11 @@ impl Trial {
 
 fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> Result<()> {
     let here = describe(plan);
-    let needs = builder.plan(plan)?;
+    let planned = builder.plan(plan)?;
     let (cx, dev) = (fused(), Device::Cpu);
-    let build = |seed| builder.build(plan, &Init::new(&dev, seed, "conformance"));
+    let build = |seed| planned.build(&Init::new(&dev, seed, "conformance"));
     let mut aligner = build(1)?;
-    let trial = Trial::new(plan, needs.levels.len());
+    let trial = Trial::new(plan, planned.needs().levels.len());
 
     let outputs = trial.outputs(&cx, &mut Tape::inference(), &*aligner)?;
     if outputs.len() != plan.wanted.len() {
@@ -220,9 +220,8 @@ fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> R
     for name in names.into_iter().filter(|name| TOWER.iter().any(|part| name.starts_with(part))) {
         faults.add(format_args!("{here}: `{name}` is what a student calls a parameter of its own"));
     }
-    let planned = builder.build(plan, &Init::shapes())?.shapes();
     faults.unless(
-        planned == shapes,
+        planned.build(&Init::shapes())?.shapes() == shapes,
         format_args!("{here}: its parameters differ between `Init::shapes` and `Init::new`"),
     );
 
@@ -255,7 +254,7 @@ fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> R
     for (name, _, slope) in parameters.iter().filter(|parameter| parameter.1) {
         faults.unless(
             slope.iter().any(|v| *v != 0.0),
-            format_args!("{here}: no gradient reaches `{name}`; where it has no part, set `trainable = false`"),
+            format_args!("{here}: no gradient reaches `{name}`; where it has no part, call `set_trained(false)`"),
         );
         faults.unless(
             slope.iter().all(|v| v.is_finite()),

@@ -4,7 +4,7 @@ use maskalign_engine::{Context, Tape};
 use maskalign_registry::LossTag;
 
 use super::{Faults, ROUND_OFF, built, composed, fused, matrix, normal, relative_difference};
-use crate::{components::losses::Loss, error::Result};
+use maskalign_core::{components::losses::Loss, error::Result};
 
 /// Rows and channels, odd ones among them.
 const SHAPES: [(usize, usize); 4] = [(1, 2), (5, 7), (3, 16), (2, 33)];

@@ -12,12 +12,17 @@ use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{
-    components::{students::StudentModel, towers::TowerShape},
+use maskalign_core::{
+    components::{
+        students::StudentModel,
+        towers::{Environment, MissingWeights, StudentPlan, TowerShape, TrainedStudents},
+    },
     error::{Error, Result},
-    nn::{Arch, Init},
-    plugin::Build,
-    stages::{Finetune, MicroBatch, Phases, Pretrain, StageContext, Step, Task, Trainer},
+    nn::Arch,
+    stages::{
+        Finetune, ForwardTimes, MicroBatch, Phases, PlannedObjective, PlannedPretrain, Pretrain, StageContext, Step,
+        Task, Trainer,
+    },
 };
 
 /// What is timed.
@@ -78,9 +83,8 @@ pub type Source<'a> = &'a mut dyn FnMut(usize) -> Result<MicroBatch>;
 /// # Errors
 /// A recipe without such a stage, or whose components refuse it.
 pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<BenchReport> {
-    let (name, stage, _) = pretrain_of(recipe, options.batch)?;
-    let size = stage.data().size(false).map_err(|r| located(r.under("data"), name))?;
-    let batch = stage.batch().effective;
+    let batch = Stages::new(recipe, cx, options.batch)?.planned;
+    let (size, batch) = (batch.training().data.size, batch.training().batch.effective);
     let mut synthetic = |step: usize| Ok(synthetic(step, batch, size));
     bench_on(cx, recipe, options, &mut synthetic)
 }
@@ -90,29 +94,21 @@ pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<Ben
 /// # Errors
 /// As there.
 pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: Source) -> Result<BenchReport> {
-    let (name, stage, slot) = pretrain_of(recipe, options.batch)?;
-    let size = stage.data().size(false).map_err(|r| located(r.under("data"), name))?;
-    let students = BTreeMap::new();
-    let context = StageContext {
-        name,
-        seed: recipe.seed,
-        students: &students,
-        environment: false,
-        random_weights: true,
-        recompute: cx.recompute(),
-    };
-    let batch = stage.batch().effective;
+    let Stages { name, options: slot, planned } = Stages::new(recipe, cx, options.batch)?;
+    let batch = planned.training().batch.effective;
     let at = |error| match error {
         Error::Refused(refusal) => located(refusal, name),
         other => other,
     };
+    let (student, trained) = (planned.student().shape(), TrainedStudents::default());
     match options.job {
         Job::Pretrain => {
-            let (mut model, mut trainer) = stage.prepare(cx, &context, size, batch * 1000).map_err(at)?;
-            let student = model.student.shape();
-            let visible = model.visible() + usize::from(student.cls_token);
-            let gflop = model.teacher_shapes().iter().map(|t| tower_flop(t, t.tokens())).sum::<f64>()
-                + 3.0 * (tower_flop(&student, visible) + model.heads_flop(visible));
+            let visible = planned.counts().visible + usize::from(student.cls_token);
+            let heads: f64 = planned.objectives().iter().map(|o| head_flop(o, &student, visible)).sum();
+            let gflop = planned.teacher_shapes().iter().map(|t| tower_flop(t, t.tokens())).sum::<f64>()
+                + 3.0 * (tower_flop(&student, visible) + heads);
+            let mut model = planned.model(cx, &trained).map_err(at)?;
+            let mut trainer = planned.training().trainer_for(batch * 1000);
             time_training(cx, options, batch, &mut model, &mut trainer, gflop / 1e9, source)
         }
         Job::Finetune => {
@@ -122,9 +118,14 @@ pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: So
                 "epochs": 1, "data": slot["data"], "student": student, "optimizer": slot["optimizer"],
                 "schedule": { "type": "constant" }, "batch": { "effective": batch }, "classes": 1000,
             }))?;
-            let (mut model, mut trainer) = finetune.prepare(cx, &context, size, batch * 1000, 1000).map_err(at)?;
+            let students = BTreeMap::new();
+            let planned = finetune
+                .plan_finetune(&context(name, recipe, &students, cx))
+                .map_err(|mut all| located(all.swap_remove(0), name))?;
+            let mut model = planned.model(&planned.init(cx), &trained).map_err(at)?;
             let shape = model.student().shape();
             let gflop = 3.0 * tower_flop(&shape, shape.tokens()) / 1e9;
+            let mut trainer = planned.training().trainer_for(batch * 1000);
             let mut labelled = |step: usize| {
                 let mut batch = source(step)?;
                 batch.labels = batch.indices.iter().map(|&i| Some((i % 1000) as u32)).collect();
@@ -133,34 +134,64 @@ pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: So
             time_training(cx, options, batch, &mut model, &mut trainer, gflop, &mut labelled)
         }
         Job::Features => {
-            let towers = context.towers(size);
-            let student = Build::build(stage.student())
-                .map_err(|r| located(r.under("student"), name))?
-                .build(&towers, &Init::new(cx.device(), recipe.seed, name))
-                .map_err(at)?;
-            let gflop = tower_flop(&student.shape(), student.shape().tokens()) / 1e9;
-            time_features(cx, options, batch, &*student, gflop, source)
+            let model = planned.student().build(&planned.init(cx), &trained).map_err(at)?;
+            let gflop = tower_flop(&student, student.tokens()) / 1e9;
+            time_features(cx, options, batch, &*model, gflop, source)
         }
     }
 }
 
 /// The recipe's first pre-training stage, with the batch replaced.
-fn pretrain_of(recipe: &Recipe, batch: Option<usize>) -> Result<(&String, Pretrain, Value)> {
-    let (name, slot) = recipe.stages.iter().find(|(_, slot)| slot.name == "pretrain").ok_or_else(|| {
-        Error::Usage("the recipe has no stage of type `pretrain`: `bench` times its step, or its student".into())
-    })?;
-    let mut options = slot.options_value();
-    let size = batch.map(|b| json!(b)).unwrap_or_else(|| {
-        let batch = &options["batch"];
-        if batch["micro"].is_null() { batch["effective"].clone() } else { batch["micro"].clone() }
-    });
-    options["batch"] = json!({ "effective": size });
-    let stage = decode_options(options.clone()).map_err(|r| located(r, name))?;
-    Ok((name, stage, options))
+struct Stages<'a> {
+    name: &'a str,
+    options: Value,
+    planned: PlannedPretrain,
+}
+
+impl<'a> Stages<'a> {
+    fn new(recipe: &'a Recipe, cx: &Context, batch: Option<usize>) -> Result<Self> {
+        let (name, slot) = recipe.stages.iter().find(|(_, slot)| slot.name == "pretrain").ok_or_else(|| {
+            Error::Usage("the recipe has no stage of type `pretrain`: `bench` times its step, or its student".into())
+        })?;
+        let mut options = slot.options_value();
+        let size = batch.map(|b| json!(b)).unwrap_or_else(|| {
+            let batch = &options["batch"];
+            if batch["micro"].is_null() { batch["effective"].clone() } else { batch["micro"].clone() }
+        });
+        options["batch"] = json!({ "effective": size });
+        let stage: Pretrain = decode_options(options.clone()).map_err(|r| located(r, name))?;
+        let students = BTreeMap::new();
+        let planned = stage
+            .plan_pretrain(&context(name, recipe, &students, cx))
+            .map_err(|mut all| located(all.swap_remove(0), name))?;
+        Ok(Stages { name, options, planned })
+    }
+}
+
+/// Timings depend on no file.
+fn context<'a>(
+    name: &'a str,
+    recipe: &Recipe,
+    students: &'a BTreeMap<String, StudentPlan>,
+    cx: &Context,
+) -> StageContext<'a> {
+    StageContext {
+        name,
+        seed: recipe.seed,
+        students,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+        recompute: cx.recompute(),
+    }
 }
 
 fn located(refusal: Refusal, stage: &str) -> Error {
     Error::Refused(refusal.under(stage).under("stages"))
+}
+
+/// Multiplications and additions of an alignment's linear outputs for one image of so many tokens.
+fn head_flop(objective: &PlannedObjective, student: &TowerShape, tokens: usize) -> f64 {
+    2.0 * (tokens * student.arch.dim * objective.target.width * objective.level_weights.len()) as f64
 }
 
 /// New images every step, uniform in [0, 1].
@@ -239,15 +270,6 @@ fn time_features(
         }
     }
     Ok(timer.report(cx, batch, gflop))
-}
-
-/// Where the forward pass of a step went, in seconds.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ForwardTimes {
-    /// Frozen towers and targets.
-    pub teacher: f64,
-    /// Drawing masks.
-    pub mask: f64,
 }
 
 #[derive(Default)]

@@ -7,20 +7,24 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
 };
 
-use maskalign_engine::{Context, ImageBatch};
+use maskalign_engine::{Context, ImageBatch, Tape, random::Stream};
 use maskalign_registry::{Recipe, Refusal, decode_options};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::{
+use maskalign_core::{
     components::{
         aligners::{Fusion, Head},
+        maskers::{Counts, Mask, MaskInput, PlannedMasker},
+        teachers::Wants,
         tokens::Masks,
+        towers::{Environment, MissingWeights, TrainedStudents},
     },
     error::{Error, Result},
-    stages::{BatchSize, MicroBatch, Pretrain, StageContext, Task},
+    stages::{BatchSize, MicroBatch, Pretrain, PretrainModel, StageContext, Task},
     weights::{self, HostTensor, TensorMap},
 };
 
@@ -336,32 +340,37 @@ impl Case {
     /// A recipe of another batch or another number of visible patches than the case; whatever ends a step early.
     pub fn replay(&self, cx: &Context, recipe: &Recipe) -> Result<CaseReport> {
         let (name, slot) = recipe.stages.first().ok_or_else(|| Error::Usage("the recipe has no stage".into()))?;
-        let stage: Pretrain = decode_options(slot.options_value()).map_err(|r| r.under(name).under("stages"))?;
+        let located = |error| match error {
+            Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
+            other => other,
+        };
         let students = BTreeMap::new();
         let context = StageContext {
             name,
             seed: recipe.seed,
             students: &students,
-            environment: true,
-            random_weights: false,
+            environment: Environment::Checked,
+            missing_weights: MissingWeights::Refused,
             recompute: cx.recompute(),
         };
-        let located = |error| match error {
-            Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
-            other => other,
-        };
-        let batch = stage.batch();
+        let stage: Pretrain = decode_options(slot.options_value()).map_err(|r| located(r.into()))?;
+        let planned = stage.plan_pretrain(&context).map_err(|mut all| located(all.swap_remove(0).into()))?;
+        let batch = planned.training().batch;
         self.check_batch(batch).map_err(|refusal| located(refusal.into()))?;
-        let (mut model, mut trainer) =
-            stage.prepare(cx, &context, self.images.size, self.images.batch).map_err(located)?;
-        let kept = self.masks[0].visible_each();
-        if model.visible() != kept {
-            let message =
-                format!("leaves {} patches of an image visible, the case's `ids_keep` names {kept}", model.visible());
+        let (kept, visible) = (self.masks[0].visible_each(), planned.counts().visible);
+        if visible != kept {
+            let message = format!("leaves {visible} patches of an image visible, the case's `ids_keep` names {kept}");
             return Err(located(Refusal::new("masker", message).help("the masks come from the case").into()));
         }
+        let planned = planned.with_masker(Arc::new(RecordedMasks(self.masks.clone())));
+        let mut trainer = planned.training().trainer_for(self.images.batch);
+        let mut model = planned.model(cx, &TrainedStudents::default()).map_err(located)?;
         let mut shapes = Vec::new();
-        model.visit(&mut |p| shapes.push((p.name.clone(), p.dims.clone())));
+        model.visit(&mut |p| {
+            if p.role().is_saved() {
+                shapes.push((p.name.clone(), p.dims.clone()));
+            }
+        });
         let mut compared = Compared::default();
         // A recipe whose models have other parameters than the case cannot agree with it.
         let known: BTreeMap<&String, &Vec<usize>> = shapes.iter().map(|(name, dims)| (name, dims)).collect();
@@ -374,11 +383,15 @@ impl Case {
             return Ok(CaseReport { quantities: compared.0, losses: Vec::new() });
         }
         let mut loaded = Ok(());
-        model.visit(&mut |p| loaded = loaded.clone().and(p.load(&self.student[&p.name].data)));
+        model.visit(&mut |p| {
+            if let Some(tensor) = self.student.get(&p.name) {
+                loaded = loaded.clone().and(p.load(&tensor.data));
+            }
+        });
         loaded?;
 
         if let Some(expected) = self.expected.get("attention_cls") {
-            let inspection = model.inspect(cx, &self.images, &self.masks[0])?;
+            let inspection = self.inspect(cx, &model)?;
             compared.add("attention", "attention_cls", &inspection.attention, &expected.data);
             for (kind, prefix, states) in [
                 ("teacher hidden", "teacher_hidden.", &inspection.teacher_hidden),
@@ -387,7 +400,7 @@ impl Case {
                 for (key, expected) in self.expected.iter().filter(|(key, _)| key.starts_with(prefix)) {
                     let block: usize = key[prefix.len()..].parse().unwrap_or(usize::MAX);
                     // Blocks that the loss does not need do not run.
-                    if block < model.student.shape().arch.depth
+                    if block < model.student().shape().arch.depth
                         && kind == "student hidden"
                         && !states.contains_key(&block)
                     {
@@ -400,8 +413,7 @@ impl Case {
         let mut losses = Vec::new();
         for (step, &lr) in self.lr.iter().enumerate() {
             let parts = self.images.batch / batch.micro();
-            model.given_masks.extend((0..parts).map(|part| self.masks_of(step, part, batch.micro())));
-            let mut next = (0..parts).map(|part| self.micro_batch(part, batch.micro()));
+            let mut next = (0..parts).map(|part| self.micro_batch(step, part, batch.micro()));
             let mut micro_batches = || Ok(next.next().expect("as many as there are parts"));
             let stepped = trainer.step_at(cx, &mut model, parts, &mut micro_batches, f64::from(lr))?;
             losses.push(stepped.loss);
@@ -437,25 +449,32 @@ impl Case {
         batch.check()
     }
 
-    /// The masks of one micro-batch of `size` images.
-    fn masks_of(&self, step: usize, part: usize, size: usize) -> Masks {
-        let masks = &self.masks[step];
-        let of = |patches: &[u32], each: usize| patches[part * size * each..][..size * each].to_vec();
-        Masks {
-            batch: size,
-            visible: of(&masks.visible, masks.visible_each()),
-            masked: of(&masks.masked, masks.masked_each()),
+    /// Attention and hidden states for the first step's masks.
+    fn inspect(&self, cx: &Context, model: &PretrainModel) -> Result<Inspection> {
+        let mut inspection = Inspection::default();
+        for teacher in model.teachers() {
+            let levels = (0..teacher.shape().arch.depth).collect();
+            let wants = Wants { levels, attention: true, whole: true, ..Wants::default() };
+            let mut pass = teacher.begin(cx, &self.images, &wants)?;
+            inspection.attention = std::mem::take(&mut pass.attention);
+            let levels = teacher.finish(cx, pass, &wants, &self.masks[0])?;
+            inspection.teacher_hidden = levels.into_iter().map(|(i, level)| (i, level.x.to_vec())).collect();
         }
+        let visible = Some(self.masks[0].visible.as_slice());
+        let off = &mut Tape::inference();
+        let features = model.student().forward(cx, off, &self.images, visible, None, &|_| true)?;
+        inspection.student_hidden = features.hidden.iter().map(|(i, x)| (*i, x.to_vec())).collect();
+        Ok(inspection)
     }
 
-    fn micro_batch(&self, part: usize, size: usize) -> MicroBatch {
+    fn micro_batch(&self, step: usize, part: usize, size: usize) -> MicroBatch {
         let each = self.images.pixels.len() / self.images.batch;
         let pixels = self.images.pixels[part * size * each..][..size * each].to_vec();
         MicroBatch {
             images: ImageBatch { pixels, batch: size, size: self.images.size },
             labels: vec![None; size],
             indices: (part * size..(part + 1) * size).collect(),
-            epoch: 0,
+            epoch: step as u64,
             progress: 0.0,
         }
     }
@@ -478,6 +497,31 @@ impl Case {
                 compared.add(kind, key, &[], &[1.0]);
             }
         }
+    }
+}
+
+/// What is compared besides losses and gradients.
+#[derive(Default)]
+struct Inspection {
+    /// Attention of the teacher's class token, `[batch, patches]`.
+    attention: Vec<f32>,
+    /// The teacher's hidden states, every token, by block: `[batch * tokens, channels]`.
+    teacher_hidden: BTreeMap<usize, Vec<f32>>,
+    /// The student's hidden states of the visible tokens, by block.
+    student_hidden: BTreeMap<usize, Vec<f32>>,
+}
+
+/// The masks of each step, which stands for the epoch.
+struct RecordedMasks(Vec<Masks>);
+
+impl PlannedMasker for RecordedMasks {
+    fn counts(&self) -> Counts {
+        Counts { visible: self.0[0].visible_each(), masked: self.0[0].masked_each() }
+    }
+
+    fn draw(&self, input: &MaskInput, _: &mut Stream) -> Mask {
+        let masks = &self.0[input.epoch as usize];
+        Mask { visible: masks.visible_of(input.image).to_vec(), masked: masks.masked_of(input.image).to_vec() }
     }
 }
 

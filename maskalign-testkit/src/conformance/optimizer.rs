@@ -7,7 +7,7 @@ use maskalign_engine::{
 use maskalign_registry::OptimizerTag;
 
 use super::{Faults, built, composed, fused, matrix, normal, same_bits};
-use crate::{
+use maskalign_core::{
     components::optimizers::{Optimizer, Update},
     error::Result,
     nn::Param,

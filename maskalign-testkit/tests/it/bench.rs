@@ -1,15 +1,17 @@
 //! What `bench` times is the step that `run` takes.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs};
 
 use maskalign_core::{
     Context, Device, ImageBatch, Recompute,
-    bench::{BenchOptions, Job, bench_on},
+    components::towers::{Environment, MissingWeights},
+    events::{Events, MetricsFile},
     pipeline::{self, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
-    stages::{MicroBatch, Pretrain, Progress, StagePlan, StepReport},
+    stages::{MicroBatch, Pretrain, StageContext},
 };
 use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry, ShowOrigin, decode_options};
+use maskalign_testkit::bench::{BenchOptions, Job, bench_on};
 
 const STEPS: usize = 5;
 const BATCH: usize = 24;
@@ -40,16 +42,6 @@ stages:
     batch: { effective: 24 }
 "#;
 
-struct Silent;
-
-impl Progress for Silent {
-    fn stage(&mut self, _: &str, _: &StagePlan) {}
-    fn step(&mut self, _: &StepReport) {}
-    fn count(&mut self, _: &str, _: u64, _: u64) {}
-    fn saved(&mut self, _: &Path) {}
-    fn result(&mut self, _: &str, _: &serde_json::Value) {}
-}
-
 #[test]
 fn the_first_losses_are_those_of_run_on_the_same_data() {
     let request = LoadRequest {
@@ -63,8 +55,12 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
 
     let folder = tempfile::tempdir().unwrap();
     let dir = RunDir::create(folder.path().join("run"), Mode::Fresh).unwrap();
-    let plan = PlanOptions { environment: true, random_weights: false, recompute: Recompute::Never };
-    let plans = pipeline::plan(loaded.recipe(), plan).unwrap_or_else(|_| panic!("the recipe is sound"));
+    let how = PlanOptions {
+        environment: Environment::Checked,
+        missing_weights: MissingWeights::Refused,
+        recompute: Recompute::Never,
+    };
+    let plan = pipeline::plan(loaded.recipe(), how).unwrap_or_else(|_| panic!("the recipe is sound"));
     let options = RunOptions {
         resolved: &loaded.resolved_yaml(ShowOrigin::No),
         fingerprint: &loaded.fingerprint(),
@@ -72,11 +68,10 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         workers: 0,
         command_line: Vec::new(),
         commit: None,
-        device: "cpu".into(),
         stop: &StopFlag::new(),
-        progress: &mut Silent,
+        events: Events::new(vec![Box::new(MetricsFile::new(&dir))]),
     };
-    pipeline::run(&cx, loaded.recipe(), &plans, &dir, options).unwrap();
+    pipeline::run(&cx, loaded.recipe(), plan, &dir, options).unwrap();
     let metrics = fs::read_to_string(dir.metrics_path()).unwrap();
     let run: Vec<f32> = metrics
         .lines()
@@ -84,7 +79,17 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         .collect();
 
     let stage: Pretrain = decode_options(loaded.recipe().stages["pretrain"].options_value()).unwrap();
-    let data = stage.data().open().unwrap();
+    let students = BTreeMap::new();
+    let context = StageContext {
+        name: "pretrain",
+        seed: loaded.recipe().seed,
+        students: &students,
+        environment: Environment::Checked,
+        missing_weights: MissingWeights::Refused,
+        recompute: Recompute::Never,
+    };
+    let planned = stage.plan_pretrain(&context).unwrap_or_else(|refusals| panic!("{refusals:?}"));
+    let data = planned.training().data.open().unwrap();
     let loader = data.training(loaded.recipe().seed, BATCH, BATCH, 0).unwrap();
     let mut batches = loader.batches(Default::default(), Some(STEPS as u64));
     let mut source = |step: usize| {

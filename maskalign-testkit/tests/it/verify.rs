@@ -8,10 +8,10 @@ use std::{
 use maskalign_core::{
     Context, Device, Forms, Recompute,
     error::Error,
-    verify::{Case, CaseReport},
     weights::{TensorFile, TensorMap},
 };
 use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry};
+use maskalign_testkit::replay::{Case, CaseReport};
 
 fn cases() -> Vec<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/cases");
