@@ -166,6 +166,7 @@ impl<S: SharedOptions, O: JsonSchema> JsonSchema for With<S, O> {
         options.extend(last);
         let mut required = take_list(&mut shared, "required");
         required.extend(take_list(&mut whole, "required"));
+        required.sort_by_key(|name| options.keys().position(|option| *name == option.as_str()));
         whole.insert("properties".to_owned(), Value::Object(options));
         if !required.is_empty() {
             whole.insert("required".to_owned(), Value::Array(required));

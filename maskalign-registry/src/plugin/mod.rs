@@ -1,9 +1,8 @@
 //! What a plugin is: a closed set of [`Kind`]s, an open set of [`Entry`]s.
 //!
-//! A crate registers a component with `inventory::submit!`; [`Registry::global`] collects what the
-//! linker found. The registry knows names, options, schemas and examples, never a component's
-//! trait: the typed constructors travel in [`Entry::vtable`] and belong to the crate that defines
-//! the traits.
+//! A crate registers a component with `inventory::submit!`; [`Registry::global`](crate::Registry::global) collects what
+//! the linker found. The registry knows names, options, schemas and examples, never a component's trait: the typed
+//! constructors travel in [`Entry::vtable`] and belong to the crate that defines the traits.
 
 mod decode;
 mod entry;

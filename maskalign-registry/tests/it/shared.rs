@@ -211,6 +211,7 @@ const MISTAKES: &[(&str, &str, &str, &str)] = &[
     ("    epochs: 3\n", "    epochs: ${UNSET}\n", "recipe.yaml:7:13", "unset-variable"),
     ("    epochs: 3\n", "", "recipe.yaml:4:3", "missing-key"),
     ("    block: 2\n", "", "recipe.yaml:12:3", "missing-key"),
+    ("    block: 2\n    data: { type: sample }\n    epochs: 90\n", "", "recipe.yaml:12:3", "missing-key"),
     ("effective: 8, micro: 4 }\n  probe", "effective: 8 }\n  probe", "recipe.yaml:11:5", "missing-key"),
     ("effective: 8, micro: 4 }\n  probe", "effective: 0, micro: 4 }\n  probe", "recipe.yaml:11:25", "out-of-range"),
     ("effective: 8, micro: 4 }\n  probe", "effective: 8, micro: 3 }\n  probe", "recipe.yaml:11:35", "refused"),
@@ -268,7 +269,7 @@ fn the_schema_describes_shared_options_once_and_stays_closed() {
         }
     }
     let required = &definitions["stage.probe"]["required"];
-    assert_eq!(*required, json!(["type", "epochs", "data", "optimizer", "batch", "student", "block"]));
+    assert_eq!(*required, json!(["type", "epochs", "data", "student", "block", "optimizer", "batch"]));
     let texts = document.to_string().matches("Epochs to train for.").count();
     // Once for recipes, once for those that extend others.
     assert_eq!(texts, 2);
@@ -349,6 +350,10 @@ fn options_may_be_shared_in_several_groups() {
     let bad = EXAMPLE.replace("classes: 3", "classes: x");
     let report = registry.component(Kind::Stage, "nested.yaml", &bad).expect_err("no number");
     assert_eq!(report.0[0].path, ["classes"]);
+    let mut odd = NESTED[0].example_value().expect("YAML");
+    odd.as_object_mut().expect("a mapping").remove("type");
+    odd["block"] = json!(3);
+    assert_eq!(decode_options::<Nested>(odd).expect_err("odd").path, ["block"]);
 }
 
 #[test]
