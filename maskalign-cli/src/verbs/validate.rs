@@ -52,7 +52,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let mut valid = true;
         let mut records = Vec::new();
         let mut blank = "";
@@ -138,7 +138,7 @@ fn table(recipe: &str, sound: &Sound) -> String {
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
     let mut text = format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2));
-    for (name, plan) in sound.plans.iter() {
+    for (name, plan) in &sound.plans {
         text.extend(plan.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
     }
     for (name, report) in &sound.unplanned {

@@ -52,7 +52,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self.machine.open()? {
             Opened::Cpu(dev) => self.run_on(session, dev),
             #[cfg(feature = "cuda")]
