@@ -40,7 +40,7 @@ impl Default for Screen {
 
 impl Screen {
     /// Runs what writes to stderr with the bars out of the way.
-    pub fn above<T>(&self, write: impl FnOnce() -> T) -> T {
+    pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
         self.0.suspend(write)
     }
 
@@ -94,7 +94,7 @@ impl Meter {
 
 impl Reporter {
     /// Draws on the screen, or not at all.
-    pub fn new(screen: Screen, quiet: bool) -> Reporter {
+    pub(crate) fn new(screen: Screen, quiet: bool) -> Reporter {
         let style = match (quiet, io::stderr().is_terminal()) {
             (true, _) => Style::Quiet,
             (false, true) => Style::Bars,
@@ -112,7 +112,7 @@ impl Reporter {
     }
 
     /// Takes the bar off the screen.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.bar.finish_and_clear();
     }
 

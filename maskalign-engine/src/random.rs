@@ -1,7 +1,9 @@
 //! Random streams keyed by what they are for.
 
-use rand::{RngCore, SeedableRng};
+use std::convert::Infallible;
+
 use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng, TryRng};
 use rand_distr::{Distribution, StandardNormal};
 
 /// A random stream keyed by (seed, purpose, epoch, sample).
@@ -33,6 +35,11 @@ impl Stream {
     /// Uniform in [0, 1), a multiple of 2^-53.
     pub fn uniform(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    }
+
+    /// 32 bits.
+    pub fn bits(&mut self) -> u32 {
+        self.next_u32()
     }
 
     /// Uniform in [low, high]; `low` where both are equal.
@@ -75,17 +82,20 @@ impl Stream {
     }
 }
 
-impl RngCore for Stream {
-    fn next_u32(&mut self) -> u32 {
-        self.0.next_u32()
+/// What never fails here makes the stream a [`Rng`], which distributions draw from.
+impl TryRng for Stream {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        self.0.try_next_u32()
     }
 
-    fn next_u64(&mut self) -> u64 {
-        self.0.next_u64()
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        self.0.try_next_u64()
     }
 
-    fn fill_bytes(&mut self, bytes: &mut [u8]) {
-        self.0.fill_bytes(bytes);
+    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
+        self.0.try_fill_bytes(bytes)
     }
 }
 

@@ -198,7 +198,7 @@ fn head_flop(objective: &PlannedObjective, student: &TowerShape, tokens: usize) 
 fn synthetic(step: usize, batch: usize, size: usize) -> MicroBatch {
     let mut stream = Stream::new(0, "bench", step as u64, 0);
     let pixels = (0..batch * 3 * size * size)
-        .map(|_| (rand::RngCore::next_u32(&mut stream) >> 8) as f32 / (1 << 24) as f32)
+        .map(|_| (stream.bits() >> 8) as f32 / (1 << 24) as f32)
         .collect();
     MicroBatch {
         images: ImageBatch { pixels, batch, size },

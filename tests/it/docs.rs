@@ -1,6 +1,9 @@
 //! The code, the recipes and the messages in `docs/` are real.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use crate::support::{Sandbox, assert_committed, files_in, here};
 
@@ -53,7 +56,9 @@ fn every_whole_recipe_in_the_guide_validates() {
         // `# recipe NAME.yaml`: later ones may extend it.
         let first = recipe.lines().next().unwrap_or_default();
         let mut words = first.split_whitespace().map(|word| word.trim_end_matches(':'));
-        let name = words.find(|word| word.ends_with(".yaml")).expect("the recipe's first line names its file");
+        let name = words
+            .find(|word| Path::new(word).extension().is_some_and(|ending| ending == "yaml"))
+            .expect("the recipe's first line names its file");
         fs::write(sandbox.work().join(name), recipe).expect("the recipe is written");
         let output = sandbox.run(["validate", "--no-environment", name]);
         assert!(output.status.success(), "recipe {i}:\n{recipe}\n{}", String::from_utf8_lossy(&output.stderr));

@@ -121,8 +121,8 @@ fn takes(schema: &Value) -> String {
     if let Some(words) = schema["x-expected"].as_str() {
         return cell(words);
     }
-    let choices = schema["anyOf"].as_array().into_iter().flatten();
-    if let Some(words) = choices.filter_map(|choice| choice["enum"].as_array()).next() {
+    let mut choices = schema["anyOf"].as_array().into_iter().flatten();
+    if let Some(words) = choices.find_map(|choice| choice["enum"].as_array()) {
         let words: Vec<String> = words.iter().map(|word| format!("`{}`", word.as_str().unwrap_or_default())).collect();
         return words.join(", ");
     }

@@ -16,12 +16,12 @@ use snapbox::{
 use tempfile::TempDir;
 
 /// This package's folder, which holds the fixtures.
-pub fn here() -> &'static Path {
+pub(crate) fn here() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A temporary folder with the command in it under its own name.
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     folder: TempDir,
     command: PathBuf,
 }
@@ -31,7 +31,7 @@ impl Sandbox {
     ///
     /// # Panics
     /// The folder cannot be made.
-    pub fn new() -> Sandbox {
+    pub(crate) fn new() -> Sandbox {
         let binary = env!("CARGO_BIN_EXE_maskalign-under-test");
         let folder = tempfile::tempdir().expect("a temporary folder");
         let work = folder.path().join("work");
@@ -48,12 +48,12 @@ impl Sandbox {
     }
 
     /// The folder that commands run in.
-    pub fn work(&self) -> PathBuf {
+    pub(crate) fn work(&self) -> PathBuf {
         self.folder.path().join("work")
     }
 
     /// The command with arguments, in an environment that is the same on every machine.
-    pub fn command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
+    pub(crate) fn command<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(&self.command);
         command.args(arguments).current_dir(self.work()).env_clear();
         // What Windows needs to start a process at all.
@@ -70,12 +70,12 @@ impl Sandbox {
     ///
     /// # Panics
     /// The command does not start.
-    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Output {
+    pub(crate) fn run<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Output {
         self.command(arguments).output().expect("the command starts")
     }
 
     /// Text without what differs from machine to machine and from version to version.
-    pub fn redact(&self, text: &str) -> String {
+    pub(crate) fn redact(&self, text: &str) -> String {
         let folder = self.folder.path().display().to_string();
         text.replace(&folder, "[DIR]").replace(env!("CARGO_PKG_VERSION"), "[VERSION]")
     }
@@ -83,20 +83,20 @@ impl Sandbox {
 
 /// What must be equal between runs of one recipe.
 #[derive(Debug)]
-pub struct RunRecord {
+pub(crate) struct RunRecord {
     /// The bytes of each stage's `final.safetensors`, by stage.
-    pub finals: BTreeMap<String, Vec<u8>>,
+    pub(crate) finals: BTreeMap<String, Vec<u8>>,
     /// The records of `metrics.jsonl` without timings, in order.
-    pub steps: Vec<Value>,
+    pub(crate) steps: Vec<Value>,
     /// `summary.json` without timings.
-    pub summary: Value,
+    pub(crate) summary: Value,
 }
 
 /// Reads a run directory.
 ///
 /// # Panics
 /// A file is missing, or a line of the metrics is torn.
-pub fn run_record(dir: &Path) -> RunRecord {
+pub(crate) fn run_record(dir: &Path) -> RunRecord {
     let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let parse = |text: &str| -> Value {
         let mut value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{text}: {error}"));
@@ -129,7 +129,7 @@ impl RunRecord {
     ///
     /// # Panics
     /// They differ.
-    pub fn assert_same(&self, other: &RunRecord, what: &str) {
+    pub(crate) fn assert_same(&self, other: &RunRecord, what: &str) {
         assert_eq!(other.steps, self.steps, "{what}: the metrics differ");
         assert_eq!(other.summary, self.summary, "{what}: the summaries differ");
         let stages = |record: &RunRecord| record.finals.keys().cloned().collect::<Vec<_>>();
@@ -144,7 +144,7 @@ impl RunRecord {
 ///
 /// # Panics
 /// The folder cannot be read.
-pub fn files_in(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files_in(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
     files.sort();
@@ -152,7 +152,7 @@ pub fn files_in(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Compares text with a committed file, byte by byte but for the ends of lines; `SNAPSHOTS=overwrite` rewrites the file.
-pub fn compare(file: &Path, text: String) -> Result<(), Error> {
+pub(crate) fn compare(file: &Path, text: String) -> Result<(), Error> {
     let committed = Data::read_from(file, Some(DataFormat::Text)).raw();
     Assert::new().action_env(DEFAULT_ACTION_ENV).try_eq(Some(&"now"), Data::text(text), committed)
 }
@@ -162,7 +162,7 @@ pub fn compare(file: &Path, text: String) -> Result<(), Error> {
 /// # Panics
 /// It is not.
 #[track_caller]
-pub fn assert_committed(file: &Path, text: String) {
+pub(crate) fn assert_committed(file: &Path, text: String) {
     if let Err(stale) = compare(file, text) {
         panic!("{stale}");
     }

@@ -74,7 +74,7 @@ impl From<JobName> for Job {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let loaded = recipes::load_anywhere(session.registry, &self.recipe, &self.sets.sets)?;
         // Numbers that no variable gives cannot be measured with.
         let unset = loaded.unset();

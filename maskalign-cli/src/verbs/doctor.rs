@@ -15,7 +15,8 @@ const FASHION_MNIST: &str = "/usr/share/datasets/fashion-mnist";
 pub(crate) struct Args {}
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    #[expect(clippy::unused_self, reason = "every verb runs alike; this one takes no arguments")]
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let mut lines = vec![
             ("version", env!("CARGO_PKG_VERSION").to_string()),
             ("commit", COMMIT.unwrap_or("unknown").to_string()),
@@ -60,7 +61,7 @@ fn hub_addresses(session: &Session) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (name, _) in embedded::RECIPES {
         let loaded = recipes::load_anywhere(session.registry, Path::new(name), &[]);
-        let mut open: Vec<&Value> = loaded.iter().map(|loaded| loaded.resolved()).collect();
+        let mut open: Vec<&Value> = loaded.iter().map(maskalign_registry::Loaded::resolved).collect();
         while let Some(value) = open.pop() {
             match value {
                 Value::Object(map) => open.extend(map.values()),

@@ -26,7 +26,7 @@ pub(crate) fn at_least_one<T: FromStr>(text: &str) -> Result<T, &'static str> {
 }
 
 impl Machine {
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
     }
 
@@ -39,7 +39,7 @@ impl Machine {
     ///
     /// # Errors
     /// It was asked for by name and is not there, or not in this binary.
-    pub fn open(&self) -> Result<Context, Failure> {
+    pub(super) fn open(&self) -> Result<Context, Failure> {
         // The allocator is the process's: a library leaves it alone, a program may set it.
         maskalign_core::keep_freed_memory();
         let device = self.device.open().map_err(maskalign_core::error::Error::from)?;

@@ -77,7 +77,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
         let (loaded, plan, cx) = match self.prepare(session, resumed.as_ref()) {
@@ -91,6 +91,7 @@ impl Args {
             Some(dir) => dir,
             None => {
                 let name = &loaded.recipe().name;
+                #[expect(clippy::disallowed_methods, reason = "a folder that nobody named is named by the date")]
                 let path = self.out.clone().unwrap_or_else(|| RunDir::default_path(name, SystemTime::now()));
                 RunDir::create(path, if self.force { Mode::Force } else { Mode::Fresh })?
             }

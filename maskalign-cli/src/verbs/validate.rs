@@ -54,7 +54,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let mut valid = true;
         let mut records = Vec::new();
         let mut blank = "";

@@ -48,7 +48,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let cx = self.machine.open()?;
         let mut code = 0;
         let mut records = Vec::new();

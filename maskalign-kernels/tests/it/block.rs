@@ -96,6 +96,7 @@ struct Step {
 }
 
 /// Forward and backward; `save` chooses between saved and recomputed intermediate results.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one product")]
 fn step(
     pool: &Pool,
     arena: &Arena,

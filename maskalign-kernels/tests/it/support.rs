@@ -4,7 +4,7 @@ use maskalign_kernels::{Act, Arena, Pool};
 use std::sync::Arc;
 
 /// Uniform values in -1..1 from a counter (SplitMix64).
-pub fn noise(len: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     (0..len as u64)
         .map(|i| {
             let mut z = (i + 1 + (seed << 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -15,12 +15,12 @@ pub fn noise(len: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-pub fn wide(x: &[f32]) -> Vec<f64> {
+pub(crate) fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
 /// Norm of the difference over the norm of `want`, or over 1e-30 for zeros.
-pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
+pub(crate) fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square = |x: f64| x * x;
     let difference: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - w)).sum();
@@ -30,13 +30,13 @@ pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
 }
 
 #[track_caller]
-pub fn assert_close(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
+pub(crate) fn assert_close(got: &[f32], want: &[f64], tolerance: f64, what: &str) {
     let error = relative_error(got, want);
     assert!(error <= tolerance, "{what}: relative error {error:.2e} beyond {tolerance:.0e}");
 }
 
 /// Central differences of `f` at `x`, for the elements `picks`.
-pub fn finite_differences(
+pub(crate) fn finite_differences(
     x: &[f64],
     picks: impl IntoIterator<Item = usize>,
     mut f: impl FnMut(&[f64]) -> f64,
@@ -58,7 +58,7 @@ pub fn finite_differences(
 }
 
 /// Runs `f` on pools of one, two and three threads; the results must be equal to the last bit.
-pub fn on_pools<T: PartialEq>(mut f: impl FnMut(&Arc<Pool>, &Arena) -> T) -> T {
+pub(crate) fn on_pools<T: PartialEq>(mut f: impl FnMut(&Arc<Pool>, &Arena) -> T) -> T {
     let mut results = [1, 2, 3].map(|threads| f(&Pool::new(threads), &Arena::new())).into_iter();
     let first = results.next().expect("three results");
     for other in results {
@@ -67,11 +67,17 @@ pub fn on_pools<T: PartialEq>(mut f: impl FnMut(&Arc<Pool>, &Arena) -> T) -> T {
     first
 }
 
-pub fn weighted_sum(y: &[f64], w: &[f32]) -> f64 {
+pub(crate) fn weighted_sum(y: &[f64], w: &[f32]) -> f64 {
     y.iter().zip(w).map(|(y, &w)| y * f64::from(w)).sum()
 }
 
-pub fn wide_layer_norm(x: &[f64], cols: usize, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Vec<f64> {
+pub(crate) fn wide_layer_norm(
+    x: &[f64],
+    cols: usize,
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+) -> Vec<f64> {
     x.chunks(cols)
         .flat_map(|x| {
             let mean = x.iter().sum::<f64>() / cols as f64;
@@ -85,7 +91,7 @@ pub fn wide_layer_norm(x: &[f64], cols: usize, gamma: Option<&[f64]>, beta: Opti
 }
 
 /// `x w^T + b` for `w` `[outputs, inputs]`.
-pub fn wide_linear(x: &[f64], w: &[f64], b: Option<&[f64]>, inputs: usize) -> Vec<f64> {
+pub(crate) fn wide_linear(x: &[f64], w: &[f64], b: Option<&[f64]>, inputs: usize) -> Vec<f64> {
     x.chunks(inputs)
         .flat_map(|x| {
             w.chunks(inputs)
@@ -97,7 +103,7 @@ pub fn wide_linear(x: &[f64], w: &[f64], b: Option<&[f64]>, inputs: usize) -> Ve
 }
 
 #[derive(Clone, Copy)]
-pub struct Attention {
+pub(crate) struct Attention {
     pub batch: usize,
     pub heads: usize,
     pub head_dim: usize,
@@ -107,7 +113,7 @@ pub struct Attention {
 
 /// Rows of `heads * head_dim`; returns the output and the probabilities `[batch, heads, queries,
 /// keys]`.
-pub fn wide_attention(s: Attention, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
+pub(crate) fn wide_attention(s: Attention, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let dim = s.heads * s.head_dim;
     let mut out = vec![0.0; s.batch * s.queries * dim];
     let mut all = Vec::new();
@@ -136,7 +142,7 @@ pub fn wide_attention(s: Attention, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64
     (out, all)
 }
 
-pub fn wide_softmax(x: &[f64]) -> Vec<f64> {
+pub(crate) fn wide_softmax(x: &[f64]) -> Vec<f64> {
     let largest = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let e: Vec<f64> = x.iter().map(|x| (x - largest).exp()).collect();
     let sum: f64 = e.iter().sum();
@@ -155,7 +161,7 @@ fn normal_cdf(x: f64) -> f64 {
     0.5 + sum * h / 3.0
 }
 
-pub fn wide_act(act: Act, x: f64) -> f64 {
+pub(crate) fn wide_act(act: Act, x: f64) -> f64 {
     match act {
         Act::None => x,
         Act::Gelu => x * normal_cdf(x),
@@ -164,13 +170,13 @@ pub fn wide_act(act: Act, x: f64) -> f64 {
 }
 
 /// The inputs of `fixtures/make_operators.py`.
-pub fn wave(len: usize, seed: u32) -> Vec<f32> {
+pub(crate) fn wave(len: usize, seed: u32) -> Vec<f32> {
     let seed = f64::from(seed);
     (0..len).map(|i| (i as f64 * (0.37 + 0.11 * seed) + seed).sin() as f32).collect()
 }
 
 /// What PyTorch computed under this name.
-pub fn recorded(name: &str) -> Vec<f64> {
+pub(crate) fn recorded(name: &str) -> Vec<f64> {
     let line = include_str!("../fixtures/operators.txt")
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))

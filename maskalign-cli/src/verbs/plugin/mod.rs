@@ -53,7 +53,7 @@ const TEMPLATE: [(&str, &str); 7] = [
 ];
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let What::Plugin(plugin) = self.what;
         plugin.write(Path::new(""), session.registry)
     }
