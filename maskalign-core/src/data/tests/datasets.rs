@@ -196,6 +196,7 @@ fn lists_in_other_forms_are_answered_with_the_way_out() {
         ("1.jpg -1\nsub/2.jpg 1\n", 1, "negative", "-1"),
         ("1.jpg 0.0\nsub/2.jpg 1.0\n", 1, "decimal", "astype(int)"),
         // More of them.
+        ("1.jpg red fox\nsub/2.jpg wolf\n", 1, "found `red fox`", r#"["red fox", "wolf"]"#),
         ("1.jpg;0\n", 1, "a semicolon", "`path;label`"),
         ("1.jpg, 0\n", 1, "a comma", "put a tab"),
         ("\"1.jpg\",0\n", 1, "a comma", "`path,label`"),
