@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 
+use super::files::{bare_variable, odd_letter};
 use super::some_of;
 
 /// Labels from here on are refused: more likely a mistake than a class.
@@ -356,6 +357,12 @@ fn check_path(row: &Row<'_>, root: &Path) -> Result<(), Fault> {
             _ => refused(format!("`{path}` is an address, not a file"), "get the images, and list their paths"),
         };
     }
+    if path.starts_with("${") || path.starts_with('$') && bare_variable(path).is_some() {
+        return refused(
+            format!("`{path}`: variables are not filled in in a list"),
+            "write paths from `root` on, and the variable there",
+        );
+    }
     if path.starts_with("~/") {
         return refused(
             format!("`{path}`: `~` does not stand for the home folder in a list"),
@@ -406,6 +413,10 @@ fn read_label(line: usize, label: &str, rows: &[Row<'_>], names: &Names<'_>) -> 
     }
     if let Some(label) = names.label(label) {
         return Ok(label);
+    }
+    if let Some(letter) = odd_letter(label) {
+        let message = format!("expected a label from 0 to {}, found `{label}`, which holds {letter}", LABELS - 1);
+        return Err(fault(line, message, "write the digits alone"));
     }
     if let Ok(number) = label.parse::<f64>() {
         let help = if number < 0.0 {

@@ -30,6 +30,12 @@ const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Memory in bytes that a decoder may use beside the image itself.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
 
+/// The same for PNG, beside some of the rows.
+const MAX_PNG_BYTES: u64 = 32 << 20;
+
+/// Bytes of the largest pixel: four samples of 16 bits.
+const MAX_PIXEL_BYTES: u64 = 8;
+
 /// Reads one image file.
 ///
 /// # Errors
@@ -136,7 +142,13 @@ fn by_image(bytes: &[u8], format: ImageFormat) -> Result<RgbImage, Unreadable> {
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(MAX_DECODER_BYTES);
+    limits.max_alloc = Some(match (format, bytes.get(16..20)) {
+        // A packed colour profile, which nobody asks for, could take the whole of it: rows are what memory is for here.
+        (ImageFormat::Png, Some(&[a, b, c, d])) => {
+            MAX_PNG_BYTES + 4 * MAX_PIXEL_BYTES * u64::from(u32::from_be_bytes([a, b, c, d]))
+        }
+        _ => MAX_DECODER_BYTES,
+    });
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(failed)?;
     let (width, height) = decoder.dimensions();
