@@ -128,6 +128,12 @@ fn why_missing(path: &str, expanded: &Path) -> String {
     if path.contains("${") {
         return "`${...}` stands in it as it is: the variable was not filled in".into();
     }
+    if let Some(name) = bare_variable(path) {
+        return format!("`${name}` stands in it as it is: variables are written `${{{name}}}`");
+    }
+    if let Some(letter) = odd_letter(path) {
+        return format!("it holds {letter}: write the path again by hand");
+    }
     let there = expanded.ancestors().skip(1).find(|folder| folder.is_dir());
     match there {
         Some(folder) if expanded.is_absolute() && folder.parent().is_none() => format!(
@@ -146,4 +152,37 @@ fn expand_home(path: &str) -> PathBuf {
         (Some(rest), Some(home)) => Path::new(&home).join(rest),
         _ => PathBuf::from(path),
     }
+}
+
+/// The name after a `$` without braces, as shells fill in and recipes and lists do not.
+pub(super) fn bare_variable(path: &str) -> Option<&str> {
+    let (_, after) = path.split_once('$')?;
+    let end = after.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_').unwrap_or(after.len());
+    let name = &after[..end];
+    name.starts_with(|letter: char| letter.is_ascii_alphabetic() || letter == '_').then_some(name)
+}
+
+/// The first letter that cannot be seen, or looks like one that is meant: its number and its name. Such letters come
+/// from web pages and word processors.
+pub(super) fn odd_letter(text: &str) -> Option<String> {
+    text.chars().find_map(|letter| {
+        let name = match letter {
+            '\u{a0}' | '\u{202f}' => "a no-break space",
+            '\u{ad}' => "a soft hyphen",
+            '\u{200b}' => "a zero-width space",
+            '\u{200c}' | '\u{200d}' | '\u{2060}' => "a zero-width joiner",
+            '\u{feff}' => "a byte order mark",
+            '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+                "a mark of writing direction"
+            }
+            '\u{2212}' => "a minus sign in place of `-`",
+            '\u{2010}'..='\u{2015}' => "a dash in place of `-`",
+            '\u{2018}' | '\u{2019}' | '\u{201c}' | '\u{201d}' => "a typographic quote",
+            '\u{2044}' | '\u{2215}' => "a slash that is not `/`",
+            '\u{3000}' => "a wide space",
+            '\u{ff10}'..='\u{ff19}' => "a wide digit",
+            _ => return None,
+        };
+        Some(format!("U+{:04X}, {name}", u32::from(letter)))
+    })
 }

@@ -190,7 +190,8 @@ impl ImageFolder {
         };
         let first = names.iter().find(to_train);
         let all = names.iter().all(|name| to_train(&name) || to_test(&name));
-        if !all && !(first.is_some() && names.iter().any(|name| to_test(&name))) {
+        let side_by_side = first.is_some() && names.iter().any(|name| to_test(&name));
+        if !(all || side_by_side) {
             return Ok(());
         }
         let splits: Vec<String> =

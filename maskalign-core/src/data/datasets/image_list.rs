@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::files::{FileImages, existing_file, existing_folder, open_named};
+use super::files::{FileImages, existing_file, existing_folder, odd_letter, open_named};
 use super::list::{self, Entry, Fault};
 use crate::Refusal;
 use crate::data::{Dataset, Images};
@@ -87,7 +87,10 @@ impl ImageList {
         let better: Option<PathBuf> = above.filter(|folder| folder.join(first).exists()).or_else(below);
         let help = match better {
             Some(folder) => format!("it is there from `{}` on: write `root: {}`", folder.display(), folder.display()),
-            None => "paths in the list start from `root`, or from the folder of the list".into(),
+            None => match first.to_str().and_then(odd_letter) {
+                Some(letter) => format!("it holds {letter}: write the path again by hand"),
+                None => "paths in the list start from `root`, or from the folder of the list".into(),
+            },
         };
         Refusal::new(option, format!("none of the first images is there, such as `{}`", full.display())).help(help)
     }

@@ -1,8 +1,11 @@
 //! The text of image lists: what is read, and what else people write, answered with the way out.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 
+use super::files::{bare_variable, odd_letter};
 use super::some_of;
 
 /// Labels from here on are refused: more likely a mistake than a class.
@@ -36,22 +39,28 @@ fn fault(line: usize, message: impl Into<String>, help: impl Into<String>) -> Fa
 /// A line's path and label as they are written.
 struct Row<'a> {
     line: usize,
-    path: std::borrow::Cow<'a, str>,
-    label: Option<String>,
+    path: Cow<'a, str>,
+    label: Option<Cow<'a, str>>,
 }
 
 /// Reads a list. `root` is where relative paths start, `classes` the names by label where they are given.
 pub(super) fn parse(bytes: &[u8], root: &Path, classes: Option<&[String]>) -> Result<List, Fault> {
     let text = decoded(bytes)?;
-    let lines: Vec<(usize, &str)> = numbered_lines(text).collect();
+    let mut lines = numbered_lines(text);
     let mut notes = Vec::new();
-    let rows = match lines.first() {
-        None => Vec::new(),
-        Some(&(line, first)) => match Header::of(line, first)? {
-            Some(header) => header.rows(&lines[1..], &mut notes)?,
-            None => lines.iter().map(|&(line, text)| plain_row(line, text, root)).collect::<Result<_, _>>()?,
-        },
+    let header = match lines.clone().next() {
+        Some((line, first)) => Header::of(line, first)?,
+        None => None,
     };
+    let rows: Vec<Row<'_>> = match header {
+        Some(header) => {
+            lines.next();
+            notes.extend(header.note());
+            lines.map(|(line, text)| header.row(line, text)).collect::<Result<_, _>>()?
+        }
+        None => lines.map(|(line, text)| plain_row(line, text, root)).collect::<Result<_, _>>()?,
+    };
+    let names = Names::of(classes);
     let mut entries: Vec<Entry> = Vec::with_capacity(rows.len());
     for row in &rows {
         check_path(row, root)?;
@@ -70,7 +79,7 @@ pub(super) fn parse(bytes: &[u8], root: &Path, classes: Option<&[String]>) -> Re
                 ),
             });
         }
-        let label = row.label.as_deref().map(|label| read_label(row.line, label, &rows, classes)).transpose()?;
+        let label = row.label.as_deref().map(|label| read_label(row.line, label, &rows, &names)).transpose()?;
         entries.push((PathBuf::from(&*row.path).into_boxed_path(), label));
     }
     check_labels(&rows, &entries, classes)?;
@@ -97,7 +106,7 @@ fn decoded(bytes: &[u8]) -> Result<&str, Fault> {
 }
 
 /// The lines that hold something, without spaces around them; they end as on Linux, Windows or an old Macintosh.
-fn numbered_lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+fn numbered_lines(text: &str) -> impl Iterator<Item = (usize, &str)> + Clone {
     let is_old = !text.contains('\n');
     let lines = text.split(move |letter| letter == '\n' || is_old && letter == '\r');
     lines.enumerate().map(|(index, line)| (index + 1, line.trim())).filter(|(_, line)| !line.is_empty())
@@ -183,47 +192,42 @@ impl Header {
         Ok(None)
     }
 
-    fn rows<'a>(&self, lines: &[(usize, &'a str)], notes: &mut Vec<String>) -> Result<Vec<Row<'a>>, Fault> {
-        let used = |index: &usize| *index == self.path || Some(*index) == self.label;
+    /// What to say of columns that are not read.
+    fn note(&self) -> Option<String> {
         let unread: Vec<String> = (0..self.columns.len())
-            .filter(|index| !used(index) && !self.columns[*index].is_empty())
+            .filter(|&index| index != self.path && !self.columns[index].is_empty())
             .map(|index| format!("`{}`", self.columns[index]))
             .collect();
-        if self.label.is_none() && !unread.is_empty() {
-            notes.push(format!(
-                "no column is called `label`, so that the images have no labels; not read: {}",
-                some_of(&unread)
+        (self.label.is_none() && !unread.is_empty()).then(|| {
+            format!("no column is called `label`, so that the images have no labels; not read: {}", some_of(&unread))
+        })
+    }
+
+    fn row<'a>(&self, line: usize, text: &'a str) -> Result<Row<'a>, Fault> {
+        let Some(mut fields) = fields(text, self.separator) else {
+            return Err(fault(
+                line,
+                "a quote is not closed",
+                "close it on the same line; a quote in a path is written twice",
+            ));
+        };
+        if fields.len() != self.columns.len() {
+            return Err(fault(
+                line,
+                format!("found {} fields, where the first line names {} columns", fields.len(), self.columns.len()),
+                "put a path that holds a comma into double quotes",
             ));
         }
-        let mut rows = Vec::with_capacity(lines.len());
-        for &(line, text) in lines {
-            let Some(mut fields) = fields(text, self.separator) else {
-                return Err(fault(
-                    line,
-                    "a quote is not closed",
-                    "close it on the same line; a quote in a path is written twice",
-                ));
-            };
-            if fields.len() != self.columns.len() {
-                return Err(fault(
-                    line,
-                    format!("found {} fields, where the first line names {} columns", fields.len(), self.columns.len()),
-                    "put a path that holds a comma into double quotes",
-                ));
-            }
-            let label = self.label.map(|label| fields[label].trim().to_owned());
-            if label.as_deref() == Some("") {
-                return Err(fault(line, "the label is empty", "give the image a label, or remove the line"));
-            }
-            let path = std::mem::take(&mut fields[self.path]);
-            rows.push(Row { line, path, label });
+        let label = self.label.map(|label| std::mem::take(&mut fields[label]));
+        if label.as_deref().is_some_and(|label| label.trim().is_empty()) {
+            return Err(fault(line, "the label is empty", "give the image a label, or remove the line"));
         }
-        Ok(rows)
+        Ok(Row { line, path: std::mem::take(&mut fields[self.path]), label })
     }
 }
 
 /// The fields of a line of CSV (RFC 4180), `None` where a quote is not closed.
-fn fields(line: &str, separator: char) -> Option<Vec<std::borrow::Cow<'_, str>>> {
+fn fields(line: &str, separator: char) -> Option<Vec<Cow<'_, str>>> {
     let mut fields = Vec::new();
     let mut rest = line;
     loop {
@@ -265,29 +269,33 @@ fn fields(line: &str, separator: char) -> Option<Vec<std::borrow::Cow<'_, str>>>
 
 /// A line without a header above: a path, or a path and a label after a tab or a space.
 fn plain_row<'a>(line: usize, text: &'a str, root: &Path) -> Result<Row<'a>, Fault> {
-    let row = |path: &'a str, label: Option<&str>| Row {
+    let row = |path: &'a str, label: Option<&'a str>| Row {
         line,
         path: path.trim_end().into(),
-        label: label.map(str::to_owned),
+        label: label.map(|label| label.trim().into()),
     };
     if let Some((path, label)) = text.rsplit_once('\t') {
-        return Ok(row(path, Some(label.trim())));
+        return Ok(row(path, Some(label)));
     }
-    // A file of that name is meant, whatever it is called.
-    if root.join(text).is_file() {
-        return Ok(row(text, None));
+    match split_row(line, text) {
+        Ok((path, label)) if label.is_none_or(is_number) => Ok(row(path, label)),
+        // A file that is there is meant, whatever it is called.
+        _ if root.join(text).is_file() => Ok(row(text, None)),
+        Ok((path, label)) => Ok(row(path, label)),
+        Err(fault) => Err(fault),
     }
+}
+
+/// Path and label of a line without tabs.
+fn split_row(line: usize, text: &str) -> Result<(&str, Option<&str>), Fault> {
     for (separator, name) in [(',', "a comma"), (';', "a semicolon")] {
         if let Some((path, label)) = text.rsplit_once(separator)
             && (has_image_ending(path.trim().trim_matches('"')) || is_number(label.trim()))
         {
-            return Err(fault(
-                line,
-                format!("path and label stand apart by {name}"),
-                format!(
-                    "put a tab in its place; or write the line `path{separator}label` above, and the list is read as CSV"
-                ),
-            ));
+            let way_out = format!(
+                "put a tab in its place; or write the line `path{separator}label` above, and the list is read as CSV"
+            );
+            return Err(fault(line, format!("path and label stand apart by {name}"), way_out));
         }
     }
     if text.starts_with(['{', '[']) {
@@ -301,28 +309,28 @@ fn plain_row<'a>(line: usize, text: &'a str, root: &Path) -> Result<Row<'a>, Fau
         let help = "remove the quotes and put a tab before the label; or write the line `path,label` above and a comma before the label, and the list is read as CSV";
         return Err(fault(line, "the path is in quotes", help));
     }
-    let Some((path, label)) = text.rsplit_once(' ') else { return Ok(row(text, None)) };
+    let Some((path, label)) = text.rsplit_once(' ') else { return Ok((text, None)) };
     let path = path.trim_end();
-    let several =
-        path.rsplit_once(' ').filter(|(before, number)| is_number(number) && has_image_ending(before.trim_end()));
-    if several.is_some() && is_number(label) {
+    let before = path.rsplit_once(' ').filter(|(_, number)| is_number(number)).map(|(before, _)| before.trim_end());
+    if is_number(label) && before.is_some_and(has_image_ending) {
         return Err(fault(line, "found more than one label", "give each image one label"));
     }
     if let Some((first, rest)) = text.split_once(' ')
         && is_number(first)
         && has_image_ending(rest)
     {
-        return Err(fault(
-            line,
-            format!("the label `{first}` stands before the path"),
-            "write the path first, then its label",
-        ));
+        let message = format!("the label `{first}` stands before the path");
+        return Err(fault(line, message, "write the path first, then its label"));
     }
-    // A word after a file's name is a label, though it may turn out not to be a number.
-    if is_number(label) || has_image_ending(path) {
-        return Ok(row(path, Some(label)));
+    if is_number(label) {
+        return Ok((path, Some(label)));
     }
-    Ok(row(text, None))
+    // Words after a file's name are a label, though they may turn out not to be a number.
+    let mut places = text.match_indices(' ').map(|(at, _)| text.split_at(at));
+    Ok(match places.find(|(path, _)| has_image_ending(path)) {
+        Some((path, label)) => (path, Some(label)),
+        None => (text, None),
+    })
 }
 
 fn is_number(text: &str) -> bool {
@@ -349,6 +357,12 @@ fn check_path(row: &Row<'_>, root: &Path) -> Result<(), Fault> {
             _ => refused(format!("`{path}` is an address, not a file"), "get the images, and list their paths"),
         };
     }
+    if path.starts_with("${") || path.starts_with('$') && bare_variable(path).is_some() {
+        return refused(
+            format!("`{path}`: variables are not filled in in a list"),
+            "write paths from `root` on, and the variable there",
+        );
+    }
     if path.starts_with("~/") {
         return refused(
             format!("`{path}`: `~` does not stand for the home folder in a list"),
@@ -373,7 +387,20 @@ fn check_path(row: &Row<'_>, root: &Path) -> Result<(), Fault> {
     Ok(())
 }
 
-fn read_label(line: usize, label: &str, rows: &[Row<'_>], classes: Option<&[String]>) -> Result<u32, Fault> {
+/// The classes by name, where they are named.
+struct Names<'a>(Option<HashMap<&'a str, u32>>);
+
+impl<'a> Names<'a> {
+    fn of(classes: Option<&'a [String]>) -> Self {
+        Self(classes.map(|names| names.iter().map(String::as_str).zip(0..).collect()))
+    }
+
+    fn label(&self, name: &str) -> Option<u32> {
+        self.0.as_ref()?.get(name).copied()
+    }
+}
+
+fn read_label(line: usize, label: &str, rows: &[Row<'_>], names: &Names<'_>) -> Result<u32, Fault> {
     if is_number(label) {
         return match label.parse::<u32>() {
             Ok(number) if number < LABELS => Ok(number),
@@ -384,8 +411,12 @@ fn read_label(line: usize, label: &str, rows: &[Row<'_>], classes: Option<&[Stri
             )),
         };
     }
-    if let Some(place) = classes.and_then(|names| names.iter().position(|name| name == label)) {
-        return Ok(place as u32);
+    if let Some(label) = names.label(label) {
+        return Ok(label);
+    }
+    if let Some(letter) = odd_letter(label) {
+        let message = format!("expected a label from 0 to {}, found `{label}`, which holds {letter}", LABELS - 1);
+        return Err(fault(line, message, "write the digits alone"));
     }
     if let Ok(number) = label.parse::<f64>() {
         let help = if number < 0.0 {
@@ -402,7 +433,7 @@ fn read_label(line: usize, label: &str, rows: &[Row<'_>], classes: Option<&[Stri
             help,
         ));
     }
-    let help = match classes {
+    let help = match names.0 {
         Some(_) => "`classes` has no such name: spell it as there".to_owned(),
         None => {
             let names: BTreeSet<&str> = rows.iter().filter_map(|row| row.label.as_deref()).collect();
@@ -458,23 +489,25 @@ fn check_labels(rows: &[Row<'_>], entries: &[Entry], classes: Option<&[String]>)
 
 /// Refuses an image that has two labels, and counts those that are named twice.
 fn check_repeats(rows: &[Row<'_>], entries: &[Entry]) -> Result<Option<String>, Fault> {
-    let mut order: Vec<usize> = (0..entries.len()).collect();
-    order.sort_by(|&a, &b| entries[a].0.as_os_str().cmp(entries[b].0.as_os_str()).then(a.cmp(&b)));
+    // By hash alone, to stay small where a list is long; what has the same hash is compared.
+    let hasher = RandomState::new();
+    let mut seen: HashMap<u64, usize> = HashMap::with_capacity(entries.len());
     let mut repeats = 0;
     let mut example = None;
-    for pair in order.windows(2) {
-        let (first, second) = (&entries[pair[0]], &entries[pair[1]]);
-        if first.0.as_os_str() != second.0.as_os_str() {
+    for (at, (path, label)) in entries.iter().enumerate() {
+        let first = *seen.entry(hasher.hash_one(path.as_os_str())).or_insert(at);
+        if first == at || entries[first].0.as_os_str() != path.as_os_str() {
             continue;
         }
-        if let (Some(a), Some(b)) = (first.1, second.1)
-            && a != b
+        if let (Some(before), Some(label)) = (entries[first].1, label)
+            && before != *label
         {
-            let message = format!("`{}` has the label {b}, and {a} on line {}", second.0.display(), rows[pair[0]].line);
-            return Err(fault(rows[pair[1]].line, message, "give each image one label"));
+            let message =
+                format!("`{}` has the label {label}, and {before} on line {}", path.display(), rows[first].line);
+            return Err(fault(rows[at].line, message, "give each image one label"));
         }
         repeats += 1;
-        example.get_or_insert_with(|| second.0.display().to_string());
+        example.get_or_insert_with(|| path.display().to_string());
     }
     Ok(example.map(|path| {
         format!("{repeats} lines name an image that was named before, such as `{path}`: it counts each time")

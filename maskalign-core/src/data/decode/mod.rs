@@ -30,6 +30,12 @@ const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Memory in bytes that a decoder may use beside the image itself.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
 
+/// The same for PNG, beside some of the rows.
+const MAX_PNG_BYTES: u64 = 32 << 20;
+
+/// Bytes of the largest pixel: four samples of 16 bits.
+const MAX_PIXEL_BYTES: u64 = 8;
+
 /// Reads one image file.
 ///
 /// # Errors
@@ -61,8 +67,14 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
         // TIFF with places of 64 bits.
         Err(_) if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") => ImageFormat::Tiff,
         Err(_) => {
-            let message = "its first bytes are those of no known format (JPEG, PNG, WebP, TIFF, BMP, GIF, PNM)";
-            return Err(broken(path, message));
+            let known = "JPEG, PNG, WebP, TIFF, BMP, GIF, PNM";
+            return Err(broken(
+                path,
+                match other_content(bytes) {
+                    Some(what) => format!("it is {what}, and {known} are read"),
+                    None => format!("its first bytes are those of no known format ({known})"),
+                },
+            ));
         }
     };
     let decoded = catch_unwind(|| match format {
@@ -72,7 +84,8 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
         ImageFormat::Bmp => bmp::decode(bytes),
         ImageFormat::Tiff => tiff::decode(bytes),
         ImageFormat::Pnm => pnm::decode(bytes),
-        _ => by_image(bytes, format),
+        ImageFormat::Png | ImageFormat::WebP => by_image(bytes, format),
+        other => Err(Unreadable::Broken(format!("{other:?} files are not read; save it as PNG or JPEG"))),
     });
     let length = bytes.len();
     match decoded.unwrap_or_else(|_| Err(Unreadable::Broken("the decoder panicked".into()))) {
@@ -86,6 +99,29 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
         }
         Err(Unreadable::NoEnd) => Err(truncated(path, format!("no end-of-image marker within its {length} bytes"))),
         Err(Unreadable::TooLarge(width, height)) => Err(DataError::TooLarge { path: path.to_owned(), width, height }),
+    }
+}
+
+/// What often stands in an image's place.
+fn other_content(bytes: &[u8]) -> Option<&'static str> {
+    let start = bytes[..bytes.len().min(64)].trim_ascii_start().to_ascii_lowercase();
+    let is_media = bytes.get(4..8) == Some(b"ftyp");
+    match () {
+        () if start.starts_with(b"<!doctype html") || start.starts_with(b"<html") => {
+            Some("a web page, as servers send in place of an image that is gone")
+        }
+        () if start.starts_with(b"version https://git-lfs") => {
+            Some("a pointer of Git LFS: `git lfs pull` gets the image")
+        }
+        () if start.starts_with(b"<svg") || start.starts_with(b"<?xml") => Some("SVG or other XML"),
+        () if is_media && matches!(bytes.get(8..12), Some(b"heic" | b"heix" | b"mif1" | b"msf1" | b"hevc")) => {
+            Some("HEIC, as telephones write")
+        }
+        () if is_media => Some("a video"),
+        () if bytes.iter().all(|&byte| byte == 0) => {
+            Some("nothing but zero bytes, as a download that broke off leaves")
+        }
+        () => None,
     }
 }
 
@@ -136,7 +172,13 @@ fn by_image(bytes: &[u8], format: ImageFormat) -> Result<RgbImage, Unreadable> {
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(MAX_DECODER_BYTES);
+    limits.max_alloc = Some(match (format, bytes.get(16..20)) {
+        // A packed colour profile, which nobody asks for, could take the whole of it: rows are what memory is for here.
+        (ImageFormat::Png, Some(&[a, b, c, d])) => {
+            MAX_PNG_BYTES + 4 * MAX_PIXEL_BYTES * u64::from(u32::from_be_bytes([a, b, c, d]))
+        }
+        _ => MAX_DECODER_BYTES,
+    });
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(failed)?;
     let (width, height) = decoder.dimensions();

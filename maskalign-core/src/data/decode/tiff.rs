@@ -323,7 +323,7 @@ impl Layout {
         samples: usize,
     ) -> Result<Vec<u8>, Unreadable> {
         if self.compression == JPEG {
-            return self.from_jpeg(directory, packed, rows, samples);
+            return self.jpeg_samples(directory, packed, rows, samples);
         }
         let row_bytes = (self.chunk.0 * samples * self.bits).div_ceil(8);
         let needed = row_bytes * rows;
@@ -392,7 +392,8 @@ impl Layout {
         }
     }
 
-    fn from_jpeg(
+    /// The samples of a chunk that is a JPEG, its tables in a tag of their own.
+    fn jpeg_samples(
         &self,
         directory: &Directory<'_>,
         packed: &[u8],

@@ -76,6 +76,9 @@ fn a_folder_that_is_not_there_says_what_is_and_what_leads_to_it() {
     assert!(help(&refusal(&folder(Path::new("")))).contains("variable is empty"));
     assert!(help(&refusal(&folder(Path::new("${IMAGENET_DIR}/train")))).contains("was not filled in"));
     assert!(help(&refusal(&folder(Path::new("no/such/folder")))).contains("current folder"));
+    assert!(help(&refusal(&folder(Path::new("$HOME/no/such")))).contains("written `${HOME}`"));
+    assert!(help(&refusal(&folder(Path::new("/tmp/ima\u{200b}ges")))).contains("U+200B, a zero-width space"));
+    assert!(help(&refusal(&folder(Path::new("/tmp/no\u{2212}images")))).contains("U+2212"));
 
     write(root.path(), "list.txt", "");
     assert!(help(&refusal(&folder(&root.path().join("list.txt")))).contains("image_list"));
@@ -196,6 +199,7 @@ fn lists_in_other_forms_are_answered_with_the_way_out() {
         ("1.jpg -1\nsub/2.jpg 1\n", 1, "negative", "-1"),
         ("1.jpg 0.0\nsub/2.jpg 1.0\n", 1, "decimal", "astype(int)"),
         // More of them.
+        ("1.jpg red fox\nsub/2.jpg wolf\n", 1, "found `red fox`", r#"["red fox", "wolf"]"#),
         ("1.jpg;0\n", 1, "a semicolon", "`path;label`"),
         ("1.jpg, 0\n", 1, "a comma", "put a tab"),
         ("\"1.jpg\",0\n", 1, "a comma", "`path,label`"),
@@ -213,6 +217,11 @@ fn lists_in_other_forms_are_answered_with_the_way_out() {
         ("1.jpg 0\nsub/2.jpg 1\n1.jpg 1\n", 3, "and 0 on line 1", "one label"),
         ("1.jpg 1e3\n", 1, "decimal", "whole numbers"),
         ("1.jpg nan\n", 1, "found `nan`", ""),
+        ("1.jpg \u{2212}1\nsub/2.jpg 0\n", 1, "U+2212, a minus sign", "digits alone"),
+        ("1.jpg\t0\u{200b}\n", 1, "U+200B, a zero-width space", "digits alone"),
+        ("1.jpg\t\u{ff11}\n", 1, "U+FF11, a wide digit", "digits alone"),
+        ("$HOME/1.jpg\t0\n", 1, "not filled in", "`root`"),
+        ("${DATA}/1.jpg\t0\n", 1, "not filled in", "`root`"),
         ("path,label\n1.jpg,0,7\n", 2, "3 fields", "double quotes"),
         ("path,label\n\"1.jpg,0\n", 2, "not closed", "close it"),
         ("path,label\n1.jpg,\n", 2, "label is empty", "remove the line"),

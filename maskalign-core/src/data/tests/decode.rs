@@ -168,6 +168,11 @@ fn what_is_no_image_says_so() {
     let message = |bytes: &[u8]| decode::decode(bytes, Path::new("a.jpg")).unwrap_err().to_string();
     assert!(message(b"").contains("empty"));
     assert!(message(b"This is not an image.\n").contains("no known format"));
+    assert!(message(b"\n<!DOCTYPE html><html><head>404</head></html>").contains("a web page"));
+    assert!(message(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n").contains("git lfs pull"));
+    assert!(message(b"\0\0\0\x18ftypheic\0\0\0\0").contains("HEIC"));
+    assert!(message(b"\0\0\0\x1cftypavif\0\0\0\0mif1").contains("Avif files are not read"));
+    assert!(message(&[0; 100]).contains("zero bytes"));
     let missing = decode::read(Path::new("not/there.jpg")).unwrap_err();
     assert!(matches!(missing, DataError::Read { .. }) && missing.to_string().contains("not/there.jpg"));
 }
