@@ -189,3 +189,51 @@ where
         x.try_mul(E::of(1.0))?.try_slice((0..rows, part * width..(part + 1) * width))?.try_reshape_like(&(rows, width))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{finite_differences, forms, input};
+
+    #[test]
+    fn composed_gradients_are_finite_differences() {
+        for (queries, keys) in [(3, 3), (2, 5), (4, 1)] {
+            let shape = AttentionShape { batch: 2, heads: 2, queries, keys };
+            finite_differences("attention", &[(2 * queries, 6), (2 * keys, 6), (2 * keys, 6)], |g, x| {
+                Ok(vec![composed(g, &x[0], &x[1], &x[2], shape)?])
+            });
+            finite_differences("cross attention", &[(2 * queries, 6), (2 * keys, 12)], |g, x| {
+                Ok(vec![composed_cross(g, &x[0], &x[1], shape)?])
+            });
+        }
+        let shape = AttentionShape { batch: 1, heads: 1, queries: 3, keys: 3 };
+        finite_differences("attention of one to itself", &[(3, 4)], |g, x| {
+            Ok(vec![composed(g, &x[0], &x[0], &x[0], shape)?])
+        });
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        for (batch, heads, width, queries, keys) in
+            [(1, 1, 3, 1, 1), (2, 3, 5, 7, 7), (3, 2, 9, 5, 17), (1, 2, 32, 50, 3), (2, 1, 64, 70, 130)]
+        {
+            let shape = AttentionShape { batch, heads, queries, keys };
+            let dim = heads * width;
+            let all = [input("q", batch * queries, dim), input("k", batch * keys, dim), input("v", batch * keys, dim)];
+            forms("attention", &all, |cx, tape, x| Ok(vec![attention(cx, tape, &x[0], &x[1], &x[2], shape)?]));
+            let all = [input("q", batch * queries, dim), input("kv", batch * keys, 2 * dim)];
+            forms("cross_attention", &all, |cx, tape, x| Ok(vec![cross_attention(cx, tape, &x[0], &x[1], shape)?]));
+        }
+    }
+
+    #[test]
+    fn queries_keys_and_values_may_be_one_and_the_same() {
+        let shape = AttentionShape { batch: 2, heads: 1, queries: 3, keys: 3 };
+        forms("attention", &[input("x", 6, 5)], |cx, tape, x| {
+            Ok(vec![attention(cx, tape, &x[0], &x[0], &x[0], shape)?])
+        });
+        forms("attention", &[input("x", 6, 5), input("q", 4, 5)], |cx, tape, x| {
+            Ok(vec![attention(cx, tape, &x[1], &x[0], &x[0], AttentionShape { queries: 2, ..shape })?])
+        });
+    }
+}

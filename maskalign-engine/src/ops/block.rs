@@ -377,3 +377,138 @@ fn class_attention(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>
     }
     Ok(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Device, Forms,
+        ops::{
+            check::{Input, forms, gpu, input, near, normal},
+            pack,
+        },
+    };
+
+    /// The tensors of a block in the order of [`BlockWeights::tensors`], before them its input.
+    fn inputs(rows: usize, dim: usize, mlp: usize, layer_scale: bool) -> Vec<Input> {
+        let around = |key: &str, rows, columns, centre: f32| input(key, rows, columns).map(|v| centre + 0.3 * v);
+        let scale = |key: &str| layer_scale.then(|| around(key, 1, dim, 1.0));
+        let mut all = vec![
+            input("x", rows, dim),
+            around("n1g", 1, dim, 1.0),
+            around("n1b", 1, dim, 0.0),
+            around("qkv", 3 * dim, dim, 0.0),
+            around("qkv bias", 1, 3 * dim, 0.0),
+            around("proj", dim, dim, 0.0),
+            around("proj bias", 1, dim, 0.0),
+        ];
+        all.extend(scale("ls1"));
+        all.extend([
+            around("n2g", 1, dim, 1.0),
+            around("n2b", 1, dim, 0.0),
+            around("fc1", mlp, dim, 0.0),
+            around("fc1 bias", 1, mlp, 0.0),
+            around("fc2", dim, mlp, 0.0),
+            around("fc2 bias", 1, dim, 0.0),
+        ]);
+        all.extend(scale("ls2"));
+        all
+    }
+
+    fn weights(x: &[Tensor], heads: usize, act: Act) -> BlockWeights {
+        let layer_scale = x.len() == 15;
+        let mut x = x[1..].iter().cloned();
+        let mut next = || x.next().unwrap();
+        let norm = |gamma, beta| NormWeights { affine: Some((gamma, beta)), eps: 1e-6 };
+        let linear = |weight, bias| LinearWeights { weight, bias: Some(bias), packed: None };
+        BlockWeights {
+            norm1: norm(next(), next()),
+            qkv: linear(next(), next()),
+            proj: linear(next(), next()),
+            ls1: layer_scale.then(&mut next),
+            norm2: norm(next(), next()),
+            fc1: linear(next(), next()),
+            fc2: linear(next(), next()),
+            ls2: layer_scale.then(&mut next),
+            heads,
+            act,
+            split_qkv: None,
+        }
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        for (dim, heads, mlp, batch, tokens) in [(6, 2, 11, 2, 5), (33, 3, 65, 3, 17), (16, 1, 8, 1, 1)] {
+            for (layer_scale, drop_path, act, recompute) in [
+                (false, false, Act::Gelu, Recompute::Never),
+                (true, true, Act::QuickGelu, Recompute::Blocks),
+                (false, true, Act::Gelu, Recompute::Never),
+                (true, false, Act::None, Recompute::Never),
+            ] {
+                let scale = |key: &str| -> Arc<[f32]> {
+                    let drops = normal(key, batch);
+                    drops.iter().enumerate().map(|(i, v)| if i > 0 && *v < 0.0 { 0.0 } else { 1.25 }).collect()
+                };
+                let branch_scale = drop_path.then(|| (scale("attention"), scale("mlp")));
+                let run = BlockRun { batch, tokens, branch_scale, recompute };
+                forms("block", &inputs(batch * tokens, dim, mlp, layer_scale), |cx, tape, x| {
+                    Ok(vec![block(cx, tape, &x[0], &weights(x, heads, act), &run)?])
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn recomputed_blocks_give_the_same_bits() {
+        let all = inputs(22, 18, 37, true);
+        let best = Context::new(Device::Cpu, 2);
+        for cx in [best.clone(), best.with_forms(Forms::Composed), gpu().0] {
+            let of = |recompute| {
+                let run = BlockRun { batch: 2, tokens: 11, branch_scale: None, recompute };
+                let tensors = all.iter().map(|i| i.tensor(&cx).unwrap().tracked()).collect::<Vec<_>>();
+                let mut tape = Tape::training();
+                let y = block(&cx, &mut tape, &tensors[0], &weights(&tensors, 3, Act::Gelu), &run).unwrap();
+                let loss = crate::ops::mean(&cx, &mut tape, &y).unwrap();
+                let gradients = tape.backward(&loss).unwrap();
+                (y.to_vec(), tensors.iter().map(|x| gradients.get(x).unwrap()).collect::<Vec<_>>())
+            };
+            assert!(of(Recompute::Blocks) == of(Recompute::Never), "{:?}", cx.device());
+        }
+    }
+
+    #[test]
+    fn the_last_block_runs_in_two_halves() {
+        let best = Context::new(Device::Cpu, 1);
+        let composed = best.clone().with_forms(Forms::Composed);
+        for (dim, heads, mlp, batch, tokens) in [(6, 2, 11, 2, 5), (33, 3, 65, 3, 18)] {
+            for (packed, layer_scale) in [(false, true), (true, false), (true, true)] {
+                let all = inputs(batch * tokens, dim, mlp, layer_scale);
+                let run = BlockRun { batch, tokens, ..Default::default() };
+                let some: Vec<u32> = (0..batch as u32).flat_map(|i| [0, 1 + i % 2, tokens as u32 - 1]).collect();
+                let of = |cx: &Context, rows: Option<&[u32]>| {
+                    let tensors = all.iter().map(|i| i.tensor(cx).unwrap()).collect::<Vec<_>>();
+                    let mut weights = weights(&tensors, heads, Act::QuickGelu);
+                    let qkv = &weights.qkv.weight;
+                    let parts = [pack(cx, qkv, 0..dim), pack(cx, qkv, dim..3 * dim)];
+                    if let (true, [Some(q), Some(kv)]) = (packed, parts) {
+                        weights.split_qkv = Some((q, kv));
+                    }
+                    let begun = begin_block(cx, &tensors[0], &weights, &run).unwrap();
+                    let attention = begun.attention.clone();
+                    let y = finish_block(cx, &tensors[0], &weights, &run, begun, rows).unwrap();
+                    (attention, y.to_vec())
+                };
+                for rows in [None, Some(&some[..])] {
+                    let expected = of(&composed, rows);
+                    let got = of(&best, rows);
+                    for (got, name) in [(&got, "CPU"), (&of(&gpu().0, rows), "GPU")] {
+                        let name = format!("{name}, last block of {dim}, packed {packed}, rows {rows:?}");
+                        near(&format!("attention on the {name}"), &got.0, &expected.0, 2e-5);
+                        near(&name, &got.1, &expected.1, 2e-5);
+                    }
+                    assert!(got == of(&Context::new(Device::Cpu, 3), rows), "3 threads give other bits");
+                }
+            }
+        }
+    }
+}

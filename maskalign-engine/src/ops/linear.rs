@@ -197,3 +197,94 @@ where
     let gate = g.run(x, |x| x.try_mul(E::of(1.702))?.try_sigmoid())?;
     g.run(&gate, |gate| gate.try_mul(x.clone()))
 }
+
+#[cfg(test)]
+mod tests {
+    use dfdx::prelude::TensorFromVec;
+
+    use super::*;
+    use crate::{
+        Device, Forms,
+        host::cpu,
+        ops::check::{finite_differences, forms, input, near},
+    };
+
+    #[test]
+    fn composed_gradients_are_finite_differences() {
+        finite_differences("linear", &[(5, 3), (4, 3), (1, 4)], |g, x| {
+            Ok(vec![composed(g, &x[0], &x[1], Some(&x[2]))?])
+        });
+        finite_differences("linear without bias", &[(2, 7), (1, 7)], |g, x| Ok(vec![composed(g, &x[0], &x[1], None)?]));
+        for act in [Act::None, Act::Gelu, Act::QuickGelu] {
+            finite_differences(&format!("{act:?}"), &[(3, 5)], |g, x| {
+                // An activation that does nothing gives its input itself; the loss needs a value of its own.
+                let y = g.run(&x[0], |x| x.try_mul(1.5))?;
+                Ok(vec![activate(g, y, act)?])
+            });
+        }
+        finite_differences("gelu of a leaf", &[(3, 5)], |g, x| Ok(vec![gelu(g, &x[0])?]));
+        finite_differences("quick gelu of a leaf", &[(3, 5)], |g, x| Ok(vec![quick_gelu(g, &x[0])?]));
+    }
+
+    #[test]
+    fn activations_have_pytorchs_values() {
+        // torch.nn.functional.gelu and x * sigmoid(1.702 x) in float64.
+        let x: Matrix<f64> = cpu().tensor_from_vec(vec![-2.0, -0.5, 0.0, 1.0, 3.0], (1, 5));
+        let expected_gelu = [-0.04550026389635842, -0.15426876936299344, 0.0, 0.841344746068543, 2.99595030590511];
+        let expected_quick = [-0.06434137685579186, -0.1496115633936199, 0.0, 0.8457957659328212, 2.981928690292214];
+        let g = &mut Graph::inference();
+        for (got, expected) in [(gelu(g, &x).unwrap(), expected_gelu), (quick_gelu(g, &x).unwrap(), expected_quick)] {
+            for (got, expected) in got.as_vec().into_iter().zip(expected) {
+                assert!((got - expected).abs() < 1e-9, "{got} and {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        for (rows, inputs, outputs) in [(1, 1, 1), (7, 5, 3), (37, 19, 65), (130, 67, 33)] {
+            for act in [Act::None, Act::Gelu, Act::QuickGelu] {
+                let all = [input("x", rows, inputs), input("w", outputs, inputs), input("b", 1, outputs)];
+                forms("linear", &all, |cx, tape, x| {
+                    let layer = LinearWeights { weight: x[1].clone(), bias: Some(x[2].clone()), packed: None };
+                    Ok(vec![linear(cx, tape, &x[0], &layer, act)?])
+                });
+                forms("linear", &all[..2], |cx, tape, x| {
+                    let layer = LinearWeights { weight: x[1].clone(), bias: None, packed: None };
+                    Ok(vec![linear(cx, tape, &x[0], &layer, act)?])
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn an_input_may_be_the_weight() {
+        forms("linear", &[input("x", 6, 6), input("w", 6, 6)], |cx, tape, x| {
+            let layer = LinearWeights { weight: x[1].clone(), bias: None, packed: None };
+            Ok(vec![linear(cx, tape, &x[0], &layer, Act::Gelu)?])
+        });
+    }
+
+    #[test]
+    fn a_packed_weight_gives_what_the_weight_gives() {
+        let cx = Context::new(Device::Cpu, 2);
+        for (rows, inputs, outputs) in [(3, 5, 7), (41, 33, 70)] {
+            let tensor = |i: super::super::check::Input, rows, columns| cx.tensor(i.values, rows, columns).unwrap();
+            let x = tensor(input("x", rows, inputs), rows, inputs);
+            let dense = LinearWeights {
+                weight: tensor(input("w", outputs, inputs), outputs, inputs),
+                bias: Some(tensor(input("b", 1, outputs), 1, outputs)),
+                packed: None,
+            };
+            let mut packed = dense.clone();
+            packed.packed = pack(&cx, &dense.weight, 0..outputs);
+            packed.weight = dense.weight.emptied().unwrap();
+            assert!(packed.packed.is_some() && packed.outputs() == outputs);
+            let [got, expected] =
+                [&packed, &dense].map(|layer| linear(&cx, &mut Tape::inference(), &x, layer, Act::Gelu).unwrap());
+            near("packed", &got.to_vec(), &expected.to_vec(), 1e-6);
+            let composed = cx.clone().with_forms(Forms::Composed);
+            assert!(pack(&composed, &dense.weight, 0..outputs).is_none(), "the composed form has no layout of its own");
+        }
+    }
+}

@@ -232,3 +232,68 @@ where
         g.run(logits, |x| mean(contiguous_log_softmax(x)?.try_mul(targets.clone())?)?.try_mul(E::of(-classes)))?;
     single(g, &value)
 }
+
+#[cfg(test)]
+mod tests {
+    use dfdx::prelude::TensorFromVec;
+
+    use super::*;
+    use crate::{
+        host::cpu,
+        ops::check::{distributions, finite_differences, forms, input, normal},
+    };
+
+    #[test]
+    fn composed_gradients_are_finite_differences() {
+        let kinds = [
+            Distance::Mse,
+            Distance::L1,
+            Distance::SmoothL1 { beta: 1.0 },
+            Distance::SmoothL1 { beta: 0.25 },
+            Distance::SmoothL1 { beta: 0.0 },
+            Distance::Cosine,
+            Distance::Kl,
+        ];
+        for kind in kinds {
+            let target: Matrix<f64> = cpu().tensor_from_vec(normal("target", 20), (4, 5));
+            finite_differences(&format!("{kind:?}"), &[(4, 5)], |g, x| {
+                Ok(vec![composed_distance(g, &x[0], &target, kind)?])
+            });
+        }
+        let targets = distributions("targets", 4, 3).into_iter().map(f64::from).collect();
+        let targets: Matrix<f64> = cpu().tensor_from_vec(targets, (4, 3));
+        finite_differences("cross entropy", &[(4, 3)], |g, x| Ok(vec![composed_cross_entropy(g, &x[0], &targets)?]));
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        let kinds = [
+            Distance::Mse,
+            Distance::L1,
+            Distance::SmoothL1 { beta: 2.0 },
+            Distance::SmoothL1 { beta: 0.1 },
+            Distance::SmoothL1 { beta: 0.0 },
+            Distance::Cosine,
+            Distance::Kl,
+        ];
+        for (rows, columns) in [(1, 2), (5, 7), (67, 33)] {
+            let all = [input("x", rows, columns), input("target", rows, columns).constant()];
+            for kind in kinds {
+                forms("distance", &all, |cx, tape, x| Ok(vec![distance(cx, tape, &x[0], &x[1], kind)?]));
+            }
+            let mut targets = input("targets", rows, columns).constant();
+            targets.values = distributions("targets", rows, columns);
+            forms("cross_entropy", &[input("x", rows, columns), targets], |cx, tape, x| {
+                Ok(vec![cross_entropy(cx, tape, &x[0], &x[1])?])
+            });
+        }
+        forms("weighted_sum", &[input("s", 1, 1), input("t", 1, 1), input("u", 1, 1)], |cx, tape, x| {
+            Ok(vec![weighted_sum(cx, tape, x, &[0.5, -2.0, 0.25])?])
+        });
+    }
+
+    #[test]
+    fn a_target_that_is_the_prediction_takes_no_gradient() {
+        forms("distance", &[input("x", 3, 4)], |cx, tape, x| Ok(vec![distance(cx, tape, &x[0], &x[0], Distance::Kl)?]));
+    }
+}

@@ -8,6 +8,8 @@
 
 mod attention;
 mod block;
+#[cfg(test)]
+mod check;
 mod linear;
 mod loss;
 mod norm;
@@ -17,7 +19,7 @@ mod rows;
 
 use std::mem;
 
-use dfdx::prelude::TensorFromVec;
+use dfdx::prelude::{ReshapeTo, TensorFromVec};
 
 pub use attention::{AttentionShape, attention, cross_attention};
 pub use block::{Begun, BlockRun, BlockWeights, begin_block, block, finish_block};
@@ -34,7 +36,7 @@ use crate::{
     Context, Device, Gradients, Graph, Matrix, Result, Tape, Tensor,
     graph::{finder, shares_storage},
     host::cpu,
-    tape::Gradient,
+    tape::{Gradient, Slot},
     tensor::Place,
 };
 
@@ -59,9 +61,11 @@ pub(crate) fn composed(
     }
     let records = tape.wants(inputs);
     let mut graph = if records { Graph::recording() } else { Graph::inference() };
-    let outputs = f(&mut graph, &matrices)?;
+    let mut outputs = f(&mut graph, &matrices)?;
     let mut made = Vec::with_capacity(outputs.len());
-    for y in &outputs {
+    for y in &mut outputs {
+        // Gradients lie as the values do: a broadcast row's has one row, a transpose's another order.
+        *y = graph.run(y, |y| y.try_contiguous())?;
         let (rows, columns) = *dfdx::prelude::HasShape::shape(y);
         made.push(cx.tensor(y.as_vec(), rows, columns)?.tracked_if(records));
     }
@@ -175,7 +179,17 @@ fn add_gradient(g: &mut Gradients, pool: &maskalign_kernels::Pool, slot: Option<
     }
 }
 
-use crate::tape::Slot;
+/// As [`add_gradient`], of values that nobody else needs: the first comer moves in.
+fn move_gradient(g: &mut Gradients, pool: &maskalign_kernels::Pool, slot: Option<&Slot>, more: Vec<f32>) -> Result<()> {
+    let Some(slot) = slot else { return Ok(()) };
+    match g.take_cpu(slot) {
+        Some(mut sum) => {
+            maskalign_kernels::elementwise::axpy(pool, 1.0, &more, &mut sum);
+            g.add(slot, Gradient::Cpu(sum))
+        }
+        None => g.add(slot, Gradient::Cpu(more)),
+    }
+}
 
 /// Copies of the tensors that a struct of weights holds, to put others in their place.
 pub(crate) struct Replaced<'a>(std::slice::Iter<'a, Tensor>);

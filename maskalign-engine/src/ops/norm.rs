@@ -181,3 +181,37 @@ fn composed_standardize_rows(g: &mut Graph, x: &Matrix) -> Result<Matrix> {
         inverse.try_broadcast_like::<(usize, usize), Axis<1>>(&shape)?.try_mul(centred)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{finite_differences, forms, input};
+
+    #[test]
+    fn composed_gradients_are_finite_differences() {
+        finite_differences("layer norm", &[(4, 5), (1, 5), (1, 5)], |g, x| {
+            Ok(vec![composed(g, &x[0], Some((&x[1], &x[2])), 1e-6)?])
+        });
+        finite_differences("plain layer norm", &[(3, 7)], |g, x| Ok(vec![composed(g, &x[0], None, 1e-5)?]));
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        for (rows, columns) in [(1, 3), (5, 7), (33, 65)] {
+            let gamma = input("gamma", 1, columns).map(|v| 1.0 + 0.3 * v);
+            let all = [input("x", rows, columns), gamma, input("beta", 1, columns)];
+            forms("layer_norm", &all, |cx, tape, x| {
+                let norm = NormWeights { affine: Some((x[1].clone(), x[2].clone())), eps: 1e-6 };
+                Ok(vec![layer_norm(cx, tape, &x[0], &norm)?])
+            });
+            forms("layer_norm", &all[..1], |cx, tape, x| {
+                Ok(vec![layer_norm(cx, tape, &x[0], &NormWeights { affine: None, eps: 1e-5 })?])
+            });
+            for kind in [Standardize::Length, Standardize::Rows, Standardize::All] {
+                forms("standardize", &[input("x", rows, columns).constant()], |cx, _, x| {
+                    Ok(vec![standardize(cx, &x[0], kind)?])
+                });
+            }
+        }
+    }
+}

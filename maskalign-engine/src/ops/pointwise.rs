@@ -23,7 +23,7 @@
 use dfdx::prelude::{Axis, BroadcastTo, CpuError, HasShape, MeanTo, ReshapeTo, SumTo, TryAdd, TryDiv, TryMul, TrySub};
 use maskalign_kernels::elementwise as ew;
 
-use super::{add_gradient, composed_one, loss::contiguous_log_softmax, made_on_cpu, through_host_one};
+use super::{add_gradient, composed_one, loss::contiguous_log_softmax, made_on_cpu, move_gradient, through_host_one};
 use crate::{Context, Matrix, Result, Tape, Tensor, context::Form, graph::Taped};
 
 type Pass<E> = Result<Taped<(usize, usize), E>, CpuError>;
@@ -52,8 +52,7 @@ pub fn add(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
                 tape.record(move |g| {
                     let Some(d) = g.take_cpu(&out) else { return Ok(()) };
                     add_gradient(g, &pool, x.as_ref(), &d);
-                    add_gradient(g, &pool, y.as_ref(), &d);
-                    Ok(())
+                    move_gradient(g, &pool, y.as_ref(), d)
                 });
             }
             Ok(sum)

@@ -234,3 +234,56 @@ where
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{finite_differences, forms, input};
+
+    #[test]
+    fn composed_gradients_are_finite_differences() {
+        finite_differences("gather from three, with repeats", &[(2, 3), (3, 3), (1, 3)], |g, x| {
+            Ok(vec![composed_gather_rows(g, x, &[4, 0, 0, 5, 2, 4, 4])?])
+        });
+        finite_differences("gather from one", &[(4, 3)], |g, x| Ok(vec![composed_gather_rows(g, x, &[3, 1, 3])?]));
+        finite_differences("mean of all tokens", &[(6, 3)], |g, x| Ok(vec![composed_mean_tokens(g, &x[0], 2, 0)?]));
+        finite_differences("mean of patches", &[(8, 3)], |g, x| Ok(vec![composed_mean_tokens(g, &x[0], 2, 1)?]));
+        for rows in [vec![0, 1, 2, 3, 4], vec![3, 1], vec![2]] {
+            finite_differences(&format!("mix of rows {rows:?}"), &[(3, 4), (3, 4), (3, 4), (5, 3)], |g, x| {
+                composed_mix(g, &x[..3], &x[3], &rows)
+            });
+        }
+    }
+
+    #[test]
+    fn rows_are_found_by_image_and_token() {
+        assert_eq!(flat_rows(&[0, 2, 1, 1], 2, 3), [0, 2, 4, 4]);
+    }
+
+    #[test]
+    fn the_forms_agree() {
+        forms("gather_rows", &[input("x", 9, 7), input("z", 2, 7), input("u", 1, 7)], |cx, tape, x| {
+            let sources: Vec<&Tensor> = x.iter().collect();
+            Ok(vec![gather_rows(cx, tape, &sources, &[11, 0, 9, 9, 8, 10, 0, 11, 11, 3])?])
+        });
+        forms("gather_rows", &[input("x", 4, 65), input("y", 4, 65)], |cx, tape, x| {
+            Ok(vec![gather_rows(cx, tape, &[&x[0], &x[1]], &[7, 3, 0, 3])?])
+        });
+        for first in [0, 1, 2] {
+            forms("mean_tokens", &[input("x", 9, 7)], |cx, tape, x| Ok(vec![mean_tokens(cx, tape, &x[0], 3, first)?]));
+        }
+    }
+
+    #[test]
+    fn the_forms_of_mix_agree() {
+        for (levels, columns) in [(1, 3), (3, 7), (12, 33)] {
+            let mut inputs: Vec<_> = (0..levels).map(|i| input(&format!("x{i}"), 11, columns)).collect();
+            inputs.push(input("w", levels + 1, levels));
+            for rows in [(0..=levels).collect::<Vec<_>>(), vec![levels], vec![levels, 0]] {
+                forms("mix", &inputs, |cx, tape, x| {
+                    mix(cx, tape, &x[..levels].iter().collect::<Vec<_>>(), &x[levels], &rows)
+                });
+            }
+        }
+    }
+}
