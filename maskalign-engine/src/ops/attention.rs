@@ -1,5 +1,7 @@
 //! Scaled dot-product attention of all heads.
 
+use std::ops::Range;
+
 use dfdx::prelude::{Axes4, Axis, Cpu, Device, HasShape, PermuteTo, ReshapeTo, TryMatMul, TryMul};
 use maskalign_kernels::{attention as kernel, elementwise::Write};
 
@@ -177,17 +179,23 @@ where
 }
 
 /// Columns `part` of `parts` equal parts.
-///
-/// The CPU gradient of dfdx's `slice` assigns where it should add, so that the slice is of a temporary here.
-pub(super) fn part<E: Float>(g: &mut Graph<E>, x: &Matrix<E>, part: usize, parts: usize) -> Result<Matrix<E>>
+fn part<E: Float>(g: &mut Graph<E>, x: &Matrix<E>, part: usize, parts: usize) -> Result<Matrix<E>>
 where
     Cpu: Device<E>,
 {
-    let (rows, columns) = *x.shape();
-    let width = columns / parts;
-    g.run(x, |x| {
-        x.try_mul(E::of(1.0))?.try_slice((0..rows, part * width..(part + 1) * width))?.try_reshape_like(&(rows, width))
-    })
+    let width = x.shape().1 / parts;
+    columns(g, x, part * width..(part + 1) * width)
+}
+
+/// Some columns.
+///
+/// The CPU gradient of dfdx's `slice` assigns where it should add, so that the slice is of a temporary here.
+pub(super) fn columns<E: Float>(g: &mut Graph<E>, x: &Matrix<E>, range: Range<usize>) -> Result<Matrix<E>>
+where
+    Cpu: Device<E>,
+{
+    let (rows, width) = (x.shape().0, range.len());
+    g.run(x, |x| x.try_mul(E::of(1.0))?.try_slice((0..rows, range))?.try_reshape_like(&(rows, width)))
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ use std::{any::Any, sync::Arc};
 use maskalign_kernels::block::{self as kernel, BlockGrads, DropPath, LastBlock, Save, SplitWeights};
 
 use super::{
-    Act, AttentionShape, LinearWeights, NormWeights, Packed, Replaced, attention, composed_one, flat_rows, gather_rows,
-    layer_norm, linear, made_on_cpu, pointwise::add, through_host_one,
+    Act, AttentionShape, LinearWeights, NormWeights, Packed, Replaced, add, attention, flat_rows, gather_rows,
+    layer_norm, linear, made_on_cpu, slice_columns, through_host_one,
 };
 use crate::{Context, Recompute, Result, Tape, Tensor, context::Form, tape::Slot};
 
@@ -313,7 +313,8 @@ pub fn finish_block(
 fn heads(cx: &Context, tape: &mut Tape, x: &Tensor, weights: &BlockWeights) -> Result<[Tensor; 3]> {
     let y = layer_norm(cx, tape, x, &weights.norm1)?;
     let qkv = linear(cx, tape, &y, &weights.qkv, Act::None)?;
-    let mut part = |i| composed_one(cx, tape, &[&qkv], |g, m| attention::part(g, &m[0], i, 3));
+    let width = qkv.columns() / 3;
+    let mut part = |i| slice_columns(cx, tape, &qkv, i * width..(i + 1) * width);
     Ok([part(0)?, part(1)?, part(2)?])
 }
 

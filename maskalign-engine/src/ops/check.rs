@@ -341,6 +341,45 @@ pub(crate) fn forms(
     }
 }
 
+/// As [`forms`], and holds the CPU's gradients against central differences of the CPU's values: an oracle that owes dfdx
+/// nothing, if a coarse one.
+pub(crate) fn forms_and_slopes(
+    op: &'static str,
+    inputs: &[Input],
+    f: impl Fn(&Context, &mut Tape, &[Tensor]) -> Result<Vec<Tensor>>,
+) {
+    const STEP: f32 = 1.0 / 128.0;
+    forms(op, inputs, &f);
+    let cx = Context::new(Device::Cpu, 1);
+    let of = |inputs: &[Input]| {
+        let x: Vec<Tensor> = inputs.iter().map(|input| input.tensor(&cx).unwrap().tracked()).collect();
+        run(&cx, &x, Consumers::One, &f).unwrap()
+    };
+    // The loss of which `run` takes the gradient.
+    let loss = |inputs: &[Input]| -> f64 {
+        let outputs = of(inputs).outputs;
+        let term = |(i, y): (usize, &Vec<f32>)| -> f64 {
+            normal(&format!("out {i}"), y.len()).iter().zip(y).map(|(w, y)| w * f64::from(*y)).sum()
+        };
+        outputs.iter().enumerate().map(term).sum()
+    };
+    let gradients = of(inputs).gradients;
+    let mut moved = inputs.to_vec();
+    for (i, gradient) in gradients.iter().enumerate() {
+        let mut expected = Vec::new();
+        for at in 0..inputs[i].values.len() {
+            let here = inputs[i].values[at];
+            let mut with = |value: f32| {
+                moved[i].values[at] = value;
+                loss(&moved)
+            };
+            expected.push(((with(here + STEP) - with(here - STEP)) / f64::from(2.0 * STEP)) as f32);
+            with(here);
+        }
+        near(&format!("slopes of {op} by input {i}"), gradient.as_ref().unwrap(), &expected, 2e-3);
+    }
+}
+
 /// One tensor in two places has the sum of both gradients, or one where the other place has it detached.
 fn twice(cx: &Context, name: &str, inputs: &[Input], f: Run) {
     for (i, j) in (0..inputs.len()).flat_map(|j| (0..j).map(move |i| (i, j))) {

@@ -7,14 +7,17 @@
 //! [`Context::fallbacks`] counts it. Errors are the device's: out of memory.
 
 mod attention;
+mod batch_norm;
 mod block;
 #[cfg(test)]
 mod check;
 mod linear;
 mod loss;
+mod matrix;
 mod norm;
 pub mod optim;
 mod pointwise;
+mod reduce;
 mod rows;
 
 use std::mem;
@@ -22,13 +25,19 @@ use std::mem;
 use dfdx::prelude::{ReshapeTo, TensorFromVec};
 
 pub use attention::{AttentionShape, attention, cross_attention};
+pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_by};
 pub use block::{Begun, BlockRun, BlockWeights, begin_block, block, finish_block};
 pub use linear::{Act, LinearWeights, Packed, linear, pack};
 pub use loss::{Distance, cross_entropy, distance, weighted_sum};
+pub use matrix::{concat_columns, matmul, matmul_transposed, slice_columns, transposed};
 pub use norm::{NormWeights, Standardize, layer_norm, standardize};
 pub use pointwise::{
-    abs, add, add_scalar, broadcast_column, broadcast_row, div, exp, ln, log_softmax, maximum, mean, mul, row_mean,
-    row_sum, scale, softmax, sqrt, square, sub, sum, weighted_mean,
+    abs, add, add_scalar, clamp, div, exp, ln, maximum, minimum, mul, neg, powf, relu, scale, sigmoid, sqrt, square,
+    sub, tanh, weighted_mean,
+};
+pub use reduce::{
+    broadcast_column, broadcast_row, column_mean, column_sum, log_softmax, mean, normalize_rows, row_max, row_mean,
+    row_sum, softmax, sum,
 };
 pub use rows::{flat_rows, gather_rows, mean_tokens, mix};
 
@@ -39,6 +48,9 @@ use crate::{
     tape::{Gradient, Slot},
     tensor::Place,
 };
+
+/// Values that one task of the pool handles: 64 KiB, a share of the second cache.
+const CHUNK: usize = 16 * 1024;
 
 /// Runs an operator by its composed form, on a graph of its own whose temporaries die with it.
 pub(crate) fn composed(

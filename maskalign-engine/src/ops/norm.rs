@@ -148,7 +148,7 @@ pub fn standardize(cx: &Context, x: &Tensor, kind: Standardize) -> Result<Tensor
     }
 }
 
-fn composed_standardize(g: &mut Graph, x: &Matrix, kind: Standardize) -> Result<Matrix> {
+pub(super) fn composed_standardize(g: &mut Graph, x: &Matrix, kind: Standardize) -> Result<Matrix> {
     let (rows, columns) = *x.shape();
     match kind {
         Standardize::Length => g.run(x, |x| {

@@ -1,4 +1,6 @@
-//! Operators on single values, rows and columns: what losses of one's own are written from.
+//! Operators on single values: what losses of one's own are written from, with those of `reduce` and `matrix`.
+//!
+//! What is to take no gradient is given as [`Tensor::detached`].
 //!
 //! ```
 //! use maskalign_engine::{Context, Device, Tape, ops};
@@ -20,13 +22,14 @@
 //! # }
 //! ```
 
-use dfdx::prelude::{Axis, BroadcastTo, CpuError, HasShape, MeanTo, ReshapeTo, SumTo, TryAdd, TryDiv, TryMul, TrySub};
-use maskalign_kernels::elementwise as ew;
+use dfdx::prelude::{CpuError, TryAdd, TryDiv, TryMul, TrySub};
+use maskalign_kernels::{elementwise as ew, for_parts};
 
-use super::{add_gradient, composed_one, loss::contiguous_log_softmax, made_on_cpu, move_gradient, through_host_one};
+use super::{CHUNK, add_gradient, composed_one, made_on_cpu, move_gradient, through_host_one};
 use crate::{Context, Matrix, Result, Tape, Tensor, context::Form, graph::Taped};
 
-type Pass<E> = Result<Taped<(usize, usize), E>, CpuError>;
+/// The result of operators of dfdx's on a matrix.
+pub(super) type Pass = Result<Taped<(usize, usize), f32>, CpuError>;
 
 /// Sum of two matrices of equal shape.
 ///
@@ -38,7 +41,7 @@ type Pass<E> = Result<Taped<(usize, usize), E>, CpuError>;
 pub fn add(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
     same_shape(x, y);
     match cx.form("add", &[x, y])? {
-        Form::Composed => binary(cx, tape, "add", x, y, |x, y| x.try_add(y)),
+        Form::Composed => composed_one(cx, tape, &[x, y], |g, m| g.run(&m[0], |x| x.try_add(m[1].clone()))),
         Form::Gpu => add_on_gpu(cx, tape, x, y),
         Form::Cpu => {
             let records = tape.wants(&[x, y]);
@@ -84,7 +87,7 @@ fn add_on_gpu(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<T
 /// # Errors
 /// As [`add`].
 pub fn sub(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    binary(cx, tape, "sub", x, y, |x, y| x.try_sub(y))
+    binary(cx, tape, "sub", [x, y], |x, y| x.try_sub(y), |x, y| x - y, |_, _| (1.0, -1.0))
 }
 
 /// Product of two matrices, value by value.
@@ -92,7 +95,7 @@ pub fn sub(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
 /// # Errors
 /// As [`add`].
 pub fn mul(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    binary(cx, tape, "mul", x, y, |x, y| x.try_mul(y))
+    binary(cx, tape, "mul", [x, y], |x, y| x.try_mul(y), |x, y| x * y, |x, y| (y, x))
 }
 
 /// Quotient of two matrices, value by value.
@@ -100,7 +103,7 @@ pub fn mul(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
 /// # Errors
 /// As [`add`].
 pub fn div(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    binary(cx, tape, "div", x, y, |x, y| x.try_div(y))
+    binary(cx, tape, "div", [x, y], |x, y| x.try_div(y), |x, y| x / y, |x, y| (1.0 / y, -x / (y * y)))
 }
 
 /// The larger of two matrices' values; where they are equal, both take half of the gradient.
@@ -108,7 +111,15 @@ pub fn div(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
 /// # Errors
 /// As [`add`].
 pub fn maximum(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    binary(cx, tape, "maximum", x, y, |x, y| x.try_maximum(y))
+    binary(cx, tape, "maximum", [x, y], |x, y| x.try_maximum(y), |x, y| x.max(y), |x, y| halves(x > y, x < y))
+}
+
+/// The smaller of two matrices' values; where they are equal, both take half of the gradient.
+///
+/// # Errors
+/// As [`add`].
+pub fn minimum(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    binary(cx, tape, "minimum", [x, y], |x, y| x.try_minimum(y), |x, y| x.min(y), |x, y| halves(x < y, x > y))
 }
 
 /// Every value times `factor`.
@@ -116,7 +127,7 @@ pub fn maximum(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<
 /// # Errors
 /// As [`add`].
 pub fn scale(cx: &Context, tape: &mut Tape, x: &Tensor, factor: f32) -> Result<Tensor> {
-    unary(cx, tape, "scale", x, |x| x.try_mul(factor))
+    unary(cx, tape, "scale", x, |x| x.try_mul(factor), move |x| x * factor, move |_, _| factor)
 }
 
 /// Every value plus `term`.
@@ -124,7 +135,15 @@ pub fn scale(cx: &Context, tape: &mut Tape, x: &Tensor, factor: f32) -> Result<T
 /// # Errors
 /// As [`add`].
 pub fn add_scalar(cx: &Context, tape: &mut Tape, x: &Tensor, term: f32) -> Result<Tensor> {
-    unary(cx, tape, "add_scalar", x, |x| x.try_add(term))
+    unary(cx, tape, "add_scalar", x, |x| x.try_add(term), move |x| x + term, move |_, _| 1.0)
+}
+
+/// Every value with the other sign.
+///
+/// # Errors
+/// As [`add`].
+pub fn neg(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+    unary(cx, tape, "neg", x, |x| x.try_negate(), |x| -x, |_, _| -1.0)
 }
 
 /// Every value's square.
@@ -132,7 +151,7 @@ pub fn add_scalar(cx: &Context, tape: &mut Tape, x: &Tensor, term: f32) -> Resul
 /// # Errors
 /// As [`add`].
 pub fn square(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "square", x, |x| x.try_square())
+    unary(cx, tape, "square", x, |x| x.try_square(), |x| x * x, |x, _| 2.0 * x)
 }
 
 /// Every value's root.
@@ -140,7 +159,7 @@ pub fn square(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`add`].
 pub fn sqrt(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "sqrt", x, |x| x.try_sqrt())
+    unary(cx, tape, "sqrt", x, |x| x.try_sqrt(), |x| x.sqrt(), |_, y| 0.5 / y)
 }
 
 /// Every value's magnitude; the slope at 0 is 0.
@@ -148,7 +167,7 @@ pub fn sqrt(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`add`].
 pub fn abs(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "abs", x, |x| x.try_abs())
+    unary(cx, tape, "abs", x, |x| x.try_abs(), |x| x.abs(), |x, _| sign(x))
 }
 
 /// Every value's exponential.
@@ -156,7 +175,7 @@ pub fn abs(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`add`].
 pub fn exp(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "exp", x, |x| x.try_exp())
+    unary(cx, tape, "exp", x, |x| x.try_exp(), |x| x.exp(), |_, y| y)
 }
 
 /// Every value's natural logarithm.
@@ -164,91 +183,63 @@ pub fn exp(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`add`].
 pub fn ln(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "ln", x, |x| x.try_ln())
+    unary(cx, tape, "ln", x, |x| x.try_ln(), |x| x.ln(), |x, _| 1.0 / x)
 }
 
-/// Softmax of each row.
+/// Every value to a power; the base is positive where `exponent` is no whole number.
 ///
 /// # Errors
 /// As [`add`].
-pub fn softmax(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "softmax", x, |x| contiguous_log_softmax(x)?.try_exp())
+pub fn powf(cx: &Context, tape: &mut Tape, x: &Tensor, exponent: f32) -> Result<Tensor> {
+    unary(
+        cx,
+        tape,
+        "powf",
+        x,
+        |x| x.try_powf(exponent),
+        move |x| x.powf(exponent),
+        move |x, _| exponent * x.powf(exponent - 1.0),
+    )
 }
 
-/// Logarithm of the softmax of each row.
+/// Every value, moved into `min..=max`; the slope is 1 there and 0 outside.
 ///
 /// # Errors
 /// As [`add`].
-pub fn log_softmax(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "log_softmax", x, contiguous_log_softmax)
+pub fn clamp(cx: &Context, tape: &mut Tape, x: &Tensor, min: f32, max: f32) -> Result<Tensor> {
+    unary(
+        cx,
+        tape,
+        "clamp",
+        x,
+        |x| x.try_clamp(min, max),
+        move |x| x.clamp(min, max),
+        move |x, _| f32::from((min..=max).contains(&x)),
+    )
 }
 
-/// Each row's sum: `[rows, columns] -> [rows, 1]`.
+/// Every value, or 0 for those below; the slope at 0 is 0.
 ///
 /// # Errors
 /// As [`add`].
-pub fn row_sum(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "row_sum", x, |x| {
-        let rows = x.shape().0;
-        x.try_sum::<(usize,), Axis<1>>()?.try_reshape_like(&(rows, 1))
-    })
+pub fn relu(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+    unary(cx, tape, "relu", x, |x| x.try_relu(), |x| x.max(0.0), |x, _| f32::from(x > 0.0))
 }
 
-/// Each row's mean: `[rows, columns] -> [rows, 1]`.
+/// `1 / (1 + exp(-x))` of every value.
 ///
 /// # Errors
 /// As [`add`].
-pub fn row_mean(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "row_mean", x, |x| {
-        let rows = x.shape().0;
-        x.try_mean::<(usize,), Axis<1>>()?.try_reshape_like(&(rows, 1))
-    })
+pub fn sigmoid(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+    unary(cx, tape, "sigmoid", x, |x| x.try_sigmoid(), |x| 1.0 / (1.0 + (-x).exp()), |_, y| y * (1.0 - y))
 }
 
-/// The sum of all values, `[1, 1]`.
+/// Every value's hyperbolic tangent.
 ///
 /// # Errors
 /// As [`add`].
-pub fn sum(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "sum", x, |x| {
-        let (rows, columns) = *x.shape();
-        x.try_reshape_like(&(rows * columns,))?.try_sum::<(), Axis<0>>()?.try_reshape_like(&(1, 1))
-    })
-}
-
-/// The mean of all values, `[1, 1]`.
-///
-/// # Errors
-/// As [`add`].
-pub fn mean(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
-    unary(cx, tape, "mean", x, |x| {
-        let (rows, columns) = *x.shape();
-        x.try_reshape_like(&(rows * columns,))?.try_mean::<(), Axis<0>>()?.try_reshape_like(&(1, 1))
-    })
-}
-
-/// A column repeated: `[rows, 1] -> [rows, columns]`.
-///
-/// # Errors
-/// As [`add`].
-pub fn broadcast_column(cx: &Context, tape: &mut Tape, x: &Tensor, columns: usize) -> Result<Tensor> {
-    assert_eq!(x.columns(), 1, "a column is one value wide");
-    unary(cx, tape, "broadcast_column", x, |x| {
-        let rows = x.shape().0;
-        x.try_reshape_like(&(rows,))?.try_broadcast_like::<_, Axis<1>>(&(rows, columns))
-    })
-}
-
-/// A row repeated: `[1, columns] -> [rows, columns]`.
-///
-/// # Errors
-/// As [`add`].
-pub fn broadcast_row(cx: &Context, tape: &mut Tape, x: &Tensor, rows: usize) -> Result<Tensor> {
-    assert_eq!(x.rows(), 1, "a row is one value high");
-    unary(cx, tape, "broadcast_row", x, |x| {
-        let columns = x.shape().1;
-        x.try_reshape_like(&(columns,))?.try_broadcast_like::<_, Axis<0>>(&(rows, columns))
-    })
+pub fn tanh(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+    unary(cx, tape, "tanh", x, |x| x.try_tanh(), |x| x.tanh(), |_, y| 1.0 - y * y)
 }
 
 /// `sum_i weights[i] x[i]` of matrices of equal shape; takes no gradient.
@@ -284,35 +275,198 @@ fn same_shape(x: &Tensor, y: &Tensor) {
     assert_eq!(x.shape(), y.shape(), "both matrices have one shape");
 }
 
-/// An operator on single values that every device runs by its composed form; a GPU's tensors go by the host.
+/// 1, 0 or -1.
+fn sign(x: f32) -> f32 {
+    f32::from(x > 0.0) - f32::from(x < 0.0)
+}
+
+/// The slopes of the first and the second of two values, of which one was taken.
+fn halves(first: bool, second: bool) -> (f32, f32) {
+    let slope = |mine: bool, other: bool| 0.5 * (1.0 + f32::from(mine) - f32::from(other));
+    (slope(first, second), slope(second, first))
+}
+
+/// An operator on single values: its composed form, its value at `x`, and its slope there, from `x` and the value.
 fn unary(
     cx: &Context,
     tape: &mut Tape,
     op: &'static str,
     x: &Tensor,
-    f: impl FnOnce(Taped<(usize, usize), f32>) -> Pass<f32>,
+    composed: impl FnOnce(Taped<(usize, usize), f32>) -> Pass,
+    value: impl Fn(f32) -> f32 + Sync,
+    slope: impl Fn(f32, f32) -> f32 + Sync + 'static,
 ) -> Result<Tensor> {
-    if cx.form(op, &[x])? == Form::Gpu {
-        cx.count_fallback(op);
+    match cx.form(op, &[x])? {
+        Form::Composed => composed_one(cx, tape, &[x], |g, m| g.run(&m[0], composed)),
+        Form::Gpu => {
+            through_host_one(cx, tape, op, &[x], |cx, tape, copies| unary_on_cpu(cx, tape, &copies[0], value, slope))
+        }
+        Form::Cpu => unary_on_cpu(cx, tape, x, value, slope),
     }
-    composed_one(cx, tape, &[x], |g, m| g.run(&m[0], f))
 }
 
-/// As [`unary`], for two matrices of equal shape.
+fn unary_on_cpu(
+    cx: &Context,
+    tape: &mut Tape,
+    x: &Tensor,
+    value: impl Fn(f32) -> f32 + Sync,
+    slope: impl Fn(f32, f32) -> f32 + Sync + 'static,
+) -> Result<Tensor> {
+    let records = tape.wants(&[x]);
+    let (rows, columns) = x.shape();
+    let mut y = vec![0.0; x.len()];
+    let from = x.cpu();
+    for_parts(cx.pool(), &mut y, CHUNK, |start, y| {
+        y.iter_mut().zip(&from[start..]).for_each(|(y, x)| *y = value(*x));
+    });
+    let y = made_on_cpu(y, rows, columns, records)?;
+    if records {
+        let (pool, _) = cx.handles();
+        let (x, kept, out) = (x.clone(), y.clone(), y.slot());
+        tape.record(move |g| {
+            let Some(mut d) = g.take_cpu(&out) else { return Ok(()) };
+            let (from, to) = (x.cpu(), kept.cpu());
+            for_parts(&pool, &mut d, CHUNK, |start, d| {
+                let pairs = from[start..].iter().zip(&to[start..]);
+                d.iter_mut().zip(pairs).for_each(|(d, (x, y))| *d *= slope(*x, *y));
+            });
+            move_gradient(g, &pool, x.wanted().as_ref(), d)
+        });
+    }
+    Ok(y)
+}
+
+/// As [`unary`], for two matrices of equal shape: `slopes` has one for each.
 fn binary(
     cx: &Context,
     tape: &mut Tape,
     op: &'static str,
-    x: &Tensor,
-    y: &Tensor,
-    f: impl FnOnce(Taped<(usize, usize), f32>, Matrix) -> Pass<f32>,
+    [x, y]: [&Tensor; 2],
+    composed: impl FnOnce(Taped<(usize, usize), f32>, Matrix) -> Pass,
+    value: impl Fn(f32, f32) -> f32 + Sync,
+    slopes: impl Fn(f32, f32) -> (f32, f32) + Sync + 'static,
 ) -> Result<Tensor> {
     same_shape(x, y);
-    if cx.form(op, &[x, y])? == Form::Gpu {
-        cx.count_fallback(op);
+    match cx.form(op, &[x, y])? {
+        Form::Composed => composed_one(cx, tape, &[x, y], |g, m| {
+            let y = m[1].clone();
+            g.run(&m[0], |x| composed(x, y))
+        }),
+        Form::Gpu => through_host_one(cx, tape, op, &[x, y], |cx, tape, copies| {
+            binary_on_cpu(cx, tape, [&copies[0], &copies[1]], value, slopes)
+        }),
+        Form::Cpu => binary_on_cpu(cx, tape, [x, y], value, slopes),
     }
-    composed_one(cx, tape, &[x, y], |g, m| {
-        let y = m[1].clone();
-        g.run(&m[0], |x| f(x, y))
-    })
+}
+
+fn binary_on_cpu(
+    cx: &Context,
+    tape: &mut Tape,
+    [x, y]: [&Tensor; 2],
+    value: impl Fn(f32, f32) -> f32 + Sync,
+    slopes: impl Fn(f32, f32) -> (f32, f32) + Sync + 'static,
+) -> Result<Tensor> {
+    let records = tape.wants(&[x, y]);
+    let (rows, columns) = x.shape();
+    let mut z = vec![0.0; x.len()];
+    let (a, b) = (x.cpu(), y.cpu());
+    for_parts(cx.pool(), &mut z, CHUNK, |start, z| {
+        let pairs = a[start..].iter().zip(&b[start..]);
+        z.iter_mut().zip(pairs).for_each(|(z, (a, b))| *z = value(*a, *b));
+    });
+    let z = made_on_cpu(z, rows, columns, records)?;
+    if records {
+        let (pool, _) = cx.handles();
+        let (x, y, out) = (x.clone(), y.clone(), z.slot());
+        tape.record(move |g| {
+            let Some(mut d) = g.take_cpu(&out) else { return Ok(()) };
+            let (a, b) = (x.cpu(), y.cpu());
+            let times = |d: &mut [f32], start: usize, slope: &dyn Fn(f32, f32) -> f32| {
+                let pairs = a[start..].iter().zip(&b[start..]);
+                d.iter_mut().zip(pairs).for_each(|(d, (a, b))| *d *= slope(*a, *b));
+            };
+            if let Some(slot) = x.wanted() {
+                let mut d = if y.is_tracked() { d.clone() } else { std::mem::take(&mut d) };
+                for_parts(&pool, &mut d, CHUNK, |start, d| times(d, start, &|a, b| slopes(a, b).0));
+                move_gradient(g, &pool, Some(&slot), d)?;
+            }
+            if let Some(slot) = y.wanted() {
+                for_parts(&pool, &mut d, CHUNK, |start, d| times(d, start, &|a, b| slopes(a, b).1));
+                move_gradient(g, &pool, Some(&slot), d)?;
+            }
+            Ok(())
+        });
+    }
+    Ok(z)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{Input, forms, forms_and_slopes, input};
+
+    type Unary = fn(&Context, &mut Tape, &Tensor) -> Result<Tensor>;
+    type Binary = fn(&Context, &mut Tape, &Tensor, &Tensor) -> Result<Tensor>;
+
+    /// Values that no kink is near to.
+    fn away_from_zero(key: &str, rows: usize, columns: usize) -> Input {
+        input(key, rows, columns).map(|v| v + 0.1f32.copysign(v))
+    }
+
+    #[test]
+    fn operators_on_one_matrix_agree_in_their_forms_and_with_their_slopes() {
+        let all: [(&'static str, Unary); 13] = [
+            ("scale", |cx, tape, x| scale(cx, tape, x, -2.5)),
+            ("add_scalar", |cx, tape, x| add_scalar(cx, tape, x, 0.75)),
+            ("neg", neg),
+            ("square", square),
+            ("sqrt", sqrt),
+            ("abs", abs),
+            ("exp", exp),
+            ("ln", ln),
+            ("powf", |cx, tape, x| powf(cx, tape, x, 2.5)),
+            ("clamp", |cx, tape, x| clamp(cx, tape, x, -0.05, 1.05)),
+            ("relu", relu),
+            ("sigmoid", sigmoid),
+            ("tanh", tanh),
+        ];
+        for (op, f) in all {
+            for (rows, columns) in [(1, 1), (5, 7), (131, 257)] {
+                let mut x = away_from_zero("x", rows, columns);
+                match op {
+                    "sqrt" | "ln" | "powf" => x = x.map(|v| 0.5 + v.abs()),
+                    "clamp" => x = x.map(|v| if (v - 1.05).abs() < 0.02 { 1.2 } else { v }),
+                    _ => {}
+                }
+                match rows {
+                    131 => forms(op, &[x], |cx, tape, x| Ok(vec![f(cx, tape, &x[0])?])),
+                    _ => forms_and_slopes(op, &[x], |cx, tape, x| Ok(vec![f(cx, tape, &x[0])?])),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn operators_on_two_matrices_agree_in_their_forms_and_with_their_slopes() {
+        let all: [(&'static str, Binary); 6] =
+            [("add", add), ("sub", sub), ("mul", mul), ("div", div), ("maximum", maximum), ("minimum", minimum)];
+        for (op, f) in all {
+            let y = away_from_zero("y", 5, 7).map(|v| v + 0.5f32.copysign(v));
+            forms_and_slopes(op, &[input("x", 5, 7), y], |cx, tape, x| Ok(vec![f(cx, tape, &x[0], &x[1])?]));
+            let y = away_from_zero("y", 131, 257);
+            forms(op, &[input("x", 131, 257), y], |cx, tape, x| Ok(vec![f(cx, tape, &x[0], &x[1])?]));
+        }
+        // One tensor in both places.
+        for (op, f) in [("add", add as Binary), ("mul", mul), ("maximum", maximum)] {
+            forms_and_slopes(op, &[input("x", 3, 5)], |cx, tape, x| Ok(vec![f(cx, tape, &x[0], &x[0])?]));
+        }
+    }
+
+    #[test]
+    fn weighted_means_agree_in_their_forms() {
+        let all = ["a", "b", "c"].map(|key| input(key, 7, 33).constant());
+        forms("weighted_mean", &all, |cx, _, x| {
+            Ok(vec![weighted_mean(cx, &x.iter().collect::<Vec<_>>(), &[0.2, -1.5, 0.75])?])
+        });
+    }
 }
