@@ -17,7 +17,7 @@ pub(crate) type Vector<E = f32> = Tensor<(usize,), E, Cpu>;
 pub type Taped<S, E = f32> = Tensor<S, E, Cpu, OwnedTape<E, Cpu>>;
 
 /// The float of a composed form.
-pub trait Float: Dtype {
+pub(crate) trait Float: Dtype {
     /// The nearest value.
     fn of(value: f64) -> Self {
         Self::from_f64(value).expect("f32 and f64 take every f64")

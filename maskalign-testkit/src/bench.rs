@@ -197,9 +197,7 @@ fn head_flop(objective: &PlannedObjective, student: &TowerShape, tokens: usize) 
 /// New images every step, uniform in [0, 1].
 fn synthetic(step: usize, batch: usize, size: usize) -> MicroBatch {
     let mut stream = Stream::new(0, "bench", step as u64, 0);
-    let pixels = (0..batch * 3 * size * size)
-        .map(|_| (stream.bits() >> 8) as f32 / (1 << 24) as f32)
-        .collect();
+    let pixels = (0..batch * 3 * size * size).map(|_| (stream.bits() >> 8) as f32 / (1 << 24) as f32).collect();
     MicroBatch {
         images: ImageBatch { pixels, batch, size },
         labels: vec![None; batch],

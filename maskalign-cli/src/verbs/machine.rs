@@ -31,7 +31,7 @@ impl Machine {
     }
 
     /// What is kept for the backward pass.
-    pub fn recompute(&self) -> Recompute {
+    pub(super) fn recompute(&self) -> Recompute {
         if self.recompute { Recompute::Blocks } else { Recompute::Never }
     }
 
