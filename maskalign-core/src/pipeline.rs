@@ -12,7 +12,7 @@ use maskalign_registry::{Kind, Recipe, Refusal};
 use crate::{
     components::towers::{Environment, MissingWeights, TrainedStudents},
     error::{Error, Result},
-    events::{Event, Events, Mark},
+    events::{Event, Events},
     plugin::Build,
     run::{
         CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, fail_point, rfc3339,
@@ -127,7 +127,7 @@ pub fn run(
         }
         if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
             tracing::info!("stage `{name}` is finished already");
-            options.events.rewind(Mark { records: finished.metrics_records, stage: &name, step: finished.step })?;
+            options.events.pass_over(finished.metrics_records);
             if summary.student.is_some() {
                 trained.insert(&name, Arc::new(left.into_student()));
             }

@@ -91,6 +91,9 @@ fn component(out: &mut String, registry: &Registry, entry: &Entry, schema: &Valu
     let _ = write!(out, "\n{HEADING}");
     for option in &options {
         let property = &schema["definitions"][entry.address()]["properties"][&option.name];
+        // An option that components share is described in their common definition.
+        let shared = property["$ref"].as_str().filter(|target| target.contains("/properties/"));
+        let property = shared.and_then(|target| schema.pointer(&target[1..])).unwrap_or(property);
         let _ = writeln!(
             out,
             "| `{}` | {} | {} | {} |",

@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one line for each recorded event.
 
+use serde::Serialize;
 use serde_json::json;
 
 use super::{Evaluation, Event, Mark, Sink};
@@ -21,25 +22,21 @@ impl<'a> MetricsFile<'a> {
         MetricsFile { dir, file: None }
     }
 
-    fn file(&mut self) -> Result<&mut Metrics> {
-        let file = match self.file.take() {
-            Some(file) => file,
-            None => self.dir.metrics(0)?,
-        };
-        Ok(self.file.insert(file))
+    fn append(&mut self, record: &impl Serialize) -> Result<()> {
+        // The stream rewinds before a stage's first record.
+        Ok(self.file.as_mut().map_or(Ok(()), |file| file.append(record))?)
     }
 }
 
 impl Sink for MetricsFile<'_> {
     fn handle(&mut self, event: &Event) -> Result<()> {
         match event {
-            Event::Step(report) => self.file()?.append(report)?,
+            Event::Step(report) => self.append(report),
             Event::Evaluated(Evaluation { stage, step, epoch, name, result }) => {
-                self.file()?.append(&json!({ "stage": stage, "step": step, "epoch": epoch, name: result }))?;
+                self.append(&json!({ "stage": stage, "step": step, "epoch": epoch, name: result }))
             }
-            _ => {}
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn rewind(&mut self, to: Mark) -> Result<()> {
@@ -50,6 +47,6 @@ impl Sink for MetricsFile<'_> {
     }
 
     fn sync(&mut self) -> Result<()> {
-        Ok(self.file()?.sync()?)
+        Ok(self.file.as_ref().map_or(Ok(()), Metrics::sync)?)
     }
 }

@@ -152,12 +152,14 @@ pub trait Sink {
 pub struct Events<'a> {
     sinks: Vec<Box<dyn Sink + 'a>>,
     records: u64,
+    /// The stage that began, until its first recorded event: its sinks still hold what an earlier attempt recorded.
+    begun: Option<String>,
 }
 
 impl<'a> Events<'a> {
     /// A stream into some sinks, which are told of each event in this order.
     pub fn new(sinks: Vec<Box<dyn Sink + 'a>>) -> Self {
-        Events { sinks, records: 0 }
+        Events { sinks, records: 0, begun: None }
     }
 
     /// How many recorded events there are, for checkpoints.
@@ -170,16 +172,29 @@ impl<'a> Events<'a> {
     /// # Errors
     /// The first sink's that fails.
     pub fn send(&mut self, event: Event) -> Result<()> {
-        self.records += u64::from(event.is_recorded());
+        if let Event::StageStarted { stage, .. } = event {
+            self.begun = Some(stage.to_string());
+        }
+        if event.is_recorded() {
+            if let Some(stage) = self.begun.take() {
+                self.rewind(Mark { records: self.records, stage: &stage, step: 0 })?;
+            }
+            self.records += 1;
+        }
         self.sinks.iter_mut().try_for_each(|sink| sink.handle(&event))
     }
 
-    /// Goes back, or on, to where a checkpoint or a finished stage was.
+    /// Passes over a stage that an earlier attempt finished: what it recorded stays.
+    pub fn pass_over(&mut self, records: u64) {
+        self.records = records;
+    }
+
+    /// Goes back to where a checkpoint was made.
     ///
     /// # Errors
     /// The first sink's that fails.
     pub fn rewind(&mut self, to: Mark) -> Result<()> {
-        self.records = to.records;
+        (self.records, self.begun) = (to.records, None);
         self.sinks.iter_mut().try_for_each(|sink| sink.rewind(to))
     }
 

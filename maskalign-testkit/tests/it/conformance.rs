@@ -79,7 +79,7 @@ fn datasets_of_files_conform() {
     let here = env!("CARGO_MANIFEST_DIR");
     let folder = format!("{here}/../tests/fixtures/images");
     passes(check_as(Kind::Dataset, &format!("{{ type: image_folder, root: {folder:?} }}")));
-    let sample = |file: &str| format!("{here}/data/fashion_mnist/test-{file}.idx.gz");
+    let sample = |file: &str| format!("{here}/../maskalign-core/data/fashion_mnist/test-{file}.idx.gz");
     let (images, labels) = (sample("images"), sample("labels"));
     passes(check_as(Kind::Dataset, &format!("{{ type: idx, images: {images:?}, labels: {labels:?} }}")));
     let list = tempfile::NamedTempFile::new().expect("a temporary file");
