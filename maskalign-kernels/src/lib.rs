@@ -13,10 +13,15 @@ pub mod elementwise;
 pub mod gemm;
 pub mod loss;
 mod memory;
+#[cfg(test)]
+mod model;
 pub mod norm;
 pub mod optim;
 pub mod pool;
+#[cfg(test)]
+mod pool_tests;
 mod share;
+mod sync;
 pub mod vmath;
 
 pub use arch::{Isa, isa};
