@@ -8,6 +8,7 @@
 pub mod arch;
 pub mod arena;
 pub mod attention;
+pub mod batch_norm;
 pub mod block;
 pub mod elementwise;
 pub mod gemm;
@@ -22,6 +23,8 @@ pub mod pool;
 mod pool_tests;
 mod share;
 mod sync;
+#[cfg(test)]
+mod testing;
 pub mod vmath;
 
 pub use arch::{Isa, isa};
