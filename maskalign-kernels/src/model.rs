@@ -9,6 +9,7 @@ use loom::sync::atomic::{AtomicUsize, Ordering};
 
 /// `pool.rs` once more, on loom's threads, locks and atomics.
 #[path = "pool.rs"]
+#[expect(clippy::duplicate_mod, unreachable_pub, reason = "compiled once more, for these tests alone")]
 mod pool;
 
 use pool::Pool;
