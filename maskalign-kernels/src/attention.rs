@@ -37,17 +37,33 @@ pub struct AttentionShape {
 impl AttentionShape {
     /// Channels of all heads.
     pub fn dim(&self) -> usize {
-        self.heads * self.head_dim
+        len_of([self.heads, self.head_dim])
     }
 
     /// Length of the array of log-sums, `[batch, heads, queries]`.
     pub fn lse_len(&self) -> usize {
-        self.batch * self.heads * self.queries
+        len_of([self.batch, self.heads, self.queries])
+    }
+
+    /// Rows of queries, of all images.
+    fn query_rows(&self) -> usize {
+        len_of([self.batch, self.queries])
+    }
+
+    /// Rows of keys, of all images.
+    fn key_rows(&self) -> usize {
+        len_of([self.batch, self.keys])
     }
 
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
+}
+
+/// The product of sizes. Wrapped around, it could agree with a slice that holds far less than the shape says.
+fn len_of<const N: usize>(sizes: [usize; N]) -> usize {
+    let product = sizes.into_iter().try_fold(1, usize::checked_mul);
+    product.unwrap_or_else(|| panic!("an attention of sizes {sizes:?} exceeds the address space"))
 }
 
 /// Queries, keys or values inside a row-major buffer: channel `c` of head `h` of row `r` is
@@ -90,7 +106,8 @@ impl<'a> Heads<'a> {
 
     fn check(&self, rows: usize, dim: usize, what: &str) {
         assert!(
-            self.offset + dim <= self.row_stride && rows * self.row_stride <= self.data.len(),
+            self.offset.checked_add(dim).is_some_and(|end| end <= self.row_stride)
+                && len_of([rows, self.row_stride]) <= self.data.len(),
             "{what}: a buffer of {} floats is too small for {rows} rows, {} apart",
             self.data.len(),
             self.row_stride
@@ -146,24 +163,24 @@ impl<'a> HeadsMut<'a> {
 impl<'a> QkvGrad<'a> {
     fn views(self, shape: &AttentionShape) -> [HeadsMut<'a>; 3] {
         let dim = shape.dim();
-        let (query_rows, key_rows) = (shape.batch * shape.queries, shape.batch * shape.keys);
+        let (query_rows, key_rows) = (shape.query_rows(), shape.key_rows());
         match self {
             QkvGrad::Fused(qkv) => {
                 assert_eq!(shape.queries, shape.keys, "a fused projection has equal tokens");
-                assert_eq!(qkv.len(), query_rows * 3 * dim, "gradient of queries, keys and values");
+                assert_eq!(qkv.len(), len_of([query_rows, 3, dim]), "gradient of queries, keys and values");
                 let data = Shared::new(qkv);
                 [0, 1, 2].map(|part| HeadsMut::new(data, 3 * dim, part * dim))
             }
             QkvGrad::Cross { q, kv } => {
-                assert_eq!(q.len(), query_rows * dim, "gradient of the queries");
-                assert_eq!(kv.len(), key_rows * 2 * dim, "gradient of keys and values");
+                assert_eq!(q.len(), len_of([query_rows, dim]), "gradient of the queries");
+                assert_eq!(kv.len(), len_of([key_rows, 2, dim]), "gradient of keys and values");
                 let kv = Shared::new(kv);
                 let q = HeadsMut::new(Shared::new(q), dim, 0);
                 [q, HeadsMut::new(kv, 2 * dim, 0), HeadsMut::new(kv, 2 * dim, dim)]
             }
             QkvGrad::Separate { q, k, v } => {
-                assert_eq!(q.len(), query_rows * dim, "gradient of the queries");
-                assert!(k.len() == key_rows * dim && v.len() == k.len(), "gradient of the keys");
+                assert_eq!(q.len(), len_of([query_rows, dim]), "gradient of the queries");
+                assert!(k.len() == len_of([key_rows, dim]) && v.len() == k.len(), "gradient of the keys");
                 [q, k, v].map(|x| HeadsMut::new(Shared::new(x), dim, 0))
             }
         }
@@ -189,12 +206,12 @@ pub fn attention(
 ) {
     let dim = shape.dim();
     check_inputs(&shape, q, k, v);
-    assert_eq!(out.len(), shape.batch * shape.queries * dim, "attention output");
+    assert_eq!(out.len(), len_of([shape.query_rows(), dim]), "attention output");
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == shape.lse_len()), "attention log-sums");
     let out = HeadsMut::new(Shared::new(out), dim, 0);
     let lse = lse.map(Shared::new);
     let sizes = Sizes::new(&shape, FORWARD_BLOCK);
-    pool.run(shape.batch * shape.heads, &|task, _| {
+    pool.run(shape.batch * shape.heads, &|task| {
         let mut scratch = arena.take(sizes.forward_scratch());
         let lse = lse.map(|lse| {
             // SAFETY: one part for each task.
@@ -225,13 +242,13 @@ pub fn attention_backward(
 ) {
     let dim = shape.dim();
     check_inputs(&shape, q, k, v);
-    assert_eq!(out.len(), shape.batch * shape.queries * dim, "attention output");
+    assert_eq!(out.len(), len_of([shape.query_rows(), dim]), "attention output");
     assert_eq!(dout.len(), out.len(), "gradient of the attention output");
     assert_eq!(lse.len(), shape.lse_len(), "attention log-sums");
     let grad = grad.views(&shape);
     let (out, dout) = (Heads::separate(out, dim), Heads::separate(dout, dim));
     let sizes = Sizes::new(&shape, BACKWARD_BLOCK);
-    pool.run(shape.batch * shape.heads, &|task, _| {
+    pool.run(shape.batch * shape.heads, &|task| {
         let mut scratch = arena.take(sizes.backward_scratch());
         let lse = &lse[task * shape.queries..(task + 1) * shape.queries];
         let head = Head { shape, sizes, image: task / shape.heads, head: task % shape.heads };
@@ -255,11 +272,11 @@ pub fn cls_attention(
     out: &mut [f32],
 ) {
     assert!(shape.keys > 0, "attention needs a key");
-    k.check(shape.batch * shape.keys, shape.dim(), "keys");
+    k.check(shape.key_rows(), shape.dim(), "keys");
     let patches = shape.keys - 1;
-    assert_eq!(out.len(), shape.batch * patches, "attention of CLS");
+    assert_eq!(out.len(), len_of([shape.batch, patches]), "attention of CLS");
     let out = Shared::new(out);
-    pool.run(shape.batch, &|image, _| {
+    pool.run(shape.batch, &|image| {
         // SAFETY: one part for each image.
         let out = unsafe { out.part(image * patches..(image + 1) * patches) };
         out.fill(0.0);
@@ -277,9 +294,9 @@ pub fn cls_attention(
 
 fn check_inputs(shape: &AttentionShape, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>) {
     assert!(shape.keys > 0 && shape.head_dim > 0, "attention needs a key and a channel");
-    q.check(shape.batch * shape.queries, shape.dim(), "queries");
-    k.check(shape.batch * shape.keys, shape.dim(), "keys");
-    v.check(shape.batch * shape.keys, shape.dim(), "values");
+    q.check(shape.query_rows(), shape.dim(), "queries");
+    k.check(shape.key_rows(), shape.dim(), "keys");
+    v.check(shape.key_rows(), shape.dim(), "values");
 }
 
 /// Padded sizes of one head's scratch memory.

@@ -75,7 +75,8 @@ impl PackedB {
     /// Packs `b` of shape `[k, n]`.
     ///
     /// # Panics
-    /// If an element lies outside `b.data`.
+    /// If an element lies outside `b.data`, or the copy would exceed the address space: a view with
+    /// strides of 0 may claim any shape.
     pub fn new(b: MatRef, k: usize, n: usize) -> PackedB {
         PackedB::for_isa(arch::isa(), b, k, n)
     }
@@ -84,9 +85,9 @@ impl PackedB {
         b.check("b", k, n);
         let depth = Depth::new(kernel(isa), k);
         let width = kernel(isa).nr;
-        let padded = n.next_multiple_of(width);
+        let padded = padded(n, width);
         let mut data = Buffer::default();
-        let dst = data.get(k * padded);
+        let dst = data.get(packed_len(k, padded));
         for (p0, kc) in depth.panels() {
             let part = pack::Part { p0, count: kc, j0: 0, cols: n };
             let dst = dst[p0 * padded..][..kc * padded].as_mut_ptr();
@@ -105,6 +106,16 @@ impl PackedB {
     pub fn n(&self) -> usize {
         self.n
     }
+}
+
+/// `len` up to whole panels of `width`.
+fn padded(len: usize, width: usize) -> usize {
+    len.checked_next_multiple_of(width).unwrap_or_else(|| panic!("an operand of {len} columns is too large to pack"))
+}
+
+/// Elements of a packed operand of depth `k`. Unchecked, the length of a buffer that unchecked code fills could wrap.
+fn packed_len(k: usize, padded: usize) -> usize {
+    k.checked_mul(padded).unwrap_or_else(|| panic!("an operand of [{k}, {padded}] is too large to pack"))
 }
 
 /// The right-hand operand of [`gemm`].
@@ -151,8 +162,8 @@ pub struct Epilogue<'a> {
 /// threads of the pool. The bits of the result do not depend on the number of threads.
 ///
 /// # Panics
-/// If an operand is shorter than its shape and strides say, a packed `B` has another shape, or the
-/// rows of `C` overlap.
+/// If an operand is shorter than its shape and strides say or too large to pack, a packed `B` has
+/// another shape, or the rows of `C` overlap.
 #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn gemm(pool: &Pool, m: usize, n: usize, k: usize, a: MatRef, b: Rhs, c: &mut [f32], ldc: usize, ep: Epilogue) {
     gemm_on(arch::isa(), pool, m, n, k, a, b, c, ldc, ep);
@@ -172,7 +183,7 @@ pub fn fma_peak_gflops(threads: usize, pool: &Pool) -> f64 {
     for _ in 0..BURSTS {
         let arrived = AtomicUsize::new(0);
         let spans = std::sync::Mutex::new(Vec::with_capacity(threads));
-        pool.run(threads, &|_, _| {
+        pool.run(threads, &|_| {
             // One burst to a thread: each waits for the others, but not forever.
             arrived.fetch_add(1, Ordering::SeqCst);
             let patience = Instant::now();
@@ -398,7 +409,7 @@ fn product(
     let a_out = Out(a_buffer.get(a_jobs.len()).as_mut_ptr());
     let b_out = Out(b_buffer.get(b_jobs.len()).as_mut_ptr());
     let (a_tasks, b_tasks) = (a_jobs.count(), b_jobs.count());
-    pool.run(a_tasks + b_tasks, &|task, _| {
+    pool.run(a_tasks + b_tasks, &|task| {
         // SAFETY: the buffers have the lengths asked for, and each task has a range of its own.
         unsafe {
             if task < b_tasks {
@@ -428,7 +439,7 @@ fn product(
         finish,
     };
     let col_blocks = product.cols.count();
-    pool.run(product.rows.count() * col_blocks, &|task, _| {
+    pool.run(product.rows.count() * col_blocks, &|task| {
         let [mut sums, mut copy] = BLOCK.take();
         // SAFETY: the operands were checked against the shape, and no other task has this block.
         unsafe { product.block(task / col_blocks, task % col_blocks, &mut sums, &mut copy) };
@@ -460,7 +471,7 @@ impl<'a> PackJobs<'a> {
             width,
             depth,
             chunks: Blocks::new(len, chunk, width),
-            padded: len.next_multiple_of(width),
+            padded: padded(len, width),
         }
     }
 
@@ -469,7 +480,7 @@ impl<'a> PackJobs<'a> {
     }
 
     fn len(&self) -> usize {
-        if self.source.is_some() { self.depth.k * self.padded } else { 0 }
+        if self.source.is_some() { packed_len(self.depth.k, self.padded) } else { 0 }
     }
 
     /// # Safety

@@ -8,15 +8,23 @@
 pub mod arch;
 pub mod arena;
 pub mod attention;
+pub mod batch_norm;
 pub mod block;
 pub mod elementwise;
 pub mod gemm;
 pub mod loss;
 mod memory;
+#[cfg(test)]
+mod model;
 pub mod norm;
 pub mod optim;
 pub mod pool;
+#[cfg(test)]
+mod pool_tests;
 mod share;
+mod sync;
+#[cfg(test)]
+mod testing;
 pub mod vmath;
 
 pub use arch::{Isa, isa};

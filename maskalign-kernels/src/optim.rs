@@ -1,7 +1,11 @@
-//! The optimiser step and the gradient norm over a list of tensors.
+//! Optimiser steps and the gradient norm over a list of tensors, and moving averages of them.
 
 use crate::pool::Pool;
-use crate::share::{CHUNK, Shared, for_ranges, sum_ranges, vectorised};
+use crate::share::{CHUNK, Shared, for_parts, for_ranges, sum_ranges, vectorised};
+use crate::vmath;
+
+#[cfg(test)]
+mod tests;
 
 /// One tensor of an AdamW step. All slices have one length.
 pub struct AdamWTensor<'a> {
@@ -106,6 +110,173 @@ pub fn adamw(pool: &Pool, adam: AdamW, tensors: &mut [AdamWTensor<'_>]) {
             unsafe { (part.param.part(start..end), part.exp_avg.part(start..end), part.exp_avg_sq.part(start..end)) };
         adamw_part(part.factors, param, &part.grad[start..end], exp_avg, exp_avg_sq);
     });
+}
+
+/// One tensor of a LARS step. All slices have one length.
+pub struct LarsTensor<'a> {
+    /// The parameter, updated in place.
+    pub param: &'a mut [f32],
+    /// Its gradient.
+    pub grad: &'a [f32],
+    /// The momentum, updated in place; zeros before the first step.
+    pub momentum: &'a mut [f32],
+    /// The learning rate of this step.
+    pub lr: f64,
+    /// How the gradient becomes an update.
+    pub rule: LarsRule,
+}
+
+/// How LARS treats a tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum LarsRule {
+    /// With weight decay and a rate adapted to the norms: parameters of more than one dimension.
+    Adapted {
+        /// Times the parameter, added to the gradient before the norms are taken.
+        weight_decay: f64,
+    },
+    /// The gradient alone: biases and the parameters of norms.
+    Plain,
+}
+
+/// What all tensors of a LARS step share.
+#[derive(Clone, Copy, Debug)]
+pub struct Lars {
+    /// Decay of the momentum; 0.9 in the linear probing of masked autoencoders.
+    pub momentum: f64,
+    /// The ratio of an adapted update's norm to the parameter's; 0.001 there.
+    pub trust_coefficient: f64,
+    /// Factor of all gradients: 1, or less to clip their norm.
+    pub grad_scale: f32,
+}
+
+/// One LARS step (You, Gitman and Ginsburg, arXiv 1708.03888) on all tensors, in the order of operations of masked
+/// autoencoders' linear probing: `d = g + wd p; d *= trust |p| / |d|` (1 where a norm is 0) for
+/// [`LarsRule::Adapted`], `d = g` for [`LarsRule::Plain`]; then `m = momentum m + d; p -= lr m`. The norms are summed in
+/// double precision.
+///
+/// # Panics
+/// When the lengths of a tensor's slices differ.
+pub fn lars(pool: &Pool, lars: Lars, tensors: &mut [LarsTensor<'_>]) {
+    struct Part<'a> {
+        param: Shared<'a>,
+        grad: &'a [f32],
+        momentum: Shared<'a>,
+        factors: LarsFactors,
+    }
+    for t in tensors.iter() {
+        let len = t.param.len();
+        assert!(
+            t.grad.len() == len && t.momentum.len() == len,
+            "a parameter of {len} elements has a gradient or momentum of another length"
+        );
+    }
+    let parts: Vec<Part> = tensors
+        .iter_mut()
+        .map(|t| {
+            let (weight_decay, ratio) = match t.rule {
+                LarsRule::Plain => (0.0, 1.0),
+                LarsRule::Adapted { weight_decay } => {
+                    let decay = weight_decay as f32;
+                    let [param, update] = sum_ranges(pool, t.grad.len(), CHUNK, |range| {
+                        lars_squares(lars.grad_scale, decay, &t.param[range.clone()], &t.grad[range])
+                    });
+                    let adapted = param > 0.0 && update > 0.0;
+                    let ratio = if adapted { lars.trust_coefficient * (param / update).sqrt() } else { 1.0 };
+                    (decay, ratio as f32)
+                }
+            };
+            Part {
+                factors: LarsFactors {
+                    grad_scale: lars.grad_scale,
+                    weight_decay,
+                    ratio,
+                    momentum: lars.momentum as f32,
+                    minus_lr: -t.lr as f32,
+                },
+                param: Shared::new(t.param),
+                grad: t.grad,
+                momentum: Shared::new(t.momentum),
+            }
+        })
+        .collect();
+    let pieces = pieces(parts.iter().map(|p| p.grad.len()));
+    for_ranges(pool, pieces.len(), 1, |range| {
+        let (tensor, start, end) = pieces[range.start];
+        let part = &parts[tensor];
+        // SAFETY: the pieces are disjoint.
+        let (param, momentum) = unsafe { (part.param.part(start..end), part.momentum.part(start..end)) };
+        lars_part(part.factors, param, &part.grad[start..end], momentum);
+    });
+}
+
+/// The factors of one tensor in a LARS step.
+#[derive(Clone, Copy)]
+struct LarsFactors {
+    grad_scale: f32,
+    weight_decay: f32,
+    ratio: f32,
+    momentum: f32,
+    minus_lr: f32,
+}
+
+/// The gradient with its decay.
+#[inline(always)]
+fn decayed<const FMA: bool>(grad_scale: f32, weight_decay: f32, param: f32, grad: f32) -> f32 {
+    vmath::fma::<FMA>(param, weight_decay, grad * grad_scale)
+}
+
+vectorised! {
+    // The sums of squares of the parameter and of the gradient with its decay.
+    fn lars_squares(grad_scale: f32, weight_decay: f32, param: &[f32], grad: &[f32]) -> [f64; 2] {
+        const LANES: usize = 16;
+        let mut lanes = [[0.0f64; LANES]; 2];
+        let (params, rest) = param.as_chunks::<LANES>();
+        let (grads, rest_grad) = grad.as_chunks::<LANES>();
+        for (p, g) in params.iter().zip(grads) {
+            for l in 0..LANES {
+                let d = f64::from(decayed::<FMA>(grad_scale, weight_decay, p[l], g[l]));
+                lanes[0][l] += f64::from(p[l]) * f64::from(p[l]);
+                lanes[1][l] += d * d;
+            }
+        }
+        let mut sums = lanes.map(|lanes| lanes.iter().sum::<f64>());
+        for (&p, &g) in rest.iter().zip(rest_grad) {
+            let d = f64::from(decayed::<FMA>(grad_scale, weight_decay, p, g));
+            sums[0] += f64::from(p) * f64::from(p);
+            sums[1] += d * d;
+        }
+        sums
+    }
+
+    fn lars_part(f: LarsFactors, param: &mut [f32], grad: &[f32], momentum: &mut [f32]) {
+        for ((p, g), m) in param.iter_mut().zip(grad).zip(momentum) {
+            let d = decayed::<FMA>(f.grad_scale, f.weight_decay, *p, *g) * f.ratio;
+            *m = *m * f.momentum + d;
+            *p = vmath::fma::<FMA>(*m, f.minus_lr, *p);
+        }
+    }
+}
+
+/// `moving = momentum moving + (1 - momentum) source`, element by element: a teacher that follows its student.
+///
+/// The order of operations is that of PyTorch's `moving.mul_(momentum).add_(source, alpha=1 - momentum)`: the first
+/// product is rounded, and the second is added to it, in one rounding where the machine has fused multiply-add.
+/// `1 - momentum` is taken in double precision.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn ema_update(pool: &Pool, moving: &mut [f32], source: &[f32], momentum: f64) {
+    assert_eq!(moving.len(), source.len(), "a moving average and its source");
+    let (keep, take) = (momentum as f32, (1.0 - momentum) as f32);
+    for_parts(pool, moving, CHUNK, |start, moving| ema_part(keep, take, moving, &source[start..]));
+}
+
+vectorised! {
+    fn ema_part(keep: f32, take: f32, moving: &mut [f32], source: &[f32]) {
+        for (m, s) in moving.iter_mut().zip(source) {
+            *m = vmath::fma::<FMA>(*s, take, *m * keep);
+        }
+    }
 }
 
 /// Cuts tensors of these lengths into pieces `(tensor, start, end)` of at most [`CHUNK`].

@@ -59,7 +59,7 @@ pub(crate) fn for_ranges(pool: &Pool, items: usize, chunk: usize, f: impl Fn(Ran
     if items == 0 {
         return;
     }
-    pool.run(items.div_ceil(chunk), &|task, _| {
+    pool.run(items.div_ceil(chunk), &|task| {
         f(task * chunk..((task + 1) * chunk).min(items));
     });
 }

@@ -249,6 +249,8 @@ macro_rules! x86_panel {
                     }
                 }
                 let (mut a, mut b, mut ahead) = (s.a, p.b, s.ahead);
+                // Where elements of one depth are adjacent, the step from the last depth may leave the operand.
+                let advance = |a: *const f32, by| if LAYOUT == COLUMNS { a.wrapping_add(by) } else { a.add(by) };
                 // Rows of a tall tile, from `NEAR_ROWS` on.
                 let tall = M > NEAR_ROWS && LAYOUT == ROWS;
                 let mut a_far = a.wrapping_add(NEAR_ROWS * stride);
@@ -281,13 +283,13 @@ macro_rules! x86_panel {
                     step!(1);
                     step!(2);
                     step!(3);
-                    a = a.add(4 * step);
+                    a = advance(a, 4 * step);
                     a_far = a_far.wrapping_add(4 * step);
                     b = b.add(4 * NR);
                 }
                 for _ in 0..p.kc % 4 {
                     step!(0);
-                    a = a.add(step);
+                    a = advance(a, step);
                     a_far = a_far.wrapping_add(step);
                     b = b.add(NR);
                 }

@@ -24,7 +24,7 @@ impl Small {
 
     /// Elements of a packed right-hand operand `[k, n]`.
     pub(crate) fn packed_len(self, k: usize, n: usize) -> usize {
-        k * n.next_multiple_of(LANES).next_multiple_of(self.kernel.nr)
+        super::packed_len(k, super::padded(super::padded(n, LANES), self.kernel.nr))
     }
 
     /// Packs `b` `[k, n]` into the first [`packed_len`](Self::packed_len) elements of `to`; its columns are

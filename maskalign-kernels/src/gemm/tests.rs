@@ -269,3 +269,23 @@ fn small_products_equal_double_precision_on_every_instruction_set() {
         }
     }
 }
+
+#[test]
+fn a_view_that_claims_more_than_memory_holds_is_refused() {
+    // Strides of 0 make one element a matrix of any shape, and a wrapped length an empty buffer.
+    let one = MatRef { data: &[1.0], rs: 0, cs: 0 };
+    let message = |call: &dyn Fn()| {
+        let payload = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).expect_err("refused");
+        payload.downcast_ref::<String>().cloned().unwrap_or_default()
+    };
+    for (k, n) in [(16, 1 << 60), (1, usize::MAX), (usize::MAX, 1)] {
+        let message = message(&|| _ = PackedB::new(one, k, n));
+        assert!(message.contains("too large to pack"), "[{k}, {n}]: {message}");
+    }
+    let bias = [0.0; 64];
+    let message = message(&|| {
+        let ep = Epilogue { bias: Some(&bias), ..Epilogue::default() };
+        gemm(&Pool::new(1), 1, 64, 1 << 62, one, Rhs::Strided(one), &mut [0.0; 64], 64, ep);
+    });
+    assert!(message.contains("too large to pack"), "{message}");
+}
