@@ -1,11 +1,11 @@
 //! Normalisation of columns over the rows of a batch: PyTorch's `BatchNorm1d` without scale and shift.
 
 use dfdx::prelude::{Axis, Cpu, Device, HasShape, MeanTo, ReshapeTo, TryAdd, TryMul, TrySub};
-use maskalign_kernels::{Pool, for_parts};
+use maskalign_kernels::{Pool, batch_norm as kernel, for_parts};
 
 use super::{
-    CHUNK, composed as run_composed, composed_one, linear::row, made_on_cpu, move_gradient, optim,
-    reduce::column_totals, through_host, through_host_one,
+    CHUNK, composed as run_composed, composed_one, linear::row, made_on_cpu, move_gradient, optim, through_host,
+    through_host_one,
 };
 use crate::{
     Context, Graph, Matrix, Result, Tape, Tensor,
@@ -53,25 +53,28 @@ fn of_batch(cx: &Context, tape: &mut Tape, x: &Tensor, eps: f64) -> Result<Vec<T
         Form::Cpu => {
             let (pool, _) = cx.handles();
             let records = tape.wants(&[x]);
-            let ((rows, columns), share) = (x.shape(), 1.0 / x.rows() as f64);
-            let from = x.cpu();
-            let mean = column_totals(&pool, x.shape(), share, |i, _| from[i]);
-            let variance = column_totals(&pool, x.shape(), share, |i, j| (from[i] - mean[j]).powi(2));
-            let inverse = inverse_deviations(&variance, eps);
-            let y = whitened(&pool, from, &mean, &inverse);
+            let ((rows, columns), eps) = (x.shape(), eps as f32);
+            let (mut mean, mut var) = (vec![0.0; columns], vec![0.0; columns]);
+            kernel::column_stats(&pool, x.cpu(), &mut mean, &mut var);
+            let stats = kernel::ColumnStats { mean: &mean, var: &var, eps };
+            let mut y = vec![0.0; rows * columns];
+            kernel::batch_norm(&pool, x.cpu(), stats, kernel::Affine::default(), &mut y);
             let y = made_on_cpu(y, rows, columns, records)?;
+            let statistics = [mean.clone(), var.clone()].map(|values| made_on_cpu(values, 1, columns, false));
             if records {
-                let (x, kept, out) = (x.wanted(), y.clone(), y.slot());
+                let (x, out) = (x.clone(), y.slot());
                 tape.record(move |g| {
-                    let Some(mut d) = g.take_cpu(&out) else { return Ok(()) };
-                    let y = kept.cpu();
-                    let mean = column_totals(&pool, (rows, columns), share, |i, _| d[i]);
-                    let along = column_totals(&pool, (rows, columns), share, |i, _| d[i] * y[i]);
-                    by_columns(&pool, &mut d, columns, |i, j, d| (d - mean[j] - y[i] * along[j]) * inverse[j]);
-                    move_gradient(g, &pool, x.as_ref(), d)
+                    let Some(d) = g.take_cpu(&out) else { return Ok(()) };
+                    let stats = kernel::ColumnStats { mean: &mean, var: &var, eps };
+                    let dx = x.wanted();
+                    let dx = dx.as_ref().map(|slot| g.cpu_mut(slot).as_mut_slice());
+                    let grads = kernel::BatchNormGrads { dx, ..Default::default() };
+                    kernel::batch_norm_backward(&pool, x.cpu(), stats, None, &d, grads);
+                    Ok(())
                 });
             }
-            Ok(vec![y, made_on_cpu(mean, 1, columns, false)?, made_on_cpu(variance, 1, columns, false)?])
+            let [mean, variance] = statistics;
+            Ok(vec![y, mean?, variance?])
         }
     }
 }
@@ -100,7 +103,10 @@ pub fn batch_norm_by(
             let records = tape.wants(&[x]);
             let (rows, columns) = x.shape();
             let inverse = inverse_deviations(variance.cpu(), eps);
-            let y = made_on_cpu(whitened(&pool, x.cpu(), mean.cpu(), &inverse), rows, columns, records)?;
+            let mut y = vec![0.0; rows * columns];
+            let stats = kernel::ColumnStats { mean: mean.cpu(), var: variance.cpu(), eps: eps as f32 };
+            kernel::batch_norm(&pool, x.cpu(), stats, kernel::Affine::default(), &mut y);
+            let y = made_on_cpu(y, rows, columns, records)?;
             if records {
                 let (x, out) = (x.wanted(), y.slot());
                 tape.record(move |g| {
@@ -116,12 +122,6 @@ pub fn batch_norm_by(
 
 fn inverse_deviations(variance: &[f32], eps: f64) -> Vec<f32> {
     variance.iter().map(|v| (1.0 / (f64::from(*v) + eps).sqrt()) as f32).collect()
-}
-
-fn whitened(pool: &Pool, x: &[f32], mean: &[f32], inverse: &[f32]) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
-    by_columns(pool, &mut y, mean.len(), |i, j, _| (x[i] - mean[j]) * inverse[j]);
-    y
 }
 
 /// Replaces each value by `f(index, column, value)`.
