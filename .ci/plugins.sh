@@ -5,13 +5,15 @@ checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The dependencies of both are the workspace's: one folder for all.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$checkout/target}
 binaries=$CARGO_TARGET_DIR/debug
-# MaskAlign's own crates are compiled again for each workspace; nothing here runs long enough to repay optimising them.
-quick=()
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# Dependencies are shared where they are optimised alike: the workspace's profile. MaskAlign's own crates are compiled
+# again for each workspace, and nothing here runs long enough to repay optimising them.
+sed -n '/^\[profile\.dev/,/^\[profile\.release/{/^\[profile\.release/!p}' "$checkout/Cargo.toml" > "$work/profile.toml"
+quick=(--config "$work/profile.toml")
 for crate in core cli registry; do
     quick+=(--config "profile.dev.package.maskalign-$crate.opt-level=0")
 done
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 
 # says WHAT TEXT FILE: the file has the text.
 says() {

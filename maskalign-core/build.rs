@@ -3,7 +3,11 @@
 use std::{env, error::Error, fs, path::Path};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../recipes");
+    let package = env::var("CARGO_MANIFEST_DIR")?;
+    // `recipes` here is a link to the checkout's folder, and in a published package a copy of it. Where a checkout has
+    // no links (Windows), a file stands in its place.
+    let folder = ["recipes", "../recipes"].map(|path| Path::new(&package).join(path)).into_iter().find(|f| f.is_dir());
+    let folder = folder.ok_or("there is no folder `recipes`, in the package or beside it")?.canonicalize()?;
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed={}", folder.display());
     let mut recipes = Vec::new();

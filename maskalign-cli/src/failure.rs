@@ -23,18 +23,18 @@ pub(crate) enum Failure {
 
 impl Failure {
     /// The user can put it right: exit code 2.
-    pub fn mistake(message: impl Into<String>) -> Failure {
+    pub(crate) fn mistake(message: impl Into<String>) -> Failure {
         Failure::Message { message: message.into(), help: Vec::new(), code: 2 }
     }
 
     /// Something failed: exit code 1.
-    pub fn failed(message: impl Into<String>) -> Failure {
+    pub(crate) fn failed(message: impl Into<String>) -> Failure {
         Failure::Message { message: message.into(), help: Vec::new(), code: 1 }
     }
 
     /// Adds a way out.
     #[must_use]
-    pub fn help(mut self, text: impl Into<String>) -> Failure {
+    pub(crate) fn help(mut self, text: impl Into<String>) -> Failure {
         if let Failure::Message { help, .. } = &mut self {
             help.push(text.into());
         }
@@ -42,7 +42,7 @@ impl Failure {
     }
 
     /// Puts a refusal that came after the recipe was accepted at its place in it.
-    pub fn located(error: Error, loaded: &Loaded) -> Failure {
+    pub(crate) fn located(error: Error, loaded: &Loaded) -> Failure {
         match error {
             Error::Refused(refusal) => Failure::Recipe(loaded.locate_all([&refusal])),
             other => other.into(),
@@ -50,7 +50,7 @@ impl Failure {
     }
 
     /// The exit code.
-    pub fn code(&self) -> u8 {
+    pub(crate) fn code(&self) -> u8 {
         match self {
             Failure::Recipe(_) => 2,
             Failure::Message { code, .. } | Failure::Told(code) => *code,
@@ -59,7 +59,7 @@ impl Failure {
     }
 
     /// What is left to tell, in colour.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         match self {
             Failure::Recipe(report) => render::report(report),
             Failure::Message { message, help, .. } => {
@@ -74,7 +74,7 @@ impl Failure {
     }
 
     /// What is left to tell, for programs.
-    pub fn to_json(&self) -> Value {
+    pub(crate) fn to_json(&self) -> Value {
         match self {
             Failure::Recipe(report) => report.to_json(),
             Failure::Message { message, help, .. } => json!([{ "message": message, "help": help }]),
@@ -83,7 +83,7 @@ impl Failure {
     }
 
     /// Tells the user and gives the exit code.
-    pub fn tell(self) -> ExitCode {
+    pub(crate) fn tell(self) -> ExitCode {
         let text = self.text();
         if !text.is_empty() {
             output::complain(&text);

@@ -18,7 +18,7 @@ mod verbs;
 use std::{ffi::OsString, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser};
-use maskalign_core::plugin::is_constructible;
+use maskalign_core::kinds::is_constructible;
 use maskalign_registry::Registry;
 
 use crate::{failure::Failure, progress::Screen, verbs::Verb};

@@ -41,7 +41,7 @@ pub(crate) struct Trace {
 
 impl Trace {
     /// Lets the file be made: what is asked for is accepted. A mistake in a recipe leaves no trace file.
-    pub fn begin(&self) {
+    pub(crate) fn begin(&self) {
         self.begun.store(true, Ordering::Release);
     }
 }

@@ -1,23 +1,13 @@
 //! A panic is a bug of this program: the user gets one line about it, not a backtrace.
 
-use std::{
-    cell::Cell,
-    panic::{self, UnwindSafe},
-};
+use std::panic;
 
 use crate::output;
-
-thread_local! {
-    static EXPECTED: Cell<bool> = const { Cell::new(false) };
-}
 
 /// Replaces the default message and backtrace. `RUST_BACKTRACE` brings the backtrace back, for the report.
 pub(crate) fn install() {
     let default = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
-        if EXPECTED.get() {
-            return;
-        }
         let payload = info.payload();
         let literal = payload.downcast_ref::<&str>().copied();
         let message = literal.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
@@ -32,13 +22,4 @@ pub(crate) fn install() {
             default(info);
         }
     }));
-}
-
-/// Runs code that may panic as a way of saying no, such as the bindings of a driver that is not installed, and that
-/// catches its panics itself.
-pub(crate) fn expected<T>(f: impl FnOnce() -> T + UnwindSafe) -> T {
-    EXPECTED.set(true);
-    let outcome = panic::catch_unwind(f);
-    EXPECTED.set(false);
-    outcome.unwrap_or_else(|payload| panic::resume_unwind(payload))
 }

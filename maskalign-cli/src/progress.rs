@@ -3,12 +3,15 @@
 use std::{
     fmt::Write as _,
     io::{self, IsTerminal},
-    path::Path,
     time::{Duration, Instant},
 };
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use maskalign_core::stages::{Progress, StagePlan, StepReport};
+use maskalign_core::{
+    error::Result,
+    events::{Event, Mark, Sink, StepReport},
+    stages::StageSummary,
+};
 use serde_json::Value;
 
 use crate::{
@@ -37,7 +40,7 @@ impl Default for Screen {
 
 impl Screen {
     /// Runs what writes to stderr with the bars out of the way.
-    pub fn above<T>(&self, write: impl FnOnce() -> T) -> T {
+    pub(crate) fn above<T>(&self, write: impl FnOnce() -> T) -> T {
         self.0.suspend(write)
     }
 
@@ -91,7 +94,7 @@ impl Meter {
 
 impl Reporter {
     /// Draws on the screen, or not at all.
-    pub fn new(screen: Screen, quiet: bool) -> Reporter {
+    pub(crate) fn new(screen: Screen, quiet: bool) -> Reporter {
         let style = match (quiet, io::stderr().is_terminal()) {
             (true, _) => Style::Quiet,
             (false, true) => Style::Bars,
@@ -109,7 +112,7 @@ impl Reporter {
     }
 
     /// Takes the bar off the screen.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.bar.finish_and_clear();
     }
 
@@ -138,8 +141,35 @@ impl Reporter {
     }
 }
 
-impl Progress for Reporter {
-    fn stage(&mut self, name: &str, plan: &StagePlan) {
+impl Sink for &mut Reporter {
+    fn handle(&mut self, event: &Event) -> Result<()> {
+        match event {
+            Event::StageStarted { stage, summary } => self.stage(stage, summary),
+            Event::Step(report) => self.step(report),
+            Event::Evaluated(evaluation) => {
+                let mut result = evaluation.result.clone();
+                if let Value::Object(result) = &mut result {
+                    result.shift_insert(0, "epoch".into(), evaluation.epoch.into());
+                }
+                self.result(&evaluation.stage, &result);
+            }
+            Event::Result { stage, result } => self.result(stage, result),
+            Event::Progress { what, done, all } => self.count(what, *done, *all),
+            Event::Saved { path } => tracing::debug!("saved {}", path.display()),
+            Event::Warned { stage, text } => tracing::warn!("stage `{stage}`: {text}"),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn rewind(&mut self, _: Mark) -> Result<()> {
+        self.meter = None;
+        Ok(())
+    }
+}
+
+impl Reporter {
+    fn stage(&mut self, name: &str, plan: &StageSummary) {
         self.clear();
         self.stage = name.to_string();
         self.meter = None;
@@ -212,10 +242,6 @@ impl Progress for Reporter {
                 }
             }
         }
-    }
-
-    fn saved(&mut self, path: &Path) {
-        tracing::debug!("saved {}", path.display());
     }
 
     fn result(&mut self, stage: &str, result: &Value) {

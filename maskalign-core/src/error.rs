@@ -32,9 +32,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The tensor device: out of memory, or no such device.
-    #[error("device: {0}")]
-    Device(String),
+    /// The engine: out of memory, or no such device.
+    #[error(transparent)]
+    Engine(#[from] maskalign_engine::Error),
     /// A request that does not fit this binary or this run (a flag, not an option of a recipe).
     #[error("{0}")]
     Usage(String),
@@ -73,7 +73,8 @@ impl Error {
             Error::Weights(error) => error.is_user_mistake(),
             Error::Run(error) => error.is_user_mistake(),
             Error::Io { source, .. } => is_wrong_path(source),
-            Error::Device(_) | Error::NonFinite { .. } | Error::Stopped { .. } => false,
+            Error::Engine(error) => matches!(error, maskalign_engine::Error::NoDevice(_)),
+            Error::NonFinite { .. } | Error::Stopped { .. } => false,
         }
     }
 }
@@ -96,11 +97,6 @@ fn ending(advice: &str) -> String {
         "" => String::new(),
         advice => format!("; {advice}"),
     }
-}
-
-/// Wraps a device's own error, which dfdx bounds by `Debug + Display` alone.
-pub(crate) fn device<E: std::fmt::Display>(error: E) -> Error {
-    Error::Device(error.to_string())
 }
 
 #[cfg(test)]

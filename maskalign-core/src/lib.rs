@@ -6,27 +6,25 @@
 // `#[component]` and `register!` name this crate by its path, here as in a plugin.
 extern crate self as maskalign_core;
 
-pub mod bench;
 pub mod components;
-pub mod conformance;
-pub mod context;
+
 pub mod data;
-pub mod device;
 pub mod embedded;
 pub mod error;
-pub mod images;
-pub mod kernels;
+pub mod events;
+pub mod kinds;
 pub mod nn;
 pub mod pipeline;
 pub mod plugin;
-pub mod random;
 pub mod run;
 pub mod stages;
-pub mod tape;
-pub mod verify;
+
 pub mod weights;
 
-pub use maskalign_kernels::keep_freed_memory;
+pub use maskalign_engine::{
+    Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor,
+    images::resize_images_bicubic, keep_freed_memory, ops, random,
+};
 pub use maskalign_macros::component;
 pub use maskalign_registry::Refusal;
 
@@ -34,34 +32,42 @@ pub use maskalign_registry::Refusal;
 pub mod prelude {
     pub use crate::{
         components::{
-            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin},
-            losses::LossPlugin,
-            maskers::{Counts, Mask, MaskInput, Masker},
-            optimizers::{OptimizerPlugin, Update},
+            aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner},
+            losses::Loss,
+            maskers::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split},
+            optimizers::{Optimizer, Update},
             schedules::Schedule,
-            students::{Student, StudentPlugin},
-            targets::{TargetContext, TargetInput, TargetPlan, TargetPlugin},
-            teachers::{Level, Pass, Teacher, TeacherPlugin, TowerTeacher, Wants},
+            students::{PlannedStudent, Student, StudentModel},
+            targets::{
+                ImageTarget, Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource, TeacherTarget,
+            },
+            teachers::{Level, Pass, PlannedTeacher, Teacher, TeacherBuild, TeacherModel, TowerTeacher, Wants},
             tokens::{Masks, TokenKind, Tokens},
-            towers::{PlanContext, Tap, TowerShape},
+            towers::{
+                Environment, MissingWeights, PlanContext, PlannedTower, StudentPlan, Tap, TowerOptions, TowerShape,
+                TrainedStudents, input,
+            },
         },
-        context::Context,
         data::{DataError, Dataset, Images, RgbImage, Transform},
-        device::{Dev, Matrix, Scalar, Vector},
-        error::{Error, Result},
-        images::ImageBatch,
-        kernels::{Act, AttentionShape, Distance},
+        error::Error,
+        events::{Event, Events, Mark, Sink},
         nn::{
             Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
             VitConfig,
         },
-        random::Stream,
         register,
-        stages::{Outcome, StageContext, StagePlan, StagePlugin, StageRun},
-        tape::Recorder,
+        stages::{
+            Bank, Classify, Data, FeatureTap, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData, PlannedStage,
+            PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training, View,
+            extract,
+        },
         weights::Family,
     };
-    pub use dfdx::prelude::Gradients;
+    pub use maskalign_engine::{
+        Context, Gradients, ImageBatch, Recompute, Result, Role, Tape, Tensor,
+        ops::{self, Act, AttentionShape, Distance},
+        random::Stream,
+    };
     pub use maskalign_macros::component;
     pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp, Weights};
 }
@@ -70,10 +76,7 @@ pub mod prelude {
 #[doc(hidden)]
 pub mod __private {
     pub use inventory;
-    pub use maskalign_registry::{
-        AlignerTag, DatasetTag, Entry, Kind, LossTag, MaskerTag, OptimizerTag, ScheduleTag, StageTag, StudentTag,
-        TargetTag, TeacherTag, TransformTag,
-    };
+    pub use maskalign_registry::{Entry, KindTag, tag_named};
     pub use schemars;
     pub use serde;
 }

@@ -6,74 +6,77 @@ use std::{
     time::SystemTime,
 };
 
-use maskalign_registry::{Recipe, Refusal};
+use maskalign_engine::{Context, Recompute};
+use maskalign_registry::{Kind, Recipe, Refusal};
 
 use crate::{
-    components::towers::{StudentRecord, no_student},
-    context::Context,
-    device::Dev,
+    components::towers::{Environment, MissingWeights, TrainedStudents},
     error::{Error, Result},
+    events::{Event, Events, Mark},
     plugin::Build,
     run::{
         CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, fail_point, rfc3339,
     },
-    stages::{Progress, StageContext, StagePlan, StageRun},
+    stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
 };
 
-/// What is known of every stage before the first step, by name in order.
-pub type Plans = Vec<(String, StagePlan)>;
+/// A recipe whose every stage fits: what runs.
+pub struct Plan {
+    stages: Vec<(String, Box<dyn PlannedStage>)>,
+}
+
+impl Plan {
+    /// What is known of every stage before the first step, by name in order.
+    pub fn summaries(&self) -> impl Iterator<Item = (&str, &StageSummary)> {
+        self.stages.iter().map(|(name, stage)| (name.as_str(), stage.summary()))
+    }
+}
 
 /// How a recipe is planned.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanOptions {
-    /// Whether files may be looked at.
-    pub environment: bool,
-    /// Whether towers get random weights where theirs cannot be found (timings alone).
-    pub random_weights: bool,
-    /// Whether blocks are recomputed, for the memory estimate.
-    pub recompute: bool,
+    /// Whether files are looked at.
+    pub environment: Environment,
+    /// What becomes of a tower whose weights cannot be found.
+    pub missing_weights: MissingWeights,
+    /// What is kept for the backward pass, for the memory estimate.
+    pub recompute: Recompute,
 }
 
-/// Checks all that can be known before the first step.
+/// Checks all that can be known before the first step, and gives what runs.
 ///
 /// # Errors
 /// Every refusal of every stage, with its path from the recipe's root.
-pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plans, Vec<Refusal>> {
+pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>> {
+    let PlanOptions { environment, missing_weights, recompute } = options;
     let mut students = BTreeMap::new();
-    let mut failed = Vec::new();
-    let mut plans = Vec::new();
+    let mut failed = BTreeSet::new();
+    let mut stages = Vec::new();
     let mut refusals = Vec::new();
     for (name, slot) in &recipe.stages {
-        let cx = StageContext {
-            name,
-            seed: recipe.seed,
-            students: &students,
-            environment: options.environment,
-            random_weights: options.random_weights,
-            recompute: options.recompute,
-        };
-        let planned = match Build::build::<dfdx::prelude::Cpu>(slot) {
+        let cx = StageContext { name, seed: recipe.seed, students: &students, environment, missing_weights, recompute };
+        let planned = match Build::build(slot) {
             Ok(stage) => stage.plan(&cx),
             Err(refusal) => Err(vec![refusal]),
         };
         match planned {
-            Ok(plan) => {
-                if let Some(student) = &plan.student {
+            Ok(stage) => {
+                if let Some(student) = &stage.summary().student {
                     students.insert(name.clone(), student.clone());
                 }
-                plans.push((name.clone(), plan));
+                stages.push((name.clone(), stage));
             }
             Err(more) => {
                 // A stage that builds on one that was refused is not blamed for that.
-                let follows = |r: &Refusal| failed.iter().any(|stage: &String| r.message == no_student(stage));
-                refusals.extend(more.into_iter().filter(|r| !follows(r)).map(|r| r.under(name).under("stages")));
-                failed.push(name.clone());
+                let own = more.into_iter().filter(|r| !r.follows_from(Kind::Stage, |stage| failed.contains(stage)));
+                refusals.extend(own.map(|r| r.under(name).under("stages")));
+                failed.insert(name.clone());
             }
         }
     }
     match refusals.is_empty() {
-        true => Ok(plans),
+        true => Ok(Plan { stages }),
         false => Err(refusals),
     }
 }
@@ -92,110 +95,103 @@ pub struct RunOptions<'a> {
     pub command_line: Vec<String>,
     /// The commit the binary was built from, where known.
     pub commit: Option<String>,
-    /// Name of the device.
-    pub device: String,
     /// Set by Ctrl-C, SIGTERM and SIGHUP.
     pub stop: &'a StopFlag,
-    /// Told of what happens.
-    pub progress: &'a mut dyn Progress,
+    /// Told of what happens; [`MetricsFile`](crate::events::MetricsFile) among them.
+    pub events: Events<'a>,
 }
 
 /// Runs the stages in order, skipping those that an interrupted run finished. Gives each stage's results.
 ///
 /// # Errors
 /// Whatever ends a run early.
-pub fn run<D: Dev>(
-    cx: &Context<D>,
+pub fn run(
+    cx: &Context,
     recipe: &Recipe,
-    plans: &Plans,
+    plan: Plan,
     dir: &RunDir,
-    options: RunOptions,
+    mut options: RunOptions,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
-    let mut manifest = manifest(cx, recipe, plans, dir.read_manifest()?, &options)?;
+    let mut manifest = manifest(cx, recipe, &plan, dir.read_manifest()?, &options)?;
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
-    let mut students: BTreeMap<String, StudentRecord> = BTreeMap::new();
+    let names: Vec<String> = plan.stages.iter().map(|(name, _)| name.clone()).collect();
+    let mut trained = TrainedStudents::default();
     let mut results = serde_json::Map::new();
-    let mut metric_records = 0;
-    for (place, ((name, plan), slot)) in plans.iter().zip(recipe.stages.values()).enumerate() {
-        let finished = dir.finished_stage(name)?;
-        let wanted = plan.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
+    for (place, (name, stage)) in plan.stages.into_iter().enumerate() {
+        let summary = stage.summary();
+        let finished = dir.finished_stage(&name)?;
+        let wanted = summary.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
         if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
             tracing::info!("stage `{name}` is finished already");
-            metric_records = finished.metrics_records;
-            if let Some(record) = &plan.student {
-                let weights = Some(Arc::new(left.into_student()));
-                students.insert(name.clone(), StudentRecord { weights, ..record.clone() });
+            options.events.rewind(Mark { records: finished.metrics_records, stage: &name, step: finished.step })?;
+            if summary.student.is_some() {
+                trained.insert(&name, Arc::new(left.into_student()));
             }
-            results.insert(name.clone(), finished.results);
+            results.insert(name, finished.results);
             continue;
         }
         // `--steps` may have ended it early; what came after it built on less.
-        dir.reopen_stage(name)?;
-        plans[place + 1..].iter().try_for_each(|(later, _)| dir.discard_stage(later))?;
-        options.progress.stage(name, plan);
-        plan.warnings.iter().for_each(|warning| tracing::warn!("stage `{name}`: {warning}"));
-        warn_of_memory(name, plan);
-        let stage = StageContext {
-            name,
-            seed: recipe.seed,
-            students: &students,
-            environment: true,
-            random_weights: false,
-            recompute: cx.recompute,
-        };
+        dir.reopen_stage(&name)?;
+        names[place + 1..].iter().try_for_each(|later| dir.discard_stage(later))?;
+        options.events.send(Event::StageStarted { stage: &name, summary })?;
+        for text in summary.warnings.iter().cloned().chain(memory_warning(summary)) {
+            options.events.send(Event::Warned { stage: &name, text: &text })?;
+        }
         let run = StageRun {
-            cx: cx.clone(),
-            stage,
+            cx,
+            name: &name,
+            seed: recipe.seed,
+            trained: &trained,
             dir,
             fingerprint: options.fingerprint,
             stop: options.stop,
-            progress: &mut *options.progress,
+            events: &mut options.events,
             step_limit: options.step_limit,
             workers: options.workers,
-            metric_records,
         };
-        let located = |error| match error {
-            Error::Refused(refusal) => Error::Refused(refusal.under(name).under("stages")),
+        let outcome = stage.run(run).map_err(|error| match error {
+            Error::Refused(refusal) => Error::Refused(refusal.under(&name).under("stages")),
             other => other,
-        };
-        let outcome = Build::build::<D>(slot).map_err(Error::from).and_then(|s| s.run(run)).map_err(located)?;
-        metric_records = outcome.metric_records;
-        if !dir.is_finished(name)? {
+        })?;
+        if !dir.is_finished(&name)? {
             let header = CheckpointHeader {
                 stage: name.clone(),
                 step: 0,
                 fingerprint: options.fingerprint.to_string(),
-                metrics_records: metric_records,
+                metrics_records: options.events.records(),
                 student: Vec::new(),
                 meta: serde_json::Value::Null,
             };
             dir.finish_stage(&header, &[], outcome.results.clone())?;
         }
         fail_point("stage", "after");
-        results.insert(name.clone(), outcome.results);
-        students.extend(outcome.student.map(|student| (name.clone(), student)));
+        options.events.send(Event::StageEnded { stage: &name, results: &outcome.results })?;
+        if let Some(student) = outcome.student {
+            trained.insert(&name, student);
+        }
+        results.insert(name, outcome.results);
     }
+    options.events.sync()?;
     manifest.ended = Some(rfc3339(SystemTime::now()));
-    manifest.peak_memory_mib = maskalign_kernels::peak_memory_mib();
+    manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
     Ok(results)
 }
 
 /// Says before the first step that a stage will not fit: the allocator ends the process without a word of advice.
-fn warn_of_memory(stage: &str, plan: &StagePlan) {
+fn memory_warning(summary: &StageSummary) -> Option<String> {
     let gib = |mib: f64| mib / 1024.0;
-    let needed = plan.memory as f64 / f64::from(1 << 20);
-    if let Some(free) = maskalign_kernels::available_memory_mib().filter(|free| needed > *free) {
-        tracing::warn!(
-            "stage `{stage}` needs about {:.1} GiB, and {:.1} GiB are free: lower `batch.micro`, or use `--recompute`",
-            gib(needed),
-            gib(free)
-        );
-    }
+    let needed = summary.memory as f64 / f64::from(1 << 20);
+    let free = maskalign_engine::available_memory_mib().filter(|free| needed > *free)?;
+    Some(format!(
+        "it needs about {:.1} GiB, and {:.1} GiB are free: lower `batch.micro`, or use `--recompute`",
+        gib(needed),
+        gib(free)
+    ))
 }
 
 /// The files that `weights` name, wherever a component of the recipe has such an option.
@@ -227,24 +223,24 @@ fn weight_files(recipe: &Recipe) -> Result<Vec<FileRecord>, RunError> {
 }
 
 /// The manifest of a run that begins, or goes on from `earlier`.
-fn manifest<D: Dev>(
-    cx: &Context<D>,
+fn manifest(
+    cx: &Context,
     recipe: &Recipe,
-    plans: &Plans,
+    plan: &Plan,
     earlier: Option<Manifest>,
     options: &RunOptions,
 ) -> Result<Manifest> {
     let now = rfc3339(SystemTime::now());
-    let data = plans.iter().flat_map(|(_, plan)| &plan.data);
+    let data = plan.summaries().flat_map(|(_, summary)| &summary.data);
     let begun = Manifest {
         version: env!("CARGO_PKG_VERSION").to_string(),
         commit: options.commit.clone(),
         command_line: options.command_line.clone(),
         working_directory: std::env::current_dir().ok(),
         seed: recipe.seed,
-        device: options.device.clone(),
-        threads: cx.kernels.threads(),
-        isa: cx.kernels.name(),
+        device: cx.device().name(),
+        threads: cx.threads(),
+        isa: cx.operators(),
         weights: weight_files(recipe)?,
         data: data
             .map(|(stage, images, fingerprint)| DataRecord {

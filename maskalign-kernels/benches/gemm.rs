@@ -5,6 +5,8 @@
 //! best as a share of the peak measured in between. `peers` adds other crates. The filter is a part of
 //! the line's beginning, such as `teacher`; `""` is everything.
 
+#![expect(clippy::print_stdout, reason = "a benchmark prints what it measures")]
+
 use maskalign_kernels::{Act, Epilogue, MatRef, PackedB, Pool, Rhs, fma_peak_gflops, gemm};
 use std::time::Instant;
 

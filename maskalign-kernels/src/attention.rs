@@ -193,6 +193,7 @@ impl<'a> QkvGrad<'a> {
 ///
 /// # Panics
 /// When a buffer is too small, or there are no keys.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn attention(
     pool: &Pool,
     arena: &Arena,
@@ -225,6 +226,7 @@ pub fn attention(
 ///
 /// # Panics
 /// When a buffer does not fit.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn attention_backward(
     pool: &Pool,
     arena: &Arena,
@@ -403,6 +405,7 @@ impl Head {
 }
 
 /// Takes the first `len` floats off `scratch`.
+#[expect(clippy::mut_mut, reason = "the rest is handed back in place")]
 fn cut<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (first, rest) = std::mem::take(scratch).split_at_mut(len);
     *scratch = rest;

@@ -122,6 +122,7 @@ impl<'a> Linear<'a> {
 ///
 /// # Panics
 /// When the lengths do not fit.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn linear<'a>(
     pool: &Pool,
     layer: Linear<'a>,
@@ -150,6 +151,7 @@ pub fn linear<'a>(
 }
 
 /// The gradient of [`linear`] by its input, `dx = dy weight`, or added to `dx`.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn linear_backward_input(
     pool: &Pool,
     weight: &[f32],
@@ -170,6 +172,7 @@ pub fn linear_backward_input(
 
 /// The gradient of [`linear`] by its weight and bias: adds `dy^T x` to `dweight` and the column
 /// sums of `dy` to `dbias`.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn linear_backward_params(
     pool: &Pool,
     arena: &Arena,
@@ -192,6 +195,7 @@ pub fn linear_backward_params(
 }
 
 /// `dy^T x`.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn weight_product(
     pool: &Pool,
     rows: usize,
@@ -366,6 +370,7 @@ impl<'a> Kept<'a> {
 ///
 /// # Panics
 /// When a length does not fit the shape.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn block_forward(
     pool: &Pool,
     arena: &Arena,
@@ -454,6 +459,7 @@ fn branch<S>(
 }
 
 /// The gradient through a branch, `run(room, shape, factors, input, saved, gradient)` in place of the gradient.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn branch_backward<S>(
     pool: &Pool,
     arena: &Arena,
@@ -493,6 +499,7 @@ fn put_rows(pool: &Pool, from: &[f32], cols: usize, rows: &[u32], to: &mut [f32]
     });
 }
 
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn attention_forward(
     pool: &Pool,
     room: Room<'_>,
@@ -526,6 +533,7 @@ fn attention_forward(
     saved.map(|(stats, qkv, lse)| AttentionSaved { stats, qkv, out, lse })
 }
 
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn mlp_forward(
     pool: &Pool,
     room: Room<'_>,
@@ -567,6 +575,7 @@ fn mlp_forward(
 ///
 /// # Panics
 /// When a length does not fit the shape, or a weight is packed.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn block_backward(
     pool: &Pool,
     arena: &Arena,
@@ -663,6 +672,7 @@ struct AttentionGrads<'a> {
 }
 
 /// `dy` is the gradient of the branch's sum with its input, and becomes that of the input.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn mlp_backward(
     pool: &Pool,
     room: Room<'_>,
@@ -714,6 +724,7 @@ fn mlp_backward(
     );
 }
 
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn attention_branch_backward(
     pool: &Pool,
     room: Room<'_>,
@@ -804,6 +815,7 @@ fn output_layer_backward(
 /// The gradients of LayerScale, weight and bias without the layer's output, which was not kept:
 /// with `M = (drop dy)^T input` and `s` the column sums of `drop dy`, the output's product with
 /// the gradient is `sum_k weight[c, k] M[c, k] + bias[c] s[c]`.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn layer_scale_backward(
     pool: &Pool,
     room: Room<'_>,
@@ -861,6 +873,7 @@ struct InputLayer<'a> {
 }
 
 /// From the gradient `dz` of the layer's output to that of `x`, which is added to `dx`.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn input_layer_backward(
     pool: &Pool,
     room: Room<'_>,
@@ -951,6 +964,7 @@ impl LastBlock {
     ///
     /// # Panics
     /// When a length does not fit the shape, or a token index lies beyond the tokens.
+    #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
     pub fn finish(
         &self,
         pool: &Pool,

@@ -39,6 +39,7 @@ impl<'a> MatRef<'a> {
     }
 
     /// The transposed view.
+    #[must_use]
     pub fn t(self) -> MatRef<'a> {
         MatRef { data: self.data, rs: self.cs, cs: self.rs }
     }
@@ -163,6 +164,7 @@ pub struct Epilogue<'a> {
 /// # Panics
 /// If an operand is shorter than its shape and strides say or too large to pack, a packed `B` has
 /// another shape, or the rows of `C` overlap.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn gemm(pool: &Pool, m: usize, n: usize, k: usize, a: MatRef, b: Rhs, c: &mut [f32], ldc: usize, ep: Epilogue) {
     gemm_on(arch::isa(), pool, m, n, k, a, b, c, ldc, ep);
 }
@@ -311,6 +313,7 @@ struct Product<'a> {
     finish: Finish<'a>,
 }
 
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn gemm_on(
     isa: Isa,
     pool: &Pool,
@@ -330,7 +333,7 @@ fn gemm_on(
     match b {
         Rhs::Strided(b) => b.check("b", k, n),
         Rhs::Packed(b) => {
-            assert!((b.k, b.n, b.isa) == (k, n, isa), "packed b is [{}, {}], expected [{k}, {n}]", b.k, b.n)
+            assert!((b.k, b.n, b.isa) == (k, n, isa), "packed b is [{}, {}], expected [{k}, {n}]", b.k, b.n);
         }
     }
     assert!(ldc >= n || m == 1, "rows of c of {n} elements overlap: they are {ldc} apart");
@@ -384,6 +387,7 @@ fn gemm_on(
 }
 
 /// Packs what needs packing and runs the blocks; the operands are checked.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn product(
     isa: Isa,
     pool: &Pool,

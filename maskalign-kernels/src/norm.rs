@@ -18,6 +18,7 @@ const BACKWARD_ROWS: usize = 64;
 ///
 /// # Panics
 /// When the lengths do not fit.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn layer_norm(
     pool: &Pool,
     x: &[f32],
@@ -82,6 +83,7 @@ pub fn layer_norm_again(
 ///
 /// # Panics
 /// When the lengths do not fit.
+#[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn layer_norm_backward(
     pool: &Pool,
     arena: &Arena,

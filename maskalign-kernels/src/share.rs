@@ -144,8 +144,11 @@ macro_rules! vectorised {
         $vis:vis fn $name:ident ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
     )*) => {$(
         $(#[$meta])*
+        // As many arguments as the function has that is vectorised.
+        #[allow(clippy::too_many_arguments)]
         $vis fn $name ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
             fn body<const FMA: bool>($($arg: $ty),*) $(-> $ret)? $body
             $crate::simd_fn! {
                 fn dispatch($($arg: $ty),*) $(-> $ret)? = body;

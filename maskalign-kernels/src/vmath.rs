@@ -156,13 +156,18 @@ macro_rules! simd_fn {
             $(-> $ret:ty)? = $body:ident;
     )*) => {$(
         $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
         $vis fn $name $(<$($life),*>)? ($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
+                // As many arguments as the function has that is dispatched.
+                #[allow(clippy::too_many_arguments)]
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
                 fn avx512 $(<$($life),*>)? ($($arg: $ty),*) $(-> $ret)? {
                     $body::<true>($($arg),*)
                 }
+                // As many arguments as the function has that is dispatched.
+                #[allow(clippy::too_many_arguments)]
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2 $(<$($life),*>)? ($($arg: $ty),*) $(-> $ret)? {
                     $body::<true>($($arg),*)

@@ -3,13 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf};
 
 use clap::ValueEnum;
-use maskalign_core::{
-    bench::{self, BenchOptions, BenchReport, Job},
-    context::Context,
-    device::{Dev, Opened},
-    error::Result as CoreResult,
-};
-use maskalign_registry::Loaded;
+use maskalign_testkit::bench::{self, BenchOptions, BenchReport, Job};
 use serde_json::json;
 
 use super::machine::{Machine, at_least_one};
@@ -80,20 +74,18 @@ impl From<JobName> for Job {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let loaded = recipes::load_anywhere(session.registry, &self.recipe, &self.sets.sets)?;
         // Numbers that no variable gives cannot be measured with.
         let unset = loaded.unset();
         if !unset.0.is_empty() {
             return Err(unset.into());
         }
-        let device = self.machine.open()?;
+        let cx = self.machine.open()?;
         session.trace.begin();
-        let measured = match device {
-            Opened::Cpu(dev) => self.run_on(dev, &loaded),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(dev, _) => self.run_on(dev, &loaded),
-        };
+        let options =
+            BenchOptions { job: self.job.into(), steps: self.steps.get(), batch: self.batch.map(NonZeroUsize::get) };
+        let measured = bench::bench(&cx, loaded.recipe(), options);
         let report = measured.map_err(|error| Failure::located(error, &loaded))?;
         match self.json {
             true => {
@@ -104,13 +96,6 @@ impl Args {
             false => output::print(&text(&report))?,
         }
         Ok(())
-    }
-
-    fn run_on<D: Dev>(&self, dev: D, loaded: &Loaded) -> CoreResult<BenchReport> {
-        let cx = Context { recompute: self.machine.recompute, ..Context::new(dev, self.machine.threads()) };
-        let options =
-            BenchOptions { job: self.job.into(), steps: self.steps.get(), batch: self.batch.map(NonZeroUsize::get) };
-        bench::bench(&cx, loaded.recipe(), options)
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         // A plugin's own binary is completed under its own name.
         let name =
             session.arguments.first().and_then(|path| Path::new(path).file_stem()?.to_str()).unwrap_or("maskalign");

@@ -26,7 +26,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self) -> Result<(), Failure> {
+    pub(crate) fn run(self) -> Result<(), Failure> {
         let Some(text) = Embedded.builtin(&self.name) else {
             let names = Embedded.names();
             let mut failure = Failure::mistake(format!("there is no built-in recipe `{}`", self.name));

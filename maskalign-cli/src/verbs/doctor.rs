@@ -2,15 +2,10 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use maskalign_core::{
-    context::Context,
-    device::{DeviceChoice, Opened},
-    embedded,
-    weights::HubCache,
-};
+use maskalign_core::{Context, Device, DeviceChoice, embedded, weights::HubCache};
 use serde_json::Value;
 
-use crate::{COMMIT, Session, failure::Failure, output, panics, recipes};
+use crate::{COMMIT, Session, failure::Failure, output, recipes};
 
 /// Where Debian's package puts the images that `quickstart_teacher` was trained on.
 const FASHION_MNIST: &str = "/usr/share/datasets/fashion-mnist";
@@ -20,11 +15,12 @@ const FASHION_MNIST: &str = "/usr/share/datasets/fashion-mnist";
 pub(crate) struct Args {}
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    #[expect(clippy::unused_self, reason = "every verb runs alike; this one takes no arguments")]
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let mut lines = vec![
             ("version", env!("CARGO_PKG_VERSION").to_string()),
             ("commit", COMMIT.unwrap_or("unknown").to_string()),
-            ("cpu", cpu()?),
+            ("cpu", cpu()),
             ("gpu", gpu()),
             ("components", session.registry.entries().count().to_string()),
         ];
@@ -47,20 +43,14 @@ impl Args {
     }
 }
 
-fn cpu() -> Result<String, Failure> {
+fn cpu() -> String {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    match DeviceChoice::Cpu.open()? {
-        Opened::Cpu(dev) => {
-            let kernels = Context::new(dev, threads).kernels;
-            Ok(format!("{} kernels, {} threads", kernels.name(), kernels.threads()))
-        }
-        #[cfg(feature = "cuda")]
-        Opened::Cuda(..) => Ok("none".to_string()),
-    }
+    let cx = Context::new(Device::Cpu, threads);
+    format!("{} kernels, {} threads", cx.operators(), cx.threads())
 }
 
 fn gpu() -> String {
-    match panics::expected(|| DeviceChoice::Cuda(0).open()) {
+    match DeviceChoice::Cuda(0).open() {
         Ok(device) => device.name(),
         Err(error) => format!("none: {error}"),
     }
@@ -71,7 +61,7 @@ fn hub_addresses(session: &Session) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (name, _) in embedded::RECIPES {
         let loaded = recipes::load_anywhere(session.registry, Path::new(name), &[]);
-        let mut open: Vec<&Value> = loaded.iter().map(|loaded| loaded.resolved()).collect();
+        let mut open: Vec<&Value> = loaded.iter().map(maskalign_registry::Loaded::resolved).collect();
         while let Some(value) = open.pop() {
             match value {
                 Value::Object(map) => open.extend(map.values()),

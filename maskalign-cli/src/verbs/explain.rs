@@ -32,7 +32,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let name = self.component.trim();
         let entry = match (Kind::from_name(name), session.registry.find(name)) {
             (Some(kind), _) => {

@@ -68,7 +68,7 @@ impl From<Names> for Export {
 }
 
 impl Args {
-    pub fn run(self) -> Result<(), Failure> {
+    pub(crate) fn run(self) -> Result<(), Failure> {
         self.check_out()?;
         let path = match self.from.is_dir() {
             true => self.outcome()?,

@@ -62,7 +62,7 @@ impl What {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let what = self.what.as_deref().map_or(Ok(What::All), What::parse)?;
         let entries: Vec<&Entry> = session.registry.entries().collect();
         match self.format {

@@ -2,9 +2,9 @@
 
 use std::{num::NonZeroUsize, str::FromStr};
 
-use maskalign_core::device::{DeviceChoice, Opened};
+use maskalign_core::{Context, DeviceChoice, Recompute};
 
-use crate::{failure::Failure, panics};
+use crate::failure::Failure;
 
 /// Device, threads and memory.
 #[derive(clap::Args, Clone, Debug)]
@@ -17,7 +17,7 @@ pub(crate) struct Machine {
     threads: Option<NonZeroUsize>,
     /// Compute blocks again in the backward pass in place of keeping what they need: less memory, the same results
     #[arg(long, help_heading = "Machine")]
-    pub recompute: bool,
+    recompute: bool,
 }
 
 /// A number that is not 0.
@@ -26,18 +26,23 @@ pub(crate) fn at_least_one<T: FromStr>(text: &str) -> Result<T, &'static str> {
 }
 
 impl Machine {
-    pub fn threads(&self) -> usize {
+    pub(super) fn threads(&self) -> usize {
         self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
     }
 
-    /// Opens the device.
+    /// What is kept for the backward pass.
+    pub(super) fn recompute(&self) -> Recompute {
+        if self.recompute { Recompute::Blocks } else { Recompute::Never }
+    }
+
+    /// Opens the device, with these threads.
     ///
     /// # Errors
     /// It was asked for by name and is not there, or not in this binary.
-    pub fn open(&self) -> Result<Opened, Failure> {
+    pub(super) fn open(&self) -> Result<Context, Failure> {
         // The allocator is the process's: a library leaves it alone, a program may set it.
         maskalign_core::keep_freed_memory();
-        let device = self.device;
-        Ok(panics::expected(move || device.open())?)
+        let device = self.device.open().map_err(maskalign_core::error::Error::from)?;
+        Ok(Context::new(device, self.threads()).with_recompute(self.recompute()))
     }
 }

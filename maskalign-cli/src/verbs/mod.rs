@@ -41,7 +41,7 @@ pub(crate) enum Verb {
 
 impl Verb {
     /// What is logged without any flag: what goes on in a run, and of the short verbs only what is wrong.
-    pub fn log_level(&self) -> LevelFilter {
+    pub(crate) fn log_level(&self) -> LevelFilter {
         match self {
             Verb::Run(_) => LevelFilter::INFO,
             _ => LevelFilter::WARN,
@@ -49,7 +49,7 @@ impl Verb {
     }
 
     /// The trace file that was asked for.
-    pub fn trace(&self) -> Option<&Path> {
+    pub(crate) fn trace(&self) -> Option<&Path> {
         match self {
             Verb::Run(args) => args.trace.as_deref(),
             Verb::Bench(args) => args.trace.as_deref(),
@@ -61,7 +61,7 @@ impl Verb {
     ///
     /// # Errors
     /// Why it could not be done; nothing has been told about it yet.
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Verb::Run(args) => args.run(session),
             Verb::Validate(args) => args.run(session),

@@ -9,10 +9,11 @@ use std::{
 
 use clap::ArgGroup;
 use maskalign_core::{
-    context::Context,
-    device::{Dev, Opened},
+    Context,
+    components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
-    pipeline::{self, PlanOptions, Plans, RunOptions},
+    events::{Events, MetricsFile},
+    pipeline::{self, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
@@ -76,10 +77,10 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
-        let (loaded, plans, device) = match self.prepare(session, resumed.as_ref()) {
+        let (loaded, plan, cx) = match self.prepare(session, resumed.as_ref()) {
             Ok(prepared) => prepared,
             Err(failure) => {
                 resumed.map(RunDir::withdraw).transpose()?;
@@ -90,6 +91,7 @@ impl Args {
             Some(dir) => dir,
             None => {
                 let name = &loaded.recipe().name;
+                #[expect(clippy::disallowed_methods, reason = "a folder that nobody named is named by the date")]
                 let path = self.out.clone().unwrap_or_else(|| RunDir::default_path(name, SystemTime::now()));
                 RunDir::create(path, if self.force { Mode::Force } else { Mode::Fresh })?
             }
@@ -98,14 +100,8 @@ impl Args {
         let stop = StopFlag::new();
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
-        let job =
-            Job { args: &self, loaded: &loaded, plans: &plans, dir: &dir, stop: &stop, arguments: session.arguments };
-        let device_name = device.name();
-        let outcome = match device {
-            Opened::Cpu(dev) => job.run_on(dev, device_name, &mut reporter),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(dev, _) => job.run_on(dev, device_name, &mut reporter),
-        };
+        let job = Job { args: &self, loaded: &loaded, dir: &dir, stop: &stop, arguments: session.arguments };
+        let outcome = job.run_on(&cx, plan, &mut reporter);
         reporter.clear();
         let results = match outcome {
             Ok(results) => results,
@@ -122,22 +118,26 @@ impl Args {
     }
 
     /// All that is needed before the run directory: the recipe, what is known of its stages, and the device.
-    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plans, Opened), Failure> {
+    fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plan, Context), Failure> {
         let loaded = match (resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
             (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
             (None, None) => return Err(Failure::mistake("no recipe is named")),
         };
-        let options = PlanOptions { environment: true, random_weights: false, recompute: self.machine.recompute };
-        let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
+        let options = PlanOptions {
+            environment: Environment::Checked,
+            missing_weights: MissingWeights::Refused,
+            recompute: self.machine.recompute(),
+        };
+        let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
             let mut report = loaded.locate_all(&refusals);
             if let Some(place) = resumed.and_then(elsewhere) {
                 report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
             }
             Failure::Recipe(report)
         })?;
-        let device = self.machine.open()?;
-        Ok((loaded, plans, device))
+        let cx = self.machine.open()?;
+        Ok((loaded, plan, cx))
     }
 
     /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
@@ -186,28 +186,24 @@ fn elsewhere(dir: &RunDir) -> Option<String> {
 struct Job<'a> {
     args: &'a Args,
     loaded: &'a Loaded,
-    plans: &'a Plans,
     dir: &'a RunDir,
     stop: &'a StopFlag,
     arguments: &'a [OsString],
 }
 
 impl Job<'_> {
-    fn run_on<D: Dev>(&self, dev: D, device: String, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
-        let machine = &self.args.machine;
-        let cx = Context { recompute: machine.recompute, ..Context::new(dev, machine.threads()) };
+    fn run_on(&self, cx: &Context, plan: Plan, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
             step_limit: self.args.steps.map(NonZeroU64::get),
-            workers: self.args.workers.unwrap_or(usize::from(machine.threads() > 1)),
+            workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
-            device,
             stop: self.stop,
-            progress: reporter,
+            events: Events::new(vec![Box::new(MetricsFile::new(self.dir)), Box::new(reporter)]),
         };
-        pipeline::run(&cx, self.loaded.recipe(), self.plans, self.dir, options)
+        pipeline::run(cx, self.loaded.recipe(), plan, self.dir, options)
     }
 }
 

@@ -17,7 +17,8 @@ An editor with a YAML language server then completes and checks every recipe bes
 pub(crate) struct Args {}
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    #[expect(clippy::unused_self, reason = "every verb runs alike; this one takes no arguments")]
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         Ok(output::print_json(&recipe_schema(session.registry))?)
     }
 }

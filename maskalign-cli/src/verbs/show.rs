@@ -37,7 +37,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         if !self.resolved && !self.origin {
             if !self.sets.sets.is_empty() {
                 return Err(Failure::mistake("`--set` changes nothing in a recipe's text").help("add `--resolved`"));

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use maskalign_core::{
-    pipeline::{self, PlanOptions, Plans},
-    stages::StagePlan,
+    Recompute,
+    components::towers::{Environment, MissingWeights},
+    pipeline::{self, Plan, PlanOptions},
+    stages::StageSummary,
 };
 use maskalign_registry::{
     Report,
@@ -52,7 +54,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let mut valid = true;
         let mut records = Vec::new();
         let mut blank = "";
@@ -84,13 +86,17 @@ impl Args {
             false => recipes::load,
         };
         let loaded = load(session.registry, path, &self.sets.sets)?;
-        let options =
-            PlanOptions { environment: !self.no_environment, random_weights: false, recompute: self.recompute };
-        let plans = pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))?;
+        let recompute = if self.recompute { Recompute::Blocks } else { Recompute::Never };
+        let options = PlanOptions {
+            environment: if self.no_environment { Environment::Ignored } else { Environment::Checked },
+            missing_weights: MissingWeights::Refused,
+            recompute,
+        };
+        let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))?;
         let stages = loaded.document().child("stages").and_then(Node::as_map);
         Ok(Sound {
             order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(),
-            plans,
+            plan,
             unplanned: loaded.unplanned().into_iter().map(|(stage, report)| (stage.to_string(), report)).collect(),
         })
     }
@@ -100,7 +106,7 @@ impl Args {
 struct Sound {
     /// Every stage, as written.
     order: Vec<String>,
-    plans: Plans,
+    plan: Plan,
     /// Stages that follow from variables that are not set, and those variables.
     unplanned: Vec<(String, Report)>,
 }
@@ -109,7 +115,7 @@ fn record(recipe: &str, outcome: Result<Sound, Report>) -> Value {
     match outcome {
         Ok(sound) => {
             let stages: Map<String, Value> =
-                sound.plans.iter().map(|(name, plan)| (name.clone(), json!(plan))).collect();
+                sound.plan.summaries().map(|(name, summary)| (name.to_string(), json!(summary))).collect();
             let unplanned: Map<String, Value> =
                 sound.unplanned.iter().map(|(name, report)| (name.clone(), report.to_json())).collect();
             json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages, "unplanned": unplanned })
@@ -119,7 +125,7 @@ fn record(recipe: &str, outcome: Result<Sound, Report>) -> Value {
 }
 
 fn table(recipe: &str, sound: &Sound) -> String {
-    type Column = (&'static str, fn(&StagePlan) -> Option<String>);
+    type Column = (&'static str, fn(&StageSummary) -> Option<String>);
     const COLUMNS: [Column; 7] = [
         ("images", |plan| plan.images.map(|images| count(images as u64))),
         ("parameters", |plan| (plan.parameters > 0).then(|| count(plan.parameters as u64))),
@@ -131,15 +137,15 @@ fn table(recipe: &str, sound: &Sound) -> String {
     ];
     let mut rows = Table::default();
     rows.row(std::iter::once("stage").chain(COLUMNS.map(|(name, _)| name)));
-    let blank = StagePlan::default();
+    let blank = StageSummary::default();
     for name in &sound.order {
-        let plan = sound.plans.iter().find(|(planned, _)| planned == name).map_or(&blank, |(_, plan)| plan);
+        let plan = sound.plan.summaries().find(|(planned, _)| planned == name).map_or(&blank, |(_, summary)| summary);
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
     let mut text = format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2));
-    for (name, plan) in sound.plans.iter() {
-        text.extend(plan.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
+    for (name, summary) in sound.plan.summaries() {
+        text.extend(summary.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
     }
     for (name, report) in &sound.unplanned {
         for unset in &report.0 {

@@ -2,13 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use maskalign_core::{
-    context::Context,
-    device::{Dev, Opened},
-    error::Result as CoreResult,
-    verify::{Case, CaseReport},
-};
+use maskalign_core::{Context, error::Result as CoreResult};
 use maskalign_registry::{Input, LoadRequest, Loaded, Recipe};
+use maskalign_testkit::replay::{Case, CaseReport};
 use serde_json::{Value, json};
 
 use super::machine::Machine;
@@ -52,16 +48,8 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
-        match self.machine.open()? {
-            Opened::Cpu(dev) => self.run_on(session, dev),
-            #[cfg(feature = "cuda")]
-            Opened::Cuda(dev, _) => self.run_on(session, dev),
-        }
-    }
-
-    fn run_on<D: Dev>(&self, session: &Session, dev: D) -> Result<(), Failure> {
-        let cx = Context { recompute: self.machine.recompute, ..Context::new(dev, self.machine.threads()) };
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
+        let cx = self.machine.open()?;
         let mut code = 0;
         let mut records = Vec::new();
         for path in &self.cases {
@@ -87,7 +75,7 @@ impl Args {
         }
     }
 
-    fn replay<D: Dev>(&self, session: &Session, cx: &Context<D>, path: &Path) -> Result<CaseReport, Failure> {
+    fn replay(&self, session: &Session, cx: &Context, path: &Path) -> Result<CaseReport, Failure> {
         let case = Case::read(path)?;
         let scratch =
             tempfile::tempdir().map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;

@@ -12,8 +12,3 @@ pub mod targets;
 pub mod teachers;
 pub mod tokens;
 pub mod towers;
-
-use crate::plugin::kind;
-
-kind!(host DatasetTag, crate::data::Dataset, dataset);
-kind!(host TransformTag, crate::data::Transform, transform);

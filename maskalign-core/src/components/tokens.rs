@@ -1,5 +1,6 @@
 //! Which tokens an objective compares, and where they are among a tower's rows.
 
+use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
 use crate::{component, components::maskers::Mask};

@@ -6,17 +6,14 @@ use std::{
     sync::Arc,
 };
 
-use dfdx::prelude::Cpu;
-use maskalign_registry::{Refusal, Slot, StudentTag, Weights};
+use maskalign_engine::{Context, Result, Tape, Tensor, ops::Act};
+use maskalign_registry::{Kind, Refusal, Weights};
 
 use crate::{
     component,
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Error, Result},
+    components::students::PlannedStudent,
+    error::Error,
     nn::{Arch, Grid, Init, Module, Reach, Statistics, TowerInput, Vit, VitConfig},
-    plugin::Build,
-    tape::Recorder,
     weights::{self, Family, HostTensor, TensorMap},
 };
 
@@ -89,19 +86,59 @@ pub enum Tap {
     Projection,
 }
 
-/// The student that an earlier stage leaves.
-#[derive(Clone, Debug)]
-pub struct StudentRecord {
-    /// The component that made it.
-    pub slot: Slot<StudentTag>,
-    /// Its shape.
-    pub shape: TowerShape,
-    /// What of it its training reached; the rest has its initial values.
+/// What is known of the student that an earlier stage leaves, before it has run.
+#[derive(Clone)]
+pub struct StudentPlan {
+    /// How it is built.
+    pub tower: Arc<dyn PlannedStudent>,
+    /// What of it its training reaches; the rest has its initial values.
     pub reach: Reach,
-    /// Its parameters; absent while a recipe is only planned.
-    pub weights: Option<Arc<TensorMap>>,
     /// Which of equally named initial values are its own: with the seed, this rebuilds the untrained student.
     pub init_scope: String,
+}
+
+impl StudentPlan {
+    /// Its shape.
+    pub fn shape(&self) -> TowerShape {
+        self.tower.shape()
+    }
+}
+
+/// The parameters of the students that stages have left, by stage.
+#[derive(Clone, Debug, Default)]
+pub struct TrainedStudents(BTreeMap<String, Arc<TensorMap>>);
+
+impl TrainedStudents {
+    /// Adds what a stage leaves.
+    pub fn insert(&mut self, stage: &str, parameters: Arc<TensorMap>) {
+        self.0.insert(stage.to_string(), parameters);
+    }
+
+    /// What a stage left.
+    ///
+    /// # Errors
+    /// It has not run: stages run in the order in which they were planned.
+    pub fn get(&self, stage: &str) -> Result<&Arc<TensorMap>, Error> {
+        self.0.get(stage).ok_or_else(|| Error::Usage(format!("stage `{stage}` has not left its student yet")))
+    }
+}
+
+/// Whether a plan looks at files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Environment {
+    /// Data and weights are opened and checked.
+    Checked,
+    /// The recipe alone is: `validate --no-environment`.
+    Ignored,
+}
+
+/// What becomes of a tower whose weights cannot be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingWeights {
+    /// The recipe is refused.
+    Refused,
+    /// The tower gets random weights: for timings, which do not depend on them.
+    Random,
 }
 
 /// What is known before the first step.
@@ -110,27 +147,25 @@ pub struct PlanContext<'a> {
     /// Side of the square images that the stage's data yields.
     pub data_size: usize,
     /// The students of earlier stages, by stage.
-    pub students: &'a BTreeMap<String, StudentRecord>,
-    /// Whether files may be looked at.
-    pub environment: bool,
-    /// Whether a tower whose weights cannot be found gets random ones (timings alone).
-    pub random_weights: bool,
+    pub students: &'a BTreeMap<String, StudentPlan>,
+    /// The student of this stage, for teachers that depend on it; `None` where the stage trains none.
+    pub student: Option<&'a Arc<dyn PlannedStudent>>,
+    /// Whether files are looked at.
+    pub environment: Environment,
+    /// What becomes of a tower whose weights cannot be found.
+    pub missing_weights: MissingWeights,
 }
 
 impl<'a> PlanContext<'a> {
-    /// Whether a tower that names `weights` gets random ones: they may, and those named cannot be found.
-    pub fn invents(&self, weights: &Weights) -> bool {
-        self.random_weights && (matches!(weights, Weights::Stage(_)) || locate(weights).is_err())
-    }
-
     /// The student of an earlier stage.
     ///
     /// # Errors
     /// There is none of that name; the known ones are listed.
-    pub fn student(&self, stage: &str) -> Result<&'a StudentRecord, Refusal> {
+    pub fn student(&self, stage: &str) -> Result<&'a StudentPlan, Refusal> {
         self.students.get(stage).ok_or_else(|| {
             let known: Vec<&str> = self.students.keys().map(String::as_str).collect();
-            let refusal = Refusal::new("stage", no_student(stage));
+            let refusal = Refusal::new("stage", format!("no earlier stage `{stage}` leaves a student"))
+                .unresolved(Kind::Stage, stage);
             match known.is_empty() {
                 true => refusal.help("no earlier stage trains one"),
                 false => refusal.help(format!("earlier stages with a student: {}", known.join(", "))),
@@ -139,32 +174,34 @@ impl<'a> PlanContext<'a> {
     }
 }
 
-/// What is said of a stage that leaves no student.
-pub(crate) fn no_student(stage: &str) -> String {
-    format!("no earlier stage `{stage}` leaves a student")
-}
-
 /// A tower's options that every kind of tower has: sizes, resolution and weights.
-pub(crate) struct TowerOptions<'a> {
+#[derive(Clone, Copy, Debug)]
+pub struct TowerOptions<'a> {
+    /// Sizes, where they are given.
     pub arch: Option<Arch>,
+    /// Side of the image in pixels, where it is given.
     pub image_size: Option<usize>,
+    /// What the tower starts from.
     pub weights: Option<&'a Weights>,
 }
 
 impl TowerOptions<'_> {
     /// The sizes and the resolution, taken from an earlier stage's student where its weights are used.
+    ///
+    /// # Errors
+    /// Sizes that are missing, contradict the weights, or fit no grid of patches.
     pub fn resolve(&self, cx: &PlanContext) -> Result<(Arch, usize), Refusal> {
         let arch = match (self.arch, self.weights) {
             (Some(arch), Some(Weights::Stage(stage))) => {
                 let record = cx.student(stage).map_err(|r| r.under("weights"))?;
-                if record.shape.arch != arch {
+                if record.shape().arch != arch {
                     return Err(Refusal::new("arch", format!("differs from that of the student of stage `{stage}`"))
                         .help("leave `arch` out: it follows from `weights`"));
                 }
                 arch
             }
             (Some(arch), _) => arch,
-            (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.arch,
+            (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape().arch,
             (None, _) => {
                 return Err(Refusal::new("arch", "the sizes of the tower are not known")
                     .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}"));
@@ -198,55 +235,170 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
     }
 }
 
-/// The shape of a tower, once the weights it is to have are known to fit it: names and shapes are looked at here, values
-/// when the stage begins.
-pub(crate) fn plan_tower(
-    cx: &PlanContext,
+/// A vision transformer whose sizes and weights fit: what students and teachers of that kind are built from.
+#[derive(Clone, Debug)]
+pub struct PlannedTower {
     config: VitConfig,
-    source: Option<&Weights>,
+    source: Source,
     family: Family,
-) -> Result<TowerShape, Refusal> {
-    let Some(source) = source.filter(|_| cx.environment && !cx.random_weights) else {
-        return Ok(TowerShape::from(&config));
-    };
-    let whole = |error: Error| match error {
-        Error::Refused(refusal) => refusal,
-        other => Refusal::whole(other.to_string()),
-    };
-    let dev = Cpu::default();
-    let tensors = match source {
-        Weights::Stage(stage) => {
-            let record = cx.student(stage).map_err(|r| r.under("weights"))?;
-            let earlier = PlanContext { data_size: record.shape.image_size, ..*cx };
-            let student = Build::build::<Cpu>(&record.slot).map_err(Error::from);
-            let mut student = student.and_then(|s| s.build(&earlier, &Init::shapes(&dev))).map_err(whole)?;
-            student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
-        }
-        Weights::Embedded(name) => embedded(name, family)?,
-        file => canonical(file, family, weights::read_shapes)?,
-    };
-    let mut tower = Vit::new(&Init::shapes(&dev), config).map_err(whole)?;
-    fit(&mut tower, tensors, source)?;
-    Ok(TowerShape::from(&tower.config))
 }
 
-/// Reads a tower's weights under canonical names, positions resized to its grid, checked against its parameters.
-pub(crate) fn load_tower<D: Dev>(cx: &PlanContext, tower: &mut Vit<D>, source: &Weights, family: Family) -> Result<()> {
-    let tensors: TensorMap = match source {
-        Weights::Stage(stage) => {
-            let record = cx.student(stage).map_err(|r| r.under("weights"))?;
-            let weights = record.weights.as_ref().expect("a stage that ran leaves its student's weights");
-            TensorMap::clone(weights)
+/// Where a tower's values come from.
+#[derive(Clone, Debug, PartialEq)]
+enum Source {
+    /// Drawn.
+    Initial,
+    /// The student of an earlier stage.
+    Stage(String),
+    /// Weights inside the binary.
+    Embedded(String),
+    /// A file, located while planning where files are looked at.
+    File { spec: Weights, path: Option<PathBuf> },
+}
+
+impl PlannedTower {
+    /// Checks that the weights fit: names and shapes are looked at here, values are read when the stage begins. Without
+    /// `weights` the values are drawn.
+    ///
+    /// # Errors
+    /// Weights that cannot be found or do not fit; names the option.
+    pub fn plan(
+        cx: &PlanContext,
+        config: VitConfig,
+        weights: Option<&Weights>,
+        family: Family,
+    ) -> Result<PlannedTower, Refusal> {
+        let source = match weights {
+            None => Source::Initial,
+            Some(weights) if cx.missing_weights == MissingWeights::Random => match (weights, locate(weights)) {
+                (Weights::Stage(_), _) | (_, Err(_)) => Source::Initial,
+                (weights, Ok(path)) => Source::of(weights, path),
+            },
+            Some(weights) => Source::of(weights, None),
+        };
+        let mut planned = PlannedTower { config, source, family };
+        if cx.environment == Environment::Checked && cx.missing_weights == MissingWeights::Refused {
+            if let Source::File { spec, path } = &mut planned.source {
+                *path = locate(spec)?;
+            }
+            planned.check(cx)?;
         }
-        Weights::Embedded(name) => embedded(name, family)?,
-        file => canonical(file, family, |path| {
-            tracing::info!("reading {}", path.display());
-            weights::read(path)
-        })?,
-    };
-    let tensors = fit(tower, tensors, source)?;
-    tower.load(&tensors);
-    Ok(())
+        Ok(planned)
+    }
+
+    /// Holds the weights' names and shapes against the tower's, and takes up what the weights lack and may lack.
+    fn check(&mut self, cx: &PlanContext) -> Result<(), Refusal> {
+        let tensors = match &self.source {
+            Source::Initial => return Ok(()),
+            Source::Stage(stage) => {
+                let earlier = cx.student(stage).map_err(|r| r.under("weights"))?;
+                let mut student = earlier.tower.build(&Init::shapes(), &TrainedStudents::default()).map_err(whole)?;
+                student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
+            }
+            Source::Embedded(name) => embedded(name, self.family)?,
+            Source::File { spec, path: Some(path) } => canonical(spec, path, self.family, weights::read_shapes)?,
+            Source::File { path: None, .. } => return Ok(()),
+        };
+        let mut tower = Vit::new(&Init::shapes(), self.config).map_err(|error| whole(error.into()))?;
+        self.fit(&mut tower, tensors)?;
+        self.config = tower.config;
+        Ok(())
+    }
+
+    /// Whether its values are drawn.
+    pub fn is_drawn(&self) -> bool {
+        self.source == Source::Initial
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> TowerShape {
+        TowerShape::from(&self.config)
+    }
+
+    /// The tower with its values: drawn by `init`, or read.
+    ///
+    /// # Errors
+    /// Weights that have gone or changed since they were planned; out of memory.
+    pub fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Vit, Error> {
+        let mut tower = Vit::new(init, self.config)?;
+        if !init.has_values() {
+            return Ok(tower);
+        }
+        let tensors: TensorMap = match &self.source {
+            Source::Initial => return Ok(tower),
+            Source::Stage(stage) => TensorMap::clone(trained.get(stage)?),
+            Source::Embedded(name) => embedded(name, self.family)?,
+            Source::File { spec, path } => {
+                let path = match path {
+                    Some(path) => path.clone(),
+                    None => locate(spec)?.ok_or_else(|| Refusal::new("weights", format!("{spec} is no file")))?,
+                };
+                tracing::info!("reading {}", path.display());
+                canonical(spec, &path, self.family, weights::read)?
+            }
+        };
+        let tensors = self.fit(&mut tower, tensors)?;
+        tower.load(&tensors)?;
+        Ok(tower)
+    }
+
+    /// Makes tensors, or their shapes alone, those of a tower: positions are resized to its grid, and what the weights
+    /// may come with or without follows them.
+    fn fit(&self, tower: &mut Vit, mut tensors: TensorMap) -> Result<TensorMap, Refusal> {
+        let side = tower.config.grid().rows;
+        if !tower.config.cls_token
+            && !tensors.contains_key("cls_token")
+            && let Some(positions) = tensors.get("pos_embed").and_then(weights::with_class_row)
+        {
+            tensors.insert("pos_embed".into(), positions);
+        }
+        if let Some(positions) = tensors.get("pos_embed")
+            && positions.shape.len() == 3
+            && positions.shape[1] != 1 + side * side
+        {
+            let resized = weights::resize_positions(positions, side).map_err(refused)?;
+            if !resized.is_shape_only() {
+                tracing::info!("positions resized from {} to {side}x{side}", positions.shape[1] - 1);
+            }
+            tensors.insert("pos_embed".into(), resized);
+        }
+        if !tensors.contains_key("head.weight") {
+            // CLIP files come with and without the projection; a target that taps it is refused with the place.
+            tower.head = None;
+            tower.config.projection = None;
+        }
+        if tower.head.is_none() {
+            tensors.retain(|name, _| !name.starts_with("head."));
+        }
+        if !tower.config.cls_token {
+            tensors.remove("cls_token");
+        }
+        let whose = match &self.source {
+            Source::Stage(stage) => format!("the weights of the student of stage `{stage}`"),
+            Source::Embedded(name) => format!("the weights in embedded://{name}"),
+            Source::File { spec, .. } => format!("the weights in {spec}"),
+            Source::Initial => "the initial weights".to_string(),
+        };
+        weights::check_against(&tower.shapes(), tensors, &whose).map_err(refused)
+    }
+}
+
+impl Source {
+    fn of(weights: &Weights, path: Option<PathBuf>) -> Self {
+        match weights {
+            Weights::Stage(stage) => Source::Stage(stage.clone()),
+            Weights::Embedded(name) => Source::Embedded(name.clone()),
+            file => Source::File { spec: file.clone(), path },
+        }
+    }
+}
+
+/// A refusal of the whole component, where what failed named no option.
+fn whole(error: Error) -> Refusal {
+    match error {
+        Error::Refused(refusal) => refusal,
+        other => Refusal::whole(other.to_string()),
+    }
 }
 
 fn refused(error: weights::WeightsError) -> Refusal {
@@ -261,73 +413,32 @@ fn embedded(name: &str, family: Family) -> Result<TensorMap, Refusal> {
 
 /// A file's tensors under canonical names, read with or without their values.
 fn canonical(
-    source: &Weights,
+    spec: &Weights,
+    path: &Path,
     family: Family,
     read: impl Fn(&Path) -> Result<TensorMap, weights::WeightsError>,
 ) -> Result<TensorMap, Refusal> {
-    let path = locate(source)?.expect("a file");
-    let tensors = read(&path).map_err(refused)?;
-    Ok(weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&source.to_string())))?.tensors)
-}
-
-/// Makes tensors, or their shapes alone, those of a tower: positions are resized to its grid, and what the weights may
-/// come with or without follows them.
-fn fit<D: Dev>(tower: &mut Vit<D>, mut tensors: TensorMap, source: &Weights) -> Result<TensorMap, Refusal> {
-    let side = tower.config.grid().rows;
-    if !tower.config.cls_token
-        && !tensors.contains_key("cls_token")
-        && let Some(positions) = tensors.get("pos_embed").and_then(weights::with_class_row)
-    {
-        tensors.insert("pos_embed".into(), positions);
-    }
-    if let Some(positions) = tensors.get("pos_embed")
-        && positions.shape.len() == 3
-        && positions.shape[1] != 1 + side * side
-    {
-        let resized = weights::resize_positions(positions, side).map_err(refused)?;
-        if !resized.is_shape_only() {
-            tracing::info!("positions resized from {} to {side}x{side}", positions.shape[1] - 1);
-        }
-        tensors.insert("pos_embed".into(), resized);
-    }
-    if !tensors.contains_key("head.weight") {
-        // CLIP files come with and without the projection; a target that taps it is refused where it is built.
-        tower.head = None;
-        tower.config.projection = None;
-    }
-    if tower.head.is_none() {
-        tensors.retain(|name, _| !name.starts_with("head."));
-    }
-    if !tower.config.cls_token {
-        tensors.remove("cls_token");
-    }
-    let whose = match source {
-        Weights::Stage(stage) => format!("the weights of the student of stage `{stage}`"),
-        file => format!("the weights in {file}"),
-    };
-    weights::check_against(&tower.shapes(), tensors, &whose).map_err(refused)
+    let tensors = read(path).map_err(refused)?;
+    Ok(weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&spec.to_string())))?.tensors)
 }
 
 /// The tapped states of a tower.
-pub(crate) fn tap<D: Dev>(
-    cx: &Context<D>,
-    r: &mut Recorder<D>,
-    tower: &Vit<D>,
-    x: &Matrix<D>,
-    tap: Tap,
-) -> Result<Matrix<D>> {
+pub(crate) fn tap(cx: &Context, tape: &mut Tape, tower: &Vit, x: &Tensor, tap: Tap) -> Result<Tensor> {
     match tap {
         Tap::Block => Ok(x.clone()),
-        Tap::Norm => tower.final_norm(cx, r, x),
+        Tap::Norm => tower.final_norm(cx, tape, x),
         Tap::Projection => {
-            let x = tower.final_norm(cx, r, x)?;
-            let head = tower.head.as_ref().expect("planned: a tower with a projection");
-            cx.kernels.linear(r, &x, head, crate::kernels::Act::None)
+            let x = tower.final_norm(cx, tape, x)?;
+            match &tower.head {
+                Some(head) => head.forward(cx, tape, &x, Act::None),
+                // CLIP's files come with and without it; targets that tap it are refused without.
+                None => Ok(x),
+            }
         }
     }
 }
 
 /// An input of the given size with the given statistics.
-pub(crate) fn input(image_size: usize, statistics: Statistics) -> TowerInput {
+pub fn input(image_size: usize, statistics: Statistics) -> TowerInput {
     TowerInput { image_size, statistics }
 }

@@ -14,6 +14,7 @@ pub mod datasets;
 pub mod decode;
 pub mod image;
 pub mod loader;
+pub mod regular_file;
 pub mod resample;
 pub mod size;
 pub mod transforms;
@@ -69,6 +70,11 @@ pub trait Images: Send + Sync {
     /// BLAKE3 in hexadecimal of the list: names, labels and sizes, not pixels of files.
     fn fingerprint(&self) -> String;
 
+    /// What was left out, or may not be meant: a sentence each, with counts. For warnings.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Bytes of pixels that lie in memory as long as the images are open; for estimates.
     fn resident_bytes(&self) -> u64 {
         0
@@ -109,6 +115,14 @@ pub enum DataError {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// Something else is in the file's place; it was not opened.
+    #[error("{path} is {what}, not a file; remove it, or set `on_error: skip`", path = path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is, with its article.
+        what: &'static str,
     },
     /// The file ends too early.
     #[error("{path} is truncated: {message}; get the file again, or set `on_error: skip`", path = path.display())]
@@ -183,7 +197,8 @@ impl DataError {
             DataError::Read { source, .. } => is_wrong_path(source),
             DataError::Panicked { .. } => false,
             DataError::NothingReadable { source, .. } => source.is_user_mistake(),
-            DataError::Truncated { .. }
+            DataError::NotAFile { .. }
+            | DataError::Truncated { .. }
             | DataError::Decode { .. }
             | DataError::TooLarge { .. }
             | DataError::SizeDiffers { .. }

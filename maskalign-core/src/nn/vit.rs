@@ -2,19 +2,16 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
+use maskalign_engine::{
+    Context, ImageBatch, Result, Role, Tape, Tensor,
+    images::{Patches, cut_patches, resize_images_bicubic},
+    ops::{self, Act, Begun, BlockRun},
+};
 use maskalign_registry::Refusal;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
-use crate::{
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Result, device},
-    images::{ImageBatch, resize_images_bicubic},
-    kernels::{Act, Begun, BlockRun, Kernels, Patches},
-    tape::Recorder,
-};
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,24 +206,19 @@ pub struct TowerInput {
 impl TowerInput {
     /// Normalised patches as rows of channel, row, column: `[batch * K, 3 * patch * patch]`. `patches` holds the K
     /// wanted patch indices of each image; `None` takes all in order.
-    pub fn patchify<D: Dev>(
-        &self,
-        kernels: &dyn Kernels<D>,
-        images: &ImageBatch,
-        patch: usize,
-        patches: Option<&[u32]>,
-    ) -> Vec<f32> {
+    pub fn patchify(&self, cx: &Context, images: &ImageBatch, patch: usize, patches: Option<&[u32]>) -> Vec<f32> {
         let resized;
         let (size, pixels) = if images.size == self.image_size {
             (images.size, &images.pixels)
         } else {
             resized = {
                 let (from, to) = (images.size, self.image_size);
-                resize_images_bicubic(kernels.pool(), &images.pixels, [images.batch, 3, from, from], [to, to])
+                resize_images_bicubic(cx.pool(), &images.pixels, [images.batch, 3, from, from], [to, to])
             };
             (self.image_size, &resized)
         };
-        kernels.cut_patches(
+        cut_patches(
+            cx,
             Patches {
                 images: pixels,
                 batch: images.batch,
@@ -275,17 +267,17 @@ impl VitConfig {
 }
 
 /// The outputs of a tower.
-pub struct Features<D: Dev> {
+pub struct Features {
     /// Images.
     pub batch: usize,
     /// Tokens of an image, the class token included.
     pub tokens: usize,
     /// The embedded tokens before the first block, `[batch * tokens, dim]`.
-    pub embed: Matrix<D>,
+    pub embed: Tensor,
     /// The residual stream after the last block that ran, `[batch * tokens, dim]`; no final norm.
-    pub last: Matrix<D>,
+    pub last: Tensor,
     /// The same after each block that was to be kept, by index.
-    pub hidden: BTreeMap<usize, Matrix<D>>,
+    pub hidden: BTreeMap<usize, Tensor>,
 }
 
 /// How much of a tower a loss depends on.
@@ -301,34 +293,34 @@ pub struct Reach {
 pub type BranchScales = Vec<(std::sync::Arc<[f32]>, std::sync::Arc<[f32]>)>;
 
 /// A vision transformer.
-pub struct Vit<D: Dev> {
+pub struct Vit {
     /// What it was built from.
     pub config: VitConfig,
     /// `cls_token`, `[1, 1, C]`.
-    pub cls_token: Option<Param<D>>,
+    pub cls_token: Option<Param>,
     /// `pos_embed`, `[1, 1 + N, C]`; without a class token its first row is unused.
-    pub pos_embed: Param<D>,
+    pub pos_embed: Param,
     /// `patch_embed.proj`, `[C, 3, p, p]`.
-    pub patch_embed: Linear<D>,
+    pub patch_embed: Linear,
     /// `norm_pre` (CLIP's `pre_layrnorm`).
-    pub norm_pre: Option<Norm<D>>,
+    pub norm_pre: Option<Norm>,
     /// `blocks.I`.
-    pub blocks: Vec<Block<D>>,
+    pub blocks: Vec<Block>,
     /// `norm`; not applied to hidden states.
-    pub norm: Norm<D>,
+    pub norm: Norm,
     /// `head`: CLIP's projection, without bias.
-    pub head: Option<Linear<D>>,
+    pub head: Option<Linear>,
     /// Blocks that run: the loss may not need the last ones.
     reach: usize,
 }
 
-impl<D: Dev> Vit<D> {
+impl Vit {
     /// A tower with its initial values: Xavier-uniform for every linear layer and for the patch embedding as a
     /// matrix, zero biases, class token normal .02, norms 1 and 0.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn new(init: &Init<D>, config: VitConfig) -> Result<Self> {
+    pub fn new(init: &Init, config: VitConfig) -> Result<Self> {
         let Arch { dim, depth, heads, mlp, patch } = config.arch;
         let grid = config.grid();
         let patch_weight = init.xavier("patch_embed.proj.weight", &[dim, 3, patch, patch])?;
@@ -336,9 +328,9 @@ impl<D: Dev> Vit<D> {
             init.truncated_normal("pos_embed", &[1, 1 + grid.patches(), dim], 0.02)?
         } else {
             let values = || sincos_positions(dim, grid.rows, grid.columns);
-            init.worked_out("pos_embed", &[1, 1 + grid.patches(), dim], values)?
+            init.values("pos_embed", &[1, 1 + grid.patches(), dim], values)?
         };
-        pos_embed.trainable = config.learned_positions;
+        pos_embed.set_trained(config.learned_positions);
         let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };
         Ok(Vit {
             cls_token: config.cls_token.then(|| init.normal("cls_token", &[1, 1, dim], 0.02)).transpose()?,
@@ -361,22 +353,22 @@ impl<D: Dev> Vit<D> {
     pub fn set_reach(&mut self, reach: Reach) {
         self.reach = reach.blocks;
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            block.each_mut(&mut |p| p.trainable = i < reach.blocks);
+            block.visit(&mut |p| p.set_trained(i < reach.blocks));
         }
-        self.norm.each_mut(&mut |p| p.trainable = reach.norm);
+        self.norm.visit(&mut |p| p.set_trained(reach.norm));
     }
 
     /// Freezes the tower and packs its weights.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn pack(&mut self, cx: &Context<D>) -> Result<()> {
-        self.freeze();
-        self.patch_embed.pack(&*cx.kernels)?;
-        self.head.as_mut().map_or(Ok(()), |head| head.pack(&*cx.kernels))?;
+    pub fn pack(&mut self, cx: &Context) -> Result<()> {
+        self.set_role(Role::Frozen);
+        self.patch_embed.pack(cx)?;
+        self.head.as_mut().map_or(Ok(()), |head| head.pack(cx))?;
         let (last, before) = self.blocks.split_last_mut().expect("a tower has at least one block");
-        before.iter_mut().try_for_each(|block| block.pack(&*cx.kernels))?;
-        last.pack_split(&*cx.kernels)
+        before.iter_mut().try_for_each(|block| block.pack(cx))?;
+        last.pack_split(cx)
     }
 
     /// Tokens before the first block: `[batch * tokens, C]`. `visible` holds the K patch indices of each image, in the
@@ -386,54 +378,43 @@ impl<D: Dev> Vit<D> {
     /// Out of memory on the device, as below.
     pub fn embed(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
-    ) -> Result<Features<D>> {
+    ) -> Result<Features> {
         let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
         let batch = images.batch;
         let each = visible.map_or(patches, |v| v.len() / batch);
-        let pixels = self.config.input.patchify(&*cx.kernels, images, self.config.arch.patch, visible);
+        let pixels = self.config.input.patchify(cx, images, self.config.arch.patch, visible);
         let columns = pixels.len() / (batch * each);
-        let pixels: Matrix<D> = cx.dev.try_tensor_from_vec(pixels, (batch * each, columns)).map_err(device)?;
-        let x = cx.kernels.embed(r, &pixels, &self.patch_embed)?;
+        let x = self.patch_embed.forward(cx, tape, &cx.tensor(pixels, batch * each, columns)?, Act::None)?;
 
-        let table = self.pos_embed.matrix(1 + patches);
         let rows: Vec<u32> = match visible {
             Some(visible) => visible.iter().map(|i| i + 1).collect(),
             None => (0..batch).flat_map(|_| 1..=patches as u32).collect(),
         };
-        let add_positions = |r: &mut Recorder<D>, x: &Matrix<D>, rows: &[u32]| {
-            let table = std::slice::from_ref(&table);
-            match self.pos_embed.trainable {
-                true => {
-                    let positions = cx.kernels.gather_rows(r, table, rows)?;
-                    cx.kernels.add(r, x, &positions)
-                }
-                false => {
-                    let positions = cx.kernels.gather_rows(&mut Recorder::inference(), table, rows)?;
-                    cx.kernels.add_constant(r, x, &positions)
-                }
-            }
+        let add_positions = |tape: &mut Tape, x: &Tensor, rows: &[u32]| {
+            let positions = ops::gather_rows(cx, tape, &[&self.pos_embed.value], rows)?;
+            ops::add(cx, tape, x, &positions)
         };
-        let mut x = add_positions(r, &x, &rows)?;
+        let mut x = add_positions(tape, &x, &rows)?;
         let mut tokens = each;
         if let Some(cls) = &self.cls_token {
-            let cls = add_positions(r, &cls.matrix(1), &[0])?;
+            let cls = add_positions(tape, &cls.value, &[0])?;
             let order: Vec<u32> = (0..batch as u32)
                 .flat_map(|image| {
                     let start = 1 + image * each as u32;
                     std::iter::once(0).chain(start..start + each as u32)
                 })
                 .collect();
-            x = cx.kernels.gather_rows(r, &[cls, x], &order)?;
+            x = ops::gather_rows(cx, tape, &[&cls, &x], &order)?;
             tokens += 1;
         }
         if let Some(norm) = &self.norm_pre {
-            x = cx.kernels.layer_norm(r, &x, norm)?;
+            x = norm.forward(cx, tape, &x)?;
         }
-        debug_assert_eq!(dim, dfdx::prelude::HasShape::shape(&x).1);
+        debug_assert_eq!(dim, x.columns());
         Ok(Features { batch, tokens, last: x.clone(), embed: x, hidden: BTreeMap::new() })
     }
 
@@ -443,15 +424,15 @@ impl<D: Dev> Vit<D> {
     /// Out of memory on the device.
     pub fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
         scales: Option<&BranchScales>,
         keep: impl Fn(usize) -> bool,
-    ) -> Result<Features<D>> {
-        let mut features = self.embed(cx, r, images, visible)?;
-        self.run_blocks(cx, r, &mut features, 0..self.reach, scales, keep)?;
+    ) -> Result<Features> {
+        let mut features = self.embed(cx, tape, images, visible)?;
+        self.run_blocks(cx, tape, &mut features, 0..self.reach, scales, keep)?;
         Ok(features)
     }
 
@@ -461,9 +442,9 @@ impl<D: Dev> Vit<D> {
     /// Out of memory on the device.
     pub fn run_blocks(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        features: &mut Features<D>,
+        cx: &Context,
+        tape: &mut Tape,
+        features: &mut Features,
         blocks: Range<usize>,
         scales: Option<&BranchScales>,
         keep: impl Fn(usize) -> bool,
@@ -473,9 +454,9 @@ impl<D: Dev> Vit<D> {
                 batch: features.batch,
                 tokens: features.tokens,
                 branch_scale: scales.map(|scales| scales[i].clone()),
-                recompute: cx.recompute,
+                recompute: cx.recompute(),
             };
-            features.last = cx.kernels.block(r, &features.last, &self.blocks[i], &run)?;
+            features.last = self.blocks[i].forward(cx, tape, &features.last, &run)?;
             if keep(i) {
                 features.hidden.insert(i, features.last.clone());
             }
@@ -487,18 +468,13 @@ impl<D: Dev> Vit<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn begin(
-        &self,
-        cx: &Context<D>,
-        images: &ImageBatch,
-        keep: impl Fn(usize) -> bool,
-    ) -> Result<(Features<D>, Begun<D>)> {
-        let mut r = Recorder::inference();
-        let mut features = self.embed(cx, &mut r, images, None)?;
+    pub fn begin(&self, cx: &Context, images: &ImageBatch, keep: impl Fn(usize) -> bool) -> Result<(Features, Begun)> {
+        let mut tape = Tape::inference();
+        let mut features = self.embed(cx, &mut tape, images, None)?;
         let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
         let (last, before) = self.blocks.split_last().expect("a tower has at least one block");
-        self.run_blocks(cx, &mut r, &mut features, 0..before.len(), None, keep)?;
-        let begun = cx.kernels.begin_block(&features.last, last, &run)?;
+        self.run_blocks(cx, &mut tape, &mut features, 0..before.len(), None, keep)?;
+        let begun = last.begin(cx, &features.last, &run)?;
         Ok((features, begun))
     }
 
@@ -506,35 +482,29 @@ impl<D: Dev> Vit<D> {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn finish(
-        &self,
-        cx: &Context<D>,
-        features: &Features<D>,
-        begun: Begun<D>,
-        rows: Option<&[u32]>,
-    ) -> Result<Matrix<D>> {
+    pub fn finish(&self, cx: &Context, features: &Features, begun: Begun, rows: Option<&[u32]>) -> Result<Tensor> {
         let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
         let last = self.blocks.last().expect("a tower has at least one block");
-        cx.kernels.finish_block(&features.last, last, &run, begun, rows)
+        last.finish(cx, &features.last, &run, begun, rows)
     }
 
     /// The final norm.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn final_norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        cx.kernels.layer_norm(r, x, &self.norm)
+    pub fn final_norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        self.norm.forward(cx, tape, x)
     }
 }
 
-impl<D: Dev> Module<D> for Vit<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for Vit {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.cls_token.iter_mut().for_each(&mut *f);
         f(&mut self.pos_embed);
-        self.patch_embed.each_mut(f);
-        self.norm_pre.iter_mut().for_each(|n| n.each_mut(f));
-        self.blocks.iter_mut().for_each(|b| b.each_mut(f));
-        self.norm.each_mut(f);
-        self.head.iter_mut().for_each(|h| h.each_mut(f));
+        self.patch_embed.visit(f);
+        self.norm_pre.iter_mut().for_each(|n| n.visit(f));
+        self.blocks.iter_mut().for_each(|b| b.visit(f));
+        self.norm.visit(f);
+        self.head.iter_mut().for_each(|h| h.visit(f));
     }
 }

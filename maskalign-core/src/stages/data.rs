@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::ImageBatch;
 use maskalign_registry::{DatasetTag, Refusal, Slot, TransformTag};
 
 use crate::{
     component,
+    components::towers::Environment,
     data::{Images, Loader, LoaderConfig, OnError, Order, Transform, output_size},
-    images::ImageBatch,
+    error::Error,
     plugin::Build,
 };
 
@@ -25,7 +26,8 @@ pub struct Data {
     pub on_error: OnError,
 }
 
-/// Data that is open, with its transforms built.
+/// Data that is open, with its transforms built. A clone shares both.
+#[derive(Clone)]
 pub struct OpenData {
     /// The images.
     pub images: Arc<dyn Images>,
@@ -35,58 +37,78 @@ pub struct OpenData {
     pub size: usize,
 }
 
+/// Data whose size is known, and which is open where files are looked at.
+#[derive(Clone)]
+pub struct PlannedData {
+    /// Side of the square images in pixels.
+    pub size: usize,
+    open: Option<OpenData>,
+}
+
+impl PlannedData {
+    /// The data, where files were looked at.
+    pub fn opened(&self) -> Option<&OpenData> {
+        self.open.as_ref()
+    }
+
+    /// The data that a run reads.
+    ///
+    /// # Errors
+    /// It was planned without a look at files.
+    pub fn open(&self) -> Result<&OpenData, Error> {
+        self.open.as_ref().ok_or_else(|| Error::Usage("the data was not looked at: plan with the environment".into()))
+    }
+}
+
 impl Data {
+    /// Builds the transforms, finds out the size of the images, and opens the dataset where files are looked at or none are
+    /// needed.
+    ///
+    /// # Errors
+    /// Names the option that names something missing, or sizes that are not known or not square.
+    pub fn plan(&self, environment: Environment) -> Result<PlannedData, Refusal> {
+        let transforms = self.transforms()?;
+        let known = square(output_size(&transforms, None));
+        if let Some(Err(refusal)) = known {
+            return Err(refusal);
+        }
+        let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
+        if dataset.needs_files() && environment == Environment::Ignored {
+            return match known {
+                Some(size) => Ok(PlannedData { size: size?, open: None }),
+                None => Err(Refusal::new("transforms", "the size of the images cannot be known without the data")
+                    .help("end with a transform that fixes it, such as `center_crop`")),
+            };
+        }
+        let images = dataset.open().map_err(|r| r.under("dataset"))?;
+        let size = square(output_size(&transforms, images.size())).unwrap_or_else(|| {
+            Err(Refusal::new("transforms", "the images have different sizes after the transforms").help(
+                "end with one that fixes the size: `random_resized_crop`, `center_crop`, or `resize` with [height, width]",
+            ))
+        })?;
+        let open = OpenData { images: Arc::from(images), transforms: transforms.into(), on_error: self.on_error, size };
+        Ok(PlannedData { size, open: Some(open) })
+    }
+
     fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Refusal> {
         let build = |(i, slot): (usize, &Slot<TransformTag>)| {
-            let built = Build::build::<Cpu>(slot).and_then(|t| t.check().map(|()| t));
+            let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
             built.map_err(|r| r.under(i.to_string()).under("transforms"))
         };
         self.transforms.iter().enumerate().map(build).collect()
     }
+}
 
-    /// Side of the square images it yields, without opening files unless that is the only way to know and allowed.
-    ///
-    /// # Errors
-    /// The size is not known or not square.
-    pub fn size(&self, environment: bool) -> Result<usize, Refusal> {
-        let transforms = self.transforms()?;
-        let known = output_size(&transforms, None);
-        let size = match known {
-            Some(size) => Some(size),
-            None => {
-                let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
-                if dataset.needs_files() && !environment {
-                    return Err(Refusal::new("transforms", "the size of the images cannot be known without the data")
-                        .help("end with a transform that fixes it, such as `center_crop`"));
-                }
-                let images = dataset.open().map_err(|r| r.under("dataset"))?;
-                output_size(&transforms, images.size())
-            }
-        };
-        match size {
-            Some((width, height)) if width == height => Ok(width),
-            Some((width, height)) => Err(Refusal::new("transforms", format!("the images are {width} x {height} pixels after the transforms; towers take squares"))
-                .help("end with a transform such as `center_crop`")),
-            None => Err(Refusal::new("transforms", "the images have different sizes after the transforms")
-                .help("end with one that fixes the size: `random_resized_crop`, `center_crop`, or `resize` with [height, width]")),
-        }
-    }
-
-    /// Opens the dataset.
-    ///
-    /// # Errors
-    /// Names the option that names something missing.
-    pub fn open(&self) -> Result<OpenData, Refusal> {
-        let size = self.size(true)?;
-        let dataset = Build::build::<Cpu>(&self.dataset).map_err(|r| r.under("dataset"))?;
-        let images = dataset.open().map_err(|r| r.under("dataset"))?;
-        Ok(OpenData { images: Arc::from(images), transforms: self.transforms()?.into(), on_error: self.on_error, size })
-    }
-
-    /// Whether it can be opened: it needs no files, or they may be looked at.
-    pub fn may_open(&self, environment: bool) -> bool {
-        environment || Build::build::<Cpu>(&self.dataset).is_ok_and(|d| !d.needs_files())
-    }
+/// The side of square images, where their size is known.
+fn square(size: Option<(usize, usize)>) -> Option<Result<usize, Refusal>> {
+    size.map(|(width, height)| match width == height {
+        true => Ok(width),
+        false => Err(Refusal::new(
+            "transforms",
+            format!("the images are {width} x {height} pixels after the transforms; towers take squares"),
+        )
+        .help("end with a transform such as `center_crop`")),
+    })
 }
 
 impl OpenData {
@@ -114,7 +136,10 @@ impl OpenData {
 
 impl OpenData {
     /// Refuses data without labels; `purpose` says what needs them.
-    pub(super) fn check_labels(&self, purpose: &str) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    /// Names the first image without one.
+    pub fn check_labels(&self, purpose: &str) -> Result<(), Refusal> {
         match (0..self.images.len()).find(|&i| self.images.label(i).is_none()) {
             None => Ok(()),
             Some(0) => Err(Refusal::new("dataset", format!("the images have no labels, which {purpose} needs"))),
@@ -126,7 +151,10 @@ impl OpenData {
     }
 
     /// Refuses classes that are named otherwise than those of `other`: labels are numbers, counted in each dataset.
-    pub(super) fn check_classes(&self, other: &OpenData, other_name: &str) -> Result<(), Refusal> {
+    ///
+    /// # Errors
+    /// Names the first class that differs.
+    pub fn check_classes(&self, other: &OpenData, other_name: &str) -> Result<(), Refusal> {
         let (Some(own), Some(others)) = (self.images.classes(), other.images.classes()) else { return Ok(()) };
         let quoted = |name: Option<&String>| name.map_or("missing".to_string(), |name| format!("`{name}`"));
         match (0..own.len().max(others.len())).find(|&i| own.get(i) != others.get(i)) {
@@ -140,12 +168,12 @@ impl OpenData {
     }
 
     /// What the manifest says of the data: what for, how many images, and the fingerprint of the list.
-    pub(super) fn record(&self, name: String) -> (String, usize, String) {
+    pub fn record(&self, name: String) -> (String, usize, String) {
         (name, self.images.len(), self.images.fingerprint())
     }
 }
 
 /// The images of a loader's batch as towers take them.
-pub(crate) fn image_batch(batch: &mut crate::data::Batch) -> ImageBatch {
+pub fn image_batch(batch: &mut crate::data::Batch) -> ImageBatch {
     ImageBatch { batch: batch.len(), size: batch.size.0, pixels: std::mem::take(&mut batch.images) }
 }

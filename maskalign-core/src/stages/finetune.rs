@@ -1,34 +1,35 @@
 //! Supervised training of a student: fine-tuning after a pre-training stage, or from random initialisation.
 
-use dfdx::prelude::Cpu;
-use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot, StudentTag};
+use std::sync::Arc;
+
+use maskalign_engine::{
+    Context, ImageBatch, Recompute, Role, Tape, Tensor,
+    ops::{self, Act},
+    random::Stream,
+};
+use maskalign_registry::{Refusal, Slot, StudentTag, With};
 use rand_distr::{Beta, Distribution};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::{
-    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun,
-    data::image_batch,
-    keep,
-    knn::Pooling,
-    memory::{self, TrainingStep},
-    train::{BatchSize, Checkpoints, Length, Loop, MicroBatch, Precision, Task, Trainer, branch_scales, finish, train},
+    Data, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
+    StageSummary, Task, Training, TrainingStep, branch_scales, finish, keep, memory,
+    supervised::{Classify, PlannedClasses, class_targets},
+    train,
+    training::count_parameters,
     under,
 };
 use crate::{
     component,
     components::{
-        students::Student,
-        towers::{PlanContext, StudentRecord, TowerShape},
+        students::{PlannedStudent, StudentModel},
+        towers::{StudentPlan, TowerShape, TrainedStudents},
     },
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::{Error, Result},
-    images::ImageBatch,
-    kernels::Act,
-    nn::{Bias, Init, Linear, Norm, Param, Reach},
+    error::Result,
+    nn::{Bias, BranchScales, Init, Linear, Norm, Param, Reach},
     plugin::Build,
-    random::Stream,
     register,
-    tape::Recorder,
 };
 
 fn one() -> f64 {
@@ -63,13 +64,13 @@ pub struct Mixup {
 ///
 /// The head reads the mean of the patches' tokens through a fresh LayerNorm (MAE's and MaskAlign's fine-tuning), or the
 /// class token.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Finetune(With<Training, FinetuneOptions>);
+
+/// The options that are fine-tuning's own.
 #[component]
-pub struct Finetune {
-    /// Epochs to train for.
-    #[schemars(extend("exclusiveMinimum" = 0), range(max = 1000000.0))]
-    epochs: f64,
-    /// The labelled images.
-    data: Data,
+pub struct FinetuneOptions {
     /// Labelled images on which the accuracy is measured at the end; absent: it is not.
     #[serde(default)]
     eval: Option<Data>,
@@ -97,72 +98,52 @@ pub struct Finetune {
     #[serde(default)]
     #[schemars(range(min = 2, max = 1000000))]
     classes: Option<usize>,
-    /// The rule that updates parameters.
-    optimizer: Slot<OptimizerTag>,
-    /// The learning rate over time.
-    schedule: Slot<ScheduleTag>,
-    /// Images of an update.
-    batch: BatchSize,
-    /// Numbers that are computed with; only f32 for now.
-    #[serde(default)]
-    precision: Precision,
-    /// When checkpoints are written and which are kept.
-    #[serde(default)]
-    checkpoints: Checkpoints,
 }
 
 /// A student with a classification head.
-pub struct Classifier<D: Dev> {
-    student: Box<dyn Student<D>>,
-    norm: Option<Norm<D>>,
-    head: Linear<D>,
+pub struct Classifier {
+    student: Box<dyn StudentModel>,
+    norm: Option<Norm>,
+    head: Linear,
     seed: u64,
     layer_decay: f64,
     label_smoothing: f64,
     mixing: Option<Mixup>,
 }
 
-impl<D: Dev> Classifier<D> {
+impl Classifier {
     /// The tower.
-    pub fn student(&self) -> &dyn Student<D> {
+    pub fn student(&self) -> &dyn StudentModel {
         &*self.student
     }
 
     fn logits(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
-        scales: Option<&crate::nn::BranchScales>,
-    ) -> Result<Matrix<D>> {
+        scales: Option<&BranchScales>,
+    ) -> Result<Tensor> {
         let shape = self.student.shape();
-        let features = self.student.forward(cx, r, images, None, scales, &|_| false)?;
+        let features = self.student.forward(cx, tape, images, None, scales, &|_| false)?;
         let pooled = match &self.norm {
             Some(norm) => {
-                let mean = cx.kernels.mean_tokens(r, &features.last, images.batch, usize::from(shape.cls_token))?;
-                cx.kernels.layer_norm(r, &mean, norm)?
+                let mean = ops::mean_tokens(cx, tape, &features.last, images.batch, usize::from(shape.cls_token))?;
+                norm.forward(cx, tape, &mean)?
             }
             None => {
                 let rows: Vec<u32> = (0..images.batch).map(|i| (i * features.tokens) as u32).collect();
-                let cls = cx.kernels.gather_rows(r, &[features.last], &rows)?;
-                self.student.norm(cx, r, &cls)?
+                let cls = ops::gather_rows(cx, tape, &[&features.last], &rows)?;
+                self.student.norm(cx, tape, &cls)?
             }
         };
-        cx.kernels.linear(r, &pooled, &self.head, Act::None)
+        Ok(self.head.forward(cx, tape, &pooled, Act::None)?)
     }
 
     /// Targets `[batch, classes]`, and the images mixed in place where that is on.
     fn targets(&self, images: &mut ImageBatch, batch: &MicroBatch) -> Result<Vec<f32>> {
         let classes = self.head.outputs();
-        let off = (self.label_smoothing / classes as f64) as f32;
-        let on = (1.0 - self.label_smoothing) as f32 + off;
-        let mut targets = vec![off; images.batch * classes];
-        for (i, label) in batch.labels.iter().enumerate() {
-            let label = label.map(|l| l as usize).filter(|&l| l < classes).ok_or_else(|| {
-                Refusal::new("data", format!("image {} has no label below {classes}", batch.indices[i]))
-            })?;
-            targets[i * classes + label] = on;
-        }
+        let mut targets = class_targets(batch, classes, self.label_smoothing)?;
         let Some(mixing) = self.mixing else { return Ok(targets) };
         let mut rng = Stream::new(self.seed, "mixing", batch.epoch, batch.indices[0] as u64);
         let paste = mixing.cutmix > 0.0 && (mixing.mixup == 0.0 || rng.uniform() < mixing.switch);
@@ -210,24 +191,21 @@ impl<D: Dev> Classifier<D> {
     }
 }
 
-impl<D: Dev> Task<D> for Classifier<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Task for Classifier {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.student.visit(f);
-        self.norm.iter_mut().for_each(|n| n.each_mut(f));
-        self.head.each_mut(f);
+        self.norm.iter_mut().for_each(|n| n.visit(f));
+        self.head.visit(f);
     }
 
-    fn student(&mut self) -> &mut dyn Student<D> {
-        &mut *self.student
-    }
-
-    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
         let mut images = batch.images.clone();
         let targets = self.targets(&mut images, batch)?;
         let depth = self.student.shape().arch.depth;
         let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
-        let logits = self.logits(cx, r, &images, scales.as_ref())?;
-        cx.kernels.cross_entropy(r, &logits, targets)
+        let logits = self.logits(cx, tape, &images, scales.as_ref())?;
+        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
+        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
     }
 
     /// BEiT's rule: the embedding is layer 0, block i is layer i + 1, the rest depth + 1.
@@ -242,221 +220,149 @@ impl<D: Dev> Task<D> for Classifier<D> {
     }
 }
 
-impl Finetune {
-    /// The student that the stage leaves, without weights.
-    fn record(&self, stage: &str, shape: TowerShape) -> StudentRecord {
-        let reach = self.reach(&shape);
-        StudentRecord { slot: self.student.clone(), shape, reach, weights: None, init_scope: stage.to_string() }
+impl Classify for Classifier {
+    fn classes(&self) -> usize {
+        self.head.outputs()
     }
 
-    /// The mean of the tokens has a norm of its own.
-    fn reach(&self, shape: &TowerShape) -> Reach {
-        Reach { blocks: shape.arch.depth, norm: self.pooling == Pooling::Cls }
-    }
-
-    fn length(&self, images: usize) -> Length {
-        Length::new(self.epochs, images, self.batch.effective)
-    }
-
-    /// The number of classes, which the labels must stay below.
-    fn classes_of(&self, data: &OpenData) -> Result<usize, Refusal> {
-        data.check_labels("supervised training").map_err(|r| r.under("data"))?;
-        let most = largest_label(data);
-        let named = data.images.classes().map(|c| c.len());
-        let classes = self.classes.or(named).unwrap_or(most + 1).max(2);
-        if most >= classes {
-            return Err(Refusal::new("classes", format!("{classes} classes, but the data has the label {most}")));
-        }
-        Ok(classes)
-    }
-
-    /// Refuses data that no accuracy could be measured on.
-    fn check_eval(eval: &OpenData, data: &OpenData, classes: usize) -> Result<(), Refusal> {
-        if eval.size != data.size {
-            let message = format!("images of {} pixels, those of `data` have {}", eval.size, data.size);
-            return Err(Refusal::new("transforms", message));
-        }
-        eval.check_labels("an accuracy")?;
-        eval.check_classes(data, "data")?;
-        match largest_label(eval) {
-            most if most < classes => Ok(()),
-            most => Err(Refusal::new("dataset", format!("the label {most}, but the student learns {classes} classes"))),
-        }
-    }
-
-    fn build<D: Dev>(&self, towers: &PlanContext, init: &Init<D>, seed: u64, classes: usize) -> Result<Classifier<D>> {
-        let mut student = Build::build::<D>(&self.student)
-            .map_err(|r| r.under("student"))?
-            .build(towers, init)
-            .map_err(|e| under(e, "student"))?;
-        let shape = student.shape();
-        let mean = self.pooling == Pooling::Mean;
-        student.set_reach(self.reach(&shape));
-        let weight = init.truncated_normal("head.weight", &[classes, shape.arch.dim], self.head_std)?;
-        Ok(Classifier {
-            norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,
-            head: Linear::from_weight(init, "head", weight, Bias::With)?,
-            student,
-            seed,
-            layer_decay: self.layer_decay,
-            label_smoothing: self.label_smoothing,
-            mixing: self.mixing,
-        })
-    }
-
-    /// The model and the trainer of this stage, for timings.
-    ///
-    /// # Errors
-    /// What planning and loading answer.
-    pub fn prepare<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        stage: &StageContext,
-        data_size: usize,
-        images: usize,
-        classes: usize,
-    ) -> Result<(Classifier<D>, Trainer<D>)> {
-        let init = Init::new(&cx.dev, stage.seed, stage.name);
-        let model = self.build(&stage.towers(data_size), &init, stage.seed, classes)?;
-        Ok((model, Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, self.length(images))?))
+    fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
+        self.logits(cx, &mut Tape::inference(), images, None)
     }
 }
 
-impl StagePlugin for Finetune {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
+/// Fine-tuning whose options fit.
+pub struct PlannedFinetune {
+    summary: StageSummary,
+    training: PlannedTraining,
+    classes: PlannedClasses,
+    student: Arc<dyn PlannedStudent>,
+    options: FinetuneOptions,
+    seed: u64,
+    scope: String,
+}
+
+impl Finetune {
+    /// What runs.
+    ///
+    /// # Errors
+    /// Every option that does not fit.
+    pub fn plan_finetune(&self, cx: &StageContext) -> Result<PlannedFinetune, Vec<Refusal>> {
+        let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
-        keep(&mut refusals, self.batch.check());
-        keep(&mut refusals, self.checkpoints.check());
-        if self.mixing.is_some() && self.batch.micro() == 1 {
+        let mut summary = StageSummary::default();
+        if own.mixing.is_some() && shared.batch.micro() == 1 {
             refusals.push(Refusal::new("mixing", "images are mixed within a micro-batch, which holds one image"));
         }
-        let mut plan = StagePlan { epochs: Some(self.epochs), ..StagePlan::default() };
-        let size = keep(&mut refusals, self.data.size(cx.environment).map_err(|r| r.under("data")));
-        let mut classes = self.classes.unwrap_or(1000);
-        let mut open = |data: &Data, name: &str, refusals: &mut Vec<Refusal>| {
-            let open = keep(
-                refusals,
-                data.may_open(cx.environment).then(|| data.open()).transpose().map_err(|r| r.under(name)),
-            );
-            open.flatten().inspect(|open| {
-                plan.data.push(open.record(format!("{}.{name}", cx.name)));
-                plan.memory += open.images.resident_bytes();
-            })
-        };
-        if size.is_some() {
-            let data = open(&self.data, "data", &mut refusals);
-            let eval = self.eval.as_ref().and_then(|eval| open(eval, "eval", &mut refusals));
-            if let Some(data) = &data {
-                plan.images = Some(data.images.len());
-                plan.steps = Some(self.length(data.images.len()).steps());
-                keep(&mut refusals, data.training(cx.seed, self.batch.effective, self.batch.micro(), 0).map(drop));
-                classes = keep(&mut refusals, self.classes_of(data)).unwrap_or(classes);
-            }
-            if let Some((eval, data)) = eval.zip(data) {
-                keep(&mut refusals, Self::check_eval(&eval, &data, classes).map_err(|r| r.under("eval")));
-            }
-        }
-        let length = self.length(plan.images.unwrap_or(self.batch.effective));
-        keep(
-            &mut refusals,
-            Trainer::<Cpu>::new(&self.optimizer, &self.schedule, self.batch.effective, length).map(drop),
-        );
-        let Some(size) = size else { return Err(refusals) };
-        let towers = cx.towers(size);
-        let shape = Build::build::<Cpu>(&self.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
-        let Some(shape) = keep(&mut refusals, shape) else { return Err(refusals) };
-        if self.pooling == Pooling::Cls && !shape.cls_token {
+        let training = shared.plan(cx, format!("{}.data", cx.name), &mut summary, &mut refusals);
+        let data = training.as_ref().map(|training| &training.data);
+        let classes = PlannedClasses::plan(cx, own.classes, data, own.eval.as_ref(), &mut summary, &mut refusals);
+        let Some(training) = training else { return Err(refusals) };
+        let towers = cx.towers(training.data.size);
+        let student = Build::build(&own.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
+        let Some(student) = keep(&mut refusals, student) else { return Err(refusals) };
+        let shape = student.shape();
+        if own.pooling == Pooling::Cls && !shape.cls_token {
             refusals.push(Refusal::new("pooling", "`cls` needs a student with a class token"));
         }
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        let dev = Cpu::default();
-        match self.build(&towers, &Init::shapes(&dev), cx.seed, classes) {
-            Ok(mut model) => model.visit(&mut |p| {
-                plan.parameters += p.len();
-                plan.trainable += if p.trainable { p.len() } else { 0 };
-            }),
-            Err(error) => return Err(vec![Refusal::whole(error.to_string())]),
-        }
-        plan.tokens = Some((shape.tokens(), shape.tokens()));
+        let mut planned = PlannedFinetune {
+            summary,
+            training,
+            classes,
+            student: Arc::clone(&student),
+            options: own.clone(),
+            seed: cx.seed,
+            scope: cx.name.to_string(),
+        };
+        planned.summarize(cx.recompute).map_err(|error| vec![super::whole(error)])?;
+        planned.summary.student =
+            Some(StudentPlan { reach: planned.reach(&shape), tower: student, init_scope: cx.name.to_string() });
+        Ok(planned)
+    }
+}
+
+impl PlannedFinetune {
+    /// Counts parameters and estimates memory.
+    fn summarize(&mut self, recompute: Recompute) -> Result<()> {
+        let mut model = self.model(&Init::shapes(), &TrainedStudents::default())?;
+        (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
+        let (shape, micro) = (self.student.shape(), self.training.batch.micro());
+        self.summary.tokens = Some((shape.tokens(), shape.tokens()));
         let step = TrainingStep {
             student: &shape,
-            images: self.batch.micro(),
-            image_size: size,
+            images: micro,
+            image_size: self.training.data.size,
             tokens: shape.tokens(),
             frozen: Vec::new(),
-            compared: self.batch.micro() * classes,
+            compared: micro * self.classes.classes,
             aligned: 0,
-            recompute: cx.recompute,
+            recompute,
         };
-        plan.memory += memory::training(&plan, &step);
-        plan.student = Some(self.record(cx.name, shape));
-        Ok(plan)
+        self.summary.memory += memory::training(&self.summary, &step);
+        Ok(())
     }
 
-    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
-        let stage = run.stage;
-        let data = self.data.open().map_err(|r| r.under("data"))?;
-        let length = self.length(data.images.len());
-        let towers = stage.towers(data.size);
-        let init = Init::new(&run.cx.dev, stage.seed, stage.name);
-        let mut model = self.build(&towers, &init, stage.seed, self.classes_of(&data)?)?;
-        let mut trainer = Trainer::new(&self.optimizer, &self.schedule, self.batch.effective, length)?;
-        let plan = Loop {
-            data: &data,
-            batch: self.batch,
-            length,
-            checkpoints: &self.checkpoints,
-            after_epoch: &mut |_, _: &mut Classifier<D>, _| Ok(None),
-        };
+    /// The mean of the tokens has a norm of its own.
+    fn reach(&self, shape: &TowerShape) -> Reach {
+        Reach { blocks: shape.arch.depth, norm: self.options.pooling == Pooling::Cls }
+    }
+
+    /// Data, optimizer and length.
+    pub fn training(&self) -> &PlannedTraining {
+        &self.training
+    }
+
+    /// The model at its beginning.
+    ///
+    /// # Errors
+    /// Weights that have gone or changed since they were planned; out of memory.
+    pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {
+        let mut student = self.student.build(init, trained).map_err(|e| under(e, "student"))?;
+        let shape = student.shape();
+        student.set_reach(self.reach(&shape));
+        let init = &init.of_role(Role::Head);
+        let weight =
+            init.truncated_normal("head.weight", &[self.classes.classes, shape.arch.dim], self.options.head_std)?;
+        let mean = self.options.pooling == Pooling::Mean;
+        Ok(Classifier {
+            norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,
+            head: Linear::from_weight(init, "head", weight, Bias::With)?,
+            student,
+            seed: self.seed,
+            layer_decay: self.options.layer_decay,
+            label_smoothing: self.options.label_smoothing,
+            mixing: self.options.mixing,
+        })
+    }
+
+    /// How its initial values are drawn.
+    pub fn init(&self, cx: &Context) -> Init {
+        Init::new(cx.device(), self.seed, &*self.scope)
+    }
+}
+
+impl Stage for Finetune {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_finetune(cx)?))
+    }
+}
+
+impl PlannedStage for PlannedFinetune {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let mut model = self.model(&self.init(run.cx), run.trained)?;
+        let mut trainer = self.training.trainer();
+        let plan = Loop { training: &self.training, evaluation: None };
         let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
-        if let Some(eval) = &self.eval {
-            let eval = eval.open().map_err(|r| r.under("eval"))?;
-            let (accuracy, skipped) = accuracy(&mut run, &model, &eval, self.batch.micro())?;
-            trained.results["accuracy"] = accuracy.into();
-            if skipped > 0 {
-                trained.results["eval_skipped"] = skipped.into();
-            }
-        }
+        self.classes.evaluate(&mut run, &model, self.training.batch.micro(), &mut trained.results)?;
         let weights = finish(&run, &mut model, trainer, &trained)?;
-        let record = StudentRecord { weights: Some(weights), ..self.record(stage.name, model.student.shape()) };
-        Ok(Outcome { results: trained.results, student: Some(record), metric_records: trained.metric_records })
+        Ok(Outcome { results: trained.results, student: Some(weights) })
     }
-}
-
-/// The largest label; 0 without any.
-fn largest_label(data: &OpenData) -> usize {
-    (0..data.images.len()).filter_map(|i| data.images.label(i)).max().unwrap_or(0) as usize
-}
-
-/// Share of the images whose class the model finds, and how many could not be read.
-fn accuracy<D: Dev>(
-    run: &mut StageRun<D>,
-    model: &Classifier<D>,
-    data: &OpenData,
-    batch: usize,
-) -> Result<(f64, usize)> {
-    let (mut right, mut seen) = (0usize, 0usize);
-    let classes = model.head.outputs();
-    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
-        let mut batch = batch?;
-        let images = image_batch(&mut batch);
-        let logits = model.logits(&run.cx, &mut Recorder::inference(), &images, None)?.as_vec();
-        for (row, label) in logits.chunks_exact(classes).zip(&batch.labels) {
-            let best = (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
-            right += usize::from(best.map(|b| b as u32) == *label && label.is_some());
-        }
-        if let Some(stop) = run.stop.get() {
-            return Err(super::train::stopped(run, stop));
-        }
-        seen += batch.indices.len();
-        run.progress.count("evaluation", seen as u64, data.images.len() as u64);
-    }
-    if seen == 0 {
-        return Err(Error::Usage(format!("none of the {} images of `eval` can be read", data.images.len())));
-    }
-    Ok((right as f64 / seen as f64, data.images.len() - seen))
 }
 
 register!(stage "finetune" => Finetune, "trains a student and a linear head on labelled images",

@@ -1,30 +1,31 @@
 //! Weighted k-nearest-neighbour classification of frozen features (DINO's protocol, arXiv 2104.14294, section 4.1).
 
-use dfdx::prelude::HasShape;
+use std::sync::Arc;
+
 use indexmap::IndexMap;
+use maskalign_engine::{
+    Context, Tape,
+    ops::{self, Act, LinearWeights},
+};
 use maskalign_registry::{Refusal, Slot, TeacherTag, Weights};
 use serde_json::{Value, json};
 
 use super::{
-    Data, OpenData, Outcome, StageContext, StagePlan, StagePlugin, StageRun, data::image_batch, keep, memory, under,
+    Bank, Data, FeatureTap, Outcome, PlannedData, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary,
+    Tower, View, extract, keep, memory, under,
 };
 use crate::{
     component,
     components::{
-        students::Student,
-        teachers::{Teacher, Wants},
-        tokens::Masks,
-        towers::{PlanContext, Tap, TowerShape},
+        students::StudentModel,
+        teachers::{PlannedTeacher, TeacherBuild},
+        towers::{Environment, StudentPlan},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Error, Result, device},
-    images::ImageBatch,
-    kernels::Act,
-    nn::{Init, Linear},
+    error::Result,
+    events::Event,
+    nn::Init,
     plugin::Build,
     register,
-    tape::Recorder,
 };
 
 /// Divisor of similarities before they are exponentiated into votes.
@@ -39,30 +40,6 @@ pub enum Baseline {
     Pixels,
     /// The student before training.
     Untrained,
-}
-
-/// How a tower's tokens become one feature.
-#[component]
-#[derive(Copy, Default, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-pub enum Pooling {
-    /// The mean of the patches' tokens after the last block.
-    #[default]
-    Mean,
-    /// The class token after the last block.
-    Cls,
-}
-
-/// Where a tower's features are taken.
-#[component]
-#[derive(Copy, Default, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-pub enum FeatureTap {
-    /// The residual stream after the last block.
-    #[default]
-    Block,
-    /// After the final norm.
-    Norm,
 }
 
 fn neighbours() -> Vec<usize> {
@@ -126,185 +103,99 @@ fn twenty() -> usize {
     20
 }
 
-/// Data of a periodic measurement.
-pub(super) struct OpenKnn {
+/// k-NN of a student in training, whose options fit.
+pub struct PlannedKnn {
+    /// Epochs between measurements.
     pub every_epochs: u64,
-    train: OpenData,
-    test: OpenData,
+    sides: Sides,
     k: usize,
 }
 
 impl PeriodicKnn {
     /// Refuses data that cannot be opened or has no labels, and a measurement that never comes. Adds what is read, and
-    /// the memory it takes for features of `width` values, to the stage's plan.
+    /// the memory it takes for features of `width` values, to the stage's summary.
     pub(super) fn plan(
         &self,
         cx: &StageContext,
         epochs: f64,
         width: usize,
-        plan: &mut StagePlan,
-    ) -> Result<(), Vec<Refusal>> {
+        summary: &mut StageSummary,
+    ) -> Result<PlannedKnn, Vec<Refusal>> {
         if self.every_epochs as f64 > epochs {
             let message =
                 format!("{} epochs are more than the stage's {epochs}: nothing would be measured", self.every_epochs);
             return Err(vec![Refusal::new("every_epochs", message)]);
         }
-        let Some((train, test)) = open_both(&self.train, &self.test, cx.environment)? else { return Ok(()) };
-        plan.data.push(train.record(format!("{}.knn.train", cx.name)));
-        plan.data.push(test.record(format!("{}.knn.test", cx.name)));
-        plan.memory += memory::bank(train.images.len() + test.images.len(), width);
-        Ok(())
-    }
-
-    pub(super) fn open(&self) -> Result<OpenKnn, Refusal> {
-        Ok(OpenKnn {
-            every_epochs: self.every_epochs,
-            train: self.train.open().map_err(|r| r.under("train"))?,
-            test: self.test.open().map_err(|r| r.under("test"))?,
-            k: self.k,
-        })
+        let sides = Sides::plan(&self.train, &self.test, cx.environment)?;
+        if let (Some(train), Some(test)) = (sides.train.opened(), sides.test.opened()) {
+            summary.data.push(train.record(format!("{}.knn.train", cx.name)));
+            summary.data.push(test.record(format!("{}.knn.test", cx.name)));
+            summary.memory += memory::bank(train.images.len() + test.images.len(), width);
+        }
+        Ok(PlannedKnn { every_epochs: self.every_epochs, sides, k: self.k })
     }
 }
 
-impl OpenKnn {
+impl PlannedKnn {
     /// The accuracy of a student in training.
-    pub(super) fn measure<D: Dev>(
-        &self,
-        run: &mut StageRun<D>,
-        student: &dyn Student<D>,
-        epochs: u64,
-    ) -> Result<Value> {
-        let tower = Tower::Student(student);
+    pub(super) fn measure(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
         let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: batch() };
-        let train = extract(run, &tower, &self.train, view)?;
-        let test = extract(run, &tower, &self.test, view)?;
-        let accuracy = accuracy(&run.cx, &train, &test, &[self.k])?;
-        Ok(json!({ "epoch": epochs, "accuracy": accuracy[0] }))
+        let (accuracies, _) = self.sides.accuracies(run, &Tower::Student(student), view, &[self.k])?;
+        Ok(json!({ "accuracy": accuracies[0] }))
     }
 }
 
-/// Opens both sides where that is allowed, and refuses them without labels, or with sizes or classes that differ.
-fn open_both(train: &Data, test: &Data, environment: bool) -> Result<Option<(OpenData, OpenData)>, Vec<Refusal>> {
-    let mut refusals = Vec::new();
-    let mut open = |data: &Data, name: &str| {
-        let size = keep(&mut refusals, data.size(environment).map_err(|r| r.under(name)))?;
-        let open = data.may_open(environment).then(|| data.open().and_then(|d| d.check_labels("k-NN").map(|()| d)));
-        let open = keep(&mut refusals, open.transpose().map_err(|r| r.under(name)))?;
-        Some((size, open))
-    };
-    let sides = (open(train, "train"), open(test, "test"));
-    let (Some((train_size, train)), Some((test_size, test))) = sides else { return Err(refusals) };
-    if train_size != test_size {
-        let message = format!("images of {test_size} pixels, those of `train` have {train_size}");
-        return Err(vec![Refusal::new("test", message)]);
-    }
-    let both = train.zip(test);
-    if let Some((train, test)) = &both {
-        test.check_classes(train, "train").map_err(|r| vec![r.under("test")])?;
-    }
-    Ok(both)
+/// Images that neighbours are taken from, and those that are classified.
+struct Sides {
+    train: PlannedData,
+    test: PlannedData,
 }
 
-/// How features are taken.
-#[derive(Clone, Copy)]
-struct View {
-    pooling: Pooling,
-    tap: FeatureTap,
-    /// Images that go through a tower together.
-    batch: usize,
-}
-
-/// What features are taken from.
-enum Tower<'a, D: Dev> {
-    Pixels,
-    Student(&'a dyn Student<D>),
-    Teacher(&'a dyn Teacher<D>),
-}
-
-impl<D: Dev> Tower<'_, D> {
-    /// One feature an image, `[batch, width]`.
-    fn features(&self, cx: &Context<D>, images: ImageBatch, view: View) -> Result<Matrix<D>> {
-        let batch = images.batch;
-        let off = &mut Recorder::inference();
-        let normed = view.tap == FeatureTap::Norm;
-        let (x, shape): (Matrix<D>, TowerShape) = match self {
-            Tower::Pixels => {
-                let width = images.pixels.len() / batch;
-                return cx.dev.try_tensor_from_vec(images.pixels, (batch, width)).map_err(device);
-            }
-            Tower::Student(student) => {
-                let last = student.forward(cx, off, &images, None, None, &|_| false)?.last;
-                (if normed { student.norm(cx, off, &last)? } else { last }, student.shape())
-            }
-            Tower::Teacher(teacher) => {
-                let last = teacher.shape().arch.depth - 1;
-                let wants = Wants { levels: [last].into(), whole: true, ..Wants::default() };
-                let pass = teacher.begin(cx, &images, &wants)?;
-                let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
-                let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
-                let x = levels.remove(&last).expect("wanted").x;
-                (if normed { teacher.tap(cx, &x, Tap::Norm)? } else { x }, teacher.shape())
-            }
+impl Sides {
+    /// Opens both where that is allowed, and refuses them without labels, or with sizes or classes that differ.
+    fn plan(train: &Data, test: &Data, environment: Environment) -> Result<Sides, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        let mut plan = |data: &Data, name: &str| {
+            let planned = data.plan(environment).and_then(|planned| {
+                planned.opened().map_or(Ok(()), |open| open.check_labels("k-NN"))?;
+                Ok(planned)
+            });
+            keep(&mut refusals, planned.map_err(|r| r.under(name)))
         };
-        match view.pooling {
-            Pooling::Mean => cx.kernels.mean_tokens(off, &x, batch, usize::from(shape.cls_token)),
-            Pooling::Cls => {
-                let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
-                cx.kernels.gather_rows(off, &[x], &rows)
-            }
+        let sides = (plan(train, "train"), plan(test, "test"));
+        let (Some(train), Some(test)) = sides else { return Err(refusals) };
+        if train.size != test.size {
+            let message = format!("images of {} pixels, those of `train` have {}", test.size, train.size);
+            return Err(vec![Refusal::new("test", message)]);
         }
+        if let (Some(train), Some(test)) = (train.opened(), test.opened()) {
+            test.check_classes(train, "train").map_err(|r| vec![r.under("test")])?;
+        }
+        Ok(Sides { train, test })
     }
-}
 
-/// Features of length 1 with their labels.
-pub(crate) struct Bank {
-    features: Vec<f32>,
-    width: usize,
-    labels: Vec<u32>,
-    /// Images that could not be read.
-    skipped: usize,
-}
-
-fn extract<D: Dev>(run: &mut StageRun<D>, tower: &Tower<D>, data: &OpenData, view: View) -> Result<Bank> {
-    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
-    let all = data.images.len() as u64;
-    for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
-        let mut batch = batch?;
-        for (label, index) in batch.labels.iter().zip(&batch.indices) {
-            let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
-            bank.labels.push(label);
-        }
-        let x = tower.features(&run.cx, image_batch(&mut batch), view)?;
-        bank.width = x.shape().1;
-        bank.features.extend(x.as_vec());
-        run.progress.count("features", bank.labels.len() as u64, all);
-        if let Some(stop) = run.stop.get() {
-            return Err(super::train::stopped(run, stop));
-        }
+    /// A tower's accuracy for each number of neighbours, and how many images could not be read.
+    fn accuracies(&self, run: &mut StageRun, tower: &Tower, view: View, ks: &[usize]) -> Result<(Vec<f64>, usize)> {
+        let near = extract(run, tower, self.train.open()?, view)?;
+        let far = extract(run, tower, self.test.open()?, view)?;
+        Ok((accuracy(run.cx, &near, &far, ks)?, near.skipped + far.skipped))
     }
-    bank.skipped = data.images.len() - bank.labels.len();
-    if bank.labels.is_empty() {
-        return Err(Error::Usage(format!("none of the {all} images of `{}` can be read", run.stage.name)));
-    }
-    for row in bank.features.chunks_exact_mut(bank.width) {
-        let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
-        row.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
-    }
-    Ok(bank)
 }
 
 /// Share of `test` that each number of neighbours in `train` classifies rightly.
-pub(crate) fn accuracy<D: Dev>(cx: &Context<D>, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
-    let init = Init::blank(&cx.dev);
-    let weight = init.values("bank", &[train.labels.len(), train.width], train.features.clone())?;
-    let bank = Linear { weight, bias: None, packed: None };
+fn accuracy(cx: &Context, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
+    let bank = LinearWeights {
+        weight: cx.tensor(train.features.clone(), train.labels.len(), train.width)?,
+        bias: None,
+        packed: None,
+    };
     let classes = 1 + train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0) as usize;
     let most = ks.iter().copied().max().unwrap_or(1).min(train.labels.len());
     let mut right = vec![0usize; ks.len()];
     const CHUNK: usize = 256;
     for (features, labels) in test.features.chunks(CHUNK * test.width).zip(test.labels.chunks(CHUNK)) {
-        let x = cx.dev.try_tensor_from_vec(features.to_vec(), (labels.len(), test.width)).map_err(device)?;
-        let similarity = cx.kernels.linear(&mut Recorder::inference(), &x, &bank, Act::None)?.as_vec();
+        let x = cx.tensor(features.to_vec(), labels.len(), test.width)?;
+        let similarity = ops::linear(cx, &mut Tape::inference(), &x, &bank, Act::None)?.to_vec();
         for (row, &label) in similarity.chunks_exact(train.labels.len()).zip(labels) {
             let mut order: Vec<u32> = (0..row.len() as u32).collect();
             let nearer = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
@@ -326,18 +217,18 @@ pub(crate) fn accuracy<D: Dev>(cx: &Context<D>, train: &Bank, test: &Bank, ks: &
     Ok(right.into_iter().map(|r| r as f64 / test.labels.len() as f64).collect())
 }
 
-impl Knn {
-    fn report(&self, accuracies: &[f64], skipped: usize) -> Value {
-        let mut report = json!({ "accuracy": accuracies[0] });
-        if skipped > 0 {
-            report["skipped"] = skipped.into();
-        }
-        if self.k.len() > 1 {
-            report["by_k"] = self.k.iter().zip(accuracies).map(|(k, a)| (k.to_string(), json!(a))).collect();
-        }
-        report
+fn report(k: &[usize], accuracies: &[f64], skipped: usize) -> Value {
+    let mut report = json!({ "accuracy": accuracies[0] });
+    if skipped > 0 {
+        report["skipped"] = skipped.into();
     }
+    if k.len() > 1 {
+        report["by_k"] = k.iter().zip(accuracies).map(|(k, a)| (k.to_string(), json!(a))).collect();
+    }
+    report
+}
 
+impl Knn {
     fn stage(&self) -> Result<Option<&str>, Refusal> {
         match &self.student {
             None => Ok(None),
@@ -348,30 +239,46 @@ impl Knn {
     }
 }
 
-impl StagePlugin for Knn {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
+/// k-NN whose options fit.
+struct PlannedKnnStage {
+    summary: StageSummary,
+    sides: Sides,
+    student: Option<(String, StudentPlan)>,
+    baselines: Vec<Baseline>,
+    teachers: Vec<(String, Arc<dyn PlannedTeacher>)>,
+    k: Vec<usize>,
+    view: View,
+}
+
+impl Stage for Knn {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
         let mut refusals = Vec::new();
-        let mut plan = StagePlan::default();
-        match open_both(&self.train, &self.test, cx.environment) {
-            Ok(Some((train, test))) => {
-                let neighbours = train.images.len();
-                if let Some(i) = self.k.iter().position(|&k| k > neighbours) {
-                    let message = format!("{} neighbours of {neighbours} images", self.k[i]);
-                    refusals.push(Refusal::new(i.to_string(), message).under("k"));
-                }
-                plan.images = Some(neighbours + test.images.len());
-                plan.data = vec![train.record(format!("{}.train", cx.name)), test.record(format!("{}.test", cx.name))];
+        let mut summary = StageSummary::default();
+        let sides = match Sides::plan(&self.train, &self.test, cx.environment) {
+            Ok(sides) => Some(sides),
+            Err(more) => {
+                refusals.extend(more);
+                None
             }
-            Ok(None) => {}
-            Err(more) => refusals.extend(more),
+        };
+        if let Some(Sides { train, test }) = &sides
+            && let (Some(train), Some(test)) = (train.opened(), test.opened())
+        {
+            let neighbours = train.images.len();
+            if let Some(i) = self.k.iter().position(|&k| k > neighbours) {
+                let message = format!("{} neighbours of {neighbours} images", self.k[i]);
+                refusals.push(Refusal::new(i.to_string(), message).under("k"));
+            }
+            summary.images = Some(neighbours + test.images.len());
+            summary.warnings.extend(train.images.notes().into_iter().chain(test.images.notes()));
+            summary.data = vec![train.record(format!("{}.train", cx.name)), test.record(format!("{}.test", cx.name))];
         }
-        let size = self.train.size(cx.environment).unwrap_or(0);
+        let size = sides.as_ref().map_or(0, |sides| sides.train.size);
         let towers = cx.towers(size);
-        let mut passes = Vec::new();
-        if let Some(stage) = keep(&mut refusals, self.stage()).flatten() {
-            let student = keep(&mut refusals, towers.student(stage).map_err(|r| r.under("student")));
-            passes.extend(student.map(|student| student.shape));
-        }
+        let student = keep(&mut refusals, self.stage()).flatten().and_then(|stage| {
+            let planned = towers.student(stage).map_err(|r| r.under("student"));
+            Some((stage.to_string(), keep(&mut refusals, planned)?.clone()))
+        });
         if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
             refusals
                 .push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
@@ -381,61 +288,69 @@ impl StagePlugin for Knn {
                 Refusal::whole("nothing is measured").help("give a `student`, `teachers`, or `baselines: [pixels]`"),
             );
         }
+        let mut teachers: Vec<(String, Arc<dyn PlannedTeacher>)> = Vec::new();
         if refusals.is_empty() {
             for (name, slot) in &self.teachers {
-                let planned = Build::build::<dfdx::prelude::Cpu>(slot).and_then(|t| t.plan(&towers));
-                if let Some(shape) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
-                    passes.push(shape);
+                let planned = Build::build(slot).and_then(|t| t.plan(&towers));
+                if let Some(planned) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
+                    teachers.push((name.clone(), planned.into()));
                 }
             }
+            let shapes = student.iter().map(|(_, student)| student.shape());
+            let shapes: Vec<_> = shapes.chain(teachers.iter().map(|(_, teacher)| teacher.shape())).collect();
             let pixels = self.baselines.contains(&Baseline::Pixels);
-            plan.memory = memory::features(&passes, pixels, plan.images.unwrap_or(0), size, self.batch);
+            summary.memory = memory::features(&shapes, pixels, summary.images.unwrap_or(0), size, self.batch);
         }
-        match refusals.is_empty() {
-            true => Ok(plan),
-            false => Err(refusals),
+        match sides {
+            Some(sides) if refusals.is_empty() => Ok(Box::new(PlannedKnnStage {
+                summary,
+                sides,
+                student,
+                baselines: self.baselines.clone(),
+                teachers,
+                k: self.k.clone(),
+                view: View { pooling: self.pooling, tap: self.tap, batch: self.batch },
+            })),
+            _ => Err(refusals),
         }
     }
+}
 
-    fn run<D: Dev>(&self, mut run: StageRun<D>) -> Result<Outcome> {
+impl PlannedStage for PlannedKnnStage {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let run = &mut run;
-        let train = self.train.open().map_err(|r| r.under("train"))?;
-        let test = self.test.open().map_err(|r| r.under("test"))?;
-        let towers = run.stage.towers(train.size);
         let mut results = serde_json::Map::new();
-        let mut measure = |run: &mut StageRun<D>, name: &str, tower: &Tower<D>| -> Result<()> {
-            let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
-            let near = extract(run, tower, &train, view)?;
-            let far = extract(run, tower, &test, view)?;
-            let report = self.report(&accuracy(&run.cx, &near, &far, &self.k)?, near.skipped + far.skipped);
-            run.progress.result(run.stage.name, &json!({ name: report }));
+        let mut measure = |run: &mut StageRun, name: &str, tower: &Tower| -> Result<()> {
+            let (accuracies, skipped) = self.sides.accuracies(run, tower, self.view, &self.k)?;
+            let report = report(&self.k, &accuracies, skipped);
+            run.events.send(Event::Result { stage: run.name, result: &json!({ name: report }) })?;
             results.insert(name.to_string(), report);
             Ok(())
         };
         if self.baselines.contains(&Baseline::Pixels) {
             measure(run, "pixels", &Tower::Pixels)?;
         }
-        if let Some(stage) = self.stage()? {
-            let record = towers.student(stage).map_err(|r| r.under("student"))?;
-            let dev = run.cx.dev.clone();
-            let init = Init::new(&dev, run.stage.seed, &*record.init_scope);
+        if let Some((stage, student)) = &self.student {
+            let init = Init::new(run.cx.device(), run.seed, &*student.init_scope);
             // It runs at the size it was trained at, and resizes these images to that.
-            let trained_at = PlanContext { data_size: record.shape.image_size, ..towers };
-            let mut student =
-                Build::build::<D>(&record.slot)?.build(&trained_at, &init).map_err(|e| under(e, "student"))?;
-            student.set_reach(record.reach);
+            let mut model = student.tower.build(&init, run.trained).map_err(|e| under(e, "student"))?;
+            model.set_reach(student.reach);
             if self.baselines.contains(&Baseline::Untrained) {
-                measure(run, "untrained", &Tower::Student(&*student))?;
+                measure(run, "untrained", &Tower::Student(&*model))?;
             }
-            student.load(record.weights.as_ref().expect("a stage that ran leaves its student's weights"));
-            measure(run, "student", &Tower::Student(&*student))?;
+            model.load(run.trained.get(stage)?)?;
+            measure(run, "student", &Tower::Student(&*model))?;
         }
-        for (name, slot) in &self.teachers {
-            let teacher =
-                Build::build::<D>(slot)?.build(&towers, &run.cx).map_err(|e| under(under(e, name), "teachers"))?;
+        for (name, teacher) in &self.teachers {
+            let mut build = TeacherBuild { cx: run.cx, trained: run.trained, student: None };
+            let teacher = teacher.build(&mut build).map_err(|e| under(under(e, name), "teachers"))?;
             measure(run, name, &Tower::Teacher(&*teacher))?;
         }
-        Ok(Outcome { results: Value::Object(results), student: None, metric_records: run.metric_records })
+        Ok(Outcome { results: Value::Object(results), student: None })
     }
 }
 
@@ -445,13 +360,14 @@ register!(stage "knn" => Knn, "measures frozen features by weighted k nearest ne
 
 #[cfg(test)]
 mod tests {
+    use maskalign_engine::Device;
+
     use super::*;
-    use dfdx::prelude::Cpu;
 
     /// Votes are exp(similarity / 0.07): one very near neighbour outweighs two that are farther.
     #[test]
     fn votes_are_weighted_by_similarity() {
-        let cx = Context::new(Cpu::default(), 1);
+        let cx = Context::new(Device::Cpu, 1);
         let angle = |degrees: f64| [degrees.to_radians().cos() as f32, degrees.to_radians().sin() as f32];
         let bank = |angles: &[f64], labels: &[u32]| Bank {
             features: angles.iter().flat_map(|&a| angle(a)).collect(),

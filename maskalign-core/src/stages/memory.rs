@@ -1,6 +1,8 @@
 //! Estimates of peak memory, before the first step. `tests/memory.rs` compares them with measured peaks.
 
-use super::StagePlan;
+use maskalign_engine::Recompute;
+
+use super::StageSummary;
 use crate::components::towers::TowerShape;
 
 /// Bytes of a value.
@@ -11,7 +13,8 @@ const BASE: u64 = 20 << 20;
 const BATCHES: u64 = 3;
 
 /// What a step of a training stage needs room for, in values where nothing else is said.
-pub(super) struct TrainingStep<'a> {
+pub struct TrainingStep<'a> {
+    /// The student.
     pub student: &'a TowerShape,
     /// Images of a micro-batch.
     pub images: usize,
@@ -26,16 +29,16 @@ pub(super) struct TrainingStep<'a> {
     /// Values that alignments keep for the backward pass.
     pub aligned: usize,
     /// Whether blocks keep their input alone.
-    pub recompute: bool,
+    pub recompute: Recompute,
 }
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
 /// student's forward and backward passes.
-pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
+pub fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     let arch = step.student.arch;
     let (dim, mlp, depth) = (arch.dim as u64, arch.mlp as u64, arch.depth as u64);
     let rows = (step.images * step.tokens) as u64;
-    let kept = if step.recompute { dim } else { dim * 6 + mlp };
+    let kept = if step.recompute == Recompute::Blocks { dim } else { dim * 6 + mlp };
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
     let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;
@@ -46,7 +49,7 @@ pub(super) fn training(plan: &StagePlan, step: &TrainingStep) -> u64 {
 }
 
 /// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
-pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
+pub fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
     let raw = batch(1, size);
     let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
     let bank = bank(count, if pixels { raw.max(widest) } else { widest } as usize);
@@ -57,7 +60,7 @@ pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: 
 
 /// Bytes for `count` features of `width` values: themselves, their copy on the device, and the layout they are
 /// multiplied in.
-pub(super) fn bank(count: usize, width: usize) -> u64 {
+pub fn bank(count: usize, width: usize) -> u64 {
     FLOAT * 3 * (count * width) as u64
 }
 

@@ -1,30 +1,42 @@
 //! The steps of a recipe: each trains or evaluates, and may leave a student to later ones.
+//!
+//! A stage is composed of `training` (the options and the loop of everything that trains), `supervised` (labels, classes,
+//! accuracy), `features` (what evaluations of frozen towers read) and the run's [events](crate::events); its own file holds
+//! what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
 
 mod data;
+mod features;
 mod finetune;
 mod knn;
 mod memory;
 mod pretrain;
-mod train;
+mod supervised;
+mod training;
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, sync::Arc};
 
+use maskalign_engine::{Context, Recompute};
 use maskalign_registry::Refusal;
 use serde::Serialize;
 
-pub use data::{Data, OpenData};
-pub use finetune::Finetune;
+pub use data::{Data, OpenData, PlannedData, image_batch};
+pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract};
+pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
-pub use pretrain::{Inspection, Pretrain, PretrainModel};
-pub use train::{BatchSize, MicroBatch, Phases, Step, StepReport, Task, Trainer};
+pub use memory::TrainingStep;
+pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
+pub use supervised::{Classify, PlannedClasses, accuracy, class_targets, largest_label};
+pub use training::{
+    BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
+    Precision, Step, Task, Trained, Trainer, Training, branch_scales, finish, train,
+};
 
 use crate::{
-    components::towers::{PlanContext, StudentRecord},
-    context::Context,
-    device::Dev,
+    components::towers::{Environment, MissingWeights, PlanContext, StudentPlan, TrainedStudents},
     error::{Error, Result},
-    plugin::kind,
-    run::{RunDir, StopFlag},
+    events::Events,
+    run::{RunDir, Stop, StopFlag},
+    weights::TensorMap,
 };
 
 /// What a stage is asked before the first step.
@@ -35,13 +47,13 @@ pub struct StageContext<'a> {
     /// The recipe's seed.
     pub seed: u64,
     /// The students of earlier stages.
-    pub students: &'a BTreeMap<String, StudentRecord>,
-    /// Whether files may be looked at.
-    pub environment: bool,
-    /// Whether towers get random weights where theirs cannot be found (timings alone).
-    pub random_weights: bool,
-    /// Whether the flag `--recompute` holds, for the memory estimate.
-    pub recompute: bool,
+    pub students: &'a BTreeMap<String, StudentPlan>,
+    /// Whether files are looked at.
+    pub environment: Environment,
+    /// What becomes of a tower whose weights cannot be found.
+    pub missing_weights: MissingWeights,
+    /// What is kept for the backward pass, for the memory estimate.
+    pub recompute: Recompute,
 }
 
 impl<'a> StageContext<'a> {
@@ -50,15 +62,16 @@ impl<'a> StageContext<'a> {
         PlanContext {
             data_size,
             students: self.students,
+            student: None,
             environment: self.environment,
-            random_weights: self.random_weights,
+            missing_weights: self.missing_weights,
         }
     }
 }
 
 /// What is known of a stage before its first step.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct StagePlan {
+#[derive(Clone, Default, Serialize)]
+pub struct StageSummary {
     /// Images of the data, where they may be looked at.
     pub images: Option<usize>,
     /// Parameters of the models: all, and those an optimizer updates.
@@ -78,96 +91,99 @@ pub struct StagePlan {
     /// The data that is read: what for, how many images, and the fingerprint of the list.
     #[serde(skip)]
     pub data: Vec<(String, usize, String)>,
-    /// The student that the stage leaves, without weights.
+    /// The student that the stage leaves.
     #[serde(skip)]
-    pub student: Option<StudentRecord>,
+    pub student: Option<StudentPlan>,
+}
+
+impl std::fmt::Debug for StageSummary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StageSummary").field("images", &self.images).field("steps", &self.steps).finish_non_exhaustive()
+    }
 }
 
 /// What a running stage is given.
-pub struct StageRun<'a, D: Dev> {
+pub struct StageRun<'a, 'e> {
     /// The device and its operators.
-    pub cx: Context<D>,
-    /// Name, seed and earlier students.
-    pub stage: StageContext<'a>,
-    /// Where checkpoints and metrics go.
+    pub cx: &'a Context,
+    /// The stage's name in the recipe.
+    pub name: &'a str,
+    /// The recipe's seed.
+    pub seed: u64,
+    /// What earlier stages have left.
+    pub trained: &'a TrainedStudents,
+    /// Where checkpoints go.
     pub dir: &'a RunDir,
     /// Fingerprint of the recipe, written into checkpoints.
     pub fingerprint: &'a str,
     /// Set by Ctrl-C, SIGTERM and SIGHUP.
     pub stop: &'a StopFlag,
     /// Told of what happens.
-    pub progress: &'a mut dyn Progress,
+    pub events: &'a mut Events<'e>,
     /// Ends training after this many steps (`--steps`).
     pub step_limit: Option<u64>,
     /// Threads that read images; 0 reads them between steps.
     pub workers: usize,
-    /// Whole lines in the metrics file so far.
-    pub metric_records: u64,
+}
+
+impl StageRun<'_, '_> {
+    /// Ends the run where the user asked for it.
+    ///
+    /// # Errors
+    /// The user did.
+    pub fn check_stop(&self) -> Result<()> {
+        self.stop.get().map_or(Ok(()), |stop| Err(self.stopped(stop)))
+    }
+
+    /// The end of a run that the user asked for.
+    pub fn stopped(&self, stop: Stop) -> Error {
+        Error::Stopped { signal: stop.name(), code: stop.exit_code(), dir: self.dir.path().display().to_string() }
+    }
 }
 
 /// What a stage leaves.
 pub struct Outcome {
     /// Results for `summary.json` and the table at the end.
     pub results: serde_json::Value,
-    /// The student, for later stages.
-    pub student: Option<StudentRecord>,
-    /// Whole lines in the metrics file.
-    pub metric_records: u64,
+    /// The student's parameters, for later stages.
+    pub student: Option<Arc<TensorMap>>,
 }
 
-/// Told of what happens in a run; the command line draws it.
-pub trait Progress {
-    /// A stage begins.
-    fn stage(&mut self, name: &str, plan: &StagePlan);
-    /// A training step is done.
-    fn step(&mut self, report: &StepReport);
-    /// An evaluation made progress: `done` of `all` units named `what`.
-    fn count(&mut self, what: &str, done: u64, all: u64);
-    /// A checkpoint was written.
-    fn saved(&mut self, path: &Path);
-    /// An intermediate result.
-    fn result(&mut self, stage: &str, result: &serde_json::Value);
-}
-
-/// A stage, as its author writes it: for any device.
-pub trait StagePlugin: Send + Sync {
-    /// Checks all that can be known before the first step.
+/// A stage's options.
+pub trait Stage: Send + Sync {
+    /// Checks all that can be known before the first step, and gives what runs.
     ///
     /// # Errors
     /// Every option that does not fit.
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>>;
-    /// Runs the stage, going on from its last checkpoint where the run directory has one.
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>>;
+}
+
+/// A stage whose options fit.
+pub trait PlannedStage {
+    /// What is known of it.
+    fn summary(&self) -> &StageSummary;
+    /// Runs it, going on from its last checkpoint where the run directory has one.
     ///
     /// # Errors
     /// Whatever ends a run early.
-    fn run<D: Dev>(&self, run: StageRun<D>) -> Result<Outcome>;
+    fn run(&self, run: StageRun) -> Result<Outcome>;
 }
-
-/// A stage's options on one device, as the runner calls them; see [`StagePlugin`].
-#[allow(missing_docs)]
-pub trait Stage<D: Dev> {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>>;
-    fn run(&self, run: StageRun<D>) -> Result<Outcome>;
-}
-
-impl<P: StagePlugin, D: Dev> Stage<D> for P {
-    fn plan(&self, cx: &StageContext) -> Result<StagePlan, Vec<Refusal>> {
-        StagePlugin::plan(self, cx)
-    }
-    fn run(&self, run: StageRun<D>) -> Result<Outcome> {
-        StagePlugin::run(self, run)
-    }
-}
-
-kind!(device StageTag, StagePlugin, Stage, stage);
 
 /// Keeps the value, or notes the refusal.
-fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Option<T> {
+pub fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Option<T> {
     result.map_err(|refusal| refusals.push(refusal)).ok()
 }
 
+/// A refusal of the whole component, where what failed named no option.
+fn whole(error: Error) -> Refusal {
+    match error {
+        Error::Refused(refusal) => refusal,
+        other => Refusal::whole(other.to_string()),
+    }
+}
+
 /// Prefixes the path of a refusal.
-fn under(error: Error, segment: &str) -> Error {
+pub fn under(error: Error, segment: &str) -> Error {
     match error {
         Error::Refused(refusal) => refusal.under(segment).into(),
         other => other,

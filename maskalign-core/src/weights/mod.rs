@@ -17,8 +17,6 @@ mod read;
 mod tensor_file;
 mod torch_file;
 
-use std::collections::BTreeMap;
-
 pub use error::WeightsError;
 pub use families::{Canonical, Export, Family, to_canonical, to_family};
 pub use hub::{HubCache, locate};
@@ -28,28 +26,4 @@ pub use read::{files_of, read, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
 pub(crate) use tensor_file::{digest, write_tensors};
 
-/// A tensor in host memory: row-major, its `data` as long as the product of its `shape`, or a shape alone
-/// ([`HostTensor::shape_only`]).
-#[derive(Debug, Clone, PartialEq)]
-pub struct HostTensor {
-    /// Length of each dimension; empty for a scalar.
-    pub shape: Vec<usize>,
-    /// The values.
-    pub data: Vec<f32>,
-}
-
-impl HostTensor {
-    /// A shape without values: names and shapes of weights are checked long before the values are read, by the code
-    /// that loads them.
-    pub fn shape_only(shape: Vec<usize>) -> HostTensor {
-        HostTensor { shape, data: Vec::new() }
-    }
-
-    /// Whether it has no values.
-    pub fn is_shape_only(&self) -> bool {
-        self.data.is_empty()
-    }
-}
-
-/// Tensors by name.
-pub type TensorMap = BTreeMap<String, HostTensor>;
+pub use maskalign_engine::{HostTensor, TensorMap};

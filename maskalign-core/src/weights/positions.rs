@@ -1,7 +1,7 @@
 //! Learned positions for another grid.
 
 use super::{HostTensor, WeightsError};
-use crate::{images::resize_images_bicubic, kernels::Pool};
+use maskalign_engine::{Pool, images::resize_images_bicubic};
 
 /// Resizes learned positions `[1,1+n*n,C]` to `[1,1+grid*grid,C]`, bicubically; the first row, that of the class token, is kept.
 ///

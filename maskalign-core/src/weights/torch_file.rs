@@ -53,7 +53,7 @@ impl Described {
         let mut archive = ZipArchive::new(BufReader::new(file)).map_err(zip)?;
         let folder = archive
             .file_names()
-            .find_map(|name| Some(name.strip_suffix("data.pkl")?.to_owned()))
+            .find_map(|name| Some(name.ok()?.strip_suffix("data.pkl")?.to_owned()))
             .ok_or_else(|| format("the archive holds no `data.pkl`: it is not a PyTorch file".into()))?;
         if let Ok(order) = entry(&mut archive, &format!("{folder}byteorder"), 16)
             && order != b"little"
@@ -72,12 +72,15 @@ impl Described {
 
 /// One entry's bytes, its checksum verified.
 fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>, String> {
-    let mut entry = archive.by_name(name).map_err(|error| format!("the archive's `{name}` cannot be read: {error}"))?;
-    if entry.compression() != CompressionMethod::Stored {
+    let unreadable = |error: ZipError| format!("the archive's `{name}` cannot be read: {error}");
+    let index = archive.index_for_name(name).ok_or(ZipError::FileNotFound).map_err(unreadable)?;
+    // The raw entry says how it is compressed; the other one is refused where it is, and checks the sum.
+    if archive.by_index_raw(index).map_err(unreadable)?.compression() != CompressionMethod::Stored {
         return Err(format!(
             "the archive's `{name}` is compressed, which PyTorch never does; save it anew with torch.save"
         ));
     }
+    let mut entry = archive.by_index(index).map_err(unreadable)?;
     if entry.size() > limit {
         return Err(format!("the archive's `{name}` has {} bytes where at most {limit} are expected", entry.size()));
     }

@@ -32,7 +32,7 @@ pub(super) struct Finish<'a> {
 
 impl Finish<'_> {
     /// Whether [`Direct`] can express the epilogue.
-    pub fn in_registers(&self) -> bool {
+    pub(super) fn in_registers(&self) -> bool {
         self.pre.is_none()
             && self.act == Act::None
             && self.col_scale.is_none()
@@ -41,7 +41,7 @@ impl Finish<'_> {
     }
 
     /// The epilogue from `(i0, j0)`, where [`in_registers`](Self::in_registers).
-    pub fn direct(&self, i0: usize, j0: usize) -> Direct {
+    pub(super) fn direct(&self, i0: usize, j0: usize) -> Direct {
         let c = self.c.0.wrapping_add(i0 * self.ldc + j0);
         let (add, add_stride) = match self.residual {
             Some(residual) => (residual.as_ptr().wrapping_add(i0 * self.n + j0), self.n),
@@ -52,7 +52,7 @@ impl Finish<'_> {
     }
 
     /// What the epilogue from `(i0, j0)` will read and write.
-    pub fn soon(&self, i0: usize, j0: usize) -> Output {
+    pub(super) fn soon(&self, i0: usize, j0: usize) -> Output {
         let Direct { c, ldc, add, add_stride, .. } = self.direct(i0, j0);
         Output::Soon { c, ldc, add, add_stride }
     }
@@ -61,7 +61,7 @@ impl Finish<'_> {
     ///
     /// # Safety
     /// The tiles lie inside the outputs, and no other thread uses them.
-    pub unsafe fn tiles(&self, isa: Isa, tile: &mut [f32], i0: usize, j0: usize, cols: usize) {
+    pub(super) unsafe fn tiles(&self, isa: Isa, tile: &mut [f32], i0: usize, j0: usize, cols: usize) {
         let place = Place { i0, j0, cols };
         // SAFETY: `isa` is available here; the outputs are as the caller says.
         unsafe {

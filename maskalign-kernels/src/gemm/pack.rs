@@ -15,7 +15,7 @@ struct Line {
 
 impl Buffer {
     /// At least `len` elements of unspecified content.
-    pub fn get(&mut self, len: usize) -> &mut [f32] {
+    pub(super) fn get(&mut self, len: usize) -> &mut [f32] {
         let lines = len.div_ceil(16);
         if self.0.len() < lines {
             // The old content need not be copied.
@@ -28,7 +28,7 @@ impl Buffer {
     }
 
     /// The elements.
-    pub fn as_slice(&self) -> &[f32] {
+    pub(super) fn as_slice(&self) -> &[f32] {
         let data = self.0.as_ptr().cast::<f32>();
         // SAFETY: a line is 16 elements without padding.
         unsafe { std::slice::from_raw_parts(data, self.0.len() * 16) }

@@ -23,7 +23,7 @@ impl Small {
     }
 
     /// Elements of a packed right-hand operand `[k, n]`.
-    pub(crate) fn packed_len(&self, k: usize, n: usize) -> usize {
+    pub(crate) fn packed_len(self, k: usize, n: usize) -> usize {
         super::packed_len(k, super::padded(super::padded(n, LANES), self.kernel.nr))
     }
 

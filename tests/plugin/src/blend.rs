@@ -15,18 +15,17 @@ pub struct Blend {
     squared: f32,
 }
 
-impl LossPlugin for Blend {
-    fn term<D: Dev>(
+impl Loss for Blend {
+    fn term(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        let squared = cx.kernels.distance(r, prediction, target, Distance::Mse)?;
-        let absolute = cx.kernels.distance(r, prediction, target, Distance::L1)?;
-        cx.kernels
-            .weighted_sum(r, &[squared, absolute], &[self.squared, 1.0 - self.squared])
+        cx: &Context,
+        tape: &mut Tape,
+        prediction: &Tensor,
+        target: &Tensor,
+    ) -> Result<Tensor> {
+        let squared = ops::distance(cx, tape, prediction, target, Distance::Mse)?;
+        let absolute = ops::distance(cx, tape, prediction, target, Distance::L1)?;
+        ops::weighted_sum(cx, tape, &[squared, absolute], &[self.squared, 1.0 - self.squared])
     }
 }
 

@@ -10,40 +10,47 @@ pub struct Lattice {
     cell: usize,
 }
 
-impl Lattice {
-    /// Squares from top to bottom and from left to right; those at the far edges may be cut off.
-    fn squares(&self, grid: Grid) -> (usize, usize) {
-        (
-            grid.rows.div_ceil(self.cell),
-            grid.columns.div_ceil(self.cell),
-        )
-    }
-}
-
 impl Masker for Lattice {
-    fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
+    fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal> {
         if self.cell > grid.rows.max(grid.columns) {
             return Err(Refusal::new(
                 "cell",
                 format!("a square of {} patches in a grid of {grid}", self.cell),
             ));
         }
-        let (down, across) = self.squares(grid);
-        let visible = down * across;
-        Ok(Counts {
+        Ok(Box::new(Squares {
+            grid,
+            cell: self.cell,
+            down: grid.rows.div_ceil(self.cell),
+            across: grid.columns.div_ceil(self.cell),
+        }))
+    }
+}
+
+/// A grid in squares; those at the far edges may be cut off.
+struct Squares {
+    grid: Grid,
+    cell: usize,
+    down: usize,
+    across: usize,
+}
+
+impl PlannedMasker for Squares {
+    fn counts(&self) -> Counts {
+        let visible = self.down * self.across;
+        Counts {
             visible,
-            masked: grid.patches() - visible,
-        })
+            masked: self.grid.patches() - visible,
+        }
     }
 
-    fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask {
-        let grid = input.grid;
-        let (down, across) = self.squares(grid);
+    fn draw(&self, _: &MaskInput, rng: &mut Stream) -> Mask {
+        let Squares { grid, cell, down, across } = *self;
         let mut visible = Vec::new();
         for square in 0..down * across {
-            let (top, left) = (square / across * self.cell, square % across * self.cell);
-            let row = top + rng.below(self.cell.min(grid.rows - top));
-            let column = left + rng.below(self.cell.min(grid.columns - left));
+            let (top, left) = (square / across * cell, square % across * cell);
+            let row = top + rng.below(cell.min(grid.rows - top));
+            let column = left + rng.below(cell.min(grid.columns - left));
             visible.push((row * grid.columns + column) as u32);
         }
         let masked = (0..grid.patches() as u32)

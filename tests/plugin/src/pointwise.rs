@@ -10,8 +10,8 @@ pub struct Pointwise {
     norm: bool,
 }
 
-impl AlignerPlugin for Pointwise {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+impl Aligner for Pointwise {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         if plan.tokens.masked {
             return Err(
                 Refusal::whole("there are outputs for the student's tokens only")
@@ -29,50 +29,69 @@ impl AlignerPlugin for Pointwise {
             ))
             .help("choose one level of the target, or `combine: mean`"));
         }
-        Ok(AlignNeeds {
-            levels: vec![LevelRef::Block(plan.student.arch.depth - 1)],
-            tap: Tap::Block,
-        })
+        Ok(Box::new(PlannedPointwise {
+            needs: AlignNeeds {
+                levels: vec![LevelRef::Block(plan.student.arch.depth - 1)],
+                tap: Tap::Block,
+            },
+            norm: self.norm,
+            from: plan.student.arch.dim,
+            to: plan.width,
+        }))
+    }
+}
+
+/// A layer between two widths.
+struct PlannedPointwise {
+    needs: AlignNeeds,
+    norm: bool,
+    from: usize,
+    to: usize,
+}
+
+impl PlannedAligner for PlannedPointwise {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
-    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
         let norm = match self.norm {
-            true => Some(Norm::new(init, "pointwise.norm", plan.student.arch.dim, 1e-6)?),
+            true => Some(Norm::new(init, "pointwise.norm", self.from, 1e-6)?),
             false => None,
         };
-        let linear = Linear::new(init, "pointwise.linear", plan.width, plan.student.arch.dim, Bias::With)?;
+        let linear = Linear::new(init, "pointwise.linear", self.to, self.from, Bias::With)?;
         Ok(Box::new(Layers { norm, linear }))
     }
 }
 
 /// What is trained.
-struct Layers<D: Dev> {
-    norm: Option<Norm<D>>,
-    linear: Linear<D>,
+struct Layers {
+    norm: Option<Norm>,
+    linear: Linear,
 }
 
-impl<D: Dev> Module<D> for Layers<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.norm.iter_mut().for_each(|norm| norm.each_mut(f));
-        self.linear.each_mut(f);
+impl Module for Layers {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.iter_mut().for_each(|norm| norm.visit(f));
+        self.linear.visit(f);
     }
 }
 
-impl<D: Dev> Aligner<D> for Layers<D> {
+impl AlignerModel for Layers {
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        input: &AlignInput<D>,
-    ) -> Result<Vec<Matrix<D>>> {
+        cx: &Context,
+        tape: &mut Tape,
+        input: &AlignInput,
+    ) -> Result<Vec<Tensor>> {
         let mut x = input.levels[0].clone();
         if let Some(rows) = input.masks.within(input.tokens, input.held) {
-            x = cx.kernels.gather_rows(r, &[x], &rows)?;
+            x = ops::gather_rows(cx, tape, &[&x], &rows)?;
         }
         if let Some(norm) = &self.norm {
-            x = cx.kernels.layer_norm(r, &x, norm)?;
+            x = norm.forward(cx, tape, &x)?;
         }
-        Ok(vec![cx.kernels.linear(r, &x, &self.linear, Act::None)?])
+        Ok(vec![self.linear.forward(cx, tape, &x, Act::None)?])
     }
 }
 

@@ -1,7 +1,7 @@
 //! This crate's components do what components of their kinds must do.
 
 use lattice_plugin as _;
-use maskalign_core::conformance::{Kind, check_all, check_as};
+use maskalign_testkit::conformance::{Kind, check_all, check_as};
 
 #[test]
 fn every_component_conforms() {

@@ -28,7 +28,7 @@ enum What {
 
 /// Write a crate with a masker, a test, a recipe that trains with it, and a binary with every verb
 ///
-/// The crate depends on maskalign-core and maskalign-cli alone. Its binary has every verb of this command and knows the
+/// The crate depends on maskalign-core and maskalign-cli, and for its tests on maskalign-testkit. Its binary has every verb of this command and knows the
 /// new component in `list`, `explain`, `schema` and error messages.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -53,7 +53,7 @@ const TEMPLATE: [(&str, &str); 7] = [
 ];
 
 impl Args {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let What::Plugin(plugin) = self.what;
         plugin.write(Path::new(""), session.registry)
     }
@@ -68,14 +68,15 @@ impl Plugin {
             return Err(Failure::mistake(message).help("choose another name: the component is named after the crate"));
         }
         let folder = parent.join(&self.name);
-        let dependencies = self.dependencies()?;
+        let [cli, core, testkit] = self.dependencies()?;
         if folder.symlink_metadata().is_ok() {
             return Err(Failure::mistake(format!("{} is there already", folder.display()))
                 .help("choose another name, or remove it"));
         }
         for (path, text) in TEMPLATE {
             let text = text
-                .replace("{{dependencies}}", &dependencies)
+                .replace("{{dependencies}}", &format!("{cli}\n{core}"))
+                .replace("{{test dependencies}}", &testkit)
                 .replace("{{crate}}", &self.name)
                 .replace("{{library}}", &self.name.replace('-', "_"))
                 .replace("{{component}}", &name.component())
@@ -90,14 +91,14 @@ impl Plugin {
         ))?)
     }
 
-    /// The two dependencies as TOML.
-    fn dependencies(&self) -> Result<String, Failure> {
+    /// The dependencies as lines of TOML: of the crate, and of its tests.
+    fn dependencies(&self) -> Result<[String; 3], Failure> {
         // Beside an installed crate of this binary there is none: cargo keeps each under its version.
         let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
         let built_in = built_in.filter(|root| root.join("maskalign-core/Cargo.toml").is_file());
+        const NAMES: [&str; 3] = ["maskalign-cli", "maskalign-core", "maskalign-testkit"];
         let Some(checkout) = self.path.as_deref().or(built_in) else {
-            let version = env!("CARGO_PKG_VERSION");
-            return Ok(format!("maskalign-cli = \"{version}\"\nmaskalign-core = \"{version}\""));
+            return Ok(NAMES.map(|name| format!("{name} = \"{}\"", env!("CARGO_PKG_VERSION"))));
         };
         let not_a_checkout = || {
             Failure::mistake(format!("{} is not a checkout of MaskAlign", checkout.display()))
@@ -105,14 +106,14 @@ impl Plugin {
         };
         // Absolute, so that the crate may be moved.
         let root = checkout.canonicalize().map_err(|_| not_a_checkout())?;
-        let mut lines = Vec::new();
-        for name in ["maskalign-cli", "maskalign-core"] {
+        let mut lines = [const { String::new() }; 3];
+        for (line, name) in lines.iter_mut().zip(NAMES) {
             let path = root.join(name);
             let path = path.to_str().filter(|_| path.join("Cargo.toml").is_file()).ok_or_else(not_a_checkout)?;
             // A path as a TOML string: JSON escapes backslashes and quotes in the same way.
-            lines.push(format!("{name} = {{ path = {} }}", serde_json::Value::from(path)));
+            *line = format!("{name} = {{ path = {} }}", serde_json::Value::from(path));
         }
-        Ok(lines.join("\n"))
+        Ok(lines)
     }
 }
 

@@ -1,22 +1,21 @@
 //! A transformer decoder over mask tokens.
 
-use dfdx::prelude::HasShape;
+use maskalign_engine::{
+    Context, Recompute, Result, Tape, Tensor,
+    ops::{self, Act, AttentionShape, BlockRun},
+};
 use maskalign_registry::{Levels, Refusal};
 
-use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin};
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner};
 use crate::{
     component,
     components::{
+        maskers::Counts,
         tokens::{Masks, Tokens},
-        towers::Tap,
+        towers::{Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    kernels::{Act, AttentionShape, BlockRun},
     nn::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
     register,
-    tape::Recorder,
 };
 
 /// Who attends to whom in a decoder.
@@ -90,8 +89,8 @@ pub struct Decoder {
     eps: f64,
 }
 
-impl AlignerPlugin for Decoder {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+impl Aligner for Decoder {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         let cross = self.attention == DecoderAttention::Cross;
         if levels.len() != 1 && !cross {
@@ -138,53 +137,85 @@ impl AlignerPlugin for Decoder {
                 .in_stage(["masker"], "nothing is masked")
                 .help("give the stage a `masker`, or raise its ratio"));
         }
-        Ok(AlignNeeds { levels, tap: self.tap })
+        Ok(Box::new(PlannedDecoder {
+            needs: AlignNeeds { levels, tap: self.tap },
+            attention: self.attention,
+            depth: self.depth,
+            block: BlockConfig {
+                dim: self.dim,
+                heads: self.heads,
+                mlp: self.mlp.unwrap_or(4 * self.dim),
+                eps: self.eps,
+                act: Act::Gelu,
+                layer_scale: false,
+            },
+            student: plan.student,
+            counts: plan.counts,
+            width: plan.width,
+        }))
+    }
+}
+
+/// A decoder of a student's tokens.
+struct PlannedDecoder {
+    needs: AlignNeeds,
+    attention: DecoderAttention,
+    depth: usize,
+    block: BlockConfig,
+    student: TowerShape,
+    counts: Counts,
+    /// Channels of the target.
+    width: usize,
+}
+
+impl PlannedAligner for PlannedDecoder {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
-    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize {
-        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
-        let student = plan.counts.visible + usize::from(plan.student.cls_token);
-        let tokens = student + plan.counts.masked;
+    fn kept(&self, recompute: Recompute) -> usize {
+        let BlockConfig { dim, mlp, .. } = self.block;
+        let student = self.counts.visible + usize::from(self.student.cls_token);
+        let tokens = student + self.counts.masked;
         match self.attention {
-            DecoderAttention::Full if recompute => self.depth * tokens * dim,
+            DecoderAttention::Full if recompute == Recompute::Blocks => self.depth * tokens * dim,
             DecoderAttention::Full => self.depth * tokens * (6 * dim + mlp),
             // Every operator on its own: rows of all tokens, then of the queries.
             DecoderAttention::MaskedQueries => {
-                self.depth * (tokens * 4 * dim + plan.counts.masked * (8 * dim + 2 * mlp))
+                self.depth * (tokens * 4 * dim + self.counts.masked * (8 * dim + 2 * mlp))
             }
             DecoderAttention::Cross => {
-                let several = self.levels.resolve(plan.student.arch.depth).is_ok_and(|levels| levels.len() > 1);
-                let mixed = if several { 2 * plan.student.arch.dim } else { 0 };
-                self.depth * (student * (2 * dim + mixed) + plan.counts.masked * (8 * dim + 2 * mlp))
+                let mixed = if self.needs.levels.len() > 1 { 2 * self.student.arch.dim } else { 0 };
+                self.depth * (student * (2 * dim + mixed) + self.counts.masked * (8 * dim + 2 * mlp))
             }
         }
     }
 
-    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
-        let grid = plan.student.grid;
-        let (dim, mlp) = (self.dim, self.mlp.unwrap_or(4 * self.dim));
-        let mut positions = init.worked_out("decoder_pos_embed", &[1, 1 + grid.patches(), dim], || {
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
+        let (grid, from, dim) = (self.student.grid, self.student.arch.dim, self.block.dim);
+        let mut positions = init.values("decoder_pos_embed", &[1, 1 + grid.patches(), dim], || {
             sincos_positions(dim, grid.rows, grid.columns)
         })?;
-        positions.trainable = false;
-        let config = BlockConfig { dim, heads: self.heads, mlp, eps: self.eps, act: Act::Gelu, layer_scale: false };
+        positions.set_trained(false);
         let name = |i: usize| format!("decoder_blocks.{i}");
-        let embed = || Linear::new(init, "decoder_embed", dim, plan.student.arch.dim, Bias::With);
+        let embed = || Linear::new(init, "decoder_embed", dim, from, Bias::With);
         let blocks = match self.attention {
             DecoderAttention::Full => Blocks::Full(
                 embed()?,
-                (0..self.depth).map(|i| Block::new(init, &name(i), config)).collect::<Result<_>>()?,
+                (0..self.depth).map(|i| Block::new(init, &name(i), self.block)).collect::<Result<_>>()?,
             ),
             DecoderAttention::MaskedQueries => Blocks::MaskedQueries(
                 embed()?,
-                (0..self.depth).map(|i| QueryBlock::new(init, &name(i), config)).collect::<Result<_>>()?,
+                (0..self.depth).map(|i| QueryBlock::new(init, &name(i), self.block)).collect::<Result<_>>()?,
             ),
             DecoderAttention::Cross => {
-                let levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
-                let from = plan.student.arch.dim;
+                let levels = self.needs.levels.len();
+                let mix = || LevelMix::new(init, self.depth, levels, from, self.block.eps);
                 Blocks::Cross(
-                    (levels > 1).then(|| LevelMix::new(init, self.depth, levels, from, self.eps)).transpose()?,
-                    (0..self.depth).map(|i| CrossBlock::new(init, &name(i), from, config)).collect::<Result<_>>()?,
+                    (levels > 1).then(mix).transpose()?,
+                    (0..self.depth)
+                        .map(|i| CrossBlock::new(init, &name(i), from, self.block))
+                        .collect::<Result<_>>()?,
                 )
             }
         };
@@ -192,8 +223,8 @@ impl AlignerPlugin for Decoder {
             mask_token: init.normal("mask_token", &[1, 1, dim], 0.02)?,
             positions,
             blocks,
-            norm: Norm::new(init, "decoder_norm", dim, self.eps)?,
-            pred: Linear::new(init, "decoder_pred", plan.width, dim, Bias::With)?,
+            norm: Norm::new(init, "decoder_norm", dim, self.block.eps)?,
+            pred: Linear::new(init, "decoder_pred", self.width, dim, Bias::With)?,
         }))
     }
 }
@@ -202,14 +233,14 @@ register!(aligner "decoder" => Decoder, "a transformer decoder over mask tokens"
     example: "{ type: decoder, dim: 512, depth: 8, heads: 16 }", paper: "MAE, arXiv 2111.06377");
 
 /// The second half of a block: LayerNorm, linear, GELU, linear, and what came in.
-struct Mlp<D: Dev> {
-    norm: Norm<D>,
-    fc1: Linear<D>,
-    fc2: Linear<D>,
+struct Mlp {
+    norm: Norm,
+    fc1: Linear,
+    fc2: Linear,
 }
 
-impl<D: Dev> Mlp<D> {
-    fn new(init: &Init<D>, name: &str, c: BlockConfig) -> Result<Self> {
+impl Mlp {
+    fn new(init: &Init, name: &str, c: BlockConfig) -> Result<Self> {
         Ok(Mlp {
             norm: Norm::new(init, &format!("{name}.norm2"), c.dim, c.eps)?,
             fc1: Linear::new(init, &format!("{name}.mlp.fc1"), c.mlp, c.dim, Bias::With)?,
@@ -217,34 +248,33 @@ impl<D: Dev> Mlp<D> {
         })
     }
 
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        let k = &cx.kernels;
-        let y = k.layer_norm(r, x, &self.norm)?;
-        let y = k.linear(r, &y, &self.fc1, Act::Gelu)?;
-        let y = k.linear(r, &y, &self.fc2, Act::None)?;
-        k.add(r, x, &y)
+    fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        let y = self.norm.forward(cx, tape, x)?;
+        let y = self.fc1.forward(cx, tape, &y, Act::Gelu)?;
+        let y = self.fc2.forward(cx, tape, &y, Act::None)?;
+        ops::add(cx, tape, x, &y)
     }
 
-    fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.norm.each_mut(f);
-        self.fc1.each_mut(f);
-        self.fc2.each_mut(f);
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.visit(f);
+        self.fc1.visit(f);
+        self.fc2.visit(f);
     }
 }
 
 /// A block whose queries are some of the tokens, and whose keys and values are all of them.
-struct QueryBlock<D: Dev> {
-    norm1: Norm<D>,
-    q: Linear<D>,
-    k: Linear<D>,
-    v: Linear<D>,
-    proj: Linear<D>,
-    mlp: Mlp<D>,
+struct QueryBlock {
+    norm1: Norm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    proj: Linear,
+    mlp: Mlp,
     heads: usize,
 }
 
-impl<D: Dev> QueryBlock<D> {
-    fn new(init: &Init<D>, name: &str, c: BlockConfig) -> Result<Self> {
+impl QueryBlock {
+    fn new(init: &Init, name: &str, c: BlockConfig) -> Result<Self> {
         let linear = |part: &str| Linear::new(init, &format!("{name}.attn.{part}"), c.dim, c.dim, Bias::With);
         Ok(QueryBlock {
             norm1: Norm::new(init, &format!("{name}.norm1"), c.dim, c.eps)?,
@@ -259,54 +289,46 @@ impl<D: Dev> QueryBlock<D> {
 
     /// `x` are the queries' tokens; `context` those that stay, `order` the rows of both that are attended to and
     /// `queries` the rows of `x` among them.
-    fn forward(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        x: &Matrix<D>,
-        context: &Matrix<D>,
-        layout: &Layout,
-    ) -> Result<Matrix<D>> {
-        let k = &cx.kernels;
-        let all = k.gather_rows(r, &[context.clone(), x.clone()], &layout.order)?;
-        let all = k.layer_norm(r, &all, &self.norm1)?;
-        let mine = k.gather_rows(r, std::slice::from_ref(&all), &layout.masked)?;
-        let q = k.linear(r, &mine, &self.q, Act::None)?;
-        let keys = k.linear(r, &all, &self.k, Act::None)?;
-        let values = k.linear(r, &all, &self.v, Act::None)?;
+    fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, context: &Tensor, layout: &Layout) -> Result<Tensor> {
+        let all = ops::gather_rows(cx, tape, &[context, x], &layout.order)?;
+        let all = self.norm1.forward(cx, tape, &all)?;
+        let mine = ops::gather_rows(cx, tape, &[&all], &layout.masked)?;
+        let q = self.q.forward(cx, tape, &mine, Act::None)?;
+        let keys = self.k.forward(cx, tape, &all, Act::None)?;
+        let values = self.v.forward(cx, tape, &all, Act::None)?;
         let shape = AttentionShape {
             batch: layout.batch,
             heads: self.heads,
             queries: layout.masked.len() / layout.batch,
             keys: layout.order.len() / layout.batch,
         };
-        let y = k.attention(r, &q, &keys, &values, shape)?;
-        let y = k.linear(r, &y, &self.proj, Act::None)?;
-        let x = k.add(r, x, &y)?;
-        self.mlp.forward(cx, r, &x)
+        let y = ops::attention(cx, tape, &q, &keys, &values, shape)?;
+        let y = self.proj.forward(cx, tape, &y, Act::None)?;
+        let x = ops::add(cx, tape, x, &y)?;
+        self.mlp.forward(cx, tape, &x)
     }
 
-    fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.norm1.each_mut(f);
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm1.visit(f);
         for linear in [&mut self.q, &mut self.k, &mut self.v, &mut self.proj] {
-            linear.each_mut(f);
+            linear.visit(f);
         }
-        self.mlp.each_mut(f);
+        self.mlp.visit(f);
     }
 }
 
 /// A block whose queries are the mask tokens, and whose keys and values are the student's, in the student's width.
-struct CrossBlock<D: Dev> {
-    norm1: Norm<D>,
-    q: Linear<D>,
-    kv: Linear<D>,
-    proj: Linear<D>,
-    mlp: Mlp<D>,
+struct CrossBlock {
+    norm1: Norm,
+    q: Linear,
+    kv: Linear,
+    proj: Linear,
+    mlp: Mlp,
     heads: usize,
 }
 
-impl<D: Dev> CrossBlock<D> {
-    fn new(init: &Init<D>, name: &str, from: usize, c: BlockConfig) -> Result<Self> {
+impl CrossBlock {
+    fn new(init: &Init, name: &str, from: usize, c: BlockConfig) -> Result<Self> {
         let linear = |part: &str, outputs, inputs| {
             Linear::new(init, &format!("{name}.cross_attn.{part}"), outputs, inputs, Bias::With)
         };
@@ -320,44 +342,36 @@ impl<D: Dev> CrossBlock<D> {
         })
     }
 
-    fn forward(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        x: &Matrix<D>,
-        context: &Matrix<D>,
-        batch: usize,
-    ) -> Result<Matrix<D>> {
-        let k = &cx.kernels;
-        let y = k.layer_norm(r, x, &self.norm1)?;
-        let q = k.linear(r, &y, &self.q, Act::None)?;
-        let kv = k.linear(r, context, &self.kv, Act::None)?;
+    fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, context: &Tensor, batch: usize) -> Result<Tensor> {
+        let y = self.norm1.forward(cx, tape, x)?;
+        let q = self.q.forward(cx, tape, &y, Act::None)?;
+        let kv = self.kv.forward(cx, tape, context, Act::None)?;
         let shape =
-            AttentionShape { batch, heads: self.heads, queries: x.shape().0 / batch, keys: context.shape().0 / batch };
-        let y = k.cross_attention(r, &q, &kv, shape)?;
-        let y = k.linear(r, &y, &self.proj, Act::None)?;
-        let x = k.add(r, x, &y)?;
-        self.mlp.forward(cx, r, &x)
+            AttentionShape { batch, heads: self.heads, queries: x.rows() / batch, keys: context.rows() / batch };
+        let y = ops::cross_attention(cx, tape, &q, &kv, shape)?;
+        let y = self.proj.forward(cx, tape, &y, Act::None)?;
+        let x = ops::add(cx, tape, x, &y)?;
+        self.mlp.forward(cx, tape, &x)
     }
 
-    fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.norm1.each_mut(f);
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm1.visit(f);
         for linear in [&mut self.q, &mut self.kv, &mut self.proj] {
-            linear.each_mut(f);
+            linear.visit(f);
         }
-        self.mlp.each_mut(f);
+        self.mlp.visit(f);
     }
 }
 
 /// What each block attends to: a linear mix of the student's levels and a LayerNorm, learned for each (CrossMAE's
 /// weighted feature maps).
-struct LevelMix<D: Dev> {
-    weight: Param<D>,
-    norms: Vec<Norm<D>>,
+struct LevelMix {
+    weight: Param,
+    norms: Vec<Norm>,
 }
 
-impl<D: Dev> LevelMix<D> {
-    fn new(init: &Init<D>, blocks: usize, levels: usize, width: usize, eps: f64) -> Result<Self> {
+impl LevelMix {
+    fn new(init: &Init, blocks: usize, levels: usize, width: usize, eps: f64) -> Result<Self> {
         Ok(LevelMix {
             // The official code draws it from a normal and then, as every linear layer, from Xavier's uniform.
             weight: init.xavier("wfm.linear.weight", &[blocks, levels])?,
@@ -367,31 +381,31 @@ impl<D: Dev> LevelMix<D> {
         })
     }
 
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, levels: &[Matrix<D>]) -> Result<Vec<Matrix<D>>> {
+    fn forward(&self, cx: &Context, tape: &mut Tape, levels: &[Tensor]) -> Result<Vec<Tensor>> {
         let blocks: Vec<usize> = (0..self.norms.len()).collect();
-        let mixed = cx.kernels.mix(r, levels, &self.weight.matrix(blocks.len()), &blocks)?;
-        mixed.iter().zip(&self.norms).map(|(x, norm)| cx.kernels.layer_norm(r, x, norm)).collect()
+        let mixed = ops::mix(cx, tape, &levels.iter().collect::<Vec<_>>(), &self.weight.value, &blocks)?;
+        mixed.iter().zip(&self.norms).map(|(x, norm)| norm.forward(cx, tape, x)).collect()
     }
 
-    fn each_mut(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         f(&mut self.weight);
-        self.norms.iter_mut().for_each(|norm| norm.each_mut(f));
+        self.norms.iter_mut().for_each(|norm| norm.visit(f));
     }
 }
 
 /// What comes between mask tokens and prediction. The first two embed the student's tokens in the decoder's width.
-enum Blocks<D: Dev> {
-    Full(Linear<D>, Vec<Block<D>>),
-    MaskedQueries(Linear<D>, Vec<QueryBlock<D>>),
-    Cross(Option<LevelMix<D>>, Vec<CrossBlock<D>>),
+enum Blocks {
+    Full(Linear, Vec<Block>),
+    MaskedQueries(Linear, Vec<QueryBlock>),
+    Cross(Option<LevelMix>, Vec<CrossBlock>),
 }
 
-struct DecoderModule<D: Dev> {
-    mask_token: Param<D>,
-    positions: Param<D>,
-    blocks: Blocks<D>,
-    norm: Norm<D>,
-    pred: Linear<D>,
+struct DecoderModule {
+    mask_token: Param,
+    positions: Param,
+    blocks: Blocks,
+    norm: Norm,
+    pred: Linear,
 }
 
 /// Where tokens are among the rows of a decoder.
@@ -417,94 +431,87 @@ impl Layout {
     }
 }
 
-impl<D: Dev> Module<D> for DecoderModule<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for DecoderModule {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         if let Blocks::Full(embed, _) | Blocks::MaskedQueries(embed, _) = &mut self.blocks {
-            embed.each_mut(f);
+            embed.visit(f);
         }
         f(&mut self.mask_token);
         f(&mut self.positions);
         match &mut self.blocks {
-            Blocks::Full(_, blocks) => blocks.iter_mut().for_each(|b| b.each_mut(f)),
-            Blocks::MaskedQueries(_, blocks) => blocks.iter_mut().for_each(|b| b.each_mut(f)),
+            Blocks::Full(_, blocks) => blocks.iter_mut().for_each(|b| b.visit(f)),
+            Blocks::MaskedQueries(_, blocks) => blocks.iter_mut().for_each(|b| b.visit(f)),
             Blocks::Cross(mix, blocks) => {
-                mix.iter_mut().for_each(|m| m.each_mut(f));
-                blocks.iter_mut().for_each(|b| b.each_mut(f));
+                mix.iter_mut().for_each(|m| m.visit(f));
+                blocks.iter_mut().for_each(|b| b.visit(f));
             }
         }
-        self.norm.each_mut(f);
-        self.pred.each_mut(f);
+        self.norm.visit(f);
+        self.pred.visit(f);
     }
 }
 
-impl<D: Dev> DecoderModule<D> {
+impl DecoderModule {
     /// The fixed positions of some tokens of each image.
-    fn positions(&self, cx: &Context<D>, masks: &Masks, tokens: Tokens) -> Result<Matrix<D>> {
-        let table = self.positions.matrix(self.positions.dims[1]);
+    fn positions(&self, cx: &Context, masks: &Masks, tokens: Tokens) -> Result<Tensor> {
         // The class token's row is the first of the table, whether the student has one or not.
         let rows = masks.rows(tokens, true);
-        cx.kernels.gather_rows(&mut Recorder::inference(), &[table], &rows)
+        ops::gather_rows(cx, &mut Tape::inference(), &[&self.positions.value], &rows)
     }
 
     /// The student's tokens in the decoder's width.
-    fn embed(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        input: &AlignInput<D>,
-        embed: &Linear<D>,
-    ) -> Result<Matrix<D>> {
-        let x = cx.kernels.linear(r, &input.levels[0], embed, Act::None)?;
-        cx.kernels.add_constant(r, &x, &self.positions(cx, input.masks, input.held)?)
+    fn embed(&self, cx: &Context, tape: &mut Tape, input: &AlignInput, embed: &Linear) -> Result<Tensor> {
+        let x = embed.forward(cx, tape, &input.levels[0], Act::None)?;
+        ops::add(cx, tape, &x, &self.positions(cx, input.masks, input.held)?)
     }
 }
 
-impl<D: Dev> Aligner<D> for DecoderModule<D> {
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, input: &AlignInput<D>) -> Result<Vec<Matrix<D>>> {
-        let (k, masks) = (&cx.kernels, input.masks);
-        let tokens = k.gather_rows(r, &[self.mask_token.matrix(1)], &vec![0; masks.masked.len()])?;
-        let tokens = k.add_constant(r, &tokens, &self.positions(cx, masks, predicted())?)?;
+impl AlignerModel for DecoderModule {
+    fn forward(&self, cx: &Context, tape: &mut Tape, input: &AlignInput) -> Result<Vec<Tensor>> {
+        let masks = input.masks;
+        let tokens = ops::gather_rows(cx, tape, &[&self.mask_token.value], &vec![0; masks.masked.len()])?;
+        let tokens = ops::add(cx, tape, &tokens, &self.positions(cx, masks, predicted())?)?;
         let layout = || Layout::new(masks, input.held.count(masks.visible_each(), 0));
         let every = Tokens { masked: true, ..input.held };
         let (x, decoded) = match &self.blocks {
             Blocks::Full(embed, blocks) => {
-                let (student, layout) = (self.embed(cx, r, input, embed)?, layout());
-                let mut x = k.gather_rows(r, &[student, tokens], &layout.order)?;
+                let (student, layout) = (self.embed(cx, tape, input, embed)?, layout());
+                let mut x = ops::gather_rows(cx, tape, &[&student, &tokens], &layout.order)?;
                 let run = BlockRun {
                     batch: masks.batch,
                     tokens: layout.order.len() / masks.batch,
                     branch_scale: None,
-                    recompute: cx.recompute,
+                    recompute: cx.recompute(),
                 };
                 for block in blocks {
-                    x = k.block(r, &x, block, &run)?;
+                    x = block.forward(cx, tape, &x, &run)?;
                 }
                 (x, every)
             }
             Blocks::MaskedQueries(embed, blocks) => {
-                let (student, layout) = (self.embed(cx, r, input, embed)?, layout());
+                let (student, layout) = (self.embed(cx, tape, input, embed)?, layout());
                 let mut x = tokens;
                 for block in blocks {
-                    x = block.forward(cx, r, &x, &student, &layout)?;
+                    x = block.forward(cx, tape, &x, &student, &layout)?;
                 }
-                (k.gather_rows(r, &[student, x], &layout.order)?, every)
+                (ops::gather_rows(cx, tape, &[&student, &x], &layout.order)?, every)
             }
             Blocks::Cross(mix, blocks) => {
-                let mixed = mix.as_ref().map(|mix| mix.forward(cx, r, input.levels)).transpose()?;
+                let mixed = mix.as_ref().map(|mix| mix.forward(cx, tape, input.levels)).transpose()?;
                 let mut x = tokens;
                 for (i, block) in blocks.iter().enumerate() {
                     let context = mixed.as_ref().map_or(&input.levels[0], |mixed| &mixed[i]);
-                    x = block.forward(cx, r, &x, context, masks.batch)?;
+                    x = block.forward(cx, tape, &x, context, masks.batch)?;
                 }
                 (x, predicted())
             }
         };
         let x = match masks.within(input.tokens, decoded) {
-            Some(rows) => k.gather_rows(r, &[x], &rows)?,
+            Some(rows) => ops::gather_rows(cx, tape, &[&x], &rows)?,
             None => x,
         };
-        let x = k.layer_norm(r, &x, &self.norm)?;
-        Ok(vec![k.linear(r, &x, &self.pred, Act::None)?])
+        let x = self.norm.forward(cx, tape, &x)?;
+        Ok(vec![self.pred.forward(cx, tape, &x, Act::None)?])
     }
 }
 

@@ -1,18 +1,17 @@
 //! Dynamic Alignment.
 
-use maskalign_registry::{Levels, Refusal};
+use maskalign_engine::{
+    Context, Recompute, Result, Tape, Tensor,
+    ops::{self, Act},
+};
+use maskalign_registry::{LevelRef, Levels, Refusal};
 
-use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerPlugin};
+use super::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner};
 use crate::{
     component,
     components::{tokens::Tokens, towers::Tap},
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    kernels::Act,
     nn::{Bias, Init, Linear, Module, Norm, Param},
     register,
-    tape::Recorder,
 };
 
 /// How the student's levels are mixed for each level of the teacher.
@@ -68,8 +67,8 @@ pub struct Dynamic {
     head: Head,
 }
 
-impl AlignerPlugin for Dynamic {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
+impl Aligner for Dynamic {
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
         let all = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?;
         if self.tap == Tap::Projection {
             return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
@@ -98,42 +97,74 @@ impl AlignerPlugin for Dynamic {
             .beside(["target", "levels"], "the target's levels")
             .help("use `fusion: sum` for unequal depths")
         };
-        let needed = match self.fusion {
+        let student_levels = all.len();
+        let needed: Vec<LevelRef> = match self.fusion {
             Fusion::Linear if all.len() != self.rows(plan) => return Err(unequal("linear")),
             Fusion::Simple if all.len() != self.rows(plan) => return Err(unequal("simple")),
             // Level i feeds head i: the other levels do not reach the loss.
             Fusion::Simple => self.active(plan).into_iter().map(|row| all[row]).collect(),
             _ => all,
         };
-        Ok(AlignNeeds { levels: needed, tap: self.tap })
+        Ok(Box::new(PlannedDynamic {
+            needs: AlignNeeds { levels: needed, tap: self.tap },
+            fusion: self.fusion,
+            head: self.head,
+            rows: self.rows(plan),
+            active: self.active(plan),
+            student_levels,
+            from: plan.student.arch.dim,
+            to: plan.width,
+            tokens: plan.tokens.count(plan.counts.visible, 0),
+            class_token: plan.student.cls_token,
+        }))
+    }
+}
+
+/// An alignment of so many levels.
+struct PlannedDynamic {
+    needs: AlignNeeds,
+    fusion: Fusion,
+    head: Head,
+    /// Rows of the matrix, and heads.
+    rows: usize,
+    /// The rows that are compared.
+    active: Vec<usize>,
+    student_levels: usize,
+    /// Channels of the student and of the target.
+    from: usize,
+    to: usize,
+    /// Tokens of an image that are compared.
+    tokens: usize,
+    class_token: bool,
+}
+
+impl PlannedAligner for PlannedDynamic {
+    fn needs(&self) -> &AlignNeeds {
+        &self.needs
     }
 
     /// The mixes and their gradients, and the gradients of the levels.
-    fn kept(&self, plan: &AlignPlan, _recompute: bool) -> usize {
-        let levels = AlignerPlugin::plan(self, plan).map_or(0, |needs| needs.levels.len());
-        plan.tokens.count(plan.counts.visible, 0) * plan.student.arch.dim * (levels + 2 * plan.wanted.len())
+    fn kept(&self, _: Recompute) -> usize {
+        self.tokens * self.from * (self.needs.levels.len() + 2 * self.active.len())
     }
 
-    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
-        let student_levels = self.levels.resolve(plan.student.arch.depth).map_err(|r| r.under("levels"))?.len();
-        let (rows, active) = (self.rows(plan), self.active(plan));
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
+        let (rows, levels) = (self.rows, self.student_levels);
         let matrix = match self.fusion {
             Fusion::Simple => None,
             Fusion::Linear => {
-                let values = (0..rows * rows).map(|i| if i % (rows + 1) == 0 { 1.01 } else { 0.01 }).collect();
+                let values = || (0..rows * rows).map(|i| if i % (rows + 1) == 0 { 1.01 } else { 0.01 }).collect();
                 Some(init.values("distill_weights", &[rows, rows], values)?)
             }
-            Fusion::Sum => {
-                Some(init.constant("distill_weights", &[rows, student_levels], 1.0 / student_levels as f32)?)
-            }
+            Fusion::Sum => Some(init.constant("distill_weights", &[rows, levels], 1.0 / levels as f32)?),
         };
         let mut heads = (0..rows)
-            .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, plan.student.arch.dim, plan.width))
+            .map(|i| LevelHead::new(init, &format!("distill_heads.{i}"), self.head, self.from, self.to))
             .collect::<Result<Vec<_>>>()?;
         for (i, head) in heads.iter_mut().enumerate() {
-            head.visit(&mut |p| p.trainable = active.contains(&i));
+            head.visit(&mut |p| p.set_trained(self.active.contains(&i)));
         }
-        Ok(Box::new(DynamicAlignment { matrix, heads, active, class_token: plan.student.cls_token }))
+        Ok(Box::new(DynamicAlignment { matrix, heads, active: self.active.clone(), class_token: self.class_token }))
     }
 }
 
@@ -161,16 +192,16 @@ register!(aligner "dynamic" => Dynamic, "the paper's Dynamic Alignment: a learne
     example: "{ type: dynamic, fusion: linear, head: linear }", paper: "MaskAlign, arXiv 2211.08887, section 3.3");
 
 /// One head; its parameters are named as the official `nn.Sequential` numbers them.
-enum Layer<D: Dev> {
-    Linear(Linear<D>),
-    LinearGelu(Linear<D>),
-    Norm(Norm<D>),
+enum Layer {
+    Linear(Linear),
+    LinearGelu(Linear),
+    Norm(Norm),
 }
 
-struct LevelHead<D: Dev>(Vec<Layer<D>>);
+struct LevelHead(Vec<Layer>);
 
-impl<D: Dev> LevelHead<D> {
-    fn new(init: &Init<D>, name: &str, head: Head, from: usize, to: usize) -> Result<Self> {
+impl LevelHead {
+    fn new(init: &Init, name: &str, head: Head, from: usize, to: usize) -> Result<Self> {
         let linear =
             |part: &str, outputs, inputs| Linear::new(init, &format!("{name}{part}"), outputs, inputs, Bias::With);
         let norm = |part: &str, width| Norm::new(init, &format!("{name}{part}"), width, 1e-6);
@@ -187,57 +218,57 @@ impl<D: Dev> LevelHead<D> {
         }))
     }
 
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
+    fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.0 {
             x = match layer {
-                Layer::Linear(linear) => cx.kernels.linear(r, &x, linear, Act::None)?,
-                Layer::LinearGelu(linear) => cx.kernels.linear(r, &x, linear, Act::Gelu)?,
-                Layer::Norm(norm) => cx.kernels.layer_norm(r, &x, norm)?,
+                Layer::Linear(linear) => linear.forward(cx, tape, &x, Act::None)?,
+                Layer::LinearGelu(linear) => linear.forward(cx, tape, &x, Act::Gelu)?,
+                Layer::Norm(norm) => norm.forward(cx, tape, &x)?,
             };
         }
         Ok(x)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         for layer in &mut self.0 {
             match layer {
-                Layer::Linear(linear) | Layer::LinearGelu(linear) => linear.each_mut(f),
-                Layer::Norm(norm) => norm.each_mut(f),
+                Layer::Linear(linear) | Layer::LinearGelu(linear) => linear.visit(f),
+                Layer::Norm(norm) => norm.visit(f),
             }
         }
     }
 }
 
-struct DynamicAlignment<D: Dev> {
-    matrix: Option<Param<D>>,
-    heads: Vec<LevelHead<D>>,
+struct DynamicAlignment {
+    matrix: Option<Param>,
+    heads: Vec<LevelHead>,
     active: Vec<usize>,
     class_token: bool,
 }
 
-impl<D: Dev> Module<D> for DynamicAlignment<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for DynamicAlignment {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.matrix.iter_mut().for_each(&mut *f);
         self.heads.iter_mut().for_each(|h| h.visit(f));
     }
 }
 
-impl<D: Dev> Aligner<D> for DynamicAlignment<D> {
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, input: &AlignInput<D>) -> Result<Vec<Matrix<D>>> {
+impl AlignerModel for DynamicAlignment {
+    fn forward(&self, cx: &Context, tape: &mut Tape, input: &AlignInput) -> Result<Vec<Tensor>> {
         debug_assert_eq!(input.held, Tokens { cls: self.class_token, visible: true, masked: false });
         let mixed = match &self.matrix {
-            Some(w) => cx.kernels.mix(r, input.levels, &w.matrix(w.dims[0]), &self.active)?,
+            Some(w) => ops::mix(cx, tape, &input.levels.iter().collect::<Vec<_>>(), &w.value, &self.active)?,
             None => input.levels.to_vec(),
         };
         let rows = input.masks.within(input.tokens, input.held);
         let mut outputs = Vec::with_capacity(mixed.len());
         for (x, &head) in mixed.into_iter().zip(&self.active) {
             let x = match &rows {
-                Some(rows) => cx.kernels.gather_rows(r, &[x], rows)?,
+                Some(rows) => ops::gather_rows(cx, tape, &[&x], rows)?,
                 None => x,
             };
-            outputs.push(self.heads[head].forward(cx, r, &x)?);
+            outputs.push(self.heads[head].forward(cx, tape, &x)?);
         }
         Ok(outputs)
     }

@@ -3,6 +3,7 @@
 mod decoder;
 mod dynamic;
 
+use maskalign_engine::{Context, Recompute, Result, Tape, Tensor};
 use maskalign_registry::{LevelRef, Refusal};
 
 pub use dynamic::{Fusion, Head};
@@ -13,12 +14,7 @@ use crate::{
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
     nn::{Init, Module},
-    plugin::kind,
-    tape::Recorder,
 };
 
 /// What an alignment is asked before the first step.
@@ -52,10 +48,10 @@ pub struct AlignNeeds {
 }
 
 /// What an alignment is computed from.
-pub struct AlignInput<'a, D: Dev> {
+pub struct AlignInput<'a> {
     /// The student's levels that it asked for, `[batch * held, dim]`; the rows of an image are its class token (where
     /// the student has one) and its visible patches.
-    pub levels: &'a [Matrix<D>],
+    pub levels: &'a [Tensor],
     /// The tokens that those rows are.
     pub held: Tokens,
     /// The masks.
@@ -64,53 +60,37 @@ pub struct AlignInput<'a, D: Dev> {
     pub tokens: Tokens,
 }
 
-/// An alignment, as its author writes it: for any device.
-pub trait AlignerPlugin: Send + Sync {
-    /// What it needs of the student.
+/// An alignment's options.
+pub trait Aligner: Send + Sync {
+    /// Checks them, and gives what builds the alignment.
     ///
     /// # Errors
     /// Names the option that does not fit the depths, tokens or widths.
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal>;
+    fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal>;
+}
+
+/// An alignment whose options fit.
+pub trait PlannedAligner: Send + Sync {
+    /// What it needs of the student.
+    fn needs(&self) -> &AlignNeeds;
     /// About how many values of each image a step keeps for its backward pass, inside the alignment; for estimates of
-    /// memory. With `recompute`, blocks keep their input alone.
-    fn kept(&self, _plan: &AlignPlan, _recompute: bool) -> usize {
+    /// memory. With [`Recompute::Blocks`], blocks keep their input alone.
+    fn kept(&self, _recompute: Recompute) -> usize {
         0
     }
-    /// Makes its parameters. Those that no output reaches must be marked as not trainable.
+    /// Makes its parameters. Those that no output reaches must be marked as not trained.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn build<D: Dev>(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>>;
+    fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>>;
 }
-
-/// An alignment's options on one device, as stages call them; see [`AlignerPlugin`].
-#[allow(missing_docs)]
-pub trait AlignerBuilder<D: Dev> {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal>;
-    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize;
-    fn build(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>>;
-}
-
-impl<P: AlignerPlugin, D: Dev> AlignerBuilder<D> for P {
-    fn plan(&self, plan: &AlignPlan) -> Result<AlignNeeds, Refusal> {
-        AlignerPlugin::plan(self, plan)
-    }
-    fn kept(&self, plan: &AlignPlan, recompute: bool) -> usize {
-        AlignerPlugin::kept(self, plan, recompute)
-    }
-    fn build(&self, plan: &AlignPlan, init: &Init<D>) -> Result<Box<dyn Aligner<D>>> {
-        AlignerPlugin::build(self, plan, init)
-    }
-}
-
-kind!(device AlignerTag, AlignerPlugin, AlignerBuilder, aligner);
 
 /// A trained map from the student's outputs to the target's shape.
-pub trait Aligner<D: Dev>: Module<D> {
+pub trait AlignerModel: Module {
     /// The predictions, `[batch * tokens, width]` each; the rows of an image are its class token, visible and masked
     /// patches, as far as [`AlignInput::tokens`] has them.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn forward(&self, cx: &Context<D>, r: &mut Recorder<D>, input: &AlignInput<D>) -> Result<Vec<Matrix<D>>>;
+    fn forward(&self, cx: &Context, tape: &mut Tape, input: &AlignInput) -> Result<Vec<Tensor>>;
 }

@@ -1,29 +1,19 @@
 //! Cosine distance.
 
-use super::LossPlugin;
-use crate::{
-    component,
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::Result,
-    kernels::Distance,
-    register,
-    tape::Recorder,
+use super::Loss;
+use crate::{component, register};
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, Distance},
 };
 
 /// 1 - the cosine of prediction and target, mean over tokens; both are normalised.
 #[component]
 pub struct Cosine {}
 
-impl LossPlugin for Cosine {
-    fn term<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        cx.kernels.distance(r, prediction, target, Distance::Cosine)
+impl Loss for Cosine {
+    fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+        ops::distance(cx, tape, prediction, target, Distance::Cosine)
     }
 }
 

@@ -1,29 +1,19 @@
 //! Kullback-Leibler divergence.
 
-use super::LossPlugin;
-use crate::{
-    component,
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::Result,
-    kernels::Distance,
-    register,
-    tape::Recorder,
+use super::Loss;
+use crate::{component, register};
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, Distance},
 };
 
 /// KL divergence of softmax(prediction) from softmax(target) over channels, mean over all elements (PyTorch's `kl_div`, `reduction="mean"`).
 #[component]
 pub struct Kl {}
 
-impl LossPlugin for Kl {
-    fn term<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        cx.kernels.distance(r, prediction, target, Distance::Kl)
+impl Loss for Kl {
+    fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+        ops::distance(cx, tape, prediction, target, Distance::Kl)
     }
 }
 

@@ -6,54 +6,13 @@ mod l1;
 mod mse;
 mod smooth_l1;
 
-use crate::{
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::Result,
-    plugin::kind,
-    tape::Recorder,
-};
+use maskalign_engine::{Context, Result, Tape, Tensor};
 
-/// A loss, as its author writes it: for any device.
-pub trait LossPlugin: Send + Sync {
+/// A loss.
+pub trait Loss: Send + Sync {
     /// The distance of predictions from targets, both `[rows, channels]`; the target takes no gradient.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn term<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>>;
+    fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor>;
 }
-
-/// A loss on one device, as stages call it.
-pub trait Loss<D: Dev> {
-    /// See [`LossPlugin::term`].
-    ///
-    /// # Errors
-    /// Out of memory on the device.
-    fn term(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>>;
-}
-
-impl<P: LossPlugin, D: Dev> Loss<D> for P {
-    fn term(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        LossPlugin::term(self, cx, r, prediction, target)
-    }
-}
-
-kind!(device LossTag, LossPlugin, Loss, loss);

@@ -1,29 +1,19 @@
 //! Mean squared error.
 
-use super::LossPlugin;
-use crate::{
-    component,
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::Result,
-    kernels::Distance,
-    register,
-    tape::Recorder,
+use super::Loss;
+use crate::{component, register};
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, Distance},
 };
 
 /// Mean over all elements of the squared difference.
 #[component]
 pub struct Mse {}
 
-impl LossPlugin for Mse {
-    fn term<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        cx.kernels.distance(r, prediction, target, Distance::Mse)
+impl Loss for Mse {
+    fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+        ops::distance(cx, tape, prediction, target, Distance::Mse)
     }
 }
 

@@ -1,14 +1,10 @@
 //! Smooth L1.
 
-use super::LossPlugin;
-use crate::{
-    component,
-    context::Context,
-    device::{Dev, Matrix, Scalar},
-    error::Result,
-    kernels::Distance,
-    register,
-    tape::Recorder,
+use super::Loss;
+use crate::{component, register};
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, Distance},
 };
 
 fn one() -> f32 {
@@ -25,15 +21,9 @@ pub struct SmoothL1 {
     beta: f32,
 }
 
-impl LossPlugin for SmoothL1 {
-    fn term<D: Dev>(
-        &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        prediction: &Matrix<D>,
-        target: &Matrix<D>,
-    ) -> Result<Scalar<D>> {
-        cx.kernels.distance(r, prediction, target, Distance::SmoothL1 { beta: self.beta })
+impl Loss for SmoothL1 {
+    fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+        ops::distance(cx, tape, prediction, target, Distance::SmoothL1 { beta: self.beta })
     }
 }
 

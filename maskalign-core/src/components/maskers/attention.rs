@@ -1,9 +1,10 @@
 //! A choice of patches led by the teacher's attention.
 
+use maskalign_engine::{Result, random::Stream};
 use maskalign_registry::Refusal;
 
-use super::{Counts, Mask, MaskInput, Masker, counts, split};
-use crate::{component, nn::Grid, random::Stream, register};
+use super::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split};
+use crate::{component, nn::Grid, register};
 
 /// Draws an order of the patches without replacement, proportional to the attention that the class token of the
 /// teacher's last block pays them, and keeps the first: well-attended patches tend to stay visible (MaskAlign,
@@ -31,19 +32,30 @@ pub struct AttentionMasker {
 }
 
 impl Masker for AttentionMasker {
-    fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
-        counts("attention", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
+    fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal> {
+        let counts = counts("attention", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)?;
+        Ok(Box::new(PlannedAttention { counts }))
     }
 
     fn teacher(&self) -> Option<&str> {
         Some(&self.teacher)
     }
+}
+
+/// Counts that fit a grid.
+struct PlannedAttention {
+    counts: Counts,
+}
+
+impl PlannedMasker for PlannedAttention {
+    fn counts(&self) -> Counts {
+        self.counts
+    }
 
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask {
-        let counts = self.plan(input.grid).expect("planned before the first step");
-        let weights = input.attention.expect("given because `teacher` asks for it");
         // Gumbel top-k: sorting log w + Gumbel noise draws without replacement in proportion to w.
-        let mut keyed: Vec<(f64, u32)> = weights
+        let mut keyed: Vec<(f64, u32)> = input
+            .attention
             .iter()
             .enumerate()
             .map(|(i, &w)| {
@@ -52,7 +64,7 @@ impl Masker for AttentionMasker {
             })
             .collect();
         keyed.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        split(keyed.into_iter().map(|(_, i)| i).collect(), counts)
+        split(keyed.into_iter().map(|(_, i)| i).collect(), self.counts)
     }
 }
 
@@ -70,7 +82,8 @@ mod tests {
     fn patches_are_kept_in_proportion_to_attention() {
         let masker =
             AttentionMasker { teacher: "t".into(), ratio: None, visible: Some(2), masked: None, predict_ratio: None };
-        let input = MaskInput { grid: Grid { rows: 1, columns: 3 }, attention: Some(&[0.125, 0.25, 0.625]) };
+        let masker = masker.plan(Grid { rows: 1, columns: 3 }).unwrap();
+        let input = MaskInput { epoch: 0, image: 0, attention: &[0.125, 0.25, 0.625] };
         let mut kept = [0; 3];
         for image in 0..20_000 {
             let mask = masker.draw(&input, &mut Stream::new(7, "mask", 0, image));

@@ -6,9 +6,11 @@ mod random;
 pub use attention::AttentionMasker;
 pub use random::RandomMasker;
 
+use maskalign_engine::Result;
+use maskalign_engine::random::Stream;
 use maskalign_registry::Refusal;
 
-use crate::{nn::Grid, plugin::kind, random::Stream};
+use crate::nn::Grid;
 
 /// How many patches a masker keeps and asks for: fixed for a run, so that a batch is one matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,13 +21,16 @@ pub struct Counts {
     pub masked: usize,
 }
 
-/// What a masker sees of an image.
+/// What a masker draws from.
 #[derive(Clone, Copy, Debug)]
 pub struct MaskInput<'a> {
-    /// The student's patches.
-    pub grid: Grid,
-    /// The teacher's attention from its class token to each patch, mean over heads, where [`Masker::teacher`] asks.
-    pub attention: Option<&'a [f32]>,
+    /// The epoch.
+    pub epoch: u64,
+    /// The image's place in the dataset.
+    pub image: usize,
+    /// The attention that the class token of [`Masker::teacher`] pays to each patch, mean over heads; empty where none is
+    /// named.
+    pub attention: &'a [f32],
 }
 
 /// The patches of one image.
@@ -37,29 +42,36 @@ pub struct Mask {
     pub masked: Vec<u32>,
 }
 
-/// Chooses patches.
+/// A masker's options.
 pub trait Masker: Send + Sync {
-    /// How many patches of each image stay visible and are predicted.
+    /// Checks them against the student's patches, and gives what draws.
     ///
     /// # Errors
     /// Which option does not fit the grid.
-    fn plan(&self, grid: Grid) -> Result<Counts, Refusal>;
+    fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal>;
 
     /// The teacher whose attention is needed, by its name in the recipe.
     fn teacher(&self) -> Option<&str> {
         None
     }
+}
+
+/// A masker whose options fit.
+pub trait PlannedMasker: Send + Sync {
+    /// How many patches of each image stay visible and are predicted.
+    fn counts(&self) -> Counts;
 
     /// The mask of one image; the stream is keyed by seed, epoch and image.
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask;
 }
 
-kind!(host MaskerTag, Masker, masker);
-
 /// The visible and predicted counts that `ratio`, `visible` and `predict_ratio` mean for `patches` patches.
 ///
 /// A ratio keeps `floor(N (1 - r))` patches, computed in double precision as the official code does.
-fn counts(
+///
+/// # Errors
+/// None or several of them are given, or no mask of the patches has such counts; names the option.
+pub fn counts(
     masker: &str,
     patches: usize,
     ratio: Option<f64>,
@@ -104,7 +116,7 @@ fn counts(
 
 /// An order of the patches as a mask: the first `visible` are seen, the next are predicted. The predicted ones are
 /// sorted, so that an order says no more than the choice.
-fn split(mut order: Vec<u32>, counts: Counts) -> Mask {
+pub fn split(mut order: Vec<u32>, counts: Counts) -> Mask {
     let mut masked = order.split_off(counts.visible);
     masked.truncate(counts.masked);
     masked.sort_unstable();

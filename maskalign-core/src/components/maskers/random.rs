@@ -1,9 +1,10 @@
 //! A uniform choice of patches.
 
+use maskalign_engine::{Result, random::Stream};
 use maskalign_registry::Refusal;
 
-use super::{Counts, Mask, MaskInput, Masker, counts, split};
-use crate::{component, nn::Grid, random::Stream, register};
+use super::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split};
+use crate::{component, nn::Grid, register};
 
 /// Keeps patches chosen uniformly, in random order (MAE, arXiv 2111.06377, section 3).
 #[component]
@@ -26,14 +27,25 @@ pub struct RandomMasker {
 }
 
 impl Masker for RandomMasker {
-    fn plan(&self, grid: Grid) -> Result<Counts, Refusal> {
-        counts("random", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)
+    fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal> {
+        let counts = counts("random", grid.patches(), self.ratio, self.visible, self.masked, self.predict_ratio)?;
+        Ok(Box::new(PlannedRandom { counts, patches: grid.patches() }))
+    }
+}
+
+/// Counts that fit a grid.
+struct PlannedRandom {
+    counts: Counts,
+    patches: usize,
+}
+
+impl PlannedMasker for PlannedRandom {
+    fn counts(&self) -> Counts {
+        self.counts
     }
 
-    fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask {
-        let counts = self.plan(input.grid).expect("planned before the first step");
-        let order = rng.permutation(input.grid.patches()).into_iter().map(|i| i as u32).collect();
-        split(order, counts)
+    fn draw(&self, _: &MaskInput, rng: &mut Stream) -> Mask {
+        split(rng.permutation(self.patches).into_iter().map(|i| i as u32).collect(), self.counts)
     }
 }
 

@@ -1,18 +1,13 @@
 //! AdamW.
 
-use dfdx::prelude::Gradients;
+use maskalign_engine::{
+    Context, Gradients, Result, Tensor,
+    ops::optim::{self, AdamStep},
+};
 use maskalign_registry::{Refusal, Scalar};
 
-use super::{OptimizerPlugin, Update};
-use crate::{
-    component,
-    context::Context,
-    device::{Dev, Vector},
-    error::Result,
-    kernels::AdamStep,
-    nn::Param,
-    register,
-};
+use super::{Optimizer, Update};
+use crate::{component, nn::Param, register};
 
 fn base_batch() -> usize {
     256
@@ -61,7 +56,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    fn decays<D: Dev>(&self, parameter: &Param<D>) -> bool {
+    fn decays(&self, parameter: &Param) -> bool {
         let name = &parameter.name;
         let spared = parameter.dims.len() <= 1
             || name.ends_with(".bias")
@@ -70,7 +65,7 @@ impl AdamW {
     }
 }
 
-impl OptimizerPlugin for AdamW {
+impl Optimizer for AdamW {
     fn peak_lr(&self, effective_batch: usize) -> f64 {
         self.base_lr * effective_batch as f64 / self.base_batch as f64
     }
@@ -96,12 +91,12 @@ impl OptimizerPlugin for AdamW {
         }
     }
 
-    fn update<D: Dev>(
+    fn update(
         &self,
-        cx: &Context<D>,
-        parameter: &mut Param<D>,
-        gradients: &mut Gradients<f32, D>,
-        state: &mut [Vector<D>],
+        cx: &Context,
+        parameter: &mut Param,
+        gradients: &Gradients,
+        state: &mut [Tensor],
         u: Update,
     ) -> Result<()> {
         let [first, second] = state else { unreachable!("two names, two vectors") };
@@ -114,7 +109,7 @@ impl OptimizerPlugin for AdamW {
             step: u.step,
             gradient_scale: u.gradient_scale,
         };
-        cx.kernels.adamw(parameter, gradients, first, second, step)
+        optim::adamw(cx, &mut parameter.value, [first, second], gradients, step)
     }
 }
 

@@ -2,16 +2,10 @@
 
 mod adamw;
 
-use dfdx::prelude::Gradients;
+use maskalign_engine::{Context, Gradients, Result, Tensor};
 use maskalign_registry::Refusal;
 
-use crate::{
-    context::Context,
-    device::{Dev, Vector},
-    error::Result,
-    nn::Param,
-    plugin::kind,
-};
+use crate::nn::Param;
 
 /// What changes from one update to the next.
 #[derive(Clone, Copy, Debug)]
@@ -26,8 +20,8 @@ pub struct Update {
     pub gradient_scale: f32,
 }
 
-/// An optimizer, as its author writes it: for any device.
-pub trait OptimizerPlugin: Send + Sync {
+/// An optimizer.
+pub trait Optimizer: Send + Sync {
     /// Peak learning rate for an effective batch.
     fn peak_lr(&self, effective_batch: usize) -> f64;
     /// The gradient norm beyond which gradients are scaled down.
@@ -39,61 +33,17 @@ pub trait OptimizerPlugin: Send + Sync {
     /// # Errors
     /// Names the option.
     fn check(&self) -> Result<(), Refusal>;
-    /// Updates one parameter in place; `state` has one vector for each of [`OptimizerPlugin::state_names`], zero at
+    /// Updates one parameter in place; `state` has one vector for each of [`Optimizer::state_names`], zero at
     /// first.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn update<D: Dev>(
+    fn update(
         &self,
-        cx: &Context<D>,
-        parameter: &mut Param<D>,
-        gradients: &mut Gradients<f32, D>,
-        state: &mut [Vector<D>],
+        cx: &Context,
+        parameter: &mut Param,
+        gradients: &Gradients,
+        state: &mut [Tensor],
         update: Update,
     ) -> Result<()>;
 }
-
-/// An optimizer on one device, as stages call it; see [`OptimizerPlugin`].
-#[allow(missing_docs)]
-pub trait Optimizer<D: Dev> {
-    fn peak_lr(&self, effective_batch: usize) -> f64;
-    fn clip_norm(&self) -> Option<f64>;
-    fn state_names(&self) -> &'static [&'static str];
-    fn check(&self) -> Result<(), Refusal>;
-    fn update(
-        &self,
-        cx: &Context<D>,
-        parameter: &mut Param<D>,
-        gradients: &mut Gradients<f32, D>,
-        state: &mut [Vector<D>],
-        update: Update,
-    ) -> Result<()>;
-}
-
-impl<P: OptimizerPlugin, D: Dev> Optimizer<D> for P {
-    fn peak_lr(&self, effective_batch: usize) -> f64 {
-        OptimizerPlugin::peak_lr(self, effective_batch)
-    }
-    fn clip_norm(&self) -> Option<f64> {
-        OptimizerPlugin::clip_norm(self)
-    }
-    fn state_names(&self) -> &'static [&'static str] {
-        OptimizerPlugin::state_names(self)
-    }
-    fn check(&self) -> Result<(), Refusal> {
-        OptimizerPlugin::check(self)
-    }
-    fn update(
-        &self,
-        cx: &Context<D>,
-        parameter: &mut Param<D>,
-        gradients: &mut Gradients<f32, D>,
-        state: &mut [Vector<D>],
-        update: Update,
-    ) -> Result<()> {
-        OptimizerPlugin::update(self, cx, parameter, gradients, state, update)
-    }
-}
-
-kind!(device OptimizerTag, OptimizerPlugin, Optimizer, optimizer);

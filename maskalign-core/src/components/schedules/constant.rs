@@ -1,5 +1,6 @@
 //! Warm-up, then the same rate throughout.
 
+use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
 use super::{Schedule, check_warmup, warmup};

@@ -4,9 +4,8 @@ mod constant;
 mod cosine;
 mod multistep;
 
+use maskalign_engine::Result;
 use maskalign_registry::{Refusal, source::number};
-
-use crate::plugin::kind;
 
 /// A learning rate over time.
 pub trait Schedule: Send + Sync {
@@ -19,8 +18,6 @@ pub trait Schedule: Send + Sync {
     /// Names the option.
     fn check(&self, epochs: f64) -> Result<(), Refusal>;
 }
-
-kind!(host ScheduleTag, Schedule, schedule);
 
 /// A linear warm-up from `from` to `peak`, or `None` once it is over.
 fn warmup(from: f64, peak: f64, epoch: f64, warmup_epochs: f64) -> Option<f64> {

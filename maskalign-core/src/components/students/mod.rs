@@ -2,53 +2,39 @@
 
 mod vit;
 
+use std::sync::Arc;
+
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
 use maskalign_registry::Refusal;
 
 use crate::{
-    components::towers::{PlanContext, TowerShape},
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
+    components::towers::{PlanContext, TowerShape, TrainedStudents},
+    error::Error,
     nn::{BranchScales, Features, Init, Module, Reach},
-    plugin::kind,
-    tape::Recorder,
 };
 
-/// A student, as its author writes it: for any device.
-pub trait StudentPlugin: Send + Sync {
-    /// The shape of the tower.
+/// A student's options.
+pub trait Student: Send + Sync {
+    /// Checks them, and gives what builds the student.
     ///
     /// # Errors
     /// Names the option that does not fit.
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    /// Builds the tower, from its initial values or from weights.
+    fn plan(&self, cx: &PlanContext) -> Result<Arc<dyn PlannedStudent>, Refusal>;
+}
+
+/// A student whose options fit.
+pub trait PlannedStudent: Send + Sync {
+    /// The shape of its tower.
+    fn shape(&self) -> TowerShape;
+    /// Builds the tower, from its initial values or from weights. Parameters are those of `init`'s role.
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>>;
+    fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error>;
 }
-
-/// A student's options on one device, as stages call them; see [`StudentPlugin`].
-#[allow(missing_docs)]
-pub trait StudentBuilder<D: Dev> {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    fn build(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>>;
-}
-
-impl<P: StudentPlugin, D: Dev> StudentBuilder<D> for P {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        StudentPlugin::plan(self, cx)
-    }
-    fn build(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
-        StudentPlugin::build(self, plan, init)
-    }
-}
-
-kind!(device StudentTag, StudentPlugin, StudentBuilder, student);
 
 /// The tower that is trained.
-pub trait Student<D: Dev>: Module<D> {
+pub trait StudentModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;
     /// Largest rate of stochastic depth, that of the last block.
@@ -62,16 +48,16 @@ pub trait Student<D: Dev>: Module<D> {
     /// Out of memory on the device, as below.
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
-    ) -> Result<Features<D>>;
+    ) -> Result<Features>;
     /// The final norm.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>>;
+    fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor>;
 }

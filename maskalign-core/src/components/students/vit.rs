@@ -1,19 +1,17 @@
 //! The vision transformer as a student.
 
+use std::sync::Arc;
+
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor, ops::Act};
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Student, StudentPlugin};
+use super::{PlannedStudent, Student, StudentModel};
 use crate::{
     component,
-    components::towers::{self, PlanContext, TowerOptions, TowerShape, input},
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    kernels::Act,
+    components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents, input},
+    error::Error,
     nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Reach, Statistics, Vit, VitConfig},
     register,
-    tape::Recorder,
     weights::Family,
 };
 
@@ -67,7 +65,7 @@ impl VitStudent {
         let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: self.weights.as_ref() };
         let (arch, image_size) = options.resolve(cx)?;
         let earlier = match &self.weights {
-            Some(Weights::Stage(stage)) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape),
+            Some(Weights::Stage(stage)) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape()),
             _ => None,
         };
         let cls_token = self.cls_token.or(earlier.map(|shape| shape.cls_token)).unwrap_or(true);
@@ -97,35 +95,44 @@ impl VitStudent {
     }
 }
 
-impl StudentPlugin for VitStudent {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        towers::plan_tower(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)
+impl Student for VitStudent {
+    fn plan(&self, cx: &PlanContext) -> Result<Arc<dyn PlannedStudent>, Refusal> {
+        let tower = PlannedTower::plan(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)?;
+        Ok(Arc::new(PlannedVit { tower, drop_path: self.drop_path }))
+    }
+}
+
+/// A tower whose sizes and weights fit, and its rate of stochastic depth.
+struct PlannedVit {
+    tower: PlannedTower,
+    drop_path: f64,
+}
+
+impl PlannedStudent for PlannedVit {
+    fn shape(&self) -> TowerShape {
+        self.tower.shape()
     }
 
-    fn build<D: Dev>(&self, plan: &PlanContext, init: &Init<D>) -> Result<Box<dyn Student<D>>> {
-        let mut vit = Vit::new(init, self.config(plan)?)?;
-        if let Some(weights) = self.weights.as_ref().filter(|w| init.draws() && !plan.invents(w)) {
-            towers::load_tower(plan, &mut vit, weights, Family::Vit)?;
-        }
-        Ok(Box::new(Tower { vit, drop_path: self.drop_path }))
+    fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error> {
+        Ok(Box::new(Tower { vit: self.tower.build(init, trained)?, drop_path: self.drop_path }))
     }
 }
 
 register!(student "vit" => VitStudent, "a vision transformer",
     example: "{ type: vit, arch: base_16, drop_path: 0.1 }", paper: "arXiv 2010.11929; MAE's initialisation");
 
-struct Tower<D: Dev> {
-    vit: Vit<D>,
+struct Tower {
+    vit: Vit,
     drop_path: f64,
 }
 
-impl<D: Dev> Module<D> for Tower<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for Tower {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.vit.visit(f);
     }
 }
 
-impl<D: Dev> Student<D> for Tower<D> {
+impl StudentModel for Tower {
     fn shape(&self) -> TowerShape {
         TowerShape::from(&self.vit.config)
     }
@@ -140,17 +147,17 @@ impl<D: Dev> Student<D> for Tower<D> {
 
     fn forward(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
+        cx: &Context,
+        tape: &mut Tape,
         images: &ImageBatch,
         visible: Option<&[u32]>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
-    ) -> Result<Features<D>> {
-        self.vit.forward(cx, r, images, visible, scales, keep)
+    ) -> Result<Features> {
+        self.vit.forward(cx, tape, images, visible, scales, keep)
     }
 
-    fn norm(&self, cx: &Context<D>, r: &mut Recorder<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        self.vit.final_norm(cx, r, x)
+    fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        self.vit.final_norm(cx, tape, x)
     }
 }

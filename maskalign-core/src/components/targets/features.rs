@@ -1,17 +1,19 @@
 //! A teacher's hidden states.
 
-use maskalign_registry::{LevelRef, Levels, Refusal};
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, flat_rows},
+};
+use maskalign_registry::{Kind, LevelRef, Levels, Refusal};
 
-use super::{Normalize, TargetContext, TargetInput, TargetPlan, TargetPlugin};
+use super::{Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource, TeacherTarget};
 use crate::{
     component,
-    components::towers::Tap,
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    kernels::flat_rows,
+    components::{
+        teachers::{Level, TeacherModel},
+        towers::Tap,
+    },
     register,
-    tape::Recorder,
 };
 
 /// Whether levels stay apart.
@@ -46,11 +48,12 @@ pub struct Features {
     combine: Combine,
 }
 
-impl TargetPlugin for Features {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
+impl Target for Features {
+    fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal> {
         let teacher = cx.teachers.get(&self.teacher).ok_or_else(|| {
             let known: Vec<&str> = cx.teachers.keys().map(String::as_str).collect();
-            Refusal::new("teacher", format!("no teacher is named `{}`", self.teacher)).help(match known.is_empty() {
+            let refusal = Refusal::new("teacher", format!("no teacher is named `{}`", self.teacher));
+            refusal.unresolved(Kind::Teacher, &self.teacher).help(match known.is_empty() {
                 true => "the stage has no `teachers`".to_string(),
                 false => format!("known teachers: {}", known.join(", ")),
             })
@@ -79,26 +82,43 @@ impl TargetPlugin for Features {
             }
             _ => teacher.arch.dim,
         };
-        Ok(TargetPlan {
-            teacher: Some(self.teacher.clone()),
+        Ok(PlannedTarget {
             outputs: if self.combine == Combine::Mean { 1 } else { levels.len() },
-            levels,
             depth: teacher.arch.depth,
+            levels,
             width,
-            tap: self.tap,
-            whole: self.normalize == Normalize::StandardizeBatch,
+            source: TargetSource::Teacher {
+                name: self.teacher.clone(),
+                tap: self.tap,
+                whole: self.normalize == Normalize::StandardizeBatch,
+                target: Box::new(PlannedFeatures { tap: self.tap, normalize: self.normalize, combine: self.combine }),
+            },
         })
     }
+}
 
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
-        let (levels, teacher) = input.teacher.as_ref().expect("planned: a teacher");
-        let off = &mut Recorder::inference();
-        let mut outputs = Vec::with_capacity(plan.levels.len());
-        for index in &plan.levels {
-            let level = &levels[index];
+/// What the teacher's states go through.
+struct PlannedFeatures {
+    tap: Tap,
+    normalize: Normalize,
+    combine: Combine,
+}
+
+impl TeacherTarget for PlannedFeatures {
+    fn outputs(
+        &self,
+        cx: &Context,
+        input: &TargetInput,
+        teacher: &dyn TeacherModel,
+        levels: &[&Level],
+    ) -> Result<Vec<Tensor>> {
+        let off = &mut Tape::inference();
+        let whole = self.normalize == Normalize::StandardizeBatch;
+        let mut outputs = Vec::with_capacity(levels.len());
+        for level in levels {
             let mut x = level.x.clone();
             // Statistics of a token are its own: gathering first is the same and less work. Those of the batch are not.
-            if plan.whole {
+            if whole {
                 x = self.normalize.apply(cx, &teacher.tap(cx, &x, self.tap)?)?;
             }
             let rows = match level.only {
@@ -110,16 +130,16 @@ impl TargetPlugin for Features {
                 }
             };
             if let Some(rows) = rows {
-                x = cx.kernels.gather_rows(off, &[x], &rows)?;
+                x = ops::gather_rows(cx, off, &[&x], &rows)?;
             }
-            if !plan.whole {
+            if !whole {
                 x = self.normalize.apply(cx, &teacher.tap(cx, &x, self.tap)?)?;
             }
             outputs.push(x);
         }
         if self.combine == Combine::Mean {
             let share = vec![1.0 / outputs.len() as f32; outputs.len()];
-            outputs = vec![cx.kernels.weighted_mean(&outputs, &share)?];
+            outputs = vec![ops::weighted_mean(cx, &outputs.iter().collect::<Vec<_>>(), &share)?];
         }
         Ok(outputs)
     }

@@ -5,20 +5,20 @@ mod pixels;
 
 use std::collections::BTreeMap;
 
+use maskalign_engine::{
+    Context, ImageBatch, Result, Tape, Tensor,
+    ops::{self, Standardize},
+};
 use maskalign_registry::Refusal;
 
 use crate::{
     component,
     components::{
-        teachers::{Level, Teacher},
+        teachers::{Level, TeacherModel},
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    plugin::kind,
+    nn::Norm,
 };
 
 /// What a target is asked before the first step.
@@ -32,71 +32,91 @@ pub struct TargetContext<'a> {
     pub tokens: Tokens,
 }
 
-/// What a target answers.
-#[derive(Clone, Debug)]
-pub struct TargetPlan {
-    /// The teacher it reads.
-    pub teacher: Option<String>,
-    /// Blocks of the teacher that it reads, in the order of its outputs.
-    pub levels: Vec<usize>,
-    /// Outputs: one per level, or one where levels are combined.
+/// A target's options.
+pub trait Target: Send + Sync {
+    /// Checks them, and gives what computes the target.
+    ///
+    /// # Errors
+    /// Names the option that does not fit.
+    fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal>;
+}
+
+/// A target whose options fit: what it gives, and what it is computed from.
+pub struct PlannedTarget {
+    /// Outputs: one a level, or one where levels are combined.
     pub outputs: usize,
-    /// Depth of the tower that the levels belong to: alignments keep one head per level of it.
+    /// Depth of the tower that the levels belong to: alignments keep one head for each level of it.
     pub depth: usize,
+    /// The levels that it lists, in order; those of a target of images are `[0]`.
+    pub levels: Vec<usize>,
     /// Channels.
     pub width: usize,
-    /// Where the teacher is read.
-    pub tap: Tap,
-    /// Whether every token is needed, not only those compared.
-    pub whole: bool,
+    /// What it is computed from.
+    pub source: TargetSource,
 }
 
 /// What a target is computed from.
-pub struct TargetInput<'a, D: Dev> {
+pub enum TargetSource {
+    /// The images alone.
+    Images(Box<dyn ImageTarget>),
+    /// A teacher's hidden states.
+    Teacher {
+        /// The teacher's name.
+        name: String,
+        /// Where the teacher is read.
+        tap: Tap,
+        /// Whether every token is needed, not only those compared.
+        whole: bool,
+        /// The target.
+        target: Box<dyn TeacherTarget>,
+    },
+}
+
+impl PlannedTarget {
+    /// The teacher that it reads.
+    pub fn teacher(&self) -> Option<&str> {
+        match &self.source {
+            TargetSource::Images(_) => None,
+            TargetSource::Teacher { name, .. } => Some(name),
+        }
+    }
+}
+
+/// What every target is computed from.
+pub struct TargetInput<'a> {
     /// The images.
     pub images: &'a ImageBatch,
     /// The masks.
     pub masks: &'a Masks,
     /// The tokens of the objective.
     pub tokens: Tokens,
-    /// The student, whose statistics and patches pixels are given in.
-    pub student: TowerShape,
-    /// The teacher's levels, and the teacher, where the plan names one.
-    pub teacher: Option<(&'a BTreeMap<usize, Level<D>>, &'a dyn Teacher<D>)>,
 }
 
-/// A target, as its author writes it: for any device.
-pub trait TargetPlugin: Send + Sync {
-    /// What it needs and gives.
-    ///
-    /// # Errors
-    /// Names the option that does not fit.
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
-    /// The targets, one matrix `[batch * tokens, width]` per output; the rows of an image are its class token, visible
-    /// and masked patches, as far as [`TargetInput::tokens`] has them.
+/// A target that is computed from the images.
+pub trait ImageTarget: Send + Sync {
+    /// The targets, one matrix `[batch * tokens, width]` an output; the rows of an image are its class token, visible and
+    /// masked patches, as far as [`TargetInput::tokens`] has them.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
+    fn outputs(&self, cx: &Context, input: &TargetInput) -> Result<Vec<Tensor>>;
 }
 
-/// A target on one device, as stages call it; see [`TargetPlugin`].
-#[allow(missing_docs)]
-pub trait Target<D: Dev> {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal>;
-    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>>;
+/// A target that is computed from a teacher's hidden states.
+pub trait TeacherTarget: Send + Sync {
+    /// The targets as [`ImageTarget::outputs`] gives them, from the teacher's `levels` in the order of the plan; levels
+    /// that no loss compares are left out of them and of the outputs.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn outputs(
+        &self,
+        cx: &Context,
+        input: &TargetInput,
+        teacher: &dyn TeacherModel,
+        levels: &[&Level],
+    ) -> Result<Vec<Tensor>>;
 }
-
-impl<P: TargetPlugin, D: Dev> Target<D> for P {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
-        TargetPlugin::plan(self, cx)
-    }
-    fn outputs(&self, cx: &Context<D>, plan: &TargetPlan, input: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
-        TargetPlugin::outputs(self, cx, plan, input)
-    }
-}
-
-kind!(device TargetTag, TargetPlugin, Target, target);
 
 /// How targets are normalised, before tokens are gathered.
 #[component]
@@ -122,14 +142,13 @@ impl Normalize {
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn apply<D: Dev>(self, cx: &Context<D>, x: &Matrix<D>) -> Result<Matrix<D>> {
-        use crate::{kernels::Standardize, nn::Norm, tape::Recorder};
+    pub fn apply(self, cx: &Context, x: &Tensor) -> Result<Tensor> {
         match self {
             Normalize::None => Ok(x.clone()),
-            Normalize::Whiten => cx.kernels.layer_norm(&mut Recorder::inference(), x, &Norm::plain(1e-5)),
-            Normalize::L2 => cx.kernels.standardize(x, Standardize::Length),
-            Normalize::Standardize => cx.kernels.standardize(x, Standardize::Rows),
-            Normalize::StandardizeBatch => cx.kernels.standardize(x, Standardize::All),
+            Normalize::Whiten => Norm::plain(1e-5).forward(cx, &mut Tape::inference(), x),
+            Normalize::L2 => ops::standardize(cx, x, Standardize::Length),
+            Normalize::Standardize => ops::standardize(cx, x, Standardize::Rows),
+            Normalize::StandardizeBatch => ops::standardize(cx, x, Standardize::All),
         }
     }
 }

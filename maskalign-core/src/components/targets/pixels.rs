@@ -1,15 +1,15 @@
 //! The pixels of the patches.
 
+use maskalign_engine::{
+    Context, Result, Tape, Tensor,
+    ops::{self, flat_rows},
+};
 use maskalign_registry::Refusal;
 
-use super::{Normalize, TargetContext, TargetInput, TargetPlan, TargetPlugin};
+use super::{ImageTarget, Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource};
 use crate::{
     component,
-    components::towers::{Tap, input},
-    context::Context,
-    device::{Dev, Matrix},
-    error::{Result, device},
-    kernels::flat_rows,
+    components::towers::{TowerShape, input as tower_input},
     register,
 };
 
@@ -21,41 +21,47 @@ pub struct Pixels {
     normalize: Normalize,
 }
 
-impl TargetPlugin for Pixels {
-    fn plan(&self, cx: &TargetContext) -> Result<TargetPlan, Refusal> {
+impl Target for Pixels {
+    fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal> {
         if cx.tokens.cls {
             return Err(Refusal::whole("the class token has no pixels")
                 .beside(["tokens"], "`cls` is asked for here")
                 .help("leave `cls` out of `tokens`"));
         }
         let patch = cx.student.arch.patch;
-        Ok(TargetPlan {
-            teacher: None,
-            levels: vec![0],
+        Ok(PlannedTarget {
             outputs: 1,
             depth: 1,
+            levels: vec![0],
             width: 3 * patch * patch,
-            tap: Tap::Block,
-            whole: self.normalize == Normalize::StandardizeBatch,
+            source: TargetSource::Images(Box::new(PlannedPixels { normalize: self.normalize, student: cx.student })),
         })
     }
+}
 
-    fn outputs<D: Dev>(&self, cx: &Context<D>, plan: &TargetPlan, input_: &TargetInput<D>) -> Result<Vec<Matrix<D>>> {
-        let TargetInput { images, masks, student, .. } = *input_;
-        let tower = input(student.image_size, student.statistics);
-        let wanted = masks.rows(input_.tokens, false);
-        let matrix = |patches: Option<&[u32]>| -> Result<Matrix<D>> {
-            let planes = tower.patchify(&*cx.kernels, images, student.arch.patch, patches);
-            let pixels = channels_last(&planes, plan.width);
-            let rows = pixels.len() / plan.width;
-            cx.dev.try_tensor_from_vec(pixels, (rows, plan.width)).map_err(device)
+/// The patches of a student.
+struct PlannedPixels {
+    normalize: Normalize,
+    student: TowerShape,
+}
+
+impl ImageTarget for PlannedPixels {
+    fn outputs(&self, cx: &Context, input: &TargetInput) -> Result<Vec<Tensor>> {
+        let (student, masks) = (self.student, input.masks);
+        let (tower, patch) = (tower_input(student.image_size, student.statistics), student.arch.patch);
+        let width = 3 * patch * patch;
+        let wanted = masks.rows(input.tokens, false);
+        let matrix = |patches: Option<&[u32]>| -> Result<Tensor> {
+            let pixels = channels_last(&tower.patchify(cx, input.images, patch, patches), width);
+            let rows = pixels.len() / width;
+            cx.tensor(pixels, rows, width)
         };
-        if !plan.whole {
+        if self.normalize != Normalize::StandardizeBatch {
             return Ok(vec![self.normalize.apply(cx, &matrix(Some(&wanted))?)?]);
         }
         let all = self.normalize.apply(cx, &matrix(None)?)?;
         let rows = flat_rows(&wanted, masks.batch, student.grid.patches());
-        Ok(vec![cx.kernels.gather_rows(&mut crate::tape::Recorder::inference(), &[all], &rows)?])
+        Ok(vec![ops::gather_rows(cx, &mut Tape::inference(), &[&all], &rows)?])
     }
 }
 

@@ -1,15 +1,12 @@
 //! CLIP's image tower.
 
+use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -82,14 +79,9 @@ impl Clip {
     }
 }
 
-impl TeacherPlugin for Clip {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Clip)
-    }
-
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
-        let config = self.config(plan)?;
-        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Clip)?))
+impl Teacher for Clip {
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
+        Ok(Box::new(PlannedTower::plan(cx, self.config(cx)?, Some(&self.weights), Family::Clip)?))
     }
 }
 

@@ -1,15 +1,12 @@
 //! DINOv2's tower, with LayerScale.
 
+use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -55,14 +52,9 @@ impl Dinov2 {
     }
 }
 
-impl TeacherPlugin for Dinov2 {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Dinov2)
-    }
-
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
-        let config = self.config(plan)?;
-        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Dinov2)?))
+impl Teacher for Dinov2 {
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
+        Ok(Box::new(PlannedTower::plan(cx, self.config(cx)?, Some(&self.weights), Family::Dinov2)?))
     }
 }
 

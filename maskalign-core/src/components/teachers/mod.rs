@@ -1,4 +1,4 @@
-//! Frozen towers that see the whole image.
+//! Towers that see the whole image and are not trained by gradients.
 
 mod clip;
 mod dino;
@@ -6,24 +6,24 @@ mod dinov2;
 mod tower;
 mod vit;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
+use maskalign_engine::{Context, ImageBatch, Result, Tensor, ops::Begun};
 use maskalign_registry::Refusal;
 
 pub use tower::TowerTeacher;
 
 use crate::{
     components::{
+        students::{PlannedStudent, StudentModel},
         tokens::{Masks, Tokens},
-        towers::{PlanContext, Tap, TowerShape},
+        towers::{PlanContext, Tap, TowerShape, TrainedStudents},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    kernels::Begun,
+    error::Error,
     nn::{Features, Module},
-    plugin::kind,
 };
 
 /// What the objectives and the masker need of a teacher, known before the first step.
@@ -40,75 +40,88 @@ pub struct Wants {
 }
 
 /// A teacher's pass between attention and outputs, while the mask is drawn.
-pub struct Pass<D: Dev> {
+pub struct Pass {
     /// Attention of the class token to each patch in the last block, mean over heads: `[batch, patches]`; empty where
     /// [`Wants::attention`] is false.
     pub attention: Vec<f32>,
     /// What the blocks gave so far; a teacher keeps its wanted levels in `hidden`.
-    pub features: Features<D>,
+    pub features: Features,
     /// The last block, where its rows wait for the mask.
-    pub begun: Option<Begun<D>>,
+    pub begun: Option<Begun>,
 }
 
 /// One level of a teacher.
-pub struct Level<D: Dev> {
+pub struct Level {
     /// `[batch * tokens, channels]`.
-    pub x: Matrix<D>,
+    pub x: Tensor,
     /// The tokens that the rows are, where only those were computed; else all tokens in order.
     pub only: Option<Tokens>,
 }
 
-/// A teacher, as its author writes it: for any device.
-pub trait TeacherPlugin: Send + Sync {
-    /// The shape of the tower.
+/// A teacher's options.
+pub trait Teacher: Send + Sync {
+    /// Checks them, and gives what builds the teacher.
     ///
     /// # Errors
     /// Names the option that does not fit.
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal>;
+}
+
+/// A teacher whose options fit.
+pub trait PlannedTeacher: Send + Sync {
+    /// The shape of its tower.
+    fn shape(&self) -> TowerShape;
+    /// Whether it gives the attention of its class token, which a masker may draw by.
+    fn gives_attention(&self) -> bool {
+        self.shape().cls_token
+    }
     /// Builds the tower and reads its weights.
     ///
     /// # Errors
     /// Weights that are missing or do not fit; out of memory.
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>>;
+    fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error>;
 }
 
-/// A teacher's options on one device, as stages call them; see [`TeacherPlugin`].
-#[allow(missing_docs)]
-pub trait TeacherBuilder<D: Dev> {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal>;
-    fn build(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>>;
+/// What a teacher is built from.
+pub struct TeacherBuild<'a> {
+    /// Device and operators.
+    pub cx: &'a Context,
+    /// The parameters of earlier stages' students.
+    pub trained: &'a TrainedStudents,
+    /// The student that the stage trains, with its values at the beginning, and how it was built; `None` where the stage
+    /// trains none.
+    pub student: Option<(&'a Arc<dyn PlannedStudent>, &'a mut dyn StudentModel)>,
 }
 
-impl<P: TeacherPlugin, D: Dev> TeacherBuilder<D> for P {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        TeacherPlugin::plan(self, cx)
-    }
-    fn build(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
-        TeacherPlugin::build(self, plan, cx)
-    }
-}
-
-kind!(device TeacherTag, TeacherPlugin, TeacherBuilder, teacher);
-
-/// A frozen tower. It runs in two halves: the first gives the attention that a masker may draw by, the second only the
-/// rows of the last block that are compared once the mask is known.
-pub trait Teacher<D: Dev>: Module<D> {
+/// A teacher. It runs in two halves: the first gives the attention that a masker may draw by, the second only the rows of
+/// the last block that are compared once the mask is known.
+///
+/// Its parameters have the role [`Frozen`](maskalign_engine::Role::Frozen), or
+/// [`Moving`](maskalign_engine::Role::Moving) where they change after each update: those are saved in checkpoints.
+pub trait TeacherModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;
     /// Up to where the mask is drawn.
     ///
     /// # Errors
     /// Out of memory on the device, as below.
-    fn begin(&self, cx: &Context<D>, images: &ImageBatch, wants: &Wants) -> Result<Pass<D>>;
+    fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass>;
     /// The wanted levels.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn finish(&self, cx: &Context<D>, pass: Pass<D>, wants: &Wants, masks: &Masks)
-    -> Result<BTreeMap<usize, Level<D>>>;
+    fn finish(&self, cx: &Context, pass: Pass, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level>>;
     /// Hidden states after the final norm, or after it and the projection.
     ///
     /// # Errors
     /// Out of memory on the device.
-    fn tap(&self, cx: &Context<D>, x: &Matrix<D>, tap: Tap) -> Result<Matrix<D>>;
+    fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor>;
+    /// Called after each update of the student, the only time at which a teacher may change. `progress` is the share of
+    /// the stage that is done, in 0..=1.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn after_update(&mut self, _cx: &Context, _student: &mut dyn StudentModel, _progress: f64) -> Result<()> {
+        Ok(())
+    }
 }

@@ -2,64 +2,61 @@
 
 use std::collections::BTreeMap;
 
-use maskalign_registry::Weights;
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
 
-use super::{Level, Pass, Teacher, Wants};
+use super::{Level, Pass, PlannedTeacher, TeacherBuild, TeacherModel, Wants};
 use crate::{
     components::{
         tokens::Masks,
-        towers::{self, PlanContext, Tap, TowerShape},
+        towers::{self, PlannedTower, Tap, TowerShape},
     },
-    context::Context,
-    device::{Dev, Matrix},
-    error::Result,
-    images::ImageBatch,
-    nn::{Init, Module, Param, Vit, VitConfig},
-    tape::Recorder,
-    weights::Family,
+    error::Error,
+    nn::{Init, Module, Param, Vit},
 };
 
-/// A frozen vision transformer with packed weights.
-pub struct TowerTeacher<D: Dev> {
-    vit: Vit<D>,
+impl PlannedTeacher for PlannedTower {
+    fn shape(&self) -> TowerShape {
+        PlannedTower::shape(self)
+    }
+
+    fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
+        let device = build.cx.device();
+        let init = match self.is_drawn() {
+            true => Init::new(device, 0, "random teacher"),
+            false => Init::blank(device),
+        };
+        Ok(Box::new(TowerTeacher::new(PlannedTower::build(self, &init, build.trained)?, build.cx)?))
+    }
 }
 
-impl<D: Dev> TowerTeacher<D> {
-    /// Builds the tower, reads its weights and packs them.
+/// A frozen vision transformer with packed weights.
+pub struct TowerTeacher {
+    vit: Vit,
+}
+
+impl TowerTeacher {
+    /// Freezes the tower and packs its weights.
     ///
     /// # Errors
-    /// Weights that are missing or do not fit; out of memory on the device.
-    pub fn load(
-        plan: &PlanContext,
-        cx: &Context<D>,
-        config: VitConfig,
-        source: &Weights,
-        family: Family,
-    ) -> Result<Self> {
-        let mut vit = if plan.invents(source) {
-            Vit::new(&Init::new(&cx.dev, 0, "random teacher"), config)?
-        } else {
-            let mut vit = Vit::new(&Init::blank(&cx.dev), config)?;
-            towers::load_tower(plan, &mut vit, source, family)?;
-            vit
-        };
+    /// Out of memory on the device.
+    pub fn new(mut vit: Vit, cx: &Context) -> Result<Self> {
         vit.pack(cx)?;
         Ok(TowerTeacher { vit })
     }
 }
 
-impl<D: Dev> Module<D> for TowerTeacher<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
+impl Module for TowerTeacher {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.vit.visit(f);
     }
 }
 
-impl<D: Dev> Teacher<D> for TowerTeacher<D> {
+impl TeacherModel for TowerTeacher {
     fn shape(&self) -> TowerShape {
         TowerShape::from(&self.vit.config)
     }
 
-    fn begin(&self, cx: &Context<D>, images: &ImageBatch, wants: &Wants) -> Result<Pass<D>> {
+    fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
         let last = self.vit.blocks.len() - 1;
         let keep = |level: usize| wants.levels.contains(&level);
         if wants.attention || keep(last) {
@@ -68,18 +65,12 @@ impl<D: Dev> Teacher<D> for TowerTeacher<D> {
             return Ok(Pass { attention, features, begun: keep(last).then_some(begun) });
         }
         let reach = wants.levels.last().map_or(0, |level| level + 1);
-        let mut features = self.vit.embed(cx, &mut Recorder::inference(), images, None)?;
-        self.vit.run_blocks(cx, &mut Recorder::inference(), &mut features, 0..reach, None, keep)?;
+        let mut features = self.vit.embed(cx, &mut Tape::inference(), images, None)?;
+        self.vit.run_blocks(cx, &mut Tape::inference(), &mut features, 0..reach, None, keep)?;
         Ok(Pass { attention: Vec::new(), features, begun: None })
     }
 
-    fn finish(
-        &self,
-        cx: &Context<D>,
-        pass: Pass<D>,
-        wants: &Wants,
-        masks: &Masks,
-    ) -> Result<BTreeMap<usize, Level<D>>> {
+    fn finish(&self, cx: &Context, pass: Pass, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level>> {
         let last = self.vit.blocks.len() - 1;
         let mut levels = BTreeMap::new();
         if let Some(begun) = pass.begun {
@@ -93,7 +84,7 @@ impl<D: Dev> Teacher<D> for TowerTeacher<D> {
         Ok(levels)
     }
 
-    fn tap(&self, cx: &Context<D>, x: &Matrix<D>, tap: Tap) -> Result<Matrix<D>> {
-        towers::tap(cx, &mut Recorder::inference(), &self.vit, x, tap)
+    fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {
+        towers::tap(cx, &mut Tape::inference(), &self.vit, x, tap)
     }
 }

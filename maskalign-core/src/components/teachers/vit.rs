@@ -1,15 +1,12 @@
 //! A plain vision transformer under timm's names.
 
+use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
-use super::{Teacher, TeacherPlugin, TowerTeacher};
+use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, TowerOptions, TowerShape, input, plan_tower},
-    context::Context,
-    device::Dev,
-    error::Result,
-    kernels::Act,
+    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
     nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
@@ -42,7 +39,7 @@ impl VitTeacher {
         let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
         let cls_token = match &self.weights {
-            Weights::Stage(stage) => cx.student(stage).map_err(|r| r.under("weights"))?.shape.cls_token,
+            Weights::Stage(stage) => cx.student(stage).map_err(|r| r.under("weights"))?.shape().cls_token,
             _ => true,
         };
         Ok(VitConfig {
@@ -60,14 +57,9 @@ impl VitTeacher {
     }
 }
 
-impl TeacherPlugin for VitTeacher {
-    fn plan(&self, cx: &PlanContext) -> Result<TowerShape, Refusal> {
-        plan_tower(cx, self.config(cx)?, Some(&self.weights), Family::Vit)
-    }
-
-    fn build<D: Dev>(&self, plan: &PlanContext, cx: &Context<D>) -> Result<Box<dyn Teacher<D>>> {
-        let config = self.config(plan)?;
-        Ok(Box::new(TowerTeacher::load(plan, cx, config, &self.weights, Family::Vit)?))
+impl Teacher for VitTeacher {
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
+        Ok(Box::new(PlannedTower::plan(cx, self.config(cx)?, Some(&self.weights), Family::Vit)?))
     }
 }
 

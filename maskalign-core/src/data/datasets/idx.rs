@@ -1,14 +1,12 @@
 //! Files in the format of MNIST.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::path::Path;
 
 use flate2::bufread::MultiGzDecoder;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::files::existing_file;
+use super::files::{existing_file, open_named};
 use crate::Refusal;
 use crate::data::{DataError, Dataset, Images, RgbImage};
 
@@ -162,36 +160,81 @@ impl Images for GreyImages {
 }
 
 /// Opens `path` as named by `option`, and puts the path in front of what `read` has to say.
-fn in_file<T>(option: &str, path: &str, read: impl FnOnce(&mut dyn Read) -> Result<T, String>) -> Result<T, Refusal> {
+fn in_file<T>(option: &str, path: &str, read: impl FnOnce(&mut Unpacked) -> Result<T, String>) -> Result<T, Refusal> {
     let found = existing_file(option, path)?;
+    let (file, metadata) = open_named(option, path, &found)?;
     let refused = |message: String| {
         Refusal::new(option, format!("`{path}`: {message}"))
             .help("expected an idx file as MNIST has them: idx3-ubyte for images, idx1-ubyte for labels, packed with gzip or not")
     };
-    let mut file = unpacked(&found).map_err(|error| refused(error.to_string()))?;
+    let mut file = Unpacked::new(file, metadata.len()).map_err(|error| refused(error.to_string()))?;
     read(&mut file).map_err(refused)
 }
 
-fn unpacked(path: &Path) -> io::Result<Box<dyn Read>> {
-    let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
-    let is_gzip = file.fill_buf()?.starts_with(&[0x1F, 0x8B]);
-    Ok(if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) })
+/// An idx file's content, unpacked as it is read.
+pub(super) struct Unpacked<'a> {
+    read: Box<dyn Read + 'a>,
+    /// Bytes of the file as it is stored.
+    stored: u64,
+    is_packed: bool,
+}
+
+impl<'a> Unpacked<'a> {
+    /// From a file of `stored` bytes, packed with gzip or not.
+    pub fn new(file: impl Read + 'a, stored: u64) -> io::Result<Self> {
+        let mut file = BufReader::with_capacity(1 << 16, file);
+        let is_packed = file.fill_buf()?.starts_with(&[0x1F, 0x8B]);
+        let read: Box<dyn Read + 'a> = if is_packed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+        Ok(Self { read, stored, is_packed })
+    }
+
+    /// Refuses what the header announces where the file cannot hold it, before anything is unpacked: `header` and then
+    /// `items` of `size` bytes each.
+    fn check_holds(&self, header: u64, items: usize, size: usize) -> Result<(), String> {
+        /// No packed images are so much smaller, and small files may be.
+        const MAX_RATIO: u64 = 100;
+        const SMALL: u64 = 64 << 20;
+        let announced = (items as u64).checked_mul(size as u64).and_then(|bytes| bytes.checked_add(header));
+        let announced = announced.ok_or_else(|| format!("the header announces {items} items, which no file holds"))?;
+        match self.is_packed {
+            false if self.stored < announced => {
+                let whole = self.stored.saturating_sub(header) / size.max(1) as u64;
+                Err(format!("the header announces {items} items, the file ends after {whole}: get it again"))
+            }
+            false if self.stored > announced => {
+                Err(format!("the file goes on after the {items} items its header announces: it is not what it says"))
+            }
+            true if announced > SMALL && announced / MAX_RATIO > self.stored => Err(format!(
+                "the header announces {announced} bytes in a file of {}: packed images are not so small",
+                self.stored
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Read for Unpacked<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.read.read(into)
+    }
 }
 
 /// Reads images from an unpacked idx file, and how many it holds in all.
-pub(super) fn read_images(read: &mut dyn Read, part: Part) -> Result<(GreyImages, usize), String> {
+pub(super) fn read_images(read: &mut Unpacked<'_>, part: Part) -> Result<(GreyImages, usize), String> {
     const MAX_SIDE: usize = 4096;
     let [total, height, width] = read_header::<3>(read)?;
     if !(1..=MAX_SIDE).contains(&width) || !(1..=MAX_SIDE).contains(&height) {
         return Err(format!("expected images of 1 to {MAX_SIDE} pixels a side, found {width} x {height}"));
     }
+    read.check_holds(16, total, width * height)?;
     let (pixels, skip) = read_part(read, total, width * height, part)?;
     Ok((GreyImages { width, height, first: skip, pixels, labels: None, classes: None, file: String::new() }, total))
 }
 
 /// Reads labels from an unpacked idx file, and how many it holds in all.
-pub(super) fn read_labels(read: &mut dyn Read, part: Part) -> Result<(Vec<u8>, usize), String> {
+pub(super) fn read_labels(read: &mut Unpacked<'_>, part: Part) -> Result<(Vec<u8>, usize), String> {
     let [total] = read_header::<1>(read)?;
+    read.check_holds(8, total, 1)?;
     Ok((read_part(read, total, 1, part)?.0, total))
 }
 
@@ -222,7 +265,9 @@ fn read_part(read: &mut dyn Read, total: usize, size: usize, part: Part) -> Resu
     let (skip, take) = part.of(total);
     let (skip_bytes, take_bytes) = ((skip as u64) * size as u64, (take as u64) * size as u64);
     let skipped = io::copy(&mut read.take(skip_bytes), &mut io::sink()).map_err(|error| error.to_string())?;
+    // As much as is announced and no more: grown by doubling it would take up to twice the room.
     let mut items = Vec::new();
+    items.try_reserve_exact(take_bytes as usize).map_err(|_| format!("no memory for {take_bytes} bytes"))?;
     let got = read.take(take_bytes).read_to_end(&mut items).map_err(|error| error.to_string())? as u64;
     if skipped + got < skip_bytes + take_bytes {
         let whole = (skipped + got) / size as u64;

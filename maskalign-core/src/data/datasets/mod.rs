@@ -4,6 +4,7 @@ pub mod files;
 pub mod idx;
 pub mod image_folder;
 pub mod image_list;
+mod list;
 pub mod sample;
 
 pub use self::idx::Idx;
@@ -33,4 +34,11 @@ impl ListHash {
     pub fn finish(&self) -> String {
         self.0.finalize().to_hex().to_string()
     }
+}
+
+/// The first few of many, and how many more there are.
+fn some_of(all: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let more = if all.len() > SHOWN { format!(" and {} more", all.len() - SHOWN) } else { String::new() };
+    format!("{}{more}", all[..all.len().min(SHOWN)].join(", "))
 }

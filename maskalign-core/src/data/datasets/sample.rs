@@ -1,12 +1,9 @@
 //! Images that come with the program.
 
-use std::io::Read;
-
-use flate2::read::GzDecoder;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::idx::{Part, read_images, read_labels};
+use super::idx::{Part, Unpacked, read_images, read_labels};
 use crate::Refusal;
 use crate::data::{Dataset, Images};
 
@@ -54,11 +51,12 @@ impl Dataset for Sample {
             Split::Train => (embedded!("train-images.idx.gz"), embedded!("train-labels.idx.gz"), "training"),
             Split::Test => (embedded!("test-images.idx.gz"), embedded!("test-labels.idx.gz"), "test"),
         };
-        let damaged = |message| Refusal::new("split", format!("the embedded images are damaged: {message}"));
+        let damaged = |message: String| Refusal::new("split", format!("the embedded images are damaged: {message}"));
         let part = Part { skip: 0, limit: self.limit };
-        let unpack = |bytes| -> Box<dyn Read> { Box::new(GzDecoder::new(bytes)) };
-        let (mut data, _) = read_images(&mut unpack(images), part).map_err(damaged)?;
-        data.labels = Some(read_labels(&mut unpack(labels), part).map_err(damaged)?.0);
+        let unpack =
+            |bytes: &'static [u8]| Unpacked::new(bytes, bytes.len() as u64).map_err(|error| damaged(error.to_string()));
+        let (mut data, _) = read_images(&mut unpack(images)?, part).map_err(damaged)?;
+        data.labels = Some(read_labels(&mut unpack(labels)?, part).map_err(damaged)?.0);
         data.classes = Some(CLASSES.map(String::from).to_vec());
         data.file = format!("the embedded {name} images");
         Ok(Box::new(data))

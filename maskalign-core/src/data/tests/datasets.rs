@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::oracle;
+use super::{fixtures, oracle};
 use crate::Refusal;
 use crate::data::datasets::{Idx, ImageFolder, ImageList, Sample, Split};
 use crate::data::{Dataset, Images};
@@ -76,6 +76,9 @@ fn a_folder_that_is_not_there_says_what_is_and_what_leads_to_it() {
     assert!(help(&refusal(&folder(Path::new("")))).contains("variable is empty"));
     assert!(help(&refusal(&folder(Path::new("${IMAGENET_DIR}/train")))).contains("was not filled in"));
     assert!(help(&refusal(&folder(Path::new("no/such/folder")))).contains("current folder"));
+    assert!(help(&refusal(&folder(Path::new("$HOME/no/such")))).contains("written `${HOME}`"));
+    assert!(help(&refusal(&folder(Path::new("/tmp/ima\u{200b}ges")))).contains("U+200B, a zero-width space"));
+    assert!(help(&refusal(&folder(Path::new("/tmp/no\u{2212}images")))).contains("U+2212"));
 
     write(root.path(), "list.txt", "");
     assert!(help(&refusal(&folder(&root.path().join("list.txt")))).contains("image_list"));
@@ -136,8 +139,8 @@ fn list(root: &Path, text: impl AsRef<[u8]>) -> ImageList {
 #[test]
 fn a_list_holds_paths_with_labels_or_without() {
     let root = TempDir::new().unwrap();
-    let labelled = list(root.path(), "\u{feff}1.jpg 3\r\n\n  sub/2.jpg\t0\nwith space 3.jpg\t12").open().unwrap();
-    let expected = [("1.jpg", 3), ("sub/2.jpg", 0), ("with space 3.jpg", 12)];
+    let labelled = list(root.path(), "\u{feff}1.jpg 2\r\n\n  sub/2.jpg\t0\nwith space 3.jpg\t1").open().unwrap();
+    let expected = [("1.jpg", 2), ("sub/2.jpg", 0), ("with space 3.jpg", 1)];
     let expected = expected.map(|(path, label)| (path.to_string(), Some(label)));
     assert_eq!(entries(&*labelled, root.path()), expected);
     let plain = list(root.path(), "1.jpg\nwith space 3.jpg\n").open().unwrap();
@@ -163,6 +166,301 @@ fn a_bad_line_is_named() {
     assert!(refusal(&list(root.path(), "\n\n")).message.contains("names no images"));
     let elsewhere = refusal(&list(root.path(), "gone/1.jpg\ngone/2.jpg\n"));
     assert!(elsewhere.message.contains("gone/1.jpg"), "{elsewhere:?}");
+}
+
+#[test]
+fn a_list_with_column_names_is_read_as_pythons_csv_reads_it() {
+    let text = fs::read_to_string(fixtures().join("list_oracle.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_str(&text).unwrap();
+    for case in &cases {
+        let text = case["text"].as_str().unwrap();
+        let rows: Vec<(String, Option<u32>)> = serde_json::from_value(case["rows"].clone()).unwrap();
+        let root = TempDir::new().unwrap();
+        rows.iter().for_each(|(path, _)| write(root.path(), path, ""));
+        write(root.path(), "list.csv", text);
+        let list: ImageList = serde_json::from_value(json!({ "file": root.path().join("list.csv") })).unwrap();
+        let images = list.open().unwrap_or_else(|refused| panic!("{text}: {refused:?}"));
+        assert_eq!(entries(&*images, root.path()), rows, "{text}");
+    }
+    assert!(cases.len() > 10);
+}
+
+/// What people write, and in the answer: the line, what is there, and the way out.
+#[test]
+fn lists_in_other_forms_are_answered_with_the_way_out() {
+    for (text, line, message, way_out) in [
+        // The kinds that were reported.
+        ("1.jpg,0\nsub/2.jpg,1\n", 1, "a comma", "`path,label`"),
+        ("path label\n1.jpg 0\n", 1, "names columns", "remove the line"),
+        ("1.jpg blobs\nsub/2.jpg stripes\n", 1, "found `blobs`", r#"classes: ["blobs", "stripes"]"#),
+        ("sub\\2.jpg\t0\r\n1.jpg\t1\r\n", 1, "as Windows writes it", "write `/`"),
+        ("1.jpg 1\nsub/2.jpg 2\n", 1, "from 1 to 2", "take 1 from each"),
+        ("1.jpg 0\nsub/2.jpg 5\n", 2, "leave out 4 of the numbers before: 1, 2, 3, 4", "without a gap"),
+        ("1.jpg -1\nsub/2.jpg 1\n", 1, "negative", "-1"),
+        ("1.jpg 0.0\nsub/2.jpg 1.0\n", 1, "decimal", "astype(int)"),
+        // More of them.
+        ("1.jpg red fox\nsub/2.jpg wolf\n", 1, "found `red fox`", r#"["red fox", "wolf"]"#),
+        ("1.jpg;0\n", 1, "a semicolon", "`path;label`"),
+        ("1.jpg, 0\n", 1, "a comma", "put a tab"),
+        ("\"1.jpg\",0\n", 1, "a comma", "`path,label`"),
+        ("\"1.jpg\" 0\n", 1, "in quotes", "remove the quotes"),
+        ("1.jpg\tred fox\nsub/2.jpg\twolf\n", 1, "found `red fox`", r#"["red fox", "wolf"]"#),
+        ("0 1.jpg\n1 sub/2.jpg\n", 1, "stands before the path", "path first"),
+        ("1.jpg 0 3\n", 1, "more than one label", "one label"),
+        ("C:\\data\\1.jpg\t0\n", 1, "another machine", "`root`"),
+        ("\\\\server\\share\\1.jpg\t0\n", 1, "another machine", "`root`"),
+        ("https://example.org/1.jpg\t0\n", 1, "an address", "get the images"),
+        ("file:///data/1.jpg\t0\n", 1, "an address", "without `file://`"),
+        ("~/1.jpg\t0\n", 1, "home folder", "write it out"),
+        ("# images\n1.jpg\n", 1, "no comments", "remove the line"),
+        ("{\"path\": \"1.jpg\"}\n", 1, "JSON", "one path a line"),
+        ("1.jpg 0\nsub/2.jpg 1\n1.jpg 1\n", 3, "and 0 on line 1", "one label"),
+        ("1.jpg 1e3\n", 1, "decimal", "whole numbers"),
+        ("1.jpg nan\n", 1, "found `nan`", ""),
+        ("1.jpg \u{2212}1\nsub/2.jpg 0\n", 1, "U+2212, a minus sign", "digits alone"),
+        ("1.jpg\t0\u{200b}\n", 1, "U+200B, a zero-width space", "digits alone"),
+        ("1.jpg\t\u{ff11}\n", 1, "U+FF11, a wide digit", "digits alone"),
+        ("$HOME/1.jpg\t0\n", 1, "not filled in", "`root`"),
+        ("${DATA}/1.jpg\t0\n", 1, "not filled in", "`root`"),
+        ("path,label\n1.jpg,0,7\n", 2, "3 fields", "double quotes"),
+        ("path,label\n\"1.jpg,0\n", 2, "not closed", "close it"),
+        ("path,label\n1.jpg,\n", 2, "label is empty", "remove the line"),
+        ("path,label\n1.jpg,cat\nsub/2.jpg,dog\n", 2, "found `cat`", r#"["cat", "dog"]"#),
+        ("path,label\n1.jpg,1\nsub/2.jpg,2\n", 2, "from 1 to 2", "take 1"),
+        ("path,label\nsub\\2.jpg,0\n", 2, "as Windows writes it", "write `/`"),
+        ("id,label\n1,0\n", 1, "none of them is a path", "`path`"),
+        ("1.jpg 0\n\0\n", 2, "zero byte", "text file"),
+    ] {
+        let root = TempDir::new().unwrap();
+        let refused = refusal(&list(root.path(), text));
+        assert_eq!(refused.path, ["file"]);
+        assert!(refused.message.contains(&format!("list.txt:{line}: ")), "{text:?}: {refused:?}");
+        assert!(refused.message.contains(message), "{text:?}: {refused:?}");
+        assert!(help(&refused).contains(way_out), "{text:?}: {refused:?}");
+    }
+    let wide: Vec<u8> = "\u{feff}1.jpg\t0\n".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let root = TempDir::new().unwrap();
+    let refused = refusal(&list(root.path(), wide));
+    assert!(refused.message.contains("UTF-16") && help(&refused).contains("UTF-8"), "{refused:?}");
+}
+
+#[test]
+fn a_list_may_name_its_classes_and_hold_some_of_them() {
+    let root = TempDir::new().unwrap();
+    let open = |text: &str| {
+        let mut dataset = list(root.path(), text);
+        dataset.classes = Some(["cat", "dog", "red fox"].map(String::from).to_vec());
+        dataset
+    };
+    let named = open("1.jpg dog\nsub/2.jpg\tred fox\n").open().unwrap();
+    assert_eq!((named.label(0), named.label(1)), (Some(1), Some(2)));
+    assert_eq!(named.classes().unwrap().len(), 3);
+    assert_eq!(open("1.jpg 2\n").open().unwrap().label(0), Some(2));
+    assert!(refusal(&open("1.jpg 3\n")).message.contains("names 3 classes"));
+    assert!(help(&refusal(&open("1.jpg bird\n"))).contains("no such name"));
+}
+
+#[test]
+fn a_list_says_what_it_leaves_aside() {
+    let root = TempDir::new().unwrap();
+    let notes = |text: &str| list(root.path(), text).open().unwrap().notes().join("\n");
+    assert_eq!(notes("1.jpg 0\nsub/2.jpg 1\n"), "");
+    assert!(notes("1.jpg\n1.jpg\n1.jpg\n").contains("2 lines name an image that was named before, such as `1.jpg`"));
+    assert!(notes("path,kind\n1.jpg,0\n").contains("no labels; not read: `kind`"));
+    assert_eq!(notes("path,label,kind\n1.jpg,0,7\n"), "");
+}
+
+#[test]
+fn a_list_whose_paths_start_elsewhere_is_told_where() {
+    let root = TempDir::new().unwrap();
+    write(root.path(), "images/cat/1.jpg", "");
+    write(root.path(), "lists/train.txt", "images/cat/1.jpg\t0\n");
+    let open = |from: &Path| -> ImageList {
+        serde_json::from_value(json!({ "file": root.path().join("lists/train.txt"), "root": from })).unwrap()
+    };
+    assert_eq!(open(root.path()).open().unwrap().len(), 1);
+    let refused = refusal(&open(&root.path().join("images")));
+    let there = root.path().canonicalize().unwrap().display().to_string();
+    assert!(help(&refused).contains(&format!("root: {there}")), "{refused:?}");
+}
+
+#[test]
+fn what_a_folder_leaves_out_is_said_with_counts() {
+    let root = TempDir::new().unwrap();
+    for path in [
+        "cat/1.jpg",
+        "cat/deep/2.jpg",
+        "dog/3.jpg",
+        "dog/4.PNG",
+        "loose.jpg",
+        "loose2.png",
+        "readme.txt",
+        ".ipynb_checkpoints/1-checkpoint.jpg",
+        "__MACOSX/cat/._1.jpg",
+        "@eaDir/1.jpg/SYNO.jpg",
+        ".hidden/5.jpg",
+        "$RECYCLE.BIN/6.jpg",
+        "cat/.ipynb_checkpoints/1-checkpoint.jpg",
+        "cat/@eaDir/7.jpg",
+        "cat/._1.jpg",
+        "cat/notes.txt",
+        "dog/movie.gif",
+        "dog/movie2.gif",
+        "dog/Thumbs.db",
+        "dog/.DS_Store",
+    ] {
+        write(root.path(), path, "");
+    }
+    let images = folder(root.path()).open().unwrap();
+    assert_eq!(images.classes().unwrap(), ["cat", "dog"]);
+    let expected = [("cat/1.jpg", 0), ("cat/deep/2.jpg", 0), ("dog/3.jpg", 1), ("dog/4.PNG", 1)];
+    assert_eq!(entries(&*images, root.path()), expected.map(|(path, label)| (path.to_string(), Some(label))));
+    let notes = images.notes();
+    assert_eq!(notes.len(), 3, "{notes:?}");
+    assert!(notes[0].contains("2 images lie beside") && notes[0].contains("`loose.jpg`"), "{notes:?}");
+    assert!(notes[1].contains("7 folders") && notes[1].contains("`.hidden`"), "{notes:?}");
+    assert!(notes[2].contains("3 files") && notes[2].contains("gif (2), txt (1)"), "{notes:?}");
+}
+
+#[test]
+fn a_flat_folder_with_refuse_in_it_stays_flat() {
+    let root = TempDir::new().unwrap();
+    for path in ["1.jpg", "2.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", "._1.jpg"] {
+        write(root.path(), path, "");
+    }
+    let images = folder(root.path()).open().unwrap();
+    assert_eq!(entries(&*images, root.path()), [("1.jpg".into(), None), ("2.jpg".into(), None)]);
+    assert!(images.notes()[0].contains("1 folder of"), "{:?}", images.notes());
+}
+
+#[test]
+fn parts_of_a_dataset_are_no_classes() {
+    for folders in
+        [&["train", "val"][..], &["Train", "Test"], &["train"], &["training", "validation", "other"], &["test"]]
+    {
+        let root = TempDir::new().unwrap();
+        folders.iter().for_each(|name| write(root.path(), &format!("{name}/cat/1.jpg"), ""));
+        let refused = refusal(&folder(root.path()));
+        assert_eq!(refused.path, ["root"]);
+        assert!(refused.message.contains(&format!("`{}`", folders[0])), "{refused:?}");
+        let part = root.path().join(folders[0]).display().to_string();
+        assert!(help(&refused).contains(&format!("root: {part}`")), "{refused:?}");
+    }
+    // A train is a class among others, and so is a test.
+    let root = TempDir::new().unwrap();
+    ["train", "tram"].iter().for_each(|name| write(root.path(), &format!("{name}/1.jpg"), ""));
+    assert_eq!(folder(root.path()).open().unwrap().classes().unwrap(), ["train", "tram"]);
+}
+
+#[test]
+fn classes_that_may_not_be_meant_are_pointed_out() {
+    let notes = |paths: &[&str]| {
+        let root = TempDir::new().unwrap();
+        paths.iter().for_each(|path| write(root.path(), path, ""));
+        folder(root.path()).open().unwrap().notes().join("\n")
+    };
+    assert!(notes(&["images/1.jpg", "images/2.jpg"]).contains("in one class, `images`"));
+    let deeper = notes(&["images/cat/1.jpg", "images/dog/2.jpg"]);
+    assert!(deeper.contains("the 2 folders in it are no classes; name `images` itself"), "{deeper}");
+    assert!(notes(&["Cat/1.jpg", "cat/2.jpg", "dog/3.jpg"]).contains("`Cat` and `cat`"));
+    let each: Vec<String> = (0..12).map(|index| format!("patient{index}/1.jpg")).collect();
+    assert!(
+        notes(&each.iter().map(String::as_str).collect::<Vec<_>>()).contains("each of the 12 classes has one image")
+    );
+    assert_eq!(notes(&["cat/1.jpg", "dog/2.jpg"]), "");
+}
+
+/// Runs what must not wait for anybody, and fails after ten seconds.
+#[cfg(unix)]
+fn at_once<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || send.send(run()));
+    receive.recv_timeout(std::time::Duration::from_secs(10)).expect("it waits")
+}
+
+/// A named pipe nobody writes to, a socket, a device that never ends, and links to them.
+#[cfg(unix)]
+fn no_files(root: &Path) -> Vec<(std::path::PathBuf, &'static str)> {
+    use std::os::unix::{fs::symlink, net::UnixListener};
+
+    let pipe = root.join("pipe.jpg");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let socket = root.join("socket.jpg");
+    drop(UnixListener::bind(&socket).unwrap());
+    let link = root.join("link.jpg");
+    symlink(&pipe, &link).unwrap();
+    let device = root.join("device.jpg");
+    symlink("/dev/zero", &device).unwrap();
+    vec![(pipe, "a named pipe"), (socket, "a socket"), (link, "a named pipe"), (device, "a device")]
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_refused_and_never_waited_for() {
+    let root = TempDir::new().unwrap();
+    for (path, what) in no_files(root.path()) {
+        let error = at_once({
+            let path = path.clone();
+            move || crate::data::decode::read(&path).unwrap_err()
+        });
+        assert!(error.is_user_mistake() && error.to_string().contains(what), "{error}");
+        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+
+        let options = |key: &str| json!({ key: path });
+        let list: ImageList = serde_json::from_value(options("file")).unwrap();
+        let folder: ImageFolder = serde_json::from_value(options("root")).unwrap();
+        let packed: Idx = serde_json::from_value(options("images")).unwrap();
+        for refused in at_once(move || [refusal(&list), refusal(&folder), refusal(&packed)]) {
+            assert!(refused.message.contains(what), "{refused:?}");
+        }
+    }
+    let folder = crate::data::decode::read(root.path()).unwrap_err();
+    assert!(folder.to_string().contains("a folder"), "{folder}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_among_the_images_of_a_folder_is_named_when_it_is_read() {
+    let root = TempDir::new().unwrap();
+    fs::create_dir(root.path().join("class")).unwrap();
+    no_files(&root.path().join("class"));
+    let images = folder(root.path()).open().unwrap();
+    assert_eq!(images.len(), 4);
+    let errors = at_once(move || (0..4).map(|index| images.image(index).unwrap_err().to_string()).collect::<Vec<_>>());
+    assert!(errors.iter().all(|error| error.contains("not a file")), "{errors:?}");
+}
+
+fn packed(bytes: &[u8]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    packed.write_all(bytes).unwrap();
+    packed.finish().unwrap()
+}
+
+#[test]
+fn an_idx_file_is_unpacked_no_further_than_it_says_and_can_hold() {
+    let root = TempDir::new().unwrap();
+    let zeros = vec![0; 4 << 20];
+    let big = idx_bytes(3, &[1_500_000, 28, 28], &zeros);
+    for (images, message) in [
+        // 1.2 GB announced in some kilobytes.
+        (packed(&big), "packed images are not so small"),
+        (big, "ends after 5349"),
+        // 2^32 images of 4096 x 4096: more than any file holds.
+        (packed(&idx_bytes(3, &[u32::MAX, 4096, 4096], &zeros)), "packed images are not so small"),
+        // Four images announced, and megabytes after them.
+        (packed(&idx_bytes(3, &[4, 28, 28], &zeros)), "goes on after the 4"),
+        (idx_bytes(3, &[4, 28, 28], &zeros), "goes on after the 4"),
+        (packed(&idx_bytes(3, &[6000, 28, 28], &zeros)), "ends after 5349"),
+    ] {
+        write(root.path(), "images", images);
+        write(root.path(), "labels", idx_bytes(1, &[1], &[0]));
+        let refused = refusal(&idx(root.path(), json!({})));
+        assert_eq!(refused.path, ["images"]);
+        assert!(refused.message.contains(message), "{refused:?}");
+    }
+    write(root.path(), "images", packed(&idx_bytes(3, &[2, 2, 2], &[7; 8])));
+    write(root.path(), "labels", packed(&idx_bytes(1, &[90_000_000], &zeros)));
+    assert!(refusal(&idx(root.path(), json!({}))).message.contains("packed images are not so small"));
 }
 
 fn idx_bytes(magic: u8, dims: &[u32], items: &[u8]) -> Vec<u8> {

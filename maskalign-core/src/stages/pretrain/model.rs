@@ -5,107 +5,73 @@ use std::{
     time::Instant,
 };
 
-use maskalign_registry::{LevelRef, Refusal, Scalar as Ramp};
+use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor, ops, random::Stream};
+use maskalign_registry::{LevelRef, Refusal};
 
-use super::{
-    super::{
-        StageContext,
-        train::{MicroBatch, Task, branch_scales},
-        under,
-    },
-    Pretrain, Shape,
-    objective::ObjectiveShape,
-};
+use super::{Masking, PlannedObjective, PlannedPretrain};
 use crate::{
-    bench::ForwardTimes,
     components::{
-        aligners::{AlignInput, Aligner},
-        losses::Loss,
-        maskers::{Counts, MaskInput, Masker},
-        students::Student,
-        targets::{Target, TargetInput},
-        teachers::{Teacher, Wants},
+        aligners::{AlignInput, AlignerModel},
+        maskers::MaskInput,
+        students::StudentModel,
+        targets::{TargetInput, TargetSource},
+        teachers::{Level, Pass, TeacherBuild, TeacherModel, Wants},
         tokens::{Masks, Tokens},
-        towers::{PlanContext, Tap, TowerShape},
+        towers::{Tap, TrainedStudents},
     },
-    context::Context,
-    device::{Dev, Matrix, Scalar},
     error::{Error, Result},
-    images::ImageBatch,
-    nn::{Features, Grid, Init, Param},
-    plugin::Build,
-    random::Stream,
-    tape::Recorder,
+    nn::{Features, Init, Param},
+    stages::{ForwardTimes, MicroBatch, Task, branch_scales, under},
 };
 
 /// The models of a pre-training stage, and its loss.
-pub struct PretrainModel<D: Dev> {
-    /// The tower that is trained.
-    pub student: Box<dyn Student<D>>,
-    teachers: BTreeMap<String, (Box<dyn Teacher<D>>, Wants)>,
-    masker: Option<Box<dyn Masker>>,
-    counts: Counts,
-    objectives: Vec<BuiltObjective<D>>,
+pub struct PretrainModel {
+    student: Box<dyn StudentModel>,
+    /// By name, with what each is asked for.
+    teachers: BTreeMap<String, (Box<dyn TeacherModel>, Wants)>,
+    masking: Option<Masking>,
+    objectives: Vec<(PlannedObjective, Box<dyn AlignerModel>)>,
     seed: u64,
-    grid: Grid,
     kept: BTreeSet<usize>,
     times: ForwardTimes,
-    /// Masks to use in place of the masker's, one micro-batch each, first to last (replayed steps).
-    pub given_masks: std::collections::VecDeque<Masks>,
 }
 
-struct BuiltObjective<D: Dev> {
-    shape: ObjectiveShape,
-    target: Box<dyn Target<D>>,
-    aligner: Box<dyn Aligner<D>>,
-    loss: Box<dyn Loss<D>>,
-    weight: Ramp,
-}
-
-/// What a replay compares besides losses and gradients.
-pub struct Inspection {
-    /// Attention of the teacher's class token, `[batch, patches]`.
-    pub attention: Vec<f32>,
-    /// The teacher's hidden states, every token, by block: `[batch * tokens, channels]`.
-    pub teacher_hidden: BTreeMap<usize, Vec<f32>>,
-    /// The student's hidden states of the visible tokens, by block.
-    pub student_hidden: BTreeMap<usize, Vec<f32>>,
-}
-
-impl<D: Dev> PretrainModel<D> {
-    /// Builds teachers, student and alignments. Teachers are left out where `init` makes shapes alone.
-    pub(super) fn build(
-        stage: &Pretrain,
-        cx: &StageContext,
-        shape: Shape,
-        context: &Context<D>,
-        towers: &PlanContext,
-        init: &Init<D>,
+impl PretrainModel {
+    /// Builds student, alignments and, where there is a device, teachers: a plan has none.
+    pub(super) fn new(
+        plan: &PlannedPretrain,
+        cx: Option<&Context>,
+        init: &Init,
+        trained: &TrainedStudents,
     ) -> Result<Self> {
-        let masker = stage.masker.as_ref().map(|slot| Build::build::<D>(slot)).transpose()?;
+        let mut student = plan.student.build(init, trained).map_err(|e| under(e, "student"))?;
+        student.set_reach(plan.reach());
         let mut teachers = BTreeMap::new();
-        // A teacher that nobody asks is not even loaded.
-        for (name, wants) in shape.wants().into_iter().filter(|_| init.draws()) {
-            let in_teachers = |error| under(under(error, &name), "teachers");
-            let built = Build::build::<D>(&stage.teachers[&name]).map_err(Error::from);
-            let teacher = built.and_then(|teacher| teacher.build(towers, context)).map_err(in_teachers)?;
-            check_projection(&name, &*teacher, &shape).map_err(|refusal| in_teachers(refusal.into()))?;
-            teachers.insert(name, (teacher, wants));
+        for (name, (teacher, wants)) in &plan.teachers {
+            let Some(cx) = cx else { break };
+            let mut build = TeacherBuild { cx, trained, student: Some((&plan.student, &mut *student)) };
+            let mut teacher = teacher.build(&mut build).map_err(|error| under(under(error, name), "teachers"))?;
+            teacher.visit(&mut |p| p.name = format!("teachers.{name}.{}", p.name));
+            teachers.insert(name.clone(), (teacher, wants.clone()));
         }
-        let mut student = Build::build::<D>(&stage.student)?.build(towers, init).map_err(|e| under(e, "student"))?;
-        let (reach, kept) = (shape.reach(), shape.kept());
-        student.set_reach(reach);
+        let heads = init.of_role(Role::Head);
+        let several = plan.objectives.len() > 1;
+        let mut objectives = Vec::new();
+        for objective in &plan.objectives {
+            let mut aligner = objective.aligner.build(&heads)?;
+            if several {
+                aligner.visit(&mut |p| p.name = format!("{}.{}", objective.name, p.name));
+            }
+            objectives.push((objective.clone(), aligner));
+        }
         let mut model = PretrainModel {
-            grid: shape.student.grid,
             student,
             teachers,
-            masker,
-            counts: shape.counts,
-            objectives: build_objectives(stage, shape.objectives, init)?,
-            seed: cx.seed,
-            kept,
+            masking: plan.masking.clone(),
+            objectives,
+            seed: plan.seed,
+            kept: plan.kept(),
             times: ForwardTimes::default(),
-            given_masks: Default::default(),
         };
         model.check_names()?;
         Ok(model)
@@ -114,11 +80,11 @@ impl<D: Dev> PretrainModel<D> {
     /// Refuses two parameters of one name: checkpoints, optimizer state and exports go by names.
     fn check_names(&mut self) -> Result<(), Refusal> {
         let mut names: BTreeSet<String> = self.student.shapes().into_iter().map(|(name, _)| name).collect();
-        for objective in &mut self.objectives {
-            for (name, _) in objective.aligner.shapes() {
+        for (objective, aligner) in &mut self.objectives {
+            for (name, _) in aligner.shapes() {
                 if names.contains(&name) {
                     let message = format!("a parameter is called `{name}`, as another one of the stage");
-                    let refusal = Refusal::new("aligner", message).under(&objective.shape.name).under("objectives");
+                    let refusal = Refusal::new("aligner", message).under(&objective.name).under("objectives");
                     return Err(refusal.help("its author gives it a name of its own, such as `align.norm`"));
                 }
                 names.insert(name);
@@ -127,106 +93,33 @@ impl<D: Dev> PretrainModel<D> {
         Ok(())
     }
 
-    fn draw(&mut self, batch: &MicroBatch, attention: Option<&[f32]>) -> Masks {
-        if let Some(masks) = self.given_masks.pop_front() {
-            return masks;
-        }
-        let (images, patches) = (batch.images.batch, self.grid.patches());
-        let Some(masker) = &self.masker else {
-            return Masks::all_visible(images, patches);
+    /// The tower that is trained.
+    pub fn student(&self) -> &dyn StudentModel {
+        &*self.student
+    }
+
+    /// The teachers that run.
+    pub fn teachers(&self) -> impl Iterator<Item = &dyn TeacherModel> {
+        self.teachers.values().map(|(teacher, _)| &**teacher)
+    }
+
+    fn draw(&self, batch: &MicroBatch, passes: &mut BTreeMap<String, Pass>) -> Masks {
+        let patches = self.student.shape().grid.patches();
+        let Some(Masking { masker, teacher }) = &self.masking else {
+            return Masks::all_visible(batch.images.batch, patches);
         };
-        let draw = |(i, &index): (usize, &usize)| {
-            let input = MaskInput { grid: self.grid, attention: attention.map(|a| &a[i * patches..][..patches]) };
-            masker.draw(&input, &mut Stream::new(self.seed, "mask", batch.epoch, index as u64))
+        let attention =
+            teacher.as_ref().and_then(|name| passes.get_mut(name)).map(|pass| std::mem::take(&mut pass.attention));
+        let draw = |(i, &image): (usize, &usize)| {
+            let attention = attention.as_ref().map_or(&[][..], |all| &all[i * patches..][..patches]);
+            let input = MaskInput { epoch: batch.epoch, image, attention };
+            masker.draw(&input, &mut Stream::new(self.seed, "mask", batch.epoch, image as u64))
         };
         Masks::join(&batch.indices.iter().enumerate().map(draw).collect::<Vec<_>>())
     }
 
-    /// Visible patches of an image.
-    pub fn visible(&self) -> usize {
-        self.counts.visible
-    }
-
-    /// The teachers that run.
-    pub fn teacher_shapes(&self) -> Vec<TowerShape> {
-        self.teachers.values().map(|(teacher, _)| teacher.shape()).collect()
-    }
-
-    /// Multiplications and additions of the alignments' linear outputs for one image of so many tokens.
-    pub fn heads_flop(&self, tokens: usize) -> f64 {
-        let dim = self.student.shape().arch.dim as f64;
-        let outputs = |o: &BuiltObjective<D>| (o.shape.align.width * o.shape.align.wanted.len()) as f64;
-        self.objectives.iter().map(|o| 2.0 * tokens as f64 * dim * outputs(o)).sum()
-    }
-
-    /// Attention and hidden states for the given masks, for comparison with another implementation's.
-    ///
-    /// # Errors
-    /// Out of memory on the device.
-    pub fn inspect(&mut self, cx: &Context<D>, images: &ImageBatch, masks: &Masks) -> Result<Inspection> {
-        let mut inspection =
-            Inspection { attention: Vec::new(), teacher_hidden: BTreeMap::new(), student_hidden: BTreeMap::new() };
-        for (teacher, _) in self.teachers.values() {
-            let wants = Wants {
-                levels: (0..teacher.shape().arch.depth).collect(),
-                attention: true,
-                whole: true,
-                ..Wants::default()
-            };
-            let mut pass = teacher.begin(cx, images, &wants)?;
-            inspection.attention = std::mem::take(&mut pass.attention);
-            let levels = teacher.finish(cx, pass, &wants, masks)?;
-            inspection.teacher_hidden = levels.into_iter().map(|(i, level)| (i, level.x.as_vec())).collect();
-        }
-        let visible = Some(masks.visible.as_slice());
-        let features = self.student.forward(cx, &mut Recorder::inference(), images, visible, None, &|_| true)?;
-        inspection.student_hidden = features.hidden.iter().map(|(i, x)| (*i, x.as_vec())).collect();
-        Ok(inspection)
-    }
-}
-
-impl<D: Dev> Task<D> for PretrainModel<D> {
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<D>)) {
-        self.student.visit(f);
-        self.objectives.iter_mut().for_each(|o| o.aligner.visit(f));
-    }
-
-    fn student(&mut self) -> &mut dyn Student<D> {
-        &mut *self.student
-    }
-
-    fn take_times(&mut self) -> ForwardTimes {
-        std::mem::take(&mut self.times)
-    }
-
-    fn loss(&mut self, cx: &Context<D>, r: &mut Recorder<D>, batch: &MicroBatch) -> Result<Scalar<D>> {
-        let (masks, targets) = self.teach(cx, batch)?;
-        debug_assert_eq!(self.counts.visible, masks.visible_each());
-        let _span = tracing::info_span!("student").entered();
-        let depth = self.student.shape().arch.depth;
-        let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
-        let kept = |i: usize| self.kept.contains(&i);
-        let features = self.student.forward(cx, r, &batch.images, Some(&masks.visible), scales.as_ref(), &kept)?;
-        let mut terms = Vec::new();
-        let mut weights = Vec::new();
-        for (objective, (predictions, targets)) in
-            self.objectives.iter().zip(self.align(cx, r, &features, &masks)?.iter().zip(targets))
-        {
-            let weight = objective.weight.at(batch.progress) as f32;
-            for ((prediction, target), level_weight) in
-                predictions.iter().zip(&targets).zip(&objective.shape.level_weights)
-            {
-                terms.push(objective.loss.term(cx, r, prediction, target)?);
-                weights.push(weight * level_weight);
-            }
-        }
-        cx.kernels.weighted_sum(r, &terms, &weights)
-    }
-}
-
-impl<D: Dev> PretrainModel<D> {
-    /// What frozen towers and pixels give for a micro-batch: masks, and each objective's targets.
-    fn teach(&mut self, cx: &Context<D>, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Matrix<D>>>)> {
+    /// What teachers and pixels give for a micro-batch: masks, and each objective's targets.
+    fn teach(&mut self, cx: &Context, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Tensor>>)> {
         let images = &batch.images;
         let started = Instant::now();
         let mut passes = BTreeMap::new();
@@ -239,93 +132,113 @@ impl<D: Dev> PretrainModel<D> {
         let attended = started.elapsed().as_secs_f64();
         let masks = {
             let _span = tracing::info_span!("mask").entered();
-            let asked = self.masker.as_ref().and_then(|m| m.teacher()).map(str::to_owned);
-            let attention = asked.map(|name| std::mem::take(&mut passes.get_mut(&name).expect("planned").attention));
-            self.draw(batch, attention.as_deref())
+            self.draw(batch, &mut passes)
         };
         let drawn = started.elapsed().as_secs_f64();
         let _span = tracing::info_span!("teacher").entered();
         let mut levels = BTreeMap::new();
-        for (name, pass) in passes {
-            let (teacher, wants) = &self.teachers[&name];
-            levels.insert(name, teacher.finish(cx, pass, wants, &masks)?);
+        for ((name, (teacher, wants)), pass) in self.teachers.iter().zip(passes.into_values()) {
+            levels.insert(name.as_str(), teacher.finish(cx, pass, wants, &masks)?);
         }
-        let student = self.student.shape();
-        let outputs = |o: &BuiltObjective<D>| {
-            let teacher = o.shape.target.teacher.as_ref().map(|name| (&levels[name], &*self.teachers[name].0));
-            let input = TargetInput { images, masks: &masks, tokens: o.shape.tokens, student, teacher };
-            o.target.outputs(cx, &o.shape.target, &input)
-        };
-        let targets = self.objectives.iter().map(outputs).collect::<Result<_>>()?;
+        let targets = self
+            .objectives
+            .iter()
+            .map(|(objective, _)| self.targets(cx, objective, images, &masks, &levels))
+            .collect::<Result<_>>()?;
         self.times.mask += drawn - attended;
         self.times.teacher += started.elapsed().as_secs_f64() - (drawn - attended);
         Ok((masks, targets))
     }
 
-    /// Each objective's predictions from the student's hidden states.
-    fn align(
+    fn targets(
         &self,
-        cx: &Context<D>,
-        r: &mut Recorder<D>,
-        features: &Features<D>,
+        cx: &Context,
+        objective: &PlannedObjective,
+        images: &ImageBatch,
         masks: &Masks,
-    ) -> Result<Vec<Vec<Matrix<D>>>> {
+        levels: &BTreeMap<&str, BTreeMap<usize, Level>>,
+    ) -> Result<Vec<Tensor>> {
+        let input = TargetInput { images, masks, tokens: objective.tokens };
+        match &objective.target.source {
+            TargetSource::Images(target) => Ok(target.outputs(cx, &input)?),
+            TargetSource::Teacher { name, target, .. } => {
+                let given = |name: &str| Some((&*self.teachers.get(name)?.0, levels.get(name)?));
+                let Some((teacher, levels)) = given(name) else {
+                    return Err(Error::Usage(format!("teacher `{name}` is not there")));
+                };
+                let wanted = objective.levels.iter().map(|level| {
+                    levels.get(level).ok_or_else(|| Error::Usage(format!("teacher `{name}` gave no level {level}")))
+                });
+                Ok(target.outputs(cx, &input, teacher, &wanted.collect::<Result<Vec<_>>>()?)?)
+            }
+        }
+    }
+
+    /// Each objective's predictions from the student's hidden states.
+    fn align(&self, cx: &Context, tape: &mut Tape, features: &Features, masks: &Masks) -> Result<Vec<Vec<Tensor>>> {
         let held = Tokens { cls: self.student.shape().cls_token, visible: true, masked: false };
-        let mut normed: BTreeMap<LevelRef, Matrix<D>> = BTreeMap::new();
+        let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
-        for o in &self.objectives {
-            let mut levels = Vec::with_capacity(o.shape.needs.levels.len());
-            for level in &o.shape.needs.levels {
+        for (objective, aligner) in &self.objectives {
+            let needs = objective.aligner.needs();
+            let mut levels = Vec::with_capacity(needs.levels.len());
+            for level in &needs.levels {
                 let x = match level {
                     LevelRef::Embed => &features.embed,
                     LevelRef::Block(i) => &features.hidden[i],
                 };
-                if o.shape.needs.tap == Tap::Block {
+                if needs.tap == Tap::Block {
                     levels.push(x.clone());
                     continue;
                 }
                 // One norm for all objectives that look through it.
                 if !normed.contains_key(level) {
-                    normed.insert(*level, self.student.norm(cx, r, x)?);
+                    normed.insert(*level, self.student.norm(cx, tape, x)?);
                 }
                 levels.push(normed[level].clone());
             }
-            let input = AlignInput { levels: &levels, held, masks, tokens: o.shape.tokens };
-            predictions.push(o.aligner.forward(cx, r, &input)?);
+            let input = AlignInput { levels: &levels, held, masks, tokens: objective.tokens };
+            predictions.push(aligner.forward(cx, tape, &input)?);
         }
         Ok(predictions)
     }
 }
 
-/// Refuses weights without the projection that a target taps: CLIP's files come with and without it.
-fn check_projection<D: Dev>(name: &str, teacher: &dyn Teacher<D>, shape: &Shape) -> Result<(), Refusal> {
-    let taps = |o: &ObjectiveShape| o.target.teacher.as_deref() == Some(name) && o.target.tap == Tap::Projection;
-    match teacher.shape().projection.is_none() && shape.objectives.iter().any(taps) {
-        true => Err(Refusal::new("weights", "hold no projection, which a target's `tap` asks for")),
-        false => Ok(()),
+impl Task for PretrainModel {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.student.visit(f);
+        self.objectives.iter_mut().for_each(|(_, aligner)| aligner.visit(f));
+        self.teachers.values_mut().for_each(|(teacher, _)| teacher.visit(f));
     }
-}
 
-fn build_objectives<D: Dev>(
-    stage: &Pretrain,
-    shapes: Vec<ObjectiveShape>,
-    init: &Init<D>,
-) -> Result<Vec<BuiltObjective<D>>> {
-    let several = shapes.len() > 1;
-    let mut built = Vec::new();
-    for shape in shapes {
-        let recipe = &stage.objectives[&shape.name];
-        let mut aligner = Build::build::<D>(&recipe.aligner)?.build(&shape.align, init)?;
-        if several {
-            aligner.visit(&mut |p| p.name = format!("{}.{}", shape.name, p.name));
-        }
-        built.push(BuiltObjective {
-            target: Build::build::<D>(&recipe.target)?,
-            aligner,
-            loss: Build::build::<D>(&recipe.loss)?,
-            weight: recipe.weight,
-            shape,
-        });
+    fn take_times(&mut self) -> ForwardTimes {
+        std::mem::take(&mut self.times)
     }
-    Ok(built)
+
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
+        let (masks, targets) = self.teach(cx, batch)?;
+        let _span = tracing::info_span!("student").entered();
+        let depth = self.student.shape().arch.depth;
+        let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
+        let kept = |i: usize| self.kept.contains(&i);
+        let features = self.student.forward(cx, tape, &batch.images, Some(&masks.visible), scales.as_ref(), &kept)?;
+        let mut terms = Vec::new();
+        let mut weights = Vec::new();
+        let predictions = self.align(cx, tape, &features, &masks)?;
+        for ((objective, _), (predictions, targets)) in self.objectives.iter().zip(predictions.iter().zip(targets)) {
+            let weight = objective.weight.at(batch.progress) as f32;
+            for ((prediction, target), level_weight) in predictions.iter().zip(&targets).zip(&objective.level_weights) {
+                terms.push(objective.loss.term(cx, tape, prediction, target)?);
+                weights.push(weight * level_weight);
+            }
+        }
+        Ok(ops::weighted_sum(cx, tape, &terms, &weights)?)
+    }
+
+    fn after_update(&mut self, cx: &Context, progress: f64) -> Result<()> {
+        for (teacher, _) in self.teachers.values_mut() {
+            teacher.after_update(cx, &mut *self.student, progress)?;
+        }
+        Ok(())
+    }
 }

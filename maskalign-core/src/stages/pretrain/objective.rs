@@ -1,22 +1,22 @@
 //! One term of the loss: what is compared with what, and by which distance.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
-use dfdx::prelude::Cpu;
+use maskalign_engine::Result;
 use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
-use super::super::keep;
 use crate::{
     component,
     components::{
-        aligners::{AlignNeeds, AlignPlan},
+        aligners::{AlignPlan, PlannedAligner},
+        losses::Loss,
         maskers::Counts,
-        targets::{TargetContext, TargetPlan},
+        targets::{PlannedTarget, TargetContext},
         tokens::{TokenKind, Tokens},
         towers::TowerShape,
     },
-    error::Result,
     plugin::Build,
+    stages::keep,
 };
 
 /// The weights of an objective's levels.
@@ -100,43 +100,61 @@ fn unit_weight() -> Ramp {
 #[component]
 pub struct Objective {
     /// What the student is to match.
-    pub(super) target: Slot<TargetTag>,
+    target: Slot<TargetTag>,
     /// The tokens that are compared.
     #[schemars(length(min = 1))]
     tokens: Vec<TokenKind>,
     /// The map from the student's outputs to the target's shape.
-    pub(super) aligner: Slot<AlignerTag>,
+    aligner: Slot<AlignerTag>,
     /// The distance between the two.
-    pub(super) loss: Slot<LossTag>,
+    loss: Slot<LossTag>,
     /// Weights of the target's levels: `uniform`, `linear`, or a list. A level of weight 0 takes no part: no gradient,
     /// no update, no decay of its head.
     #[serde(default)]
     level_weights: LevelWeights,
     /// Weight of the objective.
     #[serde(default = "unit_weight")]
-    pub(super) weight: Ramp,
+    weight: Ramp,
 }
 
 /// An objective whose parts fit each other.
-pub(super) struct ObjectiveShape {
+#[derive(Clone)]
+pub struct PlannedObjective {
+    /// Its name in the recipe.
     pub name: String,
+    /// The tokens that are compared.
     pub tokens: Tokens,
-    pub target: TargetPlan,
-    pub align: AlignPlan,
-    pub needs: AlignNeeds,
+    /// What the student is to match.
+    pub target: Arc<PlannedTarget>,
+    /// The levels of the target's tower that are computed, in order.
+    pub levels: Vec<usize>,
+    /// The map from the student's outputs to the target's shape.
+    pub aligner: Arc<dyn PlannedAligner>,
+    /// The distance between the two.
+    pub loss: Arc<dyn Loss>,
+    /// Weight of the objective.
+    pub weight: Ramp,
+    /// Weights of the outputs that are compared.
     pub level_weights: Vec<f32>,
+}
+
+impl PlannedObjective {
+    /// Values of an image that are compared with targets.
+    pub fn compared(&self, counts: Counts) -> usize {
+        self.tokens.count(counts.visible, counts.masked) * self.target.width * self.level_weights.len()
+    }
 }
 
 impl Objective {
     /// Refuses parts that do not fit each other: every refusal, not the first. `counts` are absent where the masker was
-    /// refused; what depends on them is left out then, and there may be no shape although nothing is refused here.
-    pub(super) fn shape(
+    /// refused; what depends on them is left out then, and there may be no objective although nothing is refused here.
+    pub(super) fn plan(
         &self,
         name: &str,
         student: TowerShape,
         teachers: &BTreeMap<String, TowerShape>,
         counts: Option<Counts>,
-    ) -> Result<Option<ObjectiveShape>, Vec<Refusal>> {
+    ) -> Result<Option<PlannedObjective>, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.check_weight());
         let tokens = keep(&mut refusals, Tokens::from_list(&self.tokens));
@@ -147,13 +165,13 @@ impl Objective {
             );
         }
         let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default() };
-        let target = Build::build::<Cpu>(&self.target).and_then(|target| target.plan(&at));
+        let target = Build::build(&self.target).and_then(|target| target.plan(&at));
         let target = keep(&mut refusals, target.map_err(|r| r.under("target")));
         let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
-        let aligner = keep(&mut refusals, Build::build::<Cpu>(&self.aligner).map_err(|r| r.under("aligner")));
-        keep(&mut refusals, Build::build::<Cpu>(&self.loss).map_err(|r| r.under("loss")));
-        let (Some(tokens), Some(mut target), Some(weights), Some(aligner), Some(counts), true) =
-            (tokens, target, weights, aligner, counts, refusals.is_empty())
+        let aligner = keep(&mut refusals, Build::build(&self.aligner).map_err(|r| r.under("aligner")));
+        let loss = keep(&mut refusals, Build::build(&self.loss).map_err(|r| r.under("loss")));
+        let (Some(tokens), Some(target), Some(weights), Some(aligner), Some(loss), Some(counts), true) =
+            (tokens, target, weights, aligner, loss, counts, refusals.is_empty())
         else {
             return if refusals.is_empty() { Ok(None) } else { Err(refusals) };
         };
@@ -168,14 +186,22 @@ impl Objective {
             wanted: wanted.clone(),
             width: target.width,
         };
-        let needs = aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?;
-        if target.outputs == target.levels.len() {
-            // A level of weight 0 is neither computed nor compared.
-            target.levels = wanted.iter().map(|&i| target.levels[i]).collect();
-            target.outputs = target.levels.len();
-        }
-        let level_weights = wanted.iter().map(|&i| weights[i] as f32).collect();
-        Ok(Some(ObjectiveShape { name: name.to_string(), tokens, target, align, needs, level_weights }))
+        let aligner = aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?;
+        // A level of weight 0 is neither computed nor compared.
+        let levels = match target.outputs == target.levels.len() {
+            true => wanted.iter().map(|&i| target.levels[i]).collect(),
+            false => target.levels.clone(),
+        };
+        Ok(Some(PlannedObjective {
+            name: name.to_string(),
+            tokens,
+            target: Arc::new(target),
+            levels,
+            aligner: aligner.into(),
+            loss: loss.into(),
+            weight: self.weight,
+            level_weights: wanted.iter().map(|&i| weights[i] as f32).collect(),
+        }))
     }
 
     fn check_weight(&self) -> Result<(), Refusal> {

@@ -1,0 +1,55 @@
+//! `metrics.jsonl`: one line for each recorded event.
+
+use serde_json::json;
+
+use super::{Evaluation, Event, Mark, Sink};
+use crate::{
+    error::Result,
+    run::{Metrics, RunDir},
+};
+
+/// The metrics file of a run directory.
+pub struct MetricsFile<'a> {
+    dir: &'a RunDir,
+    /// Opened when the first stage says where it begins, which cuts off what a resumed run will write again.
+    file: Option<Metrics>,
+}
+
+impl<'a> MetricsFile<'a> {
+    /// The sink of a directory; nothing is opened yet.
+    pub fn new(dir: &'a RunDir) -> Self {
+        MetricsFile { dir, file: None }
+    }
+
+    fn file(&mut self) -> Result<&mut Metrics> {
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => self.dir.metrics(0)?,
+        };
+        Ok(self.file.insert(file))
+    }
+}
+
+impl Sink for MetricsFile<'_> {
+    fn handle(&mut self, event: &Event) -> Result<()> {
+        match event {
+            Event::Step(report) => self.file()?.append(report)?,
+            Event::Evaluated(Evaluation { stage, step, epoch, name, result }) => {
+                self.file()?.append(&json!({ "stage": stage, "step": step, "epoch": epoch, name: result }))?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn rewind(&mut self, to: Mark) -> Result<()> {
+        // Closed first: the file is opened again at that length.
+        self.file = None;
+        self.file = Some(self.dir.metrics(to.records)?);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        Ok(self.file()?.sync()?)
+    }
+}

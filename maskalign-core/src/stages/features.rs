@@ -1,0 +1,142 @@
+//! One feature an image, of frozen towers: what k-NN and other evaluations read.
+
+use maskalign_engine::{Context, ImageBatch, Tape, Tensor, ops};
+use maskalign_registry::Refusal;
+
+use super::{OpenData, StageRun, image_batch};
+use crate::{
+    component,
+    components::{
+        students::StudentModel,
+        teachers::{TeacherModel, Wants},
+        tokens::Masks,
+        towers::{Tap, TowerShape},
+    },
+    error::{Error, Result},
+    events::Event,
+};
+
+/// How a tower's tokens become one feature.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// The mean of the patches' tokens after the last block.
+    #[default]
+    Mean,
+    /// The class token after the last block.
+    Cls,
+}
+
+/// Where a tower's features are taken.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum FeatureTap {
+    /// The residual stream after the last block.
+    #[default]
+    Block,
+    /// After the final norm.
+    Norm,
+}
+
+/// How features are taken.
+#[derive(Clone, Copy)]
+pub struct View {
+    /// How tokens become one feature.
+    pub pooling: Pooling,
+    /// Where tokens are taken.
+    pub tap: FeatureTap,
+    /// Images that go through a tower together.
+    pub batch: usize,
+}
+
+/// What features are taken from.
+pub enum Tower<'a> {
+    /// The images themselves.
+    Pixels,
+    /// A student.
+    Student(&'a dyn StudentModel),
+    /// A teacher.
+    Teacher(&'a dyn TeacherModel),
+}
+
+impl Tower<'_> {
+    /// One feature an image, `[batch, width]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn features(&self, cx: &Context, images: ImageBatch, view: View) -> Result<Tensor> {
+        let batch = images.batch;
+        let off = &mut Tape::inference();
+        let normed = view.tap == FeatureTap::Norm;
+        let (x, shape): (Tensor, TowerShape) = match self {
+            Tower::Pixels => {
+                let width = images.pixels.len() / batch;
+                return Ok(cx.tensor(images.pixels, batch, width)?);
+            }
+            Tower::Student(student) => {
+                let last = student.forward(cx, off, &images, None, None, &|_| false)?.last;
+                (if normed { student.norm(cx, off, &last)? } else { last }, student.shape())
+            }
+            Tower::Teacher(teacher) => {
+                let last = teacher.shape().arch.depth - 1;
+                let wants = Wants { levels: [last].into(), whole: true, ..Wants::default() };
+                let pass = teacher.begin(cx, &images, &wants)?;
+                let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
+                let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
+                let x = levels.remove(&last).ok_or_else(|| Error::Usage("a teacher gave no last level".into()))?.x;
+                (if normed { teacher.tap(cx, &x, Tap::Norm)? } else { x }, teacher.shape())
+            }
+        };
+        match view.pooling {
+            Pooling::Mean => Ok(ops::mean_tokens(cx, off, &x, batch, usize::from(shape.cls_token))?),
+            Pooling::Cls => {
+                let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
+                Ok(ops::gather_rows(cx, off, &[&x], &rows)?)
+            }
+        }
+    }
+}
+
+/// Features of length 1 with their labels.
+pub struct Bank {
+    /// `[images, width]`, row by row.
+    pub features: Vec<f32>,
+    /// Values of a feature.
+    pub width: usize,
+    /// The classes.
+    pub labels: Vec<u32>,
+    /// Images that could not be read.
+    pub skipped: usize,
+}
+
+/// The features of all images that can be read.
+///
+/// # Errors
+/// An image without a label; none that can be read; a stop that the user asked for.
+pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
+    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
+    let all = data.images.len() as u64;
+    for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
+        let mut batch = batch?;
+        for (label, index) in batch.labels.iter().zip(&batch.indices) {
+            let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
+            bank.labels.push(label);
+        }
+        let x = tower.features(run.cx, image_batch(&mut batch), view)?;
+        bank.width = x.columns();
+        bank.features.extend(x.to_vec());
+        run.events.send(Event::Progress { what: "features", done: bank.labels.len() as u64, all })?;
+        run.check_stop()?;
+    }
+    bank.skipped = data.images.len() - bank.labels.len();
+    if bank.labels.is_empty() {
+        return Err(Error::Usage(format!("none of the {all} images of `{}` can be read", run.name)));
+    }
+    for row in bank.features.chunks_exact_mut(bank.width) {
+        let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
+        row.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
+    }
+    Ok(bank)
+}

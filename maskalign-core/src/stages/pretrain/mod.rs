@@ -1,0 +1,387 @@
+//! Pre-training: a student's features of the visible patches against targets of the intact image.
+
+mod model;
+mod objective;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use indexmap::IndexMap;
+use maskalign_engine::{Context, Recompute};
+use maskalign_registry::{Kind, LevelRef, MaskerTag, Refusal, SharedOptions, Slot, StudentTag, TeacherTag, With};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use model::PretrainModel;
+pub use objective::{Objective, PlannedObjective};
+
+use super::{
+    EpochEvaluation, Loop, Outcome, PlannedStage, PlannedTraining, Stage, StageContext, StageRun, StageSummary,
+    Training, TrainingStep, finish, keep,
+    knn::{PeriodicKnn, PlannedKnn},
+    memory, train,
+    training::count_parameters,
+};
+use crate::{
+    component,
+    components::{
+        maskers::{Counts, PlannedMasker},
+        students::PlannedStudent,
+        targets::TargetSource,
+        teachers::{PlannedTeacher, Wants},
+        towers::{PlanContext, StudentPlan, Tap, TowerShape, TrainedStudents},
+    },
+    error::Result,
+    nn::{Init, Reach},
+    plugin::Build,
+    register,
+};
+
+/// Trains a student on the visible patches against targets that teachers, or the pixels, give for the intact image
+/// (MaskAlign, arXiv 2211.08887).
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Pretrain(With<Periodic, With<Training, PretrainOptions>>);
+
+/// What is measured in the course of pre-training.
+#[component]
+pub struct Periodic {
+    /// Measures the student by k-NN every few epochs.
+    #[serde(default)]
+    knn: Option<PeriodicKnn>,
+}
+
+impl SharedOptions for Periodic {
+    const LAST: &'static [&'static str] = &["knn"];
+}
+
+/// The options that are pre-training's own.
+#[component]
+pub struct PretrainOptions {
+    /// The tower that is trained.
+    student: Slot<StudentTag>,
+    /// Towers whose features are matched, by name.
+    #[serde(default)]
+    teachers: IndexMap<String, Slot<TeacherTag>>,
+    /// Chooses the patches that the student sees; absent: all of them.
+    #[serde(default)]
+    masker: Option<Slot<MaskerTag>>,
+    /// The terms of the loss, by name.
+    #[schemars(extend("minProperties" = 1))]
+    objectives: IndexMap<String, Objective>,
+}
+
+/// A masker that fits, and the teacher whose attention it draws by.
+#[derive(Clone)]
+struct Masking {
+    masker: Arc<dyn PlannedMasker>,
+    teacher: Option<String>,
+}
+
+/// Pre-training whose options fit.
+pub struct PlannedPretrain {
+    summary: StageSummary,
+    training: PlannedTraining,
+    student: Arc<dyn PlannedStudent>,
+    /// The teachers that are asked for something, and for what, by name.
+    teachers: BTreeMap<String, (Arc<dyn PlannedTeacher>, Wants)>,
+    masking: Option<Masking>,
+    objectives: Vec<PlannedObjective>,
+    knn: Option<PlannedKnn>,
+    seed: u64,
+    scope: String,
+}
+
+impl Pretrain {
+    /// What runs.
+    ///
+    /// # Errors
+    /// Every option that does not fit.
+    pub fn plan_pretrain(&self, cx: &StageContext) -> Result<PlannedPretrain, Vec<Refusal>> {
+        let With { shared: periodic, own: With { shared, own } } = &self.0;
+        let mut refusals = Vec::new();
+        let mut summary = StageSummary::default();
+        let training = shared.plan(cx, cx.name.to_string(), &mut summary, &mut refusals);
+        let Some(training) = training else { return Err(refusals) };
+        let towers = cx.towers(training.data.size);
+        let models = match own.plan_models(&towers) {
+            Ok(models) => models,
+            Err(more) => {
+                refusals.extend(more);
+                return Err(refusals);
+            }
+        };
+        let Models { student, teachers, masking, objectives } = models;
+        let knn = periodic.knn.as_ref().and_then(|knn| {
+            match knn.plan(cx, shared.epochs, student.shape().arch.dim, &mut summary) {
+                Ok(planned) => Some(planned),
+                Err(more) => {
+                    refusals.extend(more.into_iter().map(|r| r.under("knn")));
+                    None
+                }
+            }
+        });
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        let mut wants = wants(&objectives, masking.as_ref());
+        let (asked, idle): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            teachers.into_iter().partition(|(name, _)| wants.contains_key(name));
+        summary
+            .warnings
+            .extend(idle.keys().map(|name| format!("no target and no masker asks teacher `{name}`: it is not loaded")));
+        let teachers = asked
+            .into_iter()
+            .map(|(name, teacher)| {
+                let wants = wants.remove(&name).unwrap_or_default();
+                (name, (teacher, wants))
+            })
+            .collect();
+        let mut planned = PlannedPretrain {
+            summary,
+            training,
+            student,
+            teachers,
+            masking,
+            objectives,
+            knn,
+            seed: cx.seed,
+            scope: cx.name.to_string(),
+        };
+        planned.summarize(cx.recompute).map_err(|error| vec![super::whole(error)])?;
+        Ok(planned)
+    }
+}
+
+/// The models of the stage, and how they are compared.
+struct Models {
+    student: Arc<dyn PlannedStudent>,
+    teachers: BTreeMap<String, Arc<dyn PlannedTeacher>>,
+    masking: Option<Masking>,
+    objectives: Vec<PlannedObjective>,
+}
+
+impl PretrainOptions {
+    /// Collects every refusal, not the first.
+    fn plan_models(&self, towers: &PlanContext) -> Result<Models, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        let student = keep(
+            &mut refusals,
+            Build::build(&self.student).and_then(|s| s.plan(towers)).map_err(|r| r.under("student")),
+        );
+        let with_student = PlanContext { student: student.as_ref(), ..*towers };
+        let mut teachers: BTreeMap<String, Arc<dyn PlannedTeacher>> = BTreeMap::new();
+        for (name, slot) in &self.teachers {
+            let planned = Build::build(slot).and_then(|t| t.plan(&with_student));
+            if let Some(teacher) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
+                teachers.insert(name.clone(), teacher.into());
+            }
+        }
+        let Some(student) = student else { return Err(refusals) };
+        let shape = student.shape();
+        let masking = match &self.masker {
+            None => Some(None),
+            Some(slot) => {
+                let planned = self.plan_masker(slot, shape, &teachers);
+                keep(&mut refusals, planned.map_err(|r| r.under("masker"))).map(Some)
+            }
+        };
+        let all = Counts { visible: shape.grid.patches(), masked: 0 };
+        let counts = masking.as_ref().map(|masking| masking.as_ref().map_or(all, |m| m.masker.counts()));
+        let shapes = teachers.iter().map(|(name, teacher)| (name.clone(), teacher.shape())).collect();
+        let mut objectives = Vec::new();
+        for (name, objective) in &self.objectives {
+            match objective.plan(name, shape, &shapes, counts) {
+                Ok(planned) => objectives.extend(planned),
+                Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
+            }
+        }
+        // A teacher that was refused is not reported as unknown as well.
+        let refused = |name: &str| self.teachers.contains_key(name) && !teachers.contains_key(name);
+        refusals.retain(|refusal| !refusal.follows_from(Kind::Teacher, refused));
+        match masking {
+            Some(masking) if refusals.is_empty() => Ok(Models { student, teachers, masking, objectives }),
+            _ => Err(refusals),
+        }
+    }
+
+    fn plan_masker(
+        &self,
+        slot: &Slot<MaskerTag>,
+        student: TowerShape,
+        teachers: &BTreeMap<String, Arc<dyn PlannedTeacher>>,
+    ) -> Result<Masking, Refusal> {
+        let masker = Build::build(slot)?;
+        let teacher = masker.teacher().map(str::to_owned);
+        if let Some(name) = &teacher {
+            let Some(teacher) = teachers.get(name) else {
+                let known: Vec<&str> = self.teachers.keys().map(String::as_str).collect();
+                let refusal = Refusal::new("teacher", format!("no teacher is named `{name}`"));
+                return Err(refusal.unresolved(Kind::Teacher, name).help(match known.is_empty() {
+                    true => "the stage has no `teachers`".to_string(),
+                    false => format!("known teachers: {}", known.join(", ")),
+                }));
+            };
+            teacher.shape().check_grid(name, &student)?;
+            if !teacher.gives_attention() {
+                let message = match teacher.shape().cls_token {
+                    true => format!("`{name}` does not give its attention"),
+                    false => format!("`{name}` has no class token whose attention could be used"),
+                };
+                return Err(Refusal::new("teacher", message));
+            }
+        }
+        Ok(Masking { masker: masker.plan(student.grid)?.into(), teacher })
+    }
+}
+
+/// What each teacher is asked for, by name.
+fn wants(objectives: &[PlannedObjective], masking: Option<&Masking>) -> BTreeMap<String, Wants> {
+    let mut all: BTreeMap<String, Wants> = BTreeMap::new();
+    for objective in objectives {
+        if let TargetSource::Teacher { name, whole, .. } = &objective.target.source {
+            let wants = all.entry(name.clone()).or_default();
+            wants.levels.extend(&objective.levels);
+            wants.whole |= whole;
+            wants.tokens = wants.tokens.union(objective.tokens);
+        }
+    }
+    if let Some(teacher) = masking.and_then(|masking| masking.teacher.as_ref()) {
+        all.entry(teacher.clone()).or_default().attention = true;
+    }
+    all
+}
+
+impl PlannedPretrain {
+    /// Counts parameters and estimates memory.
+    fn summarize(&mut self, recompute: Recompute) -> Result<()> {
+        let (student, counts, micro) = (self.student.shape(), self.counts(), self.training.batch.micro());
+        let visible = counts.visible + usize::from(student.cls_token);
+        let levels = |teacher: &str| {
+            let of = |o: &&PlannedObjective| o.target.teacher() == Some(teacher);
+            self.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
+        };
+        let frozen = self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect();
+        let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
+        (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
+        self.summary.tokens = Some((visible, student.tokens()));
+        self.summary.student =
+            Some(StudentPlan { tower: Arc::clone(&self.student), reach: self.reach(), init_scope: self.scope.clone() });
+        let step = TrainingStep {
+            student: &student,
+            images: micro,
+            image_size: self.training.data.size,
+            tokens: visible,
+            frozen,
+            compared: micro * self.objectives.iter().map(|o| o.compared(counts)).sum::<usize>(),
+            aligned: micro * self.objectives.iter().map(|o| o.aligner.kept(recompute)).sum::<usize>(),
+            recompute,
+        };
+        self.summary.memory += memory::training(&self.summary, &step);
+        Ok(())
+    }
+
+    /// The blocks of the student that the objectives look at.
+    fn kept(&self) -> BTreeSet<usize> {
+        let levels = self.objectives.iter().flat_map(|o| &o.aligner.needs().levels);
+        let block = |level: &LevelRef| match level {
+            LevelRef::Block(i) => Some(*i),
+            LevelRef::Embed => None,
+        };
+        levels.filter_map(block).collect()
+    }
+
+    /// How much of the student the loss depends on.
+    fn reach(&self) -> Reach {
+        Reach {
+            blocks: self.kept().last().map_or(0, |last| last + 1),
+            norm: self.objectives.iter().any(|o| o.aligner.needs().tap == Tap::Norm),
+        }
+    }
+
+    /// Visible and predicted patches of an image.
+    pub fn counts(&self) -> Counts {
+        let all = Counts { visible: self.student.shape().grid.patches(), masked: 0 };
+        self.masking.as_ref().map_or(all, |masking| masking.masker.counts())
+    }
+
+    /// Draws masks by another masker: a replay's.
+    #[must_use]
+    pub fn with_masker(self, masker: Arc<dyn PlannedMasker>) -> Self {
+        let teacher = self.masking.as_ref().and_then(|masking| masking.teacher.clone());
+        PlannedPretrain { masking: Some(Masking { masker, teacher }), ..self }
+    }
+
+    /// Data, optimizer and length.
+    pub fn training(&self) -> &PlannedTraining {
+        &self.training
+    }
+
+    /// The student.
+    pub fn student(&self) -> &Arc<dyn PlannedStudent> {
+        &self.student
+    }
+
+    /// The shapes of the teachers that run.
+    pub fn teacher_shapes(&self) -> Vec<TowerShape> {
+        self.teachers.values().map(|(teacher, _)| teacher.shape()).collect()
+    }
+
+    /// The terms of the loss.
+    pub fn objectives(&self) -> &[PlannedObjective] {
+        &self.objectives
+    }
+
+    /// How its initial values are drawn.
+    pub fn init(&self, cx: &Context) -> Init {
+        Init::new(cx.device(), self.seed, &*self.scope)
+    }
+
+    /// The models at their beginning.
+    ///
+    /// # Errors
+    /// Weights that have gone or changed since they were planned; out of memory.
+    pub fn model(&self, cx: &Context, trained: &TrainedStudents) -> Result<PretrainModel> {
+        PretrainModel::new(self, Some(cx), &self.init(cx), trained)
+    }
+}
+
+impl Stage for Pretrain {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_pretrain(cx)?))
+    }
+}
+
+impl PlannedStage for PlannedPretrain {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let mut model = self.model(run.cx, run.trained)?;
+        let mut trainer = self.training.trainer();
+        let mut measure = |run: &mut StageRun, model: &mut PretrainModel| match &self.knn {
+            Some(knn) => knn.measure(run, model.student()),
+            None => Ok(serde_json::Value::Null),
+        };
+        let evaluation = self.knn.as_ref().map(|knn| EpochEvaluation {
+            name: "knn",
+            every: knn.every_epochs,
+            measure: &mut measure,
+        });
+        let trained = train(&mut run, &mut model, &mut trainer, Loop { training: &self.training, evaluation })?;
+        let weights = finish(&run, &mut model, trainer, &trained)?;
+        Ok(Outcome { results: trained.results, student: Some(weights) })
+    }
+}
+
+register!(stage "pretrain" => Pretrain, "trains a student against teachers or pixels",
+    example: r#"{ type: pretrain, epochs: 10, data: { dataset: { type: sample, split: train } },
+      student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 } },
+      masker: { type: random, ratio: 0.75 },
+      objectives: { pixels: { target: { type: pixels, normalize: standardize }, tokens: [masked],
+        aligner: { type: decoder, dim: 64, depth: 1, heads: 2 }, loss: { type: mse } } },
+      optimizer: { type: adamw, base_lr: 1.5e-4 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
+    paper: "MaskAlign, arXiv 2211.08887");

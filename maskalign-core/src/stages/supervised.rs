@@ -1,0 +1,154 @@
+//! Labels, classes and accuracy: what stages that learn classes share.
+
+use maskalign_engine::{Context, ImageBatch, Tensor};
+use maskalign_registry::Refusal;
+
+use super::{Data, MicroBatch, OpenData, PlannedData, StageContext, StageRun, StageSummary, image_batch, keep};
+use crate::{
+    error::{Error, Result},
+    events::Event,
+};
+
+/// Classes that are assumed where the data was not looked at: ImageNet's, for estimates.
+const UNSEEN_CLASSES: usize = 1000;
+
+/// What is classified: how many classes there are, and the images that the accuracy is measured on.
+pub struct PlannedClasses {
+    /// How many there are.
+    pub classes: usize,
+    /// The images that the accuracy is measured on.
+    pub eval: Option<PlannedData>,
+}
+
+impl PlannedClasses {
+    /// Finds out the number of classes (`classes` where it is given, else the data's), and refuses labels beyond it and
+    /// data that no accuracy could be measured on. Every refusal is noted, and `summary` told of what is read.
+    pub fn plan(
+        cx: &StageContext,
+        classes: Option<usize>,
+        data: Option<&PlannedData>,
+        eval: Option<&Data>,
+        summary: &mut StageSummary,
+        refusals: &mut Vec<Refusal>,
+    ) -> Self {
+        let eval = eval.and_then(|eval| keep(refusals, eval.plan(cx.environment).map_err(|r| r.under("eval"))));
+        let open = data.and_then(PlannedData::opened);
+        let open_eval = eval.as_ref().and_then(PlannedData::opened);
+        if let Some(eval) = open_eval {
+            summary.data.push(eval.record(format!("{}.eval", cx.name)));
+            summary.memory += eval.images.resident_bytes();
+            summary.warnings.extend(eval.images.notes());
+        }
+        let counted = open.and_then(|data| keep(refusals, count_classes(classes, data)));
+        let classes = counted.or(classes).unwrap_or(UNSEEN_CLASSES);
+        if let (Some(eval), Some(data)) = (open_eval, open) {
+            keep(refusals, check_eval(eval, data, classes).map_err(|r| r.under("eval")));
+        }
+        PlannedClasses { classes, eval }
+    }
+
+    /// The accuracy on the images that it is measured on, added to a stage's results.
+    ///
+    /// # Errors
+    /// None of the images can be read; a stop that the user asked for.
+    pub fn evaluate(
+        &self,
+        run: &mut StageRun,
+        model: &dyn Classify,
+        batch: usize,
+        results: &mut serde_json::Value,
+    ) -> Result<()> {
+        let Some(eval) = &self.eval else { return Ok(()) };
+        let (accuracy, skipped) = accuracy(run, model, eval.open()?, batch)?;
+        results["accuracy"] = accuracy.into();
+        if skipped > 0 {
+            results["eval_skipped"] = skipped.into();
+        }
+        Ok(())
+    }
+}
+
+/// The number of classes, which the labels must stay below.
+fn count_classes(given: Option<usize>, data: &OpenData) -> Result<usize, Refusal> {
+    data.check_labels("supervised training").map_err(|r| r.under("data"))?;
+    let most = largest_label(data);
+    let named = data.images.classes().map(|c| c.len());
+    let classes = given.or(named).unwrap_or(most + 1).max(2);
+    if most >= classes {
+        return Err(Refusal::new("classes", format!("{classes} classes, but the data has the label {most}")));
+    }
+    Ok(classes)
+}
+
+/// Refuses data that no accuracy could be measured on.
+fn check_eval(eval: &OpenData, data: &OpenData, classes: usize) -> Result<(), Refusal> {
+    if eval.size != data.size {
+        let message = format!("images of {} pixels, those of `data` have {}", eval.size, data.size);
+        return Err(Refusal::new("transforms", message));
+    }
+    eval.check_labels("an accuracy")?;
+    eval.check_classes(data, "data")?;
+    match largest_label(eval) {
+        most if most < classes => Ok(()),
+        most => Err(Refusal::new("dataset", format!("the label {most}, but the student learns {classes} classes"))),
+    }
+}
+
+/// The largest label; 0 without any.
+pub fn largest_label(data: &OpenData) -> usize {
+    (0..data.images.len()).filter_map(|i| data.images.label(i)).max().unwrap_or(0) as usize
+}
+
+/// The classes of a micro-batch as targets `[batch, classes]`, `smoothing` of each spread over all classes.
+///
+/// # Errors
+/// An image without a label below `classes`.
+pub fn class_targets(batch: &MicroBatch, classes: usize, smoothing: f64) -> Result<Vec<f32>, Refusal> {
+    let off = (smoothing / classes as f64) as f32;
+    let on = (1.0 - smoothing) as f32 + off;
+    let mut targets = vec![off; batch.labels.len() * classes];
+    for (i, label) in batch.labels.iter().enumerate() {
+        let label = label
+            .map(|l| l as usize)
+            .filter(|&l| l < classes)
+            .ok_or_else(|| Refusal::new("data", format!("image {} has no label below {classes}", batch.indices[i])))?;
+        targets[i * classes + label] = on;
+    }
+    Ok(targets)
+}
+
+/// Gives a score to each class.
+pub trait Classify {
+    /// How many classes there are.
+    fn classes(&self) -> usize;
+    /// `[batch, classes]`; takes no gradient.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor>;
+}
+
+/// Share of the images whose class the model finds, and how many could not be read.
+///
+/// # Errors
+/// None of the images can be read; a stop that the user asked for.
+pub fn accuracy(run: &mut StageRun, model: &dyn Classify, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
+    let (mut right, mut seen) = (0usize, 0usize);
+    let (classes, all) = (model.classes(), data.images.len());
+    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
+        let mut batch = batch?;
+        let images = image_batch(&mut batch);
+        let scores = model.scores(run.cx, &images)?.to_vec();
+        for (row, label) in scores.chunks_exact(classes).zip(&batch.labels) {
+            let best = (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
+            right += usize::from(best.map(|b| b as u32) == *label && label.is_some());
+        }
+        run.check_stop()?;
+        seen += batch.indices.len();
+        run.events.send(Event::Progress { what: "evaluation", done: seen as u64, all: all as u64 })?;
+    }
+    if seen == 0 {
+        return Err(Error::Usage(format!("none of the {all} images of `eval` can be read")));
+    }
+    Ok((right as f64 / seen as f64, all - seen))
+}

@@ -1,0 +1,252 @@
+//! The loop of a training stage: batches, steps, evaluations, checkpoints, and going on from them.
+
+use std::{collections::BTreeSet, sync::Arc, time::Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{MicroBatch, PlannedTraining, Step, Task, Trainer};
+use crate::{
+    data::Batch,
+    error::{Error, Result},
+    events::{Evaluation, Event, Mark, StepReport},
+    nn::Role,
+    run::{Checkpoint, CheckpointHeader, Retention},
+    stages::{StageRun, image_batch},
+    weights::{TensorMap, TensorRef},
+};
+
+/// What a training loop is told besides the run.
+pub struct Loop<'a, T> {
+    /// Data, length and checkpoints.
+    pub training: &'a PlannedTraining,
+    /// What is measured after some epochs, by the name that results have it under; absent: nothing.
+    pub evaluation: Option<EpochEvaluation<'a, T>>,
+}
+
+/// A measurement in the course of training.
+pub struct EpochEvaluation<'a, T> {
+    /// What it is called, such as `knn`.
+    pub name: &'a str,
+    /// Epochs between measurements.
+    pub every: u64,
+    /// Measures; its numbers are recorded, and kept in checkpoints.
+    pub measure: &'a mut dyn FnMut(&mut StageRun, &mut T) -> Result<Value>,
+}
+
+impl<T> EpochEvaluation<'_, T> {
+    /// Measures where that many epochs call for it.
+    fn after(&mut self, run: &mut StageRun, task: &mut T, epochs: u64, step: u64) -> Result<Option<Value>> {
+        if !epochs.is_multiple_of(self.every) {
+            return Ok(None);
+        }
+        let mut result = serde_json::json!({ "epoch": epochs });
+        let measured = (self.measure)(run, task)?;
+        let (stage, name) = (run.name.to_string(), self.name.to_string());
+        run.events.send(Event::Evaluated(&Evaluation {
+            stage,
+            step,
+            epoch: epochs as f64,
+            name,
+            result: measured.clone(),
+        }))?;
+        if let (Value::Object(result), Value::Object(measured)) = (&mut result, measured) {
+            result.extend(measured);
+        }
+        Ok(Some(result))
+    }
+}
+
+/// What a checkpoint notes besides tensors, so that a resumed stage ends with the results of an uninterrupted one.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Notes {
+    /// The loss of the last step.
+    loss: Option<f32>,
+    /// What was measured after epochs, in order.
+    measured: Vec<Value>,
+    /// Whether the run was stopped before what follows the checkpoint's epoch was measured.
+    unmeasured: bool,
+    /// Places of the images that could not be read so far.
+    skipped: BTreeSet<usize>,
+}
+
+/// What a training loop leaves besides the task.
+pub struct Trained {
+    /// Steps, epochs, the last loss, and what was measured.
+    pub results: Value,
+}
+
+/// Trains to the end of the stage, from its last checkpoint where there is one. The state at the end is saved too: what
+/// follows may be interrupted, and a run that `--steps` ended may go on.
+///
+/// # Errors
+/// Whatever ends a run early.
+pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, plan: Loop<T>) -> Result<Trained> {
+    let Loop { training, mut evaluation } = plan;
+    let PlannedTraining { batch, length, checkpoints, .. } = training;
+    let data = training.data.open()?;
+    let retention = Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps };
+    let mut notes = Notes::default();
+    let checkpoint = last_checkpoint(run)?;
+    let records = checkpoint.as_ref().map_or(run.events.records(), |c| c.header.metrics_records);
+    let step = checkpoint.as_ref().map_or(0, |c| c.header.step);
+    run.events.rewind(Mark { records, stage: run.name, step })?;
+    if let Some(checkpoint) = checkpoint {
+        trainer.restore(run.cx, task, &checkpoint.tensors, checkpoint.header.step)?;
+        notes = serde_json::from_value(checkpoint.header.meta).map_err(|error| {
+            Error::Usage(format!("the notes in the checkpoint of step {} do not parse: {error}", trainer.updates))
+        })?;
+        if std::mem::take(&mut notes.unmeasured)
+            && let Some(evaluation) = &mut evaluation
+        {
+            let epochs = trainer.updates / length.steps_per_epoch;
+            notes.measured.extend(evaluation.after(run, task, epochs, trainer.updates)?);
+        }
+        tracing::info!("stage `{}` goes on from step {}", run.name, trainer.updates);
+    }
+    let start = trainer.updates;
+    let mut last_saved = (start > 0).then_some(start);
+    // A kill may have come between a checkpoint and the deletion of those that it replaces.
+    run.dir.prune_checkpoints(run.name, retention)?;
+    let end = run.step_limit.map_or(length.steps(), |limit| length.steps().min(limit));
+    let loader = data.training(run.seed, batch.effective, batch.micro(), run.workers)?;
+    let mut batches = loader.batches(length.position(start), Some(end.saturating_sub(start)));
+    let parts = batch.effective / batch.micro();
+    let interval = checkpoints.interval(length.steps_per_epoch);
+    // A checkpoint is known to be good once a loss computed from it is finite.
+    let mut last_good = None;
+    while trainer.updates < end {
+        let began = Instant::now();
+        let step = trainer.updates;
+        let progress = trainer.progress();
+        let stepped = trainer.step(run.cx, task, parts, &mut || {
+            let mut batch: Batch = batches.next().expect("batches for every step")?;
+            notes.skipped.extend(&batch.unreadable);
+            Ok(MicroBatch {
+                images: image_batch(&mut batch),
+                labels: batch.labels,
+                indices: batch.indices,
+                epoch: batch.at.epoch,
+                progress,
+            })
+        });
+        let Step { loss, gradient_norm, lr, .. } = stepped.map_err(|error| advised(error, run, last_good))?;
+        last_good = last_saved;
+        notes.loss = Some(loss);
+        run.events.send(Event::Step(&StepReport {
+            stage: run.name.to_string(),
+            step,
+            steps: end,
+            epoch: step as f64 / length.steps_per_epoch as f64,
+            loss,
+            lr,
+            gradient_norm,
+            images_per_s: batch.effective as f64 / began.elapsed().as_secs_f64(),
+            skipped: notes.skipped.len(),
+        }))?;
+        let done = trainer.updates;
+        if done.is_multiple_of(length.steps_per_epoch)
+            && let Some(evaluation) = &mut evaluation
+        {
+            match evaluation.after(run, task, done / length.steps_per_epoch, done) {
+                Ok(result) => notes.measured.extend(result),
+                Err(stopped @ Error::Stopped { .. }) => {
+                    notes.unmeasured = true;
+                    save(run, task, trainer, &notes, retention)?;
+                    return Err(stopped);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let stop = run.stop.get();
+        if done == end || done.is_multiple_of(interval) || stop.is_some() {
+            save(run, task, trainer, &notes, retention)?;
+            last_saved = Some(done);
+        }
+        if let Some(stop) = stop {
+            return Err(run.stopped(stop));
+        }
+    }
+    run.events.sync()?;
+    let epochs = trainer.updates as f64 / length.steps_per_epoch as f64;
+    let mut results = serde_json::json!({ "steps": trainer.updates, "epochs": epochs });
+    if let Some(loss) = notes.loss {
+        results["loss"] = loss.into();
+    }
+    if let (Some(evaluation), false) = (&evaluation, notes.measured.is_empty()) {
+        results[evaluation.name] = notes.measured.into();
+    }
+    Ok(Trained { results })
+}
+
+/// The newest checkpoint of the stage that can be read.
+fn last_checkpoint(run: &StageRun) -> Result<Option<Checkpoint>> {
+    let checkpoint = run.dir.latest_checkpoint(run.name)?;
+    match &checkpoint {
+        Some(checkpoint) if checkpoint.header.fingerprint != run.fingerprint => {
+            Err(Error::Usage(format!("the checkpoints of stage `{}` are of another recipe", run.name)))
+        }
+        _ => Ok(checkpoint),
+    }
+}
+
+/// Adds to a loss or a gradient that is not finite which checkpoint is the last good one, and what to try.
+fn advised(error: Error, run: &StageRun, last_good: Option<u64>) -> Error {
+    let Error::NonFinite { what, value, step, lr, .. } = error else { return error };
+    let path = last_good.and_then(|step| run.dir.checkpoint_path(run.name, step).ok());
+    let checkpoint = match path.filter(|path| path.is_file()) {
+        Some(path) => format!("the last good checkpoint is {}", path.display()),
+        None => "no checkpoint is good".to_string(),
+    };
+    let try_this = "lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`";
+    Error::NonFinite { what, value, step, lr, advice: format!("{checkpoint}; {try_this}") }
+}
+
+/// Writes a checkpoint that agrees with what was recorded.
+fn save(run: &mut StageRun, task: &mut dyn Task, trainer: &Trainer, notes: &Notes, retention: Retention) -> Result<()> {
+    run.events.sync()?;
+    let tensors = trainer.tensors(task);
+    let meta = serde_json::to_value(notes).expect("numbers and lists");
+    let path = run.dir.save_checkpoint(&header(run, task, trainer.updates, meta), &tensors)?;
+    run.events.send(Event::Saved { path: &path })?;
+    Ok(run.dir.prune_checkpoints(run.name, retention)?)
+}
+
+fn header(run: &StageRun, task: &mut dyn Task, step: u64, meta: Value) -> CheckpointHeader {
+    let mut student = Vec::new();
+    task.visit(&mut |p| {
+        if p.role() == Role::Student {
+            student.push(p.name.clone());
+        }
+    });
+    CheckpointHeader {
+        stage: run.name.to_string(),
+        step,
+        fingerprint: run.fingerprint.to_string(),
+        metrics_records: run.events.records(),
+        student,
+        meta,
+    }
+}
+
+/// Writes what a finished training stage leaves, and gives its student's parameters by name. The trainer's state is
+/// freed first, and so are the buffers of its steps: the next stage has sizes of its own.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn finish(run: &StageRun, task: &mut dyn Task, trainer: Trainer, trained: &Trained) -> Result<Arc<TensorMap>> {
+    let step = trainer.updates;
+    drop(trainer);
+    run.cx.trim();
+    let mut weights = TensorMap::new();
+    task.visit(&mut |p| {
+        // A running mean is of use to this stage alone.
+        if matches!(p.role(), Role::Student | Role::Head) {
+            weights.insert(p.name.clone(), p.to_host());
+        }
+    });
+    let header = header(run, task, step, Value::Null);
+    run.dir.finish_stage(&header, &TensorRef::all_of(&weights), trained.results.clone())?;
+    weights.retain(|name, _| header.student.contains(name));
+    Ok(Arc::new(weights))
+}

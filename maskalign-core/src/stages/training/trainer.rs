@@ -1,0 +1,350 @@
+//! One optimizer step, and its state.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
+
+use maskalign_engine::{
+    Context, Gradients, ImageBatch, Tape, Tensor,
+    ops::{self, optim},
+    random::Stream,
+};
+use serde::Serialize;
+
+use super::Length;
+use crate::{
+    components::{
+        optimizers::{Optimizer, Update},
+        schedules::Schedule,
+    },
+    error::{Error, Result},
+    nn::{BranchScales, Param},
+    weights::{TensorData, TensorMap, TensorRef},
+};
+
+/// Where the forward pass of a step went, in seconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForwardTimes {
+    /// Teachers and targets.
+    pub teacher: f64,
+    /// Drawing masks.
+    pub mask: f64,
+}
+
+/// A micro-batch with what keys its random streams.
+pub struct MicroBatch {
+    /// The images.
+    pub images: ImageBatch,
+    /// Classes, where the data has them.
+    pub labels: Vec<Option<u32>>,
+    /// Places of the images in the dataset.
+    pub indices: Vec<usize>,
+    /// Epoch.
+    pub epoch: u64,
+    /// Share of the stage that is done.
+    pub progress: f64,
+}
+
+/// What is trained: parameters, and a loss of a micro-batch.
+pub trait Task {
+    /// Calls `f` on every parameter; their [roles](maskalign_engine::Role) say which are updated and which are saved.
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
+    /// The loss of a micro-batch, averaged over its images.
+    ///
+    /// # Errors
+    /// Out of memory on the device, or data that does not fit.
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor>;
+    /// Called after each update: for running means of parameters. `progress` is the share of the stage that is done, in
+    /// 0..=1.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn after_update(&mut self, _cx: &Context, _progress: f64) -> Result<()> {
+        Ok(())
+    }
+    /// Where forward passes went since this was last asked.
+    fn take_times(&mut self) -> ForwardTimes {
+        ForwardTimes::default()
+    }
+    /// What the learning rate of a parameter is multiplied by (layer decay).
+    fn lr_scale(&self, _parameter: &str) -> f64 {
+        1.0
+    }
+}
+
+/// The number of values in all parameters of a task, and in those that are updated.
+pub fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
+    let (mut all, mut trained) = (0, 0);
+    task.visit(&mut |p| {
+        all += p.len();
+        trained += if p.is_trained() { p.len() } else { 0 };
+    });
+    (all, trained)
+}
+
+/// An optimizer with its state, gradient buffers and schedule.
+pub struct Trainer {
+    optimizer: Arc<dyn Optimizer>,
+    schedule: Arc<dyn Schedule>,
+    state: BTreeMap<String, Vec<Tensor>>,
+    gradients: Option<Gradients>,
+    length: Length,
+    peak_lr: f64,
+    /// Updates so far.
+    pub updates: u64,
+}
+
+/// What one optimizer step answers.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The loss, averaged over the effective batch.
+    pub loss: f32,
+    /// Norm of all gradients together, before clipping.
+    pub gradient_norm: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Where the time went.
+    pub phases: Phases,
+}
+
+/// Time spent in the phases of a step, in seconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Phases {
+    /// Forward pass: student, alignments, losses; and the teacher and the mask.
+    pub forward: f64,
+    /// Backward pass.
+    pub backward: f64,
+    /// Gradient norm and update.
+    pub optimizer: f64,
+}
+
+impl Trainer {
+    /// An optimizer before its first step, for `effective` images an update.
+    pub fn new(optimizer: Arc<dyn Optimizer>, schedule: Arc<dyn Schedule>, effective: usize, length: Length) -> Self {
+        let peak_lr = optimizer.peak_lr(effective);
+        Trainer { optimizer, schedule, state: BTreeMap::new(), gradients: None, length, peak_lr, updates: 0 }
+    }
+
+    /// The learning rate of the next step.
+    pub fn lr(&self) -> f64 {
+        self.schedule.rate(self.peak_lr, self.updates as f64 / self.length.steps_per_epoch as f64, self.length.epochs)
+    }
+
+    /// Share of the stage that is done.
+    pub fn progress(&self) -> f64 {
+        (self.updates as f64 / self.length.steps() as f64).min(1.0)
+    }
+
+    /// One optimizer step over `parts` micro-batches, which must be all of an effective batch.
+    ///
+    /// # Errors
+    /// What the micro-batches and the task answer; a loss or a gradient that is not finite (nothing is updated then).
+    pub fn step(
+        &mut self,
+        cx: &Context,
+        task: &mut dyn Task,
+        parts: usize,
+        micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
+    ) -> Result<Step> {
+        self.step_at(cx, task, parts, micro_batches, self.lr())
+    }
+
+    /// As [`Trainer::step`], at a given learning rate.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step_at(
+        &mut self,
+        cx: &Context,
+        task: &mut dyn Task,
+        parts: usize,
+        micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
+        lr: f64,
+    ) -> Result<Step> {
+        let mut gradients = Gradients::default();
+        let (mut total, mut phases) = (0.0f64, Phases::default());
+        for _ in 0..parts {
+            let batch = micro_batches()?;
+            let started = Instant::now();
+            let mut tape = Tape::onto(gradients);
+            let loss = task.loss(cx, &mut tape, &batch)?;
+            let value = loss.value();
+            if !value.is_finite() {
+                return Err(self.not_finite("loss", f64::from(value), lr));
+            }
+            total += f64::from(value) / parts as f64;
+            let share = 1.0 / parts as f32;
+            let loss = match parts {
+                1 => loss,
+                _ => ops::scale(cx, &mut tape, &loss, share)?,
+            };
+            let forward = started.elapsed();
+            gradients = {
+                let _span = tracing::info_span!("backward").entered();
+                tape.backward(&loss)?
+            };
+            phases.forward += forward.as_secs_f64();
+            phases.backward += (started.elapsed() - forward).as_secs_f64();
+        }
+        let started = Instant::now();
+        let gradient_norm = {
+            let _span = tracing::info_span!("optimizer").entered();
+            self.update(cx, task, &gradients, lr)?
+        };
+        self.gradients = Some(gradients);
+        self.updates += 1;
+        task.after_update(cx, self.progress())?;
+        phases.optimizer = started.elapsed().as_secs_f64();
+        Ok(Step { loss: total as f32, gradient_norm, lr, phases })
+    }
+
+    fn not_finite(&self, what: &'static str, value: f64, lr: f64) -> Error {
+        Error::NonFinite { what, value, step: self.updates, lr, advice: String::new() }
+    }
+
+    /// The gradients of the last step, before clipping.
+    pub fn gradients(&self) -> Option<&Gradients> {
+        self.gradients.as_ref()
+    }
+
+    fn update(&mut self, cx: &Context, task: &mut dyn Task, gradients: &Gradients, lr: f64) -> Result<f64> {
+        let norm = {
+            let mut parameters = Vec::new();
+            task.visit(&mut |p| {
+                if p.is_trained() {
+                    parameters.push(p.value.clone())
+                }
+            });
+            optim::square_sum(cx, &parameters, gradients)?.sqrt()
+        };
+        if !norm.is_finite() {
+            return Err(self.not_finite("norm of the gradients", norm, lr));
+        }
+        let gradient_scale = match self.optimizer.clip_norm() {
+            // PyTorch's `clip_grad_norm_` adds 1e-6.
+            Some(limit) if norm > limit => (limit / (norm + 1e-6)) as f32,
+            _ => 1.0,
+        };
+        let (progress, step) = (self.progress(), self.updates + 1);
+        let mut scales = BTreeMap::new();
+        task.visit(&mut |p| {
+            scales.insert(p.name.clone(), 0.0);
+        });
+        for (name, scale) in &mut scales {
+            *scale = task.lr_scale(name);
+        }
+        let (optimizer, state) = (&self.optimizer, &mut self.state);
+        let mut outcome = Ok(());
+        task.visit(&mut |p| {
+            if !p.is_trained() || outcome.is_err() {
+                return;
+            }
+            outcome = (|| {
+                if !state.contains_key(&p.name) {
+                    let (rows, columns) = p.value.shape();
+                    let zeros = || Tensor::zeros(cx.device(), rows, columns);
+                    let fresh = optimizer.state_names().iter().map(|_| zeros()).collect::<Result<_, _>>()?;
+                    state.insert(p.name.clone(), fresh);
+                }
+                let state = state.get_mut(&p.name).expect("made above");
+                let update = Update { lr: lr * scales[&p.name], progress, step, gradient_scale };
+                optimizer.update(cx, p, gradients, state, update).map_err(Error::from)
+            })();
+        });
+        outcome.map(|()| norm)
+    }
+
+    /// Parameters and optimizer state as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`.
+    pub(super) fn tensors(&self, task: &mut dyn Task) -> Vec<TensorRef<'static>> {
+        let mut all = Vec::new();
+        task.visit(&mut |p| {
+            if !p.role().is_saved() {
+                return;
+            }
+            let name = &p.name;
+            let states = self.state.get(name).into_iter().flatten();
+            for (kind, vector) in self.optimizer.state_names().iter().zip(states) {
+                all.push(on_device(format!("optimizer.{kind}.{name}"), &p.dims, vector));
+            }
+            all.push(on_device(format!("model.{name}"), &p.dims, &p.value));
+        });
+        all
+    }
+
+    /// Takes up the state of a checkpoint.
+    ///
+    /// # Errors
+    /// Tensors that are missing or do not fit (a checkpoint of another recipe); out of memory on the device.
+    pub fn restore(&mut self, cx: &Context, task: &mut dyn Task, tensors: &TensorMap, updates: u64) -> Result<()> {
+        let (mut missing, mut loaded) = (BTreeSet::new(), Ok(()));
+        task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
+            _ if !p.role().is_saved() => {}
+            Some(tensor) if tensor.shape == p.dims => {
+                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data))
+            }
+            _ => {
+                missing.insert(p.name.clone());
+            }
+        });
+        if let Some(name) = missing.first() {
+            return Err(Error::Usage(format!(
+                "the checkpoint has no `{name}` of the model's shape: it is of another recipe"
+            )));
+        }
+        loaded?;
+        let mut state = BTreeMap::new();
+        let mut outcome = Ok(());
+        let names = self.optimizer.state_names();
+        task.visit(&mut |p| {
+            if !p.is_trained() || outcome.is_err() {
+                return;
+            }
+            let vectors = names.iter().map(|kind| {
+                let name = format!("optimizer.{kind}.{}", p.name);
+                let tensor = tensors.get(&name).filter(|tensor| tensor.shape == p.dims).ok_or_else(|| {
+                    Error::Usage(format!(
+                        "the checkpoint has no `{name}` of that parameter's shape: it is of another recipe"
+                    ))
+                })?;
+                let (rows, columns) = p.value.shape();
+                Ok(cx.tensor(tensor.data.clone(), rows, columns)?)
+            });
+            match vectors.collect::<Result<Vec<Tensor>>>() {
+                Ok(vectors) => {
+                    state.insert(p.name.clone(), vectors);
+                }
+                Err(error) => outcome = Err(error),
+            }
+        });
+        outcome?;
+        (self.state, self.updates, self.gradients) = (state, updates, None);
+        Ok(())
+    }
+}
+
+/// A tensor that is copied from its device when it is written.
+fn on_device(name: String, dims: &[usize], values: &Tensor) -> TensorRef<'static> {
+    let (len, values) = (dims.iter().product(), values.clone());
+    TensorRef { name, shape: dims.to_vec(), data: TensorData::Device(len, Box::new(move || values.to_vec())) }
+}
+
+/// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and
+/// epoch, so that no order of arrival changes them.
+pub fn branch_scales(rate: f64, depth: usize, seed: u64, epoch: u64, indices: &[usize]) -> Option<BranchScales> {
+    if rate == 0.0 {
+        return None;
+    }
+    let mut scales = vec![(Vec::new(), Vec::new()); depth];
+    for &index in indices {
+        let mut stream = Stream::new(seed, "drop path", epoch, index as u64);
+        for (block, (attention, mlp)) in scales.iter_mut().enumerate() {
+            let rate = rate * block as f64 / (depth - 1).max(1) as f64;
+            let mut draw = || if stream.uniform() < rate { 0.0 } else { (1.0 / (1.0 - rate)) as f32 };
+            attention.push(draw());
+            mlp.push(draw());
+        }
+    }
+    Some(scales.into_iter().map(|(a, m)| (a.into(), m.into())).collect())
+}

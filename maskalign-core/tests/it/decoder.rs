@@ -1,0 +1,137 @@
+//! The cross-attention decoder gives what `tests/fixtures/make_crossmae_decoder.py` recorded of PyTorch.
+
+use std::path::Path;
+
+use maskalign_core::{
+    Context, Device, Forms, Tape, Tensor,
+    components::{
+        aligners::{AlignInput, AlignPlan},
+        maskers::Counts,
+        tokens::{Masks, Tokens},
+        towers::TowerShape,
+    },
+    nn::{Arch, Grid, Init, Statistics},
+    ops::{self, Distance},
+    plugin::Build,
+    weights::{self, HostTensor, TensorMap},
+};
+use maskalign_registry::{AlignerTag, Kind, Registry, Slot};
+
+const BATCH: usize = 2;
+const COUNTS: Counts = Counts { visible: 3, masked: 4 };
+const WIDTH: usize = 9;
+const TOLERANCE: f64 = 1e-4;
+
+/// The tensors of a case, its name cut off.
+fn recorded(case: &str) -> TensorMap {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/crossmae_decoder.safetensors");
+    let all = weights::read(&file).unwrap();
+    let own = |(name, tensor): (String, HostTensor)| Some((name.strip_prefix(case)?.strip_prefix('.')?.into(), tensor));
+    all.into_iter().filter_map(own).collect()
+}
+
+fn plan() -> AlignPlan {
+    AlignPlan {
+        student: TowerShape {
+            arch: Arch { dim: 12, depth: 2, heads: 3, mlp: 20, patch: 2 },
+            grid: Grid { rows: 3, columns: 3 },
+            image_size: 6,
+            cls_token: true,
+            learned_positions: false,
+            projection: None,
+            statistics: Statistics::IMAGENET,
+        },
+        counts: COUNTS,
+        tokens: Tokens { masked: true, ..Tokens::default() },
+        target_depth: 1,
+        target_levels: vec![0],
+        outputs: 1,
+        wanted: vec![0],
+        width: WIDTH,
+    }
+}
+
+fn matrix(tensor: &HostTensor, columns: usize) -> Tensor {
+    Tensor::new(&Device::Cpu, tensor.data.clone(), tensor.data.len() / columns, columns).unwrap()
+}
+
+/// Norm of the difference over norm of what was recorded.
+fn difference(got: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let error = norm(&mut got.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    error / norm(&mut expected.iter().map(|v| f64::from(*v)))
+}
+
+fn replay(case: &str, levels: &str) {
+    let recorded = recorded(case);
+    let options = "attention: cross, dim: 8, depth: 2, heads: 2, mlp: 20";
+    let text = format!("{{ type: decoder, {options}, tap: block, levels: {levels} }}");
+    let value = Registry::global().unwrap().component(Kind::Aligner, "decoder", &text).unwrap();
+    let slot: Slot<AlignerTag> = serde_json::from_value(value).unwrap();
+    let builder = slot.build().unwrap();
+    let plan = plan();
+    let given = (0..).map_while(|i| recorded.get(&format!("values.levels.{i}")));
+    let levels: Vec<Tensor> = given.map(|level| matrix(level, 12).tracked()).collect();
+    let planned = builder.plan(&plan).unwrap();
+    assert_eq!(planned.needs().levels.len(), levels.len());
+    let patches = |name: &str| recorded[name].data.iter().map(|&v| v as u32).collect();
+    let masks = Masks { batch: BATCH, visible: patches("visible"), masked: patches("masked") };
+
+    let composed = Context::new(Device::Cpu, 1).with_forms(Forms::Composed);
+    for cx in [composed, Context::new(Device::Cpu, 2)] {
+        let mut aligner = planned.build(&Init::new(cx.device(), 0, "test")).unwrap();
+        let (mut names, mut compared) = (Vec::new(), Vec::new());
+        aligner.visit(&mut |p| {
+            let value = &recorded[&format!("values.{}", p.name)];
+            assert_eq!(p.dims, value.shape, "{}", p.name);
+            if !p.is_trained() {
+                compared.push((p.name.clone(), difference(&p.value.to_vec(), &value.data)));
+            }
+            p.load(&value.data).unwrap();
+            names.push(p.name.clone());
+        });
+        let parameters = recorded.keys().filter(|k| k.starts_with("values.") && !k.starts_with("values.levels."));
+        assert_eq!(names.len(), parameters.count());
+
+        let mut tape = Tape::training();
+        let held = Tokens { cls: true, visible: true, masked: false };
+        let input = AlignInput { levels: &levels, held, masks: &masks, tokens: plan.tokens };
+        let outputs = aligner.forward(&cx, &mut tape, &input).unwrap();
+        assert_eq!(outputs.len(), 1);
+        compared.push(("output".into(), difference(&outputs[0].to_vec(), &recorded["output"].data)));
+        let target = matrix(&recorded["target"], WIDTH);
+        let loss = ops::distance(&cx, &mut tape, &outputs[0], &target, Distance::Mse).unwrap();
+        compared.push(("loss".into(), difference(&[loss.value()], &recorded["loss"].data)));
+        let gradients = tape.backward(&loss).unwrap();
+        let mut of = |name: String, got: Vec<f32>| {
+            let error = difference(&got, &recorded[&format!("gradients.{name}")].data);
+            compared.push((format!("gradient of {name}"), error));
+        };
+        for (i, level) in levels.iter().enumerate() {
+            of(format!("levels.{i}"), gradients.to_vec(level));
+        }
+        aligner.visit(&mut |p| {
+            if p.is_trained() {
+                of(p.name.clone(), gradients.to_vec(&p.value));
+            }
+        });
+        // Every gradient that was recorded, the output, the loss and the positions.
+        assert_eq!(compared.len(), 3 + recorded.keys().filter(|k| k.starts_with("gradients.")).count());
+        let worst = compared.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("something");
+        println!("{case}, {}: {} numbers, worst {} {:.1e}", cx.operators(), compared.len(), worst.0, worst.1);
+        for (name, error) in &compared {
+            assert!(*error < TOLERANCE, "{case}, {}, {name}: {error:.1e}", cx.operators());
+        }
+    }
+}
+
+#[test]
+fn a_mix_of_levels_for_each_block_agrees_with_pytorch() {
+    replay("mixed", "[embed, 0, 1]");
+}
+
+#[test]
+fn one_level_for_all_blocks_agrees_with_pytorch() {
+    replay("single", "[-1]");
+}

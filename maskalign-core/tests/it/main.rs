@@ -1,0 +1,6 @@
+//! Models and weights against oracles from outside: one binary, so that it is linked once.
+
+mod decoder;
+mod dinov2;
+mod timm;
+mod weights;

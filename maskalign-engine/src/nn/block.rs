@@ -1,0 +1,160 @@
+//! The pre-norm transformer block.
+
+use super::{Bias, Linear, Norm};
+use crate::{
+    Context, Init, Param, Result, Role, Tape, Tensor,
+    ops::{self, Act, Begun, BlockRun, BlockWeights, Packed},
+};
+
+/// `x + ls1 attn(norm1 x)`, then `x + ls2 mlp(norm2 x)`; timm's names.
+#[derive(Clone)]
+pub struct Block {
+    /// `norm1`.
+    pub norm1: Norm,
+    /// `attn.qkv`, fused in that order.
+    pub qkv: Linear,
+    /// `attn.proj`.
+    pub proj: Linear,
+    /// `ls1.gamma` (DINOv2).
+    pub ls1: Option<Param>,
+    /// `norm2`.
+    pub norm2: Norm,
+    /// `mlp.fc1`.
+    pub fc1: Linear,
+    /// `mlp.fc2`.
+    pub fc2: Linear,
+    /// `ls2.gamma` (DINOv2).
+    pub ls2: Option<Param>,
+    heads: usize,
+    act: Act,
+    split_qkv: Option<(Packed, Packed)>,
+}
+
+/// Sizes and constants of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockConfig {
+    /// Channels.
+    pub dim: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Channels inside the MLP.
+    pub mlp: usize,
+    /// Of the LayerNorms.
+    pub eps: f64,
+    /// Of the MLP.
+    pub act: Act,
+    /// Whether the branches are scaled by learned vectors.
+    pub layer_scale: bool,
+}
+
+impl Block {
+    /// A block whose parameters are named `PREFIX.attn.qkv.weight` and so on.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(init: &Init, prefix: &str, c: BlockConfig) -> Result<Self> {
+        let scale = |name: &str| {
+            c.layer_scale.then(|| init.constant(format!("{prefix}.{name}.gamma"), &[c.dim], 1e-5)).transpose()
+        };
+        Ok(Block {
+            norm1: Norm::new(init, &format!("{prefix}.norm1"), c.dim, c.eps)?,
+            qkv: Linear::new(init, &format!("{prefix}.attn.qkv"), 3 * c.dim, c.dim, Bias::With)?,
+            proj: Linear::new(init, &format!("{prefix}.attn.proj"), c.dim, c.dim, Bias::With)?,
+            ls1: scale("ls1")?,
+            norm2: Norm::new(init, &format!("{prefix}.norm2"), c.dim, c.eps)?,
+            fc1: Linear::new(init, &format!("{prefix}.mlp.fc1"), c.mlp, c.dim, Bias::With)?,
+            fc2: Linear::new(init, &format!("{prefix}.mlp.fc2"), c.dim, c.mlp, Bias::With)?,
+            ls2: scale("ls2")?,
+            heads: c.heads,
+            act: c.act,
+            split_qkv: None,
+        })
+    }
+
+    /// What the operators take.
+    pub fn weights(&self) -> BlockWeights {
+        BlockWeights {
+            norm1: self.norm1.weights(),
+            qkv: self.qkv.weights(),
+            proj: self.proj.weights(),
+            ls1: self.ls1.as_ref().map(|p| p.value.clone()),
+            norm2: self.norm2.weights(),
+            fc1: self.fc1.weights(),
+            fc2: self.fc2.weights(),
+            ls2: self.ls2.as_ref().map(|p| p.value.clone()),
+            heads: self.heads,
+            act: self.act,
+            split_qkv: self.split_qkv.clone(),
+        }
+    }
+
+    /// `[batch * tokens, dim] -> [batch * tokens, dim]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, run: &BlockRun) -> Result<Tensor> {
+        ops::block(cx, tape, x, &self.weights(), run)
+    }
+
+    /// First half of a frozen block: enough for the attention of its class token.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn begin(&self, cx: &Context, x: &Tensor, run: &BlockRun) -> Result<Begun> {
+        ops::begin_block(cx, x, &self.weights(), run)
+    }
+
+    /// Second half: the output for the `rows` of each image (token indices), in that order; `None` gives all.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn finish(
+        &self,
+        cx: &Context,
+        x: &Tensor,
+        run: &BlockRun,
+        begun: Begun,
+        rows: Option<&[u32]>,
+    ) -> Result<Tensor> {
+        ops::finish_block(cx, x, &self.weights(), run, begun, rows)
+    }
+
+    /// Freezes the block and packs its weights.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pack(&mut self, cx: &Context) -> Result<()> {
+        self.visit(&mut |p| p.set_role(Role::Frozen));
+        match self.split_qkv.is_some() {
+            true => self.qkv.weight.value = self.qkv.weight.value.emptied()?,
+            false => self.qkv.pack(cx)?,
+        }
+        for linear in [&mut self.proj, &mut self.fc1, &mut self.fc2] {
+            linear.pack(cx)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Block::pack`], for a tower's last block, which runs in two halves.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pack_split(&mut self, cx: &Context) -> Result<()> {
+        let dim = self.proj.outputs();
+        let part = |rows| ops::pack(cx, &self.qkv.weight.value, rows);
+        self.split_qkv = part(0..dim).zip(part(dim..3 * dim));
+        self.pack(cx)
+    }
+
+    /// Calls `f` on each parameter.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm1.visit(f);
+        self.qkv.visit(f);
+        self.proj.visit(f);
+        self.ls1.iter_mut().for_each(&mut *f);
+        self.norm2.visit(f);
+        self.fc1.visit(f);
+        self.fc2.visit(f);
+        self.ls2.iter_mut().for_each(f);
+    }
+}

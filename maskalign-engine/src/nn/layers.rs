@@ -1,0 +1,142 @@
+//! Linear and LayerNorm.
+
+use crate::{
+    Context, Init, Param, Result, Role, Tape, Tensor,
+    ops::{self, Act, LinearWeights, NormWeights, Packed},
+};
+
+/// Whether a linear layer adds a learned vector to its product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bias {
+    /// It does; the vector starts at zero.
+    With,
+    /// It does not.
+    Without,
+}
+
+/// A linear layer, `[out, in]` as checkpoints store it.
+#[derive(Clone)]
+pub struct Linear {
+    /// `NAME.weight`; `[out, in]`, or `[out, channels, patch, patch]` for a patch embedding.
+    pub weight: Param,
+    /// `NAME.bias`, `[out]`.
+    pub bias: Option<Param>,
+    /// The weight in the layout that the device multiplies fastest by; it replaces the tensor.
+    pub(super) packed: Option<Packed>,
+}
+
+impl Linear {
+    /// Xavier-uniform weight and zero bias (METHOD: the official initialisation).
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(init: &Init, name: &str, outputs: usize, inputs: usize, bias: Bias) -> Result<Self> {
+        Self::from_weight(init, name, init.xavier(format!("{name}.weight"), &[outputs, inputs])?, bias)
+    }
+
+    /// A layer around a weight that was made otherwise.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn from_weight(init: &Init, name: &str, weight: Param, bias: Bias) -> Result<Self> {
+        let bias = match bias {
+            Bias::With => Some(init.constant(format!("{name}.bias"), &weight.dims[..1], 0.0)?),
+            Bias::Without => None,
+        };
+        Ok(Linear { weight, bias, packed: None })
+    }
+
+    /// Columns of the result.
+    pub fn outputs(&self) -> usize {
+        self.weight.dims[0]
+    }
+
+    /// Columns of the input.
+    pub fn inputs(&self) -> usize {
+        self.weight.dims[1..].iter().product()
+    }
+
+    /// What the operators take.
+    pub fn weights(&self) -> LinearWeights {
+        LinearWeights {
+            weight: self.weight.value.clone(),
+            bias: self.bias.as_ref().map(|bias| bias.value.clone()),
+            packed: self.packed.clone(),
+        }
+    }
+
+    /// `act(x W^T + b)`: `[rows, in] -> [rows, out]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, act: Act) -> Result<Tensor> {
+        ops::linear(cx, tape, x, &self.weights(), act)
+    }
+
+    /// Freezes the layer; the packed weight replaces the tensor where the device has such a form.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pack(&mut self, cx: &Context) -> Result<()> {
+        self.visit(&mut |p| p.set_role(Role::Frozen));
+        if let Some(packed) = ops::pack(cx, &self.weight.value, 0..self.outputs()) {
+            self.weight.value = self.weight.value.emptied()?;
+            self.packed = Some(packed);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` on each parameter.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.weight);
+        self.bias.iter_mut().for_each(f);
+    }
+}
+
+/// LayerNorm over channels.
+#[derive(Clone)]
+pub struct Norm {
+    /// `NAME.weight` and `NAME.bias`, `[C]`; `None` only whitens.
+    pub affine: Option<(Param, Param)>,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl Norm {
+    /// Ones and zeros.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(init: &Init, name: &str, width: usize, eps: f64) -> Result<Self> {
+        let weight = init.constant(format!("{name}.weight"), &[width], 1.0)?;
+        let bias = init.constant(format!("{name}.bias"), &[width], 0.0)?;
+        Ok(Norm { affine: Some((weight, bias)), eps })
+    }
+
+    /// Without affine parameters.
+    pub fn plain(eps: f64) -> Self {
+        Norm { affine: None, eps }
+    }
+
+    /// What the operators take.
+    pub fn weights(&self) -> NormWeights {
+        let affine = self.affine.as_ref().map(|(weight, bias)| (weight.value.clone(), bias.value.clone()));
+        NormWeights { affine, eps: self.eps }
+    }
+
+    /// `[rows, C] -> [rows, C]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(cx, tape, x, &self.weights())
+    }
+
+    /// Calls `f` on each parameter.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        if let Some((weight, bias)) = &mut self.affine {
+            f(weight);
+            f(bias);
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Named parameters, what has them, and how they begin.
+
+use std::collections::BTreeMap;
+
+use crate::{Device, Result, Tensor, random::Stream};
+
+/// A named tensor of a file or a model in the host's memory, or its shape alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostTensor {
+    /// Length of each dimension; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The values.
+    pub data: Vec<f32>,
+}
+
+impl HostTensor {
+    /// A shape without values: names and shapes of weights are checked long before the values are read, by the code
+    /// that loads them.
+    pub fn shape_only(shape: Vec<usize>) -> HostTensor {
+        HostTensor { shape, data: Vec::new() }
+    }
+
+    /// Whether it has no values.
+    pub fn is_shape_only(&self) -> bool {
+        self.data.is_empty()
+    }
+}
+
+/// Tensors by name.
+pub type TensorMap = BTreeMap<String, HostTensor>;
+
+/// Whose a parameter is, and with that what becomes of it: which are updated, saved and averaged goes by role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// The student's: updated by the optimizer, saved, and what later stages and exports take.
+    Student,
+    /// Trained beside the student and of use to this stage alone: an alignment's, a decoder's, a classifier's.
+    Head,
+    /// A teacher's that never changes: neither updated nor saved, since its file has it.
+    Frozen,
+    /// A running mean of another parameter: changed after each update, and saved.
+    Moving,
+}
+
+impl Role {
+    /// Whether an optimizer may update it.
+    pub fn is_trained(self) -> bool {
+        matches!(self, Role::Student | Role::Head)
+    }
+
+    /// Whether checkpoints hold it.
+    pub fn is_saved(self) -> bool {
+        self != Role::Frozen
+    }
+}
+
+/// A named tensor of a model: a parameter, or a constant one such as sin-cos positions.
+#[derive(Clone, Debug)]
+pub struct Param {
+    /// The checkpoint's name, such as `blocks.0.attn.qkv.weight`.
+    pub name: String,
+    /// The checkpoint's shape.
+    pub dims: Vec<usize>,
+    /// The values: `[dims[0], rest]` for a convolution's weight of four dimensions, else `[rest, last dimension]`.
+    pub value: Tensor,
+    role: Role,
+}
+
+impl Param {
+    /// A parameter with the given values, row-major, or without any where a plan needs none.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn new(device: &Device, role: Role, name: impl Into<String>, dims: &[usize], values: Vec<f32>) -> Result<Self> {
+        let (rows, columns) = match (values.is_empty(), dims) {
+            (true, _) => (0, 0),
+            (_, [outputs, rest @ ..]) if rest.len() == 3 => (*outputs, rest.iter().product()),
+            (_, [rest @ .., last]) => (rest.iter().product(), *last),
+            (_, []) => (1, 1),
+        };
+        let value = Tensor::new(device, values, rows, columns)?;
+        let value = if role.is_trained() { value.tracked() } else { value };
+        Ok(Param { name: name.into(), dims: dims.to_vec(), value, role })
+    }
+
+    /// Whose it is.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Makes it somebody else's.
+    pub fn set_role(&mut self, role: Role) {
+        self.role = role;
+        self.set_trained(role.is_trained());
+    }
+
+    /// Whether it takes a gradient and an optimizer updates it: its role says so, and it is not constant.
+    pub fn is_trained(&self) -> bool {
+        self.role.is_trained() && self.value.is_tracked()
+    }
+
+    /// Makes it constant, or trains it where its role allows: what no loss reaches has no gradient and does not decay.
+    pub fn set_trained(&mut self, trained: bool) {
+        let value = self.value.clone();
+        self.value = if trained && self.role.is_trained() { value.tracked() } else { value.detached() };
+    }
+
+    /// How many values it has, also where it holds none.
+    pub fn len(&self) -> usize {
+        self.dims.iter().product()
+    }
+
+    /// True for a tensor without values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A copy on the host.
+    pub fn to_host(&self) -> HostTensor {
+        HostTensor { shape: self.dims.clone(), data: self.value.to_vec() }
+    }
+
+    /// Replaces the values; the gradient stays this tensor's.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn load(&mut self, values: &[f32]) -> Result<()> {
+        self.value.set(values)
+    }
+}
+
+/// Anything with parameters. One visitor serves optimizer groups, checkpoints, freezing and averaging.
+pub trait Module {
+    /// Calls `f` on every parameter, in a fixed order.
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
+
+    /// Replaces the parameters that `weights` has by name; the caller has checked names and shapes.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn load(&mut self, weights: &TensorMap) -> Result<()> {
+        let mut outcome = Ok(());
+        self.visit(&mut |p| {
+            if let (Some(tensor), Ok(())) = (weights.get(&p.name), &outcome) {
+                outcome = p.load(&tensor.data);
+            }
+        });
+        outcome
+    }
+
+    /// All parameters on the host, by name.
+    fn to_host(&mut self) -> TensorMap {
+        let mut all = TensorMap::new();
+        self.visit(&mut |p| {
+            all.insert(p.name.clone(), p.to_host());
+        });
+        all
+    }
+
+    /// Names and shapes of all parameters.
+    fn shapes(&mut self) -> Vec<(String, Vec<usize>)> {
+        let mut all = Vec::new();
+        self.visit(&mut |p| all.push((p.name.clone(), p.dims.clone())));
+        all
+    }
+
+    /// Gives every parameter a role.
+    fn set_role(&mut self, role: Role) {
+        self.visit(&mut |p| p.set_role(role));
+    }
+}
+
+/// The number of values in all parameters of a module, and in those that an optimizer updates.
+pub fn count(module: &mut dyn Module) -> (usize, usize) {
+    let (mut all, mut trained) = (0, 0);
+    module.visit(&mut |p| {
+        all += p.len();
+        trained += if p.is_trained() { p.len() } else { 0 };
+    });
+    (all, trained)
+}
+
+/// Makes parameters with their initial values, each drawn from a stream of its own: adding a layer changes no other.
+#[derive(Clone, Debug)]
+pub struct Init {
+    device: Device,
+    role: Role,
+    seed: u64,
+    scope: String,
+    values: Values,
+}
+
+/// What new parameters hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Values {
+    /// Draws.
+    Drawn,
+    /// Zeros, which a checkpoint will replace.
+    Zeros,
+    /// Nothing: names and shapes are wanted for a plan.
+    Shapes,
+}
+
+impl Init {
+    /// Draws values of a student's parameters from the run's seed; `scope` tells equal names of different models apart.
+    pub fn new(device: &Device, seed: u64, scope: impl Into<String>) -> Self {
+        Init { device: device.clone(), role: Role::Student, seed, scope: scope.into(), values: Values::Drawn }
+    }
+
+    /// Zeros everywhere, for weights that a checkpoint will replace.
+    pub fn blank(device: &Device) -> Self {
+        Init { values: Values::Zeros, ..Init::new(device, 0, "") }
+    }
+
+    /// Names and shapes alone: parameters without values, for plans, which must not allocate a model.
+    pub fn shapes() -> Self {
+        Init { values: Values::Shapes, ..Init::new(&Device::Cpu, 0, "") }
+    }
+
+    /// The same for parameters of another role.
+    #[must_use]
+    pub fn of_role(&self, role: Role) -> Self {
+        Init { role, ..self.clone() }
+    }
+
+    /// Whether the parameters get values that count.
+    pub fn draws(&self) -> bool {
+        self.values == Values::Drawn
+    }
+
+    /// Whether the parameters have values at all.
+    pub fn has_values(&self) -> bool {
+        self.values != Values::Shapes
+    }
+
+    /// The device that the parameters are made on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn stream(&self, name: &str) -> Stream {
+        Stream::new(self.seed, &format!("init {} {name}", self.scope), 0, 0)
+    }
+
+    /// Given values, computed only where parameters have any: a plan of a large model stays cheap.
+    ///
+    /// # Errors
+    /// Out of memory on the device, here and below.
+    pub fn values(&self, name: impl Into<String>, dims: &[usize], values: impl FnOnce() -> Vec<f32>) -> Result<Param> {
+        let values = if self.values == Values::Shapes { Vec::new() } else { values() };
+        Param::new(&self.device, self.role, name, dims, values)
+    }
+
+    /// One value everywhere.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn constant(&self, name: impl Into<String>, dims: &[usize], value: f32) -> Result<Param> {
+        self.values(name, dims, || vec![value; dims.iter().product()])
+    }
+
+    /// Xavier-uniform, `dims[0]` outputs and the product of the rest inputs (a convolution counts as a matrix).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn xavier(&self, name: impl Into<String>, dims: &[usize]) -> Result<Param> {
+        let name = name.into();
+        let inputs: usize = dims[1..].iter().product();
+        let bound = (6.0 / (dims[0] + inputs) as f64).sqrt();
+        self.draw(name, dims, |s| (s.uniform() * 2.0 - 1.0) * bound)
+    }
+
+    /// Normal with mean 0.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn normal(&self, name: impl Into<String>, dims: &[usize], std: f64) -> Result<Param> {
+        self.draw(name.into(), dims, |s| s.normal() * std)
+    }
+
+    /// Normal with mean 0, drawn again beyond two standard deviations.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn truncated_normal(&self, name: impl Into<String>, dims: &[usize], std: f64) -> Result<Param> {
+        self.draw(name.into(), dims, |s| {
+            loop {
+                let z = s.normal();
+                if z.abs() <= 2.0 {
+                    return z * std;
+                }
+            }
+        })
+    }
+
+    fn draw(&self, name: String, dims: &[usize], f: impl Fn(&mut Stream) -> f64) -> Result<Param> {
+        let len = dims.iter().product();
+        let values = || match self.values {
+            Values::Drawn => {
+                let mut stream = self.stream(&name);
+                (0..len).map(|_| f(&mut stream) as f32).collect()
+            }
+            _ => vec![0.0; len],
+        };
+        self.values(name.clone(), dims, values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_trained_follows_from_role_and_reach() {
+        let init = Init::new(&Device::Cpu, 0, "test");
+        let mut p = init.constant("w", &[2, 3], 1.0).unwrap();
+        assert_eq!((p.is_trained(), p.value.shape()), (true, (2, 3)));
+        p.set_trained(false);
+        assert!(!p.is_trained());
+        p.set_trained(true);
+        assert!(p.is_trained());
+        for role in [Role::Frozen, Role::Moving] {
+            p.set_role(role);
+            p.set_trained(true);
+            assert!(!p.is_trained(), "{role:?}");
+        }
+    }
+
+    #[test]
+    fn shapes_are_matrices_of_the_last_dimension_or_of_filters() {
+        let shape = |dims: &[usize]| Init::blank(&Device::Cpu).constant("w", dims, 0.0).unwrap().value.shape();
+        assert_eq!([shape(&[5]), shape(&[1, 7, 4]), shape(&[6, 3, 2, 2])], [(1, 5), (7, 4), (6, 12)]);
+        assert_eq!(Init::shapes().constant("w", &[5], 0.0).unwrap().value.len(), 0);
+    }
+}

@@ -1,0 +1,6 @@
+//! The operators against their definitions, finite differences and recorded results: one program for all.
+
+mod attention;
+mod block;
+mod operators;
+mod support;

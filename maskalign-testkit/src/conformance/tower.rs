@@ -1,0 +1,292 @@
+//! Students and teachers: shapes, determinism, gradients, saving, agreement of both tables of operators.
+
+use std::collections::BTreeMap;
+
+use maskalign_engine::{
+    Context, Device, ImageBatch, Tape,
+    ops::{self, Distance},
+    random::Stream,
+};
+use maskalign_registry::{Refusal, StudentTag, TeacherTag};
+
+use super::{
+    Faults, LARGE, ROUND_OFF, built, composed, count, fused, matrix, moved, normal, relative_difference, same_bits,
+    slope_error, square_sum,
+};
+use maskalign_core::{
+    components::{
+        students::{Student, StudentModel},
+        teachers::{Teacher, TeacherBuild, Wants},
+        tokens::{Masks, Tokens},
+        towers::{Environment, MissingWeights, PlanContext, TowerShape, TrainedStudents},
+    },
+    error::Result,
+    nn::{Init, Reach},
+};
+
+/// Sides of images in pixels, of which a tower has to take one.
+const SIZES: [usize; 5] = [28, 32, 42, 224, 256];
+
+pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
+    let mut stream = Stream::new(0, "conformance images", 0, 0);
+    let pixels = (0..batch * 3 * size * size).map(|_| stream.uniform() as f32).collect();
+    ImageBatch { pixels, batch, size }
+}
+
+/// The first size that a tower plans.
+fn fitting_size(plan: impl Fn(usize) -> Result<TowerShape, Refusal>, faults: &mut Faults) -> Option<usize> {
+    let size = SIZES.into_iter().find(|&size| plan(size).is_ok());
+    if size.is_none() {
+        let refusal = plan(224).err().map(|refusal| refusal.to_string()).unwrap_or_default();
+        faults.add(format_args!("its example refuses images of {SIZES:?} pixels: {refusal}"));
+    }
+    size
+}
+
+pub(super) fn student(text: &str, faults: &mut Faults) {
+    let Some(builder) = built::<StudentTag>(text, faults) else { return };
+    let students = BTreeMap::new();
+    let plan = |data_size| PlanContext {
+        data_size,
+        students: &students,
+        student: None,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+    };
+    let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
+        return;
+    };
+    if let Err(error) = run_student(&*builder, &plan(size), faults) {
+        faults.add(format_args!("at {size} pixels: {error}"));
+    }
+}
+
+fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
+    let (cx, dev) = (fused(), Device::Cpu);
+    let planned = builder.plan(plan)?;
+    let (shape, trained) = (planned.shape(), TrainedStudents::default());
+    let mut student = planned.build(&Init::new(&dev, 1, "conformance"), &trained)?;
+    faults.unless(student.shape() == shape, "the shape it is built with is not the planned one");
+    let shapes = planned.build(&Init::shapes(), &trained)?.shapes();
+    faults.unless(shapes == student.shapes(), "its parameters differ between `Init::shapes` and `Init::new`");
+    let images = images(2, plan.data_size);
+    let patches = shape.grid.patches();
+    let kept = patches.div_ceil(3);
+    let visible: Vec<u32> =
+        (0..2).flat_map(|image| (0..kept).map(move |i| ((i * 2 + image) % patches) as u32)).collect();
+    for (visible, tokens) in [(None, patches), (Some(&visible[..]), kept)] {
+        let rows = 2 * (tokens + usize::from(shape.cls_token));
+        let run = || -> Result<(usize, usize, Vec<f32>)> {
+            let features = student.forward(&cx, &mut Tape::inference(), &images, visible, None, &|_| true)?;
+            let x = student.norm(&cx, &mut Tape::inference(), &features.last)?;
+            let (rows, columns) = x.shape();
+            Ok((rows, columns, x.to_vec()))
+        };
+        let (got, columns, values) = run()?;
+        faults.unless(
+            (got, columns) == (rows, shape.arch.dim),
+            format_args!("{tokens} patches of 2 images give {:?}, not {:?}", (got, columns), (rows, shape.arch.dim)),
+        );
+        faults.unless(values.iter().all(|v| v.is_finite()), "its hidden states are not finite");
+        faults.unless(same_bits(&values, &run()?.2), "its hidden states differ from call to call");
+    }
+    let shapes = student.shapes();
+    if count(&shapes) > LARGE {
+        return Ok(());
+    }
+    let trial = Trial { images: &images, visible: &visible };
+    let values = trial.values(&cx, &*student)?;
+    let apart = relative_difference(&values, &trial.values(&composed(), &*student)?);
+    faults.unless(
+        apart < ROUND_OFF,
+        format_args!("its hidden states differ by {apart:.1e} between the CPU's and the composed operators"),
+    );
+    let mut other = planned.build(&Init::new(&dev, 2, "conformance"), &trained)?;
+    other.load(&student.to_host())?;
+    faults
+        .unless(same_bits(&values, &trial.values(&cx, &*other)?), "its hidden states differ after saving and loading");
+    check_reach(&cx, &mut *student, &trial, faults)?;
+    check_gradients(&cx, &mut *student, &trial, faults)
+}
+
+/// Two images, and the patches of each that are seen.
+struct Trial<'a> {
+    images: &'a ImageBatch,
+    visible: &'a [u32],
+}
+
+impl Trial<'_> {
+    /// The last hidden states after the final norm.
+    fn values(&self, cx: &Context, student: &dyn StudentModel) -> Result<Vec<f32>> {
+        let off = &mut Tape::inference();
+        let features = student.forward(cx, off, self.images, Some(self.visible), None, &|_| false)?;
+        Ok(student.norm(cx, off, &features.last)?.to_vec())
+    }
+
+    /// The squared distance of those from fixed values, and its gradient by every parameter that is trained.
+    fn gradients(&self, cx: &Context, student: &mut dyn StudentModel) -> Result<(f32, Vec<(String, Vec<f32>)>)> {
+        let mut tape = Tape::training();
+        let features = student.forward(cx, &mut tape, self.images, Some(self.visible), None, &|_| false)?;
+        let x = student.norm(cx, &mut tape, &features.last)?;
+        let (rows, columns) = x.shape();
+        let target = matrix(rows, columns, normal("student", rows * columns));
+        let loss = ops::distance(cx, &mut tape, &x, &target, Distance::Mse)?;
+        let gradients = tape.backward(&loss)?;
+        let mut found = Vec::new();
+        student.visit(&mut |p| {
+            if p.is_trained() {
+                found.push((p.name.clone(), gradients.to_vec(&p.value)));
+            }
+        });
+        Ok((loss.value(), found))
+    }
+}
+
+/// A student that is to run its first block alone gives what that block gives in the whole tower.
+fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
+    let first = |student: &dyn StudentModel| -> Result<Vec<f32>> {
+        let off = &mut Tape::inference();
+        let features = student.forward(cx, off, trial.images, Some(trial.visible), None, &|i| i == 0)?;
+        Ok(features.hidden.get(&0).map(|x| x.to_vec()).unwrap_or_default())
+    };
+    let trained = |student: &mut dyn StudentModel| {
+        let mut count = 0;
+        student.visit(&mut |p| count += usize::from(p.is_trained()));
+        count
+    };
+    let whole = Reach { blocks: student.shape().arch.depth, norm: true };
+    student.set_reach(whole);
+    let (expected, all) = (first(student)?, trained(student));
+    student.set_reach(Reach { blocks: 1, norm: false });
+    faults.unless(same_bits(&expected, &first(student)?), "its first block differs when it is to run alone");
+    faults.unless(trained(student) < all, "it trains parameters that `set_reach` says no loss needs");
+    student.set_reach(whole);
+    Ok(())
+}
+
+/// Every parameter that is trained has a gradient, and together they agree with finite differences.
+fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
+    let (_, slopes) = trial.gradients(cx, student)?;
+    for (name, slope) in &slopes {
+        faults.unless(
+            slope.iter().any(|v| *v != 0.0) && slope.iter().all(|v| v.is_finite()),
+            format_args!("no finite gradient reaches `{name}`; where it has no part, call `set_trained(false)`"),
+        );
+    }
+    let norm = slopes.iter().map(|(_, slope)| square_sum(slope)).sum::<f64>().sqrt();
+    if norm == 0.0 {
+        return Ok(());
+    }
+    let start = student.to_host();
+    let off = slope_error(norm, |distance| {
+        let mut loaded = Ok(());
+        let mut slopes = slopes.iter();
+        student.visit(&mut |p| {
+            if p.is_trained()
+                && let Some((name, slope)) = slopes.next()
+            {
+                loaded = loaded.clone().and(p.load(&moved(&start[name].data, slope, distance, norm)));
+            }
+        });
+        loaded?;
+        Ok(trial.gradients(cx, student)?.0)
+    })?;
+    student.load(&start)?;
+    faults.unless(off < 0.05, format_args!("its gradients are off by {:.0} % from finite differences", 100.0 * off));
+    Ok(())
+}
+
+pub(super) fn teacher(text: &str, faults: &mut Faults) {
+    let Some(builder) = built::<TeacherTag>(text, faults) else { return };
+    let students = BTreeMap::new();
+    let plan = |data_size| PlanContext {
+        data_size,
+        students: &students,
+        student: None,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+    };
+    let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
+        return;
+    };
+    if let Err(error) = run_teacher(&*builder, &plan(size), faults) {
+        faults.add(format_args!("at {size} pixels: {error}"));
+    }
+}
+
+/// What a teacher gives for two images.
+struct Taught {
+    attention: Vec<f32>,
+    /// Every token of each level, `[batch * tokens, channels]`.
+    whole: Vec<Vec<f32>>,
+    /// The compared rows of the last level.
+    compared: Vec<f32>,
+}
+
+fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
+    let planned = builder.plan(plan)?;
+    let (shape, trained) = (planned.shape(), TrainedStudents::default());
+    if 12 * shape.arch.depth * shape.arch.dim.pow(2) > LARGE {
+        return Ok(());
+    }
+    let (images, patches) = (images(2, plan.data_size), shape.grid.patches());
+    let tokens = Tokens { cls: shape.cls_token, visible: true, masked: false };
+    let visible: Vec<u32> = [0, 1].into_iter().chain([patches as u32 - 1, 0]).collect();
+    let masks = Masks { batch: 2, visible, masked: Vec::new() };
+    let last = shape.arch.depth - 1;
+    let run = |cx: &Context| -> Result<(TowerShape, Taught)> {
+        let teacher = planned.build(&mut TeacherBuild { cx, trained: &trained, student: None })?;
+        let wants = Wants { levels: (0..=last).collect(), attention: shape.cls_token, whole: true, ..Wants::default() };
+        let mut pass = teacher.begin(cx, &images, &wants)?;
+        let attention = std::mem::take(&mut pass.attention);
+        let whole = teacher.finish(cx, pass, &wants, &masks)?.into_values().map(|level| level.x.to_vec()).collect();
+        let wants = Wants { levels: [last].into(), tokens, ..Wants::default() };
+        let pass = teacher.begin(cx, &images, &wants)?;
+        let compared = teacher.finish(cx, pass, &wants, &masks)?.remove(&last).map(|level| level.x.to_vec());
+        Ok((teacher.shape(), Taught { attention, whole, compared: compared.unwrap_or_default() }))
+    };
+    let (built, taught) = run(&fused())?;
+    faults.unless(
+        built.arch == shape.arch && built.grid == shape.grid,
+        "the shape it is built with is not the planned one",
+    );
+    let (width, all) = (shape.arch.dim, shape.tokens());
+    for level in &taught.whole {
+        let wanted = 2 * all * width;
+        faults.unless(level.len() == wanted, format_args!("a level holds {} values, not {wanted}", level.len()));
+        faults.unless(level.iter().all(|v| v.is_finite()), "a level is not finite");
+    }
+    if shape.cls_token {
+        let sums = taught.attention.chunks(patches).map(|image| image.iter().sum::<f32>());
+        faults.unless(
+            taught.attention.len() == 2 * patches && sums.clone().all(|sum| sum > 0.0 && sum <= 1.0 + 1e-4),
+            "its attention is no share for each patch",
+        );
+    }
+    let row = |image: usize, token: usize| &taught.whole[last][(image * all + token) * width..][..width];
+    let lead = usize::from(shape.cls_token);
+    let expected: Vec<f32> = (0..2)
+        .flat_map(|image| {
+            let seen = masks.visible[2 * image..][..2].iter().map(move |&patch| lead + patch as usize);
+            (0..lead).chain(seen).flat_map(move |token| row(image, token).to_vec())
+        })
+        .collect();
+    let apart = relative_difference(&expected, &taught.compared);
+    faults.unless(
+        expected.len() == taught.compared.len() && apart < ROUND_OFF,
+        format_args!("the compared rows differ by {apart:.1e} from the same rows of all"),
+    );
+    let again = run(&fused())?.1;
+    let same = taught.whole.iter().zip(&again.whole).all(|(a, b)| same_bits(a, b));
+    faults.unless(same, "its levels differ from call to call");
+    let other = run(&composed())?.1;
+    let mut apart = relative_difference(&taught.attention, &other.attention);
+    for (a, b) in taught.whole.iter().zip(&other.whole) {
+        apart = apart.max(relative_difference(a, b));
+    }
+    faults.unless(
+        apart < ROUND_OFF,
+        format_args!("its levels differ by {apart:.1e} between the CPU's and the composed operators"),
+    );
+    Ok(())
+}

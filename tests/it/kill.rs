@@ -1,0 +1,95 @@
+//! A run that is killed at any moment and resumed ends as if nothing had happened.
+//!
+//! Needs the feature `failpoints`: `cargo test -p maskalign-tests --features failpoints kill::`.
+
+use std::{fs, path::Path};
+
+use crate::support::{Sandbox, run_record};
+
+/// Runs or resumes until a fail point ends the process.
+fn killed_at(sandbox: &Sandbox, arguments: &[&str], place: &str) {
+    let output = sandbox.command(arguments).env("MASKALIGN_FAIL", place).output().expect("it starts");
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{place} was not reached");
+    assert!(output.status.code().is_none() || cfg!(not(unix)), "{place}: ended by itself\n{err}");
+}
+
+fn finished(sandbox: &Sandbox, arguments: &[&str], what: &str) {
+    let output = sandbox.run(arguments);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{what}: {err}");
+}
+
+/// Names of all files below a folder, sorted.
+fn names(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in fs::read_dir(&next).expect("a folder").flatten() {
+            match entry.path().is_dir() {
+                true => open.push(entry.path()),
+                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn places() -> Vec<String> {
+    let mut all = Vec::new();
+    // How often each kind of file is written: 3 stages; checkpoints of two of them after steps 2, 4, 6 of 8; the
+    // manifest at the beginning and at the end.
+    for (what, times) in [("recipe", 1), ("manifest", 2), ("checkpoint", 4), ("final", 3), ("done", 3), ("summary", 3)]
+    {
+        for moment in ["write", "sync", "rename", "renamed"] {
+            all.extend((1..=times).map(|time| format!("{what}.{moment}:{time}")));
+        }
+    }
+    all.extend([1, 2, 3, 8, 9, 16].map(|time| format!("metrics.append:{time}")));
+    all.extend([1, 2, 3].map(|time| format!("stage.after:{time}")));
+    all
+}
+
+#[test]
+fn a_killed_run_goes_on_exactly() {
+    let sandbox = Sandbox::new();
+    let run = ["run", "tiny.yaml", "--out", "whole", "--threads", "1", "-q"];
+    finished(&sandbox, &run, "uninterrupted");
+    let whole = run_record(&sandbox.work().join("whole"));
+    assert_eq!(whole.steps.len(), 16);
+    assert_eq!(whole.finals.len(), 3);
+    let files = names(&sandbox.work().join("whole"));
+    for place in places() {
+        let dir = sandbox.work().join("killed");
+        killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "--threads", "1", "-q"], &place);
+        finished(&sandbox, &["run", "tiny.yaml", "--resume", "killed", "--threads", "1", "-q"], &place);
+        whole.assert_same(&run_record(&dir), &place);
+        assert_eq!(names(&dir), files, "{place}: other files are left");
+        fs::remove_dir_all(&dir).expect("removed");
+    }
+}
+
+#[test]
+fn a_run_survives_kill_upon_kill() {
+    let sandbox = Sandbox::new();
+    finished(&sandbox, &["run", "tiny.yaml", "--out", "whole", "-q"], "uninterrupted");
+    killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "-q"], "metrics.append:4");
+    let resume = ["run", "tiny.yaml", "--resume", "killed", "-q"];
+    for place in [
+        "manifest.rename:1",
+        "metrics.append:1",
+        "checkpoint.write:1",
+        "checkpoint.renamed:2",
+        "final.sync:1",
+        "done.write:1",
+    ] {
+        killed_at(&sandbox, &resume, place);
+    }
+    for place in ["metrics.append:7", "stage.after:1", "summary.rename:1", "manifest.write:2"] {
+        killed_at(&sandbox, &resume, place);
+    }
+    finished(&sandbox, &resume, "the last");
+    let [whole, killed] = ["whole", "killed"].map(|dir| run_record(&sandbox.work().join(dir)));
+    whole.assert_same(&killed, "kill upon kill");
+}

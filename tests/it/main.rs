@@ -1,0 +1,18 @@
+//! The end-to-end tests: one program, so that what they link is linked once.
+
+mod bad_input;
+mod cli;
+mod corpus;
+mod docs;
+mod exact;
+mod files;
+#[cfg(feature = "failpoints")]
+mod kill;
+#[cfg(target_os = "linux")]
+mod memory;
+mod papers;
+mod recipes;
+mod reference;
+mod robustness;
+mod runs;
+mod support;

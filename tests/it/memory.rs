@@ -1,0 +1,72 @@
+//! What `validate` says a stage will need, against what the process had at most.
+
+use crate::support::Sandbox;
+use serde_json::Value;
+
+/// The estimate and the measured peak of a recipe of one stage, in MiB. The sizes make the step outweigh the program.
+#[expect(clippy::print_stdout, reason = "the ratio is worth a look where the test passes too")]
+fn compare(recipe: &str, overrides: &[&str], flags: &[&str]) {
+    let sandbox = Sandbox::new();
+    let sets = overrides.iter().flat_map(|o| ["--set", o]);
+    let validate: Vec<&str> = ["validate", recipe, "--format", "json"].into_iter().chain(sets.clone()).collect();
+    let output = sandbox.run(validate.iter().chain(flags));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("json");
+    let stages = report["recipes"][0]["stages"].as_object().expect("stages");
+    let estimate =
+        stages.values().map(|s| s["memory"].as_f64().expect("bytes")).fold(0.0, f64::max) / f64::from(1 << 20);
+
+    let run: Vec<&str> = ["run", recipe, "--steps", "2", "-q", "--out", "run"].into_iter().chain(sets).collect();
+    let output = sandbox.run(run.iter().chain(flags));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let manifest = std::fs::read_to_string(sandbox.work().join("run/manifest.json")).expect("manifest");
+    let manifest: Value = serde_json::from_str(&manifest).expect("json");
+    let measured = manifest["peak_memory_mib"].as_f64().expect("Linux tells");
+    let ratio = estimate / measured;
+    println!(
+        "{recipe} {overrides:?} {flags:?}: estimate {estimate:.0} MiB, measured {measured:.0} MiB, ratio {ratio:.2}"
+    );
+    assert!(
+        (0.75..=1.25).contains(&ratio),
+        "{recipe} {overrides:?}: {estimate:.0} MiB said, {measured:.0} MiB measured"
+    );
+}
+
+#[test]
+fn pre_training_with_a_teacher() {
+    compare("quickstart", &["~stages.knn", "stages.pretrain.batch={effective: 1024}"], &[]);
+}
+
+#[test]
+fn recomputation() {
+    let deep = "stages.pretrain.student.arch={dim: 192, depth: 12, heads: 3, patch: 4}";
+    compare("quickstart", &["~stages.knn", "stages.pretrain.batch={effective: 512}", deep], &["--recompute"]);
+}
+
+#[test]
+fn a_decoder_over_mask_tokens() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student={type: vit, arch: {dim: 96, depth: 4, heads: 3, patch: 4}}",
+        "stages.pretrain.objectives.pixels.aligner={type: decoder, dim: 96, depth: 2, heads: 3}",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("mae_vitb", &sample, &[]);
+}
+
+#[test]
+fn fine_tuning() {
+    let sample = [
+        "~stages.knn",
+        "stages.train.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.train.batch={effective: 512}",
+    ];
+    compare("quickstart_teacher", &sample, &[]);
+}
+
+#[test]
+fn nearest_neighbours() {
+    let stages = "stages={knn: {type: knn, train: {dataset: {type: sample, split: train}}, \
+                  test: {dataset: {type: sample, split: test}}, baselines: [pixels]}}";
+    compare("quickstart", &[stages], &[]);
+}

@@ -1,0 +1,147 @@
+//! Runs of the command: what they leave, and how they end.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use crate::support::Sandbox;
+use serde_json::Value;
+
+fn json(path: &Path) -> Value {
+    let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+#[test]
+fn a_run_leaves_its_directory_and_prints_its_results() {
+    let sandbox = Sandbox::new();
+    let output = sandbox.run(["run", "good.yaml", "--steps", "2", "--out", "run", "--threads", "1"]);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{err}");
+    assert!(out.contains("pixels") && out.contains(" %") && out.contains("run directory: run"), "{out}");
+    assert!(err.contains("step 2 of 2"), "{err}");
+    assert!(!out.contains("step 2 of 2"), "progress is no result");
+    let run = sandbox.work().join("run");
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
+    assert_eq!(metrics.lines().count(), 2);
+    let summary = json(&run.join("summary.json"));
+    assert_eq!(summary["pretrain"]["steps"], 2);
+    assert!(summary["knn"]["pixels"]["accuracy"].as_f64().expect("a share") > 0.2, "{summary}");
+    let manifest = json(&run.join("manifest.json"));
+    assert_eq!(manifest["command_line"][1], "run");
+    assert!(manifest["ended"].is_string());
+
+    let again = sandbox.run(["run", "good.yaml", "--steps", "2", "--out", "run"]);
+    assert_eq!(again.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("--resume run"));
+    let resumed = sandbox.run(["run", "--resume", "run", "--steps", "2", "-q"]);
+    assert_eq!(resumed.status.code(), Some(0), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(resumed.stdout, output.stdout, "a finished run prints the same results");
+    assert_eq!(String::from_utf8_lossy(&resumed.stderr), "", "-q");
+    let other = sandbox.run(["run", "good.yaml", "--set", "seed=7", "--resume", "run"]);
+    assert_eq!(other.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&other.stderr).contains("seed: 0 -> 7"));
+}
+
+#[test]
+fn a_refused_recipe_leaves_no_directory() {
+    let sandbox = Sandbox::new();
+    let output = sandbox.run(["run", "good.yaml", "--set", "stages.pretrain.masker.ratio=1", "--out", "run"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!sandbox.work().join("run").exists());
+}
+
+#[test]
+fn a_student_is_exported_under_other_names() {
+    let sandbox = Sandbox::new();
+    let run = sandbox.run(["run", "good.yaml", "--steps", "1", "--out", "run", "-q"]);
+    assert_eq!(run.status.code(), Some(0), "{}", String::from_utf8_lossy(&run.stderr));
+    for (format, name) in
+        [("timm", "blocks.0.attn.qkv.weight"), ("hf_vit", "encoder.layer.0.attention.attention.query.weight")]
+    {
+        let output = sandbox.run(["export", "run", "--stage", "pretrain", "--format", format, "--out", format]);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        let bytes = fs::read(sandbox.work().join(format)).expect("a file");
+        assert!(String::from_utf8_lossy(&bytes).contains(name), "{format}");
+        assert!(!String::from_utf8_lossy(&bytes[..4096]).contains("decoder"), "{format}");
+    }
+}
+
+#[cfg(unix)]
+mod signals {
+    use super::*;
+
+    fn signal(child: &Child, name: &str) {
+        let sent = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status().expect("kill");
+        assert!(sent.success());
+    }
+
+    const LONG: [&str; 8] =
+        ["run", "good.yaml", "--set", "stages.pretrain.epochs=10000", "--out", "run", "--threads", "1"];
+
+    /// A run that would go on for hours, after its first steps.
+    fn long_run(sandbox: &Sandbox) -> Child {
+        after_two_steps(sandbox, sandbox.command(LONG))
+    }
+
+    fn after_two_steps(sandbox: &Sandbox, mut command: Command) -> Child {
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let metrics = sandbox.work().join("run/metrics.jsonl");
+        let limit = Instant::now() + Duration::from_secs(120);
+        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
+            assert!(Instant::now() < limit, "no step was made");
+            sleep(Duration::from_millis(20));
+        }
+        child
+    }
+
+    #[test]
+    fn stopped_runs_save_their_state_and_say_how_to_go_on() {
+        for (name, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
+            let sandbox = Sandbox::new();
+            let child = long_run(&sandbox);
+            signal(&child, name);
+            let output = child.wait_with_output().expect("it ends");
+            let err = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(code), "{err}");
+            assert!(err.contains("--resume run"), "{err}");
+            let checkpoints = sandbox.work().join("run/checkpoints/pretrain");
+            assert!(checkpoints.read_dir().expect("a folder").count() > 0);
+            let metrics = fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).expect("metrics");
+            let done = metrics.lines().count() + 1;
+            let resumed = sandbox.run(["run", "--resume", "run", "--steps", &done.to_string(), "-q"]);
+            assert_eq!(resumed.status.code(), Some(0), "{}", String::from_utf8_lossy(&resumed.stderr));
+            let metrics = fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).expect("metrics");
+            let steps: Vec<u64> =
+                metrics.lines().map(|line| json_line(line)["step"].as_u64().expect("a step")).collect();
+            assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
+        }
+    }
+
+    /// As `nohup` starts one.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_run_that_is_to_outlive_its_terminal_does() {
+        let sandbox = Sandbox::new();
+        let binary = sandbox.command(LONG);
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(binary.get_program()).args(LONG);
+        command.current_dir(sandbox.work());
+        let child = after_two_steps(&sandbox, command);
+        signal(&child, "HUP");
+        sleep(Duration::from_millis(500));
+        signal(&child, "TERM");
+        let output = child.wait_with_output().expect("it ends");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(143), "{err}");
+        assert!(!err.contains("SIGHUP"), "{err}");
+    }
+
+    fn json_line(line: &str) -> Value {
+        serde_json::from_str(line).expect("a whole line")
+    }
+}
