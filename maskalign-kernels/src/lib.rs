@@ -22,6 +22,8 @@ pub mod pool;
 #[cfg(test)]
 mod pool_tests;
 mod share;
+#[cfg(test)]
+mod soundness;
 mod sync;
 #[cfg(test)]
 mod testing;
