@@ -47,6 +47,42 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
     assert!(String::from_utf8_lossy(&other.stderr).contains("seed: 0 -> 7"));
 }
 
+/// What is measured while a stage trains stands among the steps, once, also where the run was stopped in between.
+#[test]
+fn evaluations_in_the_course_of_training_are_in_the_metrics() {
+    let sandbox = Sandbox::new();
+    let lines = |run: &str| -> Vec<Value> {
+        let text = fs::read_to_string(sandbox.work().join(run).join("metrics.jsonl")).expect("metrics");
+        text.lines().map(|line| serde_json::from_str(line).expect("a record")).collect()
+    };
+    let run = |arguments: &[&str]| {
+        let output = sandbox.run([&["run"], arguments, &["-q"]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["tiny.yaml", "--out", "whole"]);
+    let whole = lines("whole");
+    let evaluations: Vec<&Value> = whole.iter().filter(|line| line["knn"].is_object()).collect();
+    let summary = json(&sandbox.work().join("whole/summary.json"));
+    let measured = summary["pretrain"]["knn"].as_array().expect("one an epoch");
+    assert_eq!(evaluations.len(), measured.len());
+    for (line, measured) in evaluations.iter().zip(measured) {
+        assert_eq!(line["stage"], "pretrain");
+        assert_eq!(line["knn"]["accuracy"], measured["accuracy"]);
+        assert_eq!(line["epoch"].as_f64(), measured["epoch"].as_f64());
+    }
+    assert!(whole.iter().filter(|line| line["loss"].is_number()).count() > evaluations.len());
+    run(&["tiny.yaml", "--out", "parts", "--steps", "5"]);
+    run(&["--resume", "parts"]);
+    let untimed = |lines: Vec<Value>| -> Vec<Value> {
+        let untimed = |mut line: Value| {
+            line.as_object_mut().expect("an object").remove("images_per_s");
+            line
+        };
+        lines.into_iter().map(untimed).collect()
+    };
+    assert_eq!(untimed(lines("parts")), untimed(whole));
+}
+
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
     let sandbox = Sandbox::new();

@@ -206,3 +206,71 @@ impl<'a> Events<'a> {
         self.sinks.iter_mut().try_for_each(|sink| sink.sync())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, rc::Rc};
+
+    use super::*;
+    use crate::error::Error;
+
+    /// Notes what it is told; fails at a step.
+    struct Notes {
+        told: Rc<RefCell<Vec<String>>>,
+        fails_at: u64,
+    }
+
+    impl Sink for Notes {
+        fn handle(&mut self, event: &Event) -> Result<()> {
+            match event {
+                Event::Step(report) if report.step == self.fails_at => Err(Error::Usage("the disk is full".into())),
+                Event::Step(report) => {
+                    self.told.borrow_mut().push(format!("step {}", report.step));
+                    Ok(())
+                }
+                _ => Ok(()),
+            }
+        }
+
+        fn rewind(&mut self, to: Mark) -> Result<()> {
+            self.told.borrow_mut().push(format!("rewind to {} records, {} step {}", to.records, to.stage, to.step));
+            Ok(())
+        }
+    }
+
+    fn step(step: u64) -> StepReport {
+        let stage = "train".to_string();
+        StepReport {
+            stage,
+            step,
+            steps: 9,
+            epoch: 0.0,
+            loss: 1.0,
+            lr: 0.1,
+            gradient_norm: 1.0,
+            images_per_s: 1.0,
+            skipped: 0,
+        }
+    }
+
+    #[test]
+    fn a_sink_that_fails_ends_the_stream_and_sinks_are_rewound_before_a_stage_records() {
+        let told = Rc::default();
+        let mut events = Events::new(vec![Box::new(Notes { told: Rc::clone(&told), fails_at: 7 })]);
+        events.pass_over(4);
+        let summary = StageSummary::default();
+        events.send(Event::StageStarted { stage: "train", summary: &summary }).unwrap();
+        for at in 0..2 {
+            events.send(Event::Step(&step(at))).unwrap();
+        }
+        assert_eq!(events.records(), 6);
+        events.rewind(Mark { records: 5, stage: "train", step: 1 }).unwrap();
+        events.send(Event::Step(&step(1))).unwrap();
+        assert_eq!(events.records(), 6);
+        let error = events.send(Event::Step(&step(7))).unwrap_err();
+        assert_eq!(error.to_string(), "the disk is full");
+        let expected =
+            ["rewind to 4 records, train step 0", "step 0", "step 1", "rewind to 5 records, train step 1", "step 1"];
+        assert_eq!(*told.borrow(), expected);
+    }
+}
