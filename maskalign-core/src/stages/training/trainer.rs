@@ -163,6 +163,8 @@ impl Trainer {
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
         lr: f64,
     ) -> Result<Step> {
+        // Those of the last step have no room beside this one's.
+        self.gradients = None;
         let mut gradients = Gradients::default();
         let (mut total, mut phases) = (0.0f64, Phases::default());
         for _ in 0..parts {
