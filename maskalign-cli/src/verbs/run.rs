@@ -12,7 +12,7 @@ use maskalign_core::{
     Context,
     components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
-    events::{Events, MetricsFile},
+    events::{Events, MetricsFile, Sink, TensorBoardFile},
     pipeline::{self, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
@@ -71,6 +71,12 @@ pub(crate) struct Args {
     /// Threads that read images, 0 to read them between steps [default: 1, or 0 with one thread]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     workers: Option<usize>,
+    /// Write losses, rates and accuracies for TensorBoard too: tensorboard --logdir DIR
+    ///
+    /// They go into the folder `tensorboard` of the run directory. A resumed run is told again; steps that it made
+    /// without are added then.
+    #[arg(long, help_heading = "Logging")]
+    tensorboard: bool,
     /// Write a trace of the run to a new file in Chrome's format, for chrome://tracing or ui.perfetto.dev
     #[arg(long, value_name = "FILE", help_heading = "Logging")]
     pub trace: Option<PathBuf>,
@@ -193,6 +199,11 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn run_on(&self, cx: &Context, plan: Plan, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
+        let mut sinks: Vec<Box<dyn Sink + '_>> = vec![Box::new(MetricsFile::new(self.dir))];
+        if self.args.tensorboard {
+            sinks.push(Box::new(TensorBoardFile::new(self.dir)));
+        }
+        sinks.push(Box::new(reporter));
         let options = RunOptions {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
@@ -201,7 +212,7 @@ impl Job<'_> {
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
             stop: self.stop,
-            events: Events::new(vec![Box::new(MetricsFile::new(self.dir)), Box::new(reporter)]),
+            events: Events::new(sinks),
         };
         pipeline::run(cx, self.loaded.recipe(), plan, self.dir, options)
     }

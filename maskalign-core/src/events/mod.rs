@@ -4,6 +4,7 @@
 //! missing for good. On resume every sink is rewound to where the checkpoint was made.
 
 mod metrics;
+mod tensorboard;
 
 use std::path::Path;
 
@@ -11,6 +12,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use metrics::MetricsFile;
+pub use tensorboard::TensorBoardFile;
 
 use crate::{error::Result, stages::StageSummary};
 

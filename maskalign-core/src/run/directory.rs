@@ -25,6 +25,9 @@ const SUMMARY: &str = "summary.json";
 const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final.safetensors";
 const DONE: &str = "done.json";
+const TENSORBOARD: &str = "tensorboard";
+/// TensorBoard finds files by the middle of their names.
+const EVENTS: &str = "events.out.tfevents.0.maskalign";
 
 /// What to do with what a run's directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,6 +161,11 @@ impl RunDir {
     /// `metrics.jsonl`.
     pub fn metrics_path(&self) -> PathBuf {
         self.path.join(METRICS)
+    }
+
+    /// `tensorboard/events.out.tfevents.0.maskalign`.
+    pub fn tensorboard_path(&self) -> PathBuf {
+        self.path.join(TENSORBOARD).join(EVENTS)
     }
 
     /// `summary.json`.
@@ -384,6 +392,11 @@ impl RunDir {
             let _ = fs::remove_dir(&folder);
         }
         let _ = fs::remove_dir(self.path.join(CHECKPOINTS));
+        let tensorboard = self.path.join(TENSORBOARD);
+        if is_plain_folder(&tensorboard) {
+            delete(&tensorboard.join(EVENTS))?;
+            let _ = fs::remove_dir(&tensorboard);
+        }
         self.marker.set_len(0).map_err(|source| RunError::writing("run directory's marker", &path, source))
     }
 
@@ -591,6 +604,8 @@ mod tests {
         save(&run, "pretrain", 5);
         save(&run, "probe", 5);
         run.finish_stage(&header("pretrain", 5), &[], json!({ "loss": 1 })).unwrap();
+        fs::create_dir(path.join("tensorboard")).unwrap();
+        fs::write(run.tensorboard_path(), "events").unwrap();
         run.record("export/student.safetensors").unwrap();
         fs::create_dir(path.join("export")).unwrap();
         fs::write(path.join("export/student.safetensors"), "s").unwrap();
@@ -606,6 +621,7 @@ mod tests {
         assert!(run.read_recipe().unwrap().is_none());
         assert!(run.checkpoints("pretrain").unwrap().is_empty());
         assert!(!path.join("checkpoints/probe").exists());
+        assert!(!path.join("tensorboard").exists());
         assert!(!path.join("export/student.safetensors").exists());
         assert_eq!(fs::read_to_string(path.join("notes.txt")).unwrap(), "mine");
         assert_eq!(fs::read_to_string(path.join("checkpoints/pretrain/copy.safetensors")).unwrap(), "mine");

@@ -6,14 +6,15 @@
 //!   recipe.resolved.yaml                   the recipe with every default
 //!   manifest.json                          where, when and with what the run was made
 //!   metrics.jsonl                          one record a line, appended
+//!   tensorboard/                           the same for TensorBoard, where that is asked for
 //!   summary.json                           each finished stage's results under its name
 //!   checkpoints/STAGE/step-00001234.safetensors
 //!   checkpoints/STAGE/final.safetensors    the stage's outcome
 //!   checkpoints/STAGE/done.json            the stage is finished; its results
 //! ```
 //!
-//! Every file but `metrics.jsonl` appears whole or not at all ([`atomic_write`]); `metrics.jsonl` is cut back to the
-//! checkpoint's position on resume. So a process may be killed at any moment, and the run goes on from its last
+//! Every file but `metrics.jsonl` and TensorBoard's appears whole or not at all ([`atomic_write`]); those two are cut back
+//! to the checkpoint's position on resume. So a process may be killed at any moment, and the run goes on from its last
 //! checkpoint. Nothing here knows tensors of a device: weights pass as `f32` slices.
 
 mod atomic;

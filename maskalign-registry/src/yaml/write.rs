@@ -32,7 +32,7 @@ impl Writer<'_> {
         };
         for (key, value) in object {
             self.path.push(key.clone());
-            let head = format!("{:indent$}{}:", "", yaml_text(key));
+            let head = format!("{:indent$}{}:", "", yaml_text(key, Within::Line));
             self.value(&head, value, indent + 2);
             self.path.pop();
         }
@@ -82,39 +82,171 @@ fn fits_in_line(value: &Value) -> bool {
 fn yaml_flow(value: &Value) -> String {
     match value {
         Value::Array(items) => {
-            let items: Vec<String> = items.iter().map(yaml_flow).collect();
-            format!("[{}]", items.join(", "))
+            let item = |item: &Value| match item {
+                Value::String(text) => string(text, Within::Brackets),
+                other => yaml_flow(other),
+            };
+            format!("[{}]", items.iter().map(item).collect::<Vec<String>>().join(", "))
         }
         Value::Object(_) => "{}".to_owned(),
-        // A single dollar could begin a variable.
-        Value::String(text) => yaml_text(&text.replace('$', "$$")),
+        Value::String(text) => string(text, Within::Line),
         other => other.to_string(),
     }
 }
 
-/// Text as a YAML scalar: plain if that is safe anywhere, double-quoted otherwise.
-fn yaml_text(text: &str) -> String {
-    let is_word = text.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_' || c == '/')
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/'));
-    if is_word && matches!(resolve_plain(text), Content::Str(_)) {
-        return text.to_owned();
-    }
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\t' => out.push_str("\\t"),
-            ' '..='~' => out.push(c),
-            '\u{a0}'..='\u{d7ff}' | '\u{e000}'..='\u{fefe}' | '\u{ff00}'..='\u{fffd}'
-                if !matches!(c, '\u{2028}' | '\u{2029}') =>
-            {
-                out.push(c);
-            }
-            c => out.push_str(&format!("\\U{:08x}", u32::from(c))),
+/// What a scalar stands in.
+#[derive(Clone, Copy, PartialEq)]
+enum Within {
+    /// The rest of a line, or its beginning up to a colon.
+    Line,
+    /// A list in brackets.
+    Brackets,
+}
+
+/// A value that is text. A single dollar could begin a variable.
+fn string(text: &str, within: Within) -> String {
+    yaml_text(&text.replace('$', "$$"), within)
+}
+
+/// Text as a YAML scalar of one line, quoted where it has to be.
+fn yaml_text(text: &str, within: Within) -> String {
+    let written = serde_yaml::to_string(text).expect("text can be written");
+    let written = written.trim_end_matches('\n');
+    let is_plain = !written.starts_with(['"', '\'']);
+    // What the library cannot know: that a plain scalar stands in brackets, and what this crate's reader takes for
+    // another type, a merge key or a break of the line.
+    let misread = is_plain
+        && (text == "<<"
+            || text.trim() != text
+            || !matches!(resolve_plain(text), Content::Str(_))
+            || within == Within::Brackets && text.contains([',', '[', ']', '{', '}', '?', ':']));
+    let breaks = |c| matches!(c, '\n' | '\r' | '\u{85}' | '\u{2028}' | '\u{2029}');
+    if misread || text.contains(breaks) { double_quoted(text) } else { written.to_owned() }
+}
+
+/// Text in double quotes: JSON's are YAML's too, once what YAML has no place for is escaped.
+fn double_quoted(text: &str) -> String {
+    let json = Value::from(text).to_string();
+    let escaped = |c: char| match c {
+        '\u{7f}'..='\u{9f}' | '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{fffe}' | '\u{ffff}' => {
+            format!("\\u{:04x}", u32::from(c))
+        }
+        c => c.to_string(),
+    };
+    json.chars().map(escaped).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::yaml::parse_value;
+
+    #[test]
+    fn text_of_every_kind_survives_as_key_value_and_item() {
+        let texts = [
+            "",
+            " ",
+            "a",
+            "a b",
+            " a",
+            "a ",
+            "yes",
+            "no",
+            "y",
+            "on",
+            "null",
+            "~",
+            "true",
+            "True",
+            ".5",
+            "1e3",
+            "1_000",
+            "0x1f",
+            "0o17",
+            "017",
+            "1.",
+            "+1",
+            "-",
+            "- a",
+            "?",
+            "? a",
+            ":",
+            ":x",
+            "a: b",
+            "a:b",
+            "a:",
+            "a #b",
+            "#",
+            "a#b",
+            "<<",
+            "=",
+            "*a",
+            "&a",
+            "!a",
+            "|",
+            ">",
+            "%a",
+            "@a",
+            "`a",
+            "'",
+            "\"",
+            "it's",
+            "say \"hi\"",
+            "'a'",
+            "a,b",
+            "[a]",
+            "{a}",
+            "a]",
+            "a}",
+            "---",
+            "--- a",
+            "...",
+            "a\nb",
+            "a\n",
+            "\na",
+            " a\n  b\n\n",
+            "\t",
+            "a\tb",
+            "\r",
+            "a\r\nb",
+            "\u{0}",
+            "\u{7f}",
+            "\u{85}",
+            "a\u{85}b",
+            "\u{a0}",
+            "a\u{2028}b",
+            "\u{2029}",
+            "\u{feff}",
+            "\u{fffe}",
+            "é 名",
+            "😀",
+            "\\",
+            "a\\nb",
+            "C:\\a",
+            "hf://org/repo",
+            "2023-06-18",
+            "12:30",
+            ".nan",
+            ".inf",
+            "-.Inf",
+            "99999999999999999999",
+        ];
+        for text in texts {
+            // An empty key is refused where it is read.
+            let key = if text.is_empty() { "key" } else { text };
+            let value = json!({ "value": text, "list": [text, "x", [text]], "deep": [{ key: text }], key: 1 });
+            let yaml = write(&value, &|_| Some("note".to_owned()));
+            assert_eq!(parse_value(&yaml).as_ref(), Ok(&value), "{text:?} as\n{yaml}");
+            let other: Value = serde_yaml::from_str(&yaml).unwrap_or_else(|error| panic!("{text:?}: {error}\n{yaml}"));
+            assert_eq!(other, value, "{text:?} as\n{yaml}");
         }
     }
-    out.push('"');
-    out
+
+    #[test]
+    fn quotes_stand_where_they_are_needed_and_nowhere_else() {
+        let value = json!({ "a": "embedded://weights", "b": "1", "c": ["x y", "x, y"], "d": "two\nlines" });
+        assert_eq!(write(&value, &|_| None), "a: embedded://weights\nb: '1'\nc: [x y, \"x, y\"]\nd: \"two\\nlines\"\n");
+    }
 }

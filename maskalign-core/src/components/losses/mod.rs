@@ -1,6 +1,7 @@
 //! The distance between an aligned output and its target.
 
 mod cosine;
+mod cross_entropy;
 mod kl;
 mod l1;
 mod mse;

@@ -1,0 +1,352 @@
+//! `tensorboard/`: the numbers of `metrics.jsonl` as scalars for TensorBoard.
+//!
+//! One file a run. The stage stands before the first slash of a tag (`pretrain/loss`, `pretrain/knn/accuracy`), by which
+//! TensorBoard groups its charts; so the steps of two stages, which both count from 0, never share a chart. A file of
+//! their own for each stage would list each run several times where runs are compared.
+//!
+//! After the record of its version, the file has one record for each line of `metrics.jsonl`. A run that goes on is cut
+//! back to its checkpoint like that file, to the byte. TensorBoard's own remedy, a mark that tells it to forget later
+//! steps, forgets them in every stage, and other readers of the format do not know it.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use crc::{CRC_32_ISCSI, Crc};
+use serde_json::{Value, json};
+
+use super::{Evaluation, Event, Mark, Sink};
+use crate::{
+    error::Result,
+    run::{RunDir, RunError},
+};
+
+static CRC32C: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
+/// Bytes around a record's content: its length, the checksum of that, and the checksum of the content.
+const FRAME: usize = 8 + 4 + 4;
+
+/// The event file of a run directory. It follows [`MetricsFile`](super::MetricsFile) in the list of sinks: what was
+/// recorded before this sink was there is read from `metrics.jsonl`.
+pub struct TensorBoardFile<'a> {
+    dir: &'a RunDir,
+    file: Option<EventFile>,
+}
+
+impl<'a> TensorBoardFile<'a> {
+    /// The sink of a directory; nothing is opened yet.
+    pub fn new(dir: &'a RunDir) -> Self {
+        TensorBoardFile { dir, file: None }
+    }
+
+    fn append(&mut self, line: &Value) -> Result<()> {
+        let file = match self.file.take() {
+            Some(file) => file,
+            None => EventFile::open(&self.dir.tensorboard_path(), &[])?,
+        };
+        Ok(self.file.insert(file).append(&scalars(line))?)
+    }
+}
+
+impl Sink for TensorBoardFile<'_> {
+    fn handle(&mut self, event: &Event) -> Result<()> {
+        match event {
+            Event::Step(report) => self.append(&json!(report)),
+            Event::Evaluated(Evaluation { stage, step, name, result, .. }) => {
+                self.append(&json!({ "stage": stage, "step": step, name: result }))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn rewind(&mut self, to: Mark) -> Result<()> {
+        // Closed first: the file is opened again at another length.
+        self.file = None;
+        let lines = first_lines(&self.dir.metrics_path(), to.records)?;
+        self.file = Some(EventFile::open(&self.dir.tensorboard_path(), &lines)?);
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        Ok(self.file.as_ref().map_or(Ok(()), EventFile::sync)?)
+    }
+}
+
+/// The first lines of `metrics.jsonl`; fewer where it has fewer.
+fn first_lines(path: &Path, count: u64) -> Result<Vec<Value>, RunError> {
+    let reading = |error| RunError::reading("metrics", path, error);
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(reading(error)),
+    };
+    let parse = |line: io::Result<String>| serde_json::from_str(&line?).map_err(io::Error::from);
+    BufReader::new(file).lines().take(count as usize).map(parse).collect::<io::Result<_>>().map_err(reading)
+}
+
+/// A file of events that is appended to.
+struct EventFile {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl EventFile {
+    /// Opens or creates the file so that it has the scalars of these lines and no more: whole records that are there
+    /// stay, a torn one and those beyond go, and missing ones are added.
+    fn open(path: &Path, lines: &[Value]) -> Result<EventFile, RunError> {
+        let writing = |source| RunError::writing("TensorBoard file", path, source);
+        fs::create_dir_all(path.parent().expect("a file in a folder")).map_err(writing)?;
+        let found = match fs::read(path) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(RunError::reading("TensorBoard file", path, error)),
+        };
+        let (records, bytes) = whole_records(&found, 1 + lines.len());
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(writing)?;
+        file.set_len(bytes as u64).map_err(writing)?;
+        let mut file = EventFile { path: path.to_owned(), file, bytes: bytes as u64 };
+        if records == 0 {
+            // The first record tells readers which version of the format follows.
+            file.append(&Message::default().bytes(3, b"brain.Event:2"))?;
+        }
+        lines.iter().skip(records.saturating_sub(1)).try_for_each(|line| file.append(&scalars(line)))?;
+        Ok(file)
+    }
+
+    /// Appends an event that happens now. If that fails half way, the half is taken back.
+    fn append(&mut self, content: &Message) -> Result<(), RunError> {
+        #[allow(clippy::disallowed_methods, reason = "TensorBoard's axis of time; nothing is computed from it")]
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+        let mut event = Message::default().double(1, now);
+        event.0.extend_from_slice(&content.0);
+        let record = framed(&event.0);
+        match self.file.write_all(&record) {
+            Ok(()) => {
+                self.bytes += record.len() as u64;
+                Ok(())
+            }
+            Err(source) => {
+                // The first error is the one to report.
+                let _ = self.file.set_len(self.bytes);
+                Err(RunError::writing("TensorBoard file", &self.path, source))
+            }
+        }
+    }
+
+    fn sync(&self) -> Result<(), RunError> {
+        self.file.sync_data().map_err(|source| RunError::writing("TensorBoard file", &self.path, source))
+    }
+}
+
+/// Step and summary of a line of `metrics.jsonl`: each of its numbers under the stage and its path, but for the epoch,
+/// which the step tells.
+fn scalars(line: &Value) -> Message {
+    let stage = line["stage"].as_str().unwrap_or_default();
+    let mut summary = Message::default();
+    let mut open: Vec<(String, &Value)> = Vec::new();
+    for (name, value) in line.as_object().into_iter().flatten() {
+        if !["stage", "step", "epoch"].contains(&name.as_str()) {
+            open.push((format!("{stage}/{name}"), value));
+        }
+    }
+    while let Some((tag, value)) = open.pop() {
+        match value {
+            Value::Object(inner) => open.extend(inner.iter().map(|(name, value)| (format!("{tag}/{name}"), value))),
+            value => {
+                if let Some(number) = value.as_f64() {
+                    let value = Message::default().bytes(1, tag.as_bytes()).float(2, number as f32);
+                    summary = summary.bytes(1, &value.0);
+                }
+            }
+        }
+    }
+    Message::default().varint(2, line["step"].as_u64().unwrap_or_default()).bytes(5, &summary.0)
+}
+
+/// A message of Protocol Buffers under construction: the few types that TensorBoard's `Event` is made of.
+#[derive(Default)]
+struct Message(Vec<u8>);
+
+impl Message {
+    fn varint(mut self, field: u8, value: u64) -> Self {
+        self.0.push(field << 3);
+        self.push_varint(value);
+        self
+    }
+
+    fn double(mut self, field: u8, value: f64) -> Self {
+        self.0.push(field << 3 | 1);
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn bytes(mut self, field: u8, value: &[u8]) -> Self {
+        self.0.push(field << 3 | 2);
+        self.push_varint(value.len() as u64);
+        self.0.extend_from_slice(value);
+        self
+    }
+
+    fn float(mut self, field: u8, value: f32) -> Self {
+        self.0.push(field << 3 | 5);
+        self.0.extend_from_slice(&value.to_le_bytes());
+        self
+    }
+
+    fn push_varint(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value as u8);
+    }
+}
+
+/// A record of TensorFlow's: length and content, each with its checksum.
+fn framed(content: &[u8]) -> Vec<u8> {
+    let length = (content.len() as u64).to_le_bytes();
+    let mut record = Vec::with_capacity(FRAME + content.len());
+    record.extend_from_slice(&length);
+    record.extend_from_slice(&checksum(&length));
+    record.extend_from_slice(content);
+    record.extend_from_slice(&checksum(content));
+    record
+}
+
+/// CRC-32C, rotated and moved by a constant: TensorFlow keeps checksums apart from what they are computed of.
+fn checksum(bytes: &[u8]) -> [u8; 4] {
+    CRC32C.checksum(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
+}
+
+/// The number and the length in bytes of the leading whole records, at most `limit`.
+fn whole_records(file: &[u8], limit: usize) -> (usize, usize) {
+    let (mut records, mut bytes) = (0, 0);
+    while records < limit
+        && let Some(length) = whole_record(&file[bytes..])
+    {
+        records += 1;
+        bytes += length;
+    }
+    (records, bytes)
+}
+
+/// The length of the record that the bytes begin with; nothing where it is torn or damaged.
+fn whole_record(bytes: &[u8]) -> Option<usize> {
+    let (length, rest) = bytes.split_first_chunk::<8>()?;
+    let (sum, rest) = rest.split_first_chunk::<4>()?;
+    if *sum != checksum(length) {
+        return None;
+    }
+    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let (content, rest) = rest.split_at_checked(length)?;
+    (*rest.first_chunk::<4>()? == checksum(content)).then_some(FRAME + length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        events::{Events, MetricsFile, StepReport},
+        run::Mode,
+    };
+
+    #[test]
+    fn checksums_are_those_of_the_rfc() {
+        // RFC 3720, appendix B.4.
+        let counting: Vec<u8> = (0..32).collect();
+        for (bytes, expected) in [(&[0; 32][..], 0x8a91_36aa_u32), (&[0xff; 32], 0x62a8_ab43), (&counting, 0x46dd_794e)]
+        {
+            assert_eq!(CRC32C.checksum(bytes), expected);
+        }
+    }
+
+    /// ```python
+    /// from tensorboard.compat.proto.event_pb2 import Event
+    /// from tensorboard.summary.writer.record_writer import RecordWriter
+    /// event = Event(step=300); event.summary.value.add(tag="a/b", simple_value=0.5)
+    /// RecordWriter(open("f", "wb")).write(event.SerializeToString())
+    /// ```
+    #[test]
+    fn a_record_is_the_one_that_tensorboard_writes() {
+        let message = scalars(&json!({ "stage": "a", "step": 300, "epoch": 1.0, "b": 0.5 }));
+        let hex: String = framed(&message.0).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "11000000000000009d6db52e10ac022a0c0a0a0a03612f62150000003f204f791e");
+    }
+
+    fn report(step: u64) -> StepReport {
+        let stage = "pretrain".to_owned();
+        let loss = step as f32;
+        StepReport {
+            stage,
+            step,
+            steps: 9,
+            epoch: 0.0,
+            loss,
+            lr: 0.5,
+            gradient_norm: 1.0,
+            images_per_s: 2.0,
+            skipped: 0,
+        }
+    }
+
+    fn stream(dir: &RunDir) -> Events<'_> {
+        Events::new(vec![Box::new(MetricsFile::new(dir)), Box::new(TensorBoardFile::new(dir))])
+    }
+
+    /// The events of a file without their times.
+    fn contents(dir: &RunDir) -> Vec<Vec<u8>> {
+        let mut file = &fs::read(dir.tensorboard_path()).unwrap()[..];
+        let mut found = Vec::new();
+        while let Some(length) = whole_record(file) {
+            found.push(file[12 + 9..length - 4].to_vec());
+            file = &file[length..];
+        }
+        assert!(file.is_empty(), "a torn record");
+        found
+    }
+
+    fn expected(steps: std::ops::Range<u64>) -> Vec<Vec<u8>> {
+        let version = Message::default().bytes(3, b"brain.Event:2").0;
+        std::iter::once(version).chain(steps.map(|step| scalars(&json!(report(step))).0)).collect()
+    }
+
+    #[test]
+    fn a_resumed_run_has_every_step_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let mut events = stream(&dir);
+        (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        drop(events);
+        let mut torn = OpenOptions::new().append(true).open(dir.tensorboard_path()).unwrap();
+        torn.write_all(&framed(b"half of it")[..13]).unwrap();
+
+        let mut events = stream(&dir);
+        events.rewind(Mark { records: 3, stage: "pretrain", step: 3 }).unwrap();
+        assert_eq!(contents(&dir), expected(0..3));
+        (3..7).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        assert_eq!(contents(&dir), expected(0..7));
+    }
+
+    #[test]
+    fn a_run_that_asks_for_it_late_has_its_earlier_steps_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let mut events = Events::new(vec![Box::new(MetricsFile::new(&dir))]);
+        (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        drop(events);
+        let mut events = stream(&dir);
+        events.rewind(Mark { records: 4, stage: "pretrain", step: 4 }).unwrap();
+        events.send(Event::Step(&report(4))).unwrap();
+        assert_eq!(contents(&dir), expected(0..5));
+    }
+
+    #[test]
+    fn evaluations_stand_under_their_names() {
+        let line = json!({ "stage": "pretrain", "step": 7, "knn": { "by_k": { "5": 0.25 } } });
+        let text = String::from_utf8_lossy(&scalars(&line).0).into_owned();
+        assert!(text.contains("pretrain/knn/by_k/5"), "{text}");
+    }
+}
