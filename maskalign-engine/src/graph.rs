@@ -7,7 +7,7 @@ use dfdx::prelude::{
     Tape as _, Tensor, ZerosTensor,
 };
 
-use crate::{Result, host::cpu};
+use crate::{error::Result, host::cpu};
 
 /// A matrix of dfdx's on the CPU.
 pub type Matrix<E = f32> = Tensor<(usize, usize), E, Cpu>;

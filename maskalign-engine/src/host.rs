@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use dfdx::prelude::{Cpu, HasShape, TensorFromVec};
 
-use crate::{Result, graph::Matrix};
+use crate::{error::Result, graph::Matrix};
 
 /// dfdx's CPU, once: `Cpu::default()` makes a generator and a cache of its own.
 pub(crate) fn cpu() -> &'static Cpu {
