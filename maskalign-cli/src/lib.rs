@@ -11,6 +11,7 @@ mod panics;
 mod progress;
 mod recipes;
 mod render;
+mod session;
 mod signals;
 mod table;
 mod verbs;
@@ -21,10 +22,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use maskalign_core::kinds::is_constructible;
 use maskalign_registry::Registry;
 
-use crate::{failure::Failure, progress::Screen, verbs::Verb};
-
-/// The commit this binary was built from, where known.
-pub(crate) const COMMIT: Option<&str> = option_env!("MASKALIGN_COMMIT");
+use crate::{failure::Failure, progress::Screen, session::Session, verbs::Verb};
 
 /// Masked image modelling without reconstruction, as recipes.
 ///
@@ -84,7 +82,14 @@ fn run(arguments: &[OsString]) -> Result<(), Failure> {
     let trace = logging::start(&cli.verbosity, cli.verb.log_level(), cli.verb.trace(), &screen)?;
     let registry = Registry::global().map_err(|error| Failure::mistake(error.to_string()))?;
     check_versions(registry)?;
-    cli.verb.run(&Session { registry, verbosity: &cli.verbosity, screen, trace: &trace, arguments })
+    cli.verb.run(&Session {
+        registry,
+        verbosity: &cli.verbosity,
+        screen,
+        trace: &trace,
+        arguments,
+        command: Cli::command,
+    })
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
@@ -103,16 +108,6 @@ fn check_versions(registry: &Registry) -> Result<(), Failure> {
         ))
         .help("let both depend on the same version")),
     }
-}
-
-/// What every verb is given besides its own arguments.
-pub(crate) struct Session<'a> {
-    pub registry: &'static Registry,
-    pub verbosity: &'a logging::Verbosity,
-    pub screen: Screen,
-    pub trace: &'a logging::Trace,
-    /// The command line as given, the binary's name first.
-    pub arguments: &'a [OsString],
 }
 
 #[cfg(test)]

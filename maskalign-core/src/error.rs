@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use maskalign_registry::Refusal;
 
+use crate::files::is_wrong_path;
+
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -83,12 +85,6 @@ impl From<Refusal> for Error {
     fn from(refusal: Refusal) -> Self {
         Error::Refused(refusal)
     }
-}
-
-/// Whether another path would help: what was named is not there, is of another kind or may not be used.
-pub(crate) fn is_wrong_path(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
-    matches!(error.kind(), NotFound | PermissionDenied | IsADirectory | NotADirectory)
 }
 
 /// What follows a message, after a semicolon.

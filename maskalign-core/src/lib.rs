@@ -12,6 +12,7 @@ pub mod data;
 pub mod embedded;
 pub mod error;
 pub mod events;
+mod files;
 pub mod kinds;
 pub mod nn;
 pub mod pipeline;

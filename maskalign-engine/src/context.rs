@@ -7,7 +7,12 @@ use std::{
 
 use maskalign_kernels::{Arena, Pool, fma_peak_gflops, isa};
 
-use crate::{Device, Error, Recompute, Result, Tensor};
+use crate::{
+    device::Device,
+    error::{Error, Result},
+    tape::Recompute,
+    tensor::Tensor,
+};
 
 /// Which forms of the operators run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -7,10 +7,9 @@ use dfdx::prelude::{
     Tape as _, Tensor, ZerosTensor,
 };
 
-use crate::{Result, host::cpu};
+pub use crate::host::Matrix;
+use crate::{error::Result, host::cpu};
 
-/// A matrix of dfdx's on the CPU.
-pub type Matrix<E = f32> = Tensor<(usize, usize), E, Cpu>;
 /// A vector of dfdx's on the CPU.
 pub(crate) type Vector<E = f32> = Tensor<(usize,), E, Cpu>;
 /// A tensor of dfdx's that carries the tape, inside [`Graph::run`].

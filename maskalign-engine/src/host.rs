@@ -8,7 +8,10 @@ use std::sync::{Arc, OnceLock};
 
 use dfdx::prelude::{Cpu, HasShape, TensorFromVec};
 
-use crate::{Result, graph::Matrix};
+use crate::error::Result;
+
+/// A matrix of dfdx's on the CPU.
+pub type Matrix<E = f32> = dfdx::prelude::Tensor<(usize, usize), E, Cpu>;
 
 /// dfdx's CPU, once: `Cpu::default()` makes a generator and a cache of its own.
 pub(crate) fn cpu() -> &'static Cpu {

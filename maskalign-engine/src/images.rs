@@ -2,7 +2,7 @@
 
 use maskalign_kernels::{Pool, elementwise as ew, for_parts};
 
-use crate::Context;
+use crate::context::Context;
 
 pub use maskalign_kernels::elementwise::Patches;
 

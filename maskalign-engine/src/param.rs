@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Device, Result, Tensor, random::Stream};
+use crate::{device::Device, error::Result, random::Stream, tensor::Tensor};
 
 /// A named tensor of a file or a model in the host's memory, or its shape alone.
 #[derive(Debug, Clone, PartialEq)]

@@ -9,7 +9,11 @@ use std::{cell::RefCell, collections::BTreeMap, mem, rc::Rc};
 use dfdx::prelude::{Backward, Cpu, CpuError, OwnedTape, PutTape, Tape as _, ZerosTensor};
 use maskalign_gpu::{Array, Gpu};
 
-use crate::{Error, Result, Tensor, host::cpu, tensor::Place};
+use crate::{
+    error::{Error, Result},
+    host::cpu,
+    tensor::{Place, Tensor},
+};
 
 /// What is kept for the backward pass of a segment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -250,7 +254,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::{Context, Device, ops};
+    use crate::{context::Context, device::Device, ops};
 
     type Segment = Rc<dyn Fn(&mut Tape, &Tensor) -> Result<Tensor>>;
 

@@ -11,7 +11,8 @@ use std::{
 use maskalign_gpu::Array;
 
 use crate::{
-    Device, Result,
+    device::Device,
+    error::Result,
     host::{Values, unique},
 };
 

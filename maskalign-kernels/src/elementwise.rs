@@ -6,14 +6,7 @@ use crate::pool::Pool;
 use crate::share::{CHUNK, Shared, add_reduced, for_parts, for_ranges, rows_per_task, sum_of2, vectorised};
 use crate::vmath;
 
-/// What happens to the former contents of an output.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Write {
-    /// They are replaced.
-    Set,
-    /// The result is added to them.
-    Add,
-}
+pub use crate::share::Write;
 
 /// Stores `values` in `y` as `write` says.
 #[inline(always)]

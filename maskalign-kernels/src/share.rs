@@ -12,6 +12,15 @@ use crate::pool::Pool;
 /// Floats that one task of an element-wise operation handles: 64 KiB, a share of the L2 cache.
 pub(crate) const CHUNK: usize = 16 * 1024;
 
+/// What happens to the former contents of an output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// They are replaced.
+    Set,
+    /// The result is added to them.
+    Add,
+}
+
 /// A mutable slice of which the tasks of one parallel operation write disjoint parts.
 pub(crate) struct Shared<'a, T = f32> {
     start: *mut T,

@@ -8,6 +8,7 @@ mod exact;
 mod files;
 #[cfg(feature = "failpoints")]
 mod kill;
+mod layers;
 #[cfg(target_os = "linux")]
 mod memory;
 mod papers;

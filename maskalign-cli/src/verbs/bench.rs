@@ -8,10 +8,10 @@ use serde_json::json;
 
 use super::machine::{Machine, at_least_one};
 use crate::{
-    Session,
     failure::Failure,
     output,
     recipes::{self, Sets},
+    session::Session,
     table::{Table, percent},
 };
 

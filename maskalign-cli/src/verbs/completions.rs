@@ -2,10 +2,9 @@
 
 use std::path::Path;
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
-use crate::{Cli, Session, failure::Failure, output};
+use crate::{failure::Failure, output, session::Session};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,7 +27,7 @@ impl Args {
         let name =
             session.arguments.first().and_then(|path| Path::new(path).file_stem()?.to_str()).unwrap_or("maskalign");
         let mut text = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), name, &mut text);
+        clap_complete::generate(self.shell, &mut (session.command)(), name, &mut text);
         Ok(output::print(&String::from_utf8_lossy(&text))?)
     }
 }

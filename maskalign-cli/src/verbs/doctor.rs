@@ -5,7 +5,11 @@ use std::{collections::BTreeSet, path::Path};
 use maskalign_core::{Context, Device, DeviceChoice, embedded, weights::HubCache};
 use serde_json::Value;
 
-use crate::{COMMIT, Session, failure::Failure, output, recipes};
+use crate::{
+    failure::Failure,
+    output, recipes,
+    session::{COMMIT, Session},
+};
 
 /// Where Debian's package puts the images that `quickstart_teacher` was trained on.
 const FASHION_MNIST: &str = "/usr/share/datasets/fashion-mnist";

@@ -5,10 +5,10 @@ use serde_json::json;
 
 use super::{Format, list::from_plugin};
 use crate::{
-    Session,
     failure::Failure,
     output,
     render::{self, paint},
+    session::Session,
 };
 
 /// Columns of text.

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use super::Format;
 use crate::{
-    Session,
     failure::Failure,
     output,
     render::{self, paint},
+    session::Session,
 };
 
 const EXAMPLES: &str = "\

@@ -20,7 +20,7 @@ use std::path::Path;
 use clap::{Subcommand, ValueEnum};
 use tracing_subscriber::filter::LevelFilter;
 
-use crate::{Session, failure::Failure};
+use crate::{failure::Failure, session::Session};
 
 #[derive(Subcommand)]
 pub(crate) enum Verb {

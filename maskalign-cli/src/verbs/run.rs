@@ -21,12 +21,12 @@ use serde_json::{Map, Value};
 
 use super::machine::{Machine, at_least_one};
 use crate::{
-    COMMIT, Session,
     failure::Failure,
     output,
     progress::{Reporter, number},
     recipes::{self, Sets},
     render::{self, paint},
+    session::{COMMIT, Session},
     signals,
     table::Table,
 };

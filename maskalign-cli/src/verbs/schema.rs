@@ -2,7 +2,7 @@
 
 use maskalign_registry::recipe_schema;
 
-use crate::{Session, failure::Failure, output};
+use crate::{failure::Failure, output, session::Session};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -5,10 +5,10 @@ use std::{fs, path::PathBuf};
 use maskalign_registry::{RecipeSource, ShowOrigin};
 
 use crate::{
-    Session,
     failure::Failure,
     output,
     recipes::{self, Embedded, Sets},
+    session::Session,
 };
 
 const EXAMPLES: &str = "\

@@ -16,11 +16,11 @@ use serde_json::{Map, Value, json};
 
 use super::Format;
 use crate::{
-    Session,
     failure::Failure,
     output,
     recipes::{self, Sets},
     render::{self, paint},
+    session::Session,
     table::{Table, bytes, count},
 };
 

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use super::machine::Machine;
 use crate::{
-    Session,
     failure::Failure,
     output,
     recipes::{Embedded, Sets},
     render::{self, paint},
+    session::Session,
     table::Table,
 };
 

@@ -9,8 +9,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{DataError, Images, RgbImage, Transform, output_size};
-use crate::Refusal;
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// What to do with an image that cannot be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

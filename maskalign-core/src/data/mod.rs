@@ -6,9 +6,9 @@
 
 use std::path::PathBuf;
 
-use crate::Refusal;
-use crate::error::is_wrong_path;
+use crate::files::is_wrong_path;
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 pub mod datasets;
 pub mod decode;

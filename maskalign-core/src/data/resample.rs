@@ -51,7 +51,7 @@ pub fn resize(image: &RgbImage, crop: Crop, width: usize, height: usize, interpo
     RgbImage { width, height, pixels: passes(rows, crop, width, height, interpolation) }
 }
 
-maskalign_kernels::simd_fn! {
+maskalign_engine::simd_fn! {
     /// The work on one image, with the same arithmetic on every instruction set.
     fn passes(rows: Rows<'_>, crop: Crop, width: usize, height: usize, interpolation: Interpolation) -> Vec<u8>
         = passes_body;

@@ -31,12 +31,13 @@ impl Size {
     ///
     /// # Errors
     /// Names `option` and the range.
-    pub fn check(self, option: &str) -> Result<(), crate::Refusal> {
+    pub fn check(self, option: &str) -> Result<(), maskalign_registry::Refusal> {
         let (width, height) = self.as_square();
         match [height, width].iter().find(|&&side| side == 0 || side > MAX_SIDE) {
-            Some(side) => {
-                Err(crate::Refusal::new(option, format!("expected a size of 1 to {MAX_SIDE} pixels, found {side}")))
-            }
+            Some(side) => Err(maskalign_registry::Refusal::new(
+                option,
+                format!("expected a size of 1 to {MAX_SIDE} pixels, found {side}"),
+            )),
             None => Ok(()),
         }
     }

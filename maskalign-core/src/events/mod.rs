@@ -4,6 +4,7 @@
 //! missing for good. On resume every sink is rewound to where the checkpoint was made.
 
 mod metrics;
+mod summary;
 mod tensorboard;
 
 use std::path::Path;
@@ -12,9 +13,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use metrics::MetricsFile;
+pub use summary::StageSummary;
 pub use tensorboard::TensorBoardFile;
 
-use crate::{error::Result, stages::StageSummary};
+use crate::error::Result;
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug)]

@@ -8,13 +8,12 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::atomic::{atomic_write, target_of_temporary};
-use super::checkpoint::{Checkpoint, CheckpointHeader, Retention};
 use super::clock::utc;
-use super::error::RunError;
 use super::manifest::Manifest;
 use super::metrics::Metrics;
+use crate::files::{RunError, atomic_write, target_of_temporary};
 use crate::weights::TensorRef;
+use crate::weights::{Checkpoint, CheckpointHeader, Retention};
 
 const MARKER: &str = ".maskalign-run";
 const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made besides the usual ones.\n";

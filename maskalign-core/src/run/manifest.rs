@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::error::RunError;
+use crate::files::RunError;
 
 /// `manifest.json`: with what, where and when a run was made. Times are RFC 3339 in UTC ([`super::rfc3339`]).
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]

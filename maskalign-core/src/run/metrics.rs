@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 
-use super::error::RunError;
-use super::fail_point::fail_point_after;
+use crate::files::RunError;
+use crate::files::fail_point_after;
 
 /// The writer of `metrics.jsonl`: whole lines only, one JSON record each.
 ///

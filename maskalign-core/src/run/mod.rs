@@ -17,22 +17,19 @@
 //! to the checkpoint's position on resume. So a process may be killed at any moment, and the run goes on from its last
 //! checkpoint. Nothing here knows tensors of a device: weights pass as `f32` slices.
 
-mod atomic;
-mod checkpoint;
 mod clock;
 mod directory;
-mod error;
-mod fail_point;
 mod manifest;
 mod metrics;
 mod stop;
 
-pub use atomic::atomic_write;
-pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use clock::rfc3339;
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
-pub use error::RunError;
-pub use fail_point::fail_point;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::Metrics;
 pub use stop::{Stop, StopFlag};
+
+pub use crate::{
+    files::{RunError, atomic_write, fail_point},
+    weights::{Checkpoint, CheckpointHeader, Retention},
+};

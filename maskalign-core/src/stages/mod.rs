@@ -17,7 +17,6 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use maskalign_engine::{Context, Recompute};
 use maskalign_registry::Refusal;
-use serde::Serialize;
 
 pub use data::{Data, OpenData, PlannedData, image_batch};
 pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract};
@@ -31,6 +30,7 @@ pub use training::{
     Precision, Step, Task, Trained, Trainer, Training, branch_scales, finish, train,
 };
 
+pub use crate::events::StageSummary;
 use crate::{
     components::towers::{Environment, MissingWeights, PlanContext, StudentPlan, TrainedStudents},
     error::{Error, Result},
@@ -66,39 +66,6 @@ impl<'a> StageContext<'a> {
             environment: self.environment,
             missing_weights: self.missing_weights,
         }
-    }
-}
-
-/// What is known of a stage before its first step.
-#[derive(Clone, Default, Serialize)]
-pub struct StageSummary {
-    /// Images of the data, where they may be looked at.
-    pub images: Option<usize>,
-    /// Parameters of the models: all, and those an optimizer updates.
-    pub parameters: usize,
-    /// Parameters that are trained.
-    pub trainable: usize,
-    /// Tokens of an image that the student sees, the class token included, and all it could see.
-    pub tokens: Option<(usize, usize)>,
-    /// Epochs.
-    pub epochs: Option<f64>,
-    /// Optimizer steps.
-    pub steps: Option<u64>,
-    /// Estimated peak memory in bytes.
-    pub memory: u64,
-    /// What is no mistake, but may not be meant: a sentence each.
-    pub warnings: Vec<String>,
-    /// The data that is read: what for, how many images, and the fingerprint of the list.
-    #[serde(skip)]
-    pub data: Vec<(String, usize, String)>,
-    /// The student that the stage leaves.
-    #[serde(skip)]
-    pub student: Option<StudentPlan>,
-}
-
-impl std::fmt::Debug for StageSummary {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StageSummary").field("images", &self.images).field("steps", &self.steps).finish_non_exhaustive()
     }
 }
 

@@ -2,7 +2,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::mismatch::Mismatch;
-use crate::error::is_wrong_path;
+use crate::files::is_wrong_path;
 
 /// Why weights cannot be found, read or used.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@
 //! left out by a rule that has a name, or an error that names it. [`read_shapes`] in place of [`read`] checks names and
 //! shapes alone, before the first step.
 
+mod checkpoint;
 mod element;
 mod error;
 mod families;
@@ -17,6 +18,7 @@ mod read;
 mod tensor_file;
 mod torch_file;
 
+pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use error::WeightsError;
 pub use families::{Canonical, Export, Family, to_canonical, to_family};
 pub use hub::{HubCache, locate};
@@ -24,6 +26,5 @@ pub use mismatch::{Mismatch, check_against};
 pub use positions::{resize_positions, with_class_row};
 pub use read::{files_of, read, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
-pub(crate) use tensor_file::{digest, write_tensors};
 
 pub use maskalign_engine::{HostTensor, TensorMap};

@@ -5,10 +5,11 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::checkpoint::{Checkpoint, CheckpointHeader};
 use super::hub::WEIGHT_FILES;
 use super::tensor_file::TensorFile;
 use super::{HostTensor, TensorMap, WeightsError, torch_file};
-use crate::run::{Checkpoint, CheckpointHeader, RunError};
+use crate::files::RunError;
 
 /// An index of shards names files and tensors only.
 const MAX_INDEX_BYTES: u64 = 64 << 20;

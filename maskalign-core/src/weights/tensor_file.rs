@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::element::{Element, element_count};
 use super::error::WeightsError;
 use super::{HostTensor, TensorMap};
-use crate::run::{RunError, atomic_write};
+use crate::files::{RunError, atomic_write};
 
 /// A header is refused beyond this, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;

@@ -2,5 +2,6 @@
 
 mod decoder;
 mod dinov2;
+mod layers;
 mod timm;
 mod weights;

@@ -2,8 +2,12 @@
 
 use super::{Bias, Linear, Norm};
 use crate::{
-    Context, Init, Param, Result, Role, Tape, Tensor,
+    context::Context,
+    error::Result,
     ops::{self, Act, Begun, BlockRun, BlockWeights, Packed},
+    param::{Init, Param, Role},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// `x + ls1 attn(norm1 x)`, then `x + ls2 mlp(norm2 x)`; timm's names.

@@ -1,8 +1,12 @@
 //! Linear and LayerNorm.
 
 use crate::{
-    Context, Init, Param, Result, Role, Tape, Tensor,
+    context::Context,
+    error::Result,
     ops::{self, Act, LinearWeights, NormWeights, Packed},
+    param::{Init, Param, Role},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// Whether a linear layer adds a learned vector to its product.

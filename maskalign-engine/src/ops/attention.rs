@@ -6,7 +6,13 @@ use dfdx::prelude::{Axes4, Axis, Cpu, Device, HasShape, PermuteTo, ReshapeTo, Tr
 use maskalign_kernels::{attention as kernel, elementwise::Write};
 
 use super::{composed_one, made_on_cpu, through_host_one};
-use crate::{Context, Graph, Matrix, Result, Tape, Tensor, context::Form, graph::Float};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix},
+    tape::Tape,
+    tensor::Tensor,
+};
 
 /// Sizes of an attention: queries and keys are the rows of matrices `[batch * tokens, heads * head_dim]`.
 #[derive(Clone, Copy, Debug)]

@@ -8,9 +8,11 @@ use super::{
     through_host_one,
 };
 use crate::{
-    Context, Graph, Matrix, Result, Tape, Tensor,
-    context::Form,
-    graph::{Float, Vector},
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix, Vector},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// Mean and variance of each column, `[1, columns]` each. They take no gradient.
@@ -217,7 +219,7 @@ mod tests {
 
     #[test]
     fn running_statistics_follow_with_the_unbiased_variance() {
-        let cx = Context::new(crate::Device::Cpu, 1);
+        let cx = Context::new(crate::device::Device::Cpu, 1);
         let row = |values: [f32; 2]| cx.tensor(values.to_vec(), 1, 2).unwrap();
         let mut running = BatchStatistics { mean: row([0.0, 0.0]), variance: row([1.0, 1.0]) };
         let x = cx.tensor(vec![1.0, 0.0, 3.0, 0.0, 5.0, 3.0], 3, 2).unwrap();

@@ -10,7 +10,12 @@ use super::{
     Act, AttentionShape, LinearWeights, NormWeights, Packed, Replaced, add, attention, flat_rows, gather_rows,
     layer_norm, linear, made_on_cpu, slice_columns, through_host_one,
 };
-use crate::{Context, Recompute, Result, Tape, Tensor, context::Form, tape::Slot};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    tape::{Recompute, Slot, Tape},
+    tensor::Tensor,
+};
 
 /// The weights of a block, and the constants of its arithmetic.
 #[derive(Clone)]
@@ -366,7 +371,7 @@ fn scaled(
 fn class_attention(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>> {
     use dfdx::prelude::TensorFromVec;
     let matrix = |x: &Tensor| crate::host::cpu().try_tensor_from_vec(x.to_vec(), x.shape());
-    let off = &mut crate::Graph::inference();
+    let off = &mut crate::graph::Graph::inference();
     let class = flat_rows(&vec![0; s.batch], s.batch, s.queries);
     let q = super::rows::composed_gather_rows(off, &[matrix(q)?], &class)?;
     let p = attention::probabilities(off, &q, &matrix(k)?, AttentionShape { queries: 1, ..s })?.as_vec();
@@ -383,7 +388,8 @@ fn class_attention(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>
 mod tests {
     use super::*;
     use crate::{
-        Device, Forms,
+        context::Forms,
+        device::Device,
         ops::{
             check::{Input, forms, gpu, input, near, normal},
             pack,

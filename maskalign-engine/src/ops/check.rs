@@ -9,7 +9,14 @@ use dfdx::prelude::{
 use maskalign_gpu::pretend::{self, Counts};
 
 use crate::{
-    Context, Device, Error, Forms, Graph, Matrix, Result, Tape, Tensor, host::cpu, random::Stream, tape::Gradient,
+    context::{Context, Forms},
+    device::Device,
+    error::{Error, Result},
+    graph::{Graph, Matrix},
+    host::cpu,
+    random::Stream,
+    tape::{Gradient, Tape},
+    tensor::Tensor,
 };
 
 /// Normal values, always the same for a key.

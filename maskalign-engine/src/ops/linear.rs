@@ -14,9 +14,11 @@ use maskalign_kernels::{
 
 use super::{Replaced, composed_one, made_on_cpu, through_host_one};
 use crate::{
-    Context, Graph, Matrix, Result, Tape, Tensor,
-    context::Form,
-    graph::{Float, Taped, Vector},
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix, Taped, Vector},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 pub use maskalign_kernels::gemm::Act;
@@ -204,7 +206,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        Device, Forms,
+        context::Forms,
+        device::Device,
         host::cpu,
         ops::check::{finite_differences, forms, input, near},
     };

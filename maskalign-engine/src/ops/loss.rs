@@ -9,9 +9,11 @@ use maskalign_kernels::{Pool, elementwise::Write, loss as kernel};
 
 use super::{composed_one, made_on_cpu, through_host_one};
 use crate::{
-    Context, Graph, Matrix, Result, Tape, Tensor,
-    context::Form,
-    graph::{Float, Taped},
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix, Taped},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// An elementwise distance or a distribution loss, averaged as PyTorch's `reduction="mean"` does.

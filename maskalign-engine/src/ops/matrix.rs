@@ -6,7 +6,12 @@ use dfdx::prelude::{Axes2, Axis, OwnedTape, PermuteTo, PutTape, TryConcatAlong, 
 use maskalign_kernels::{Epilogue, MatRef, Pool, Rhs, gemm};
 
 use super::{attention, composed_one, made_on_cpu, move_gradient, through_host_one};
-use crate::{Context, Result, Tape, Tensor, context::Form, tape::Gradient};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    tape::{Gradient, Tape},
+    tensor::Tensor,
+};
 
 /// The product `x y`: `[n, k] x [k, m] -> [n, m]`.
 ///

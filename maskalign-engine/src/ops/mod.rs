@@ -42,11 +42,13 @@ pub use reduce::{
 pub use rows::{flat_rows, gather_rows, mean_tokens, mix};
 
 use crate::{
-    Context, Device, Gradients, Graph, Matrix, Result, Tape, Tensor,
-    graph::{finder, shares_storage},
+    context::Context,
+    device::Device,
+    error::Result,
+    graph::{Graph, Matrix, finder, shares_storage},
     host::cpu,
-    tape::{Gradient, Slot},
-    tensor::Place,
+    tape::{Gradient, Gradients, Slot, Tape},
+    tensor::{Place, Tensor},
 };
 
 /// Values that one task of the pool handles: 64 KiB, a share of the second cache.

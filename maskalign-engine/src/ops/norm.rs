@@ -7,9 +7,11 @@ use maskalign_kernels::{elementwise::Write, norm as kernel};
 
 use super::{Replaced, composed_one, linear::row, made_on_cpu, through_host_one};
 use crate::{
-    Context, Graph, Matrix, Result, Tape, Tensor,
-    context::Form,
-    graph::{Float, Taped},
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix, Taped},
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// What a LayerNorm multiplies by and adds.

@@ -3,7 +3,12 @@
 use maskalign_kernels::{Pool, for_parts, optim as kernel};
 
 use super::CHUNK;
-use crate::{Context, Gradients, Result, Tensor, context::Form};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    tape::Gradients,
+    tensor::Tensor,
+};
 
 /// Everything an AdamW step needs to know besides the tensors.
 #[derive(Clone, Copy, Debug)]
@@ -278,11 +283,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        Device, Error, Forms, Tape,
+        context::Forms,
+        device::Device,
+        error::Error,
         ops::{
             self, Act, Distance, LinearWeights,
             check::{floats, gpu, near},
         },
+        tape::Tape,
     };
 
     /// The CPU's best on 1 and 3 threads, the composed forms, and the pretended GPU.

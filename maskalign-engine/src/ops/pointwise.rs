@@ -26,7 +26,13 @@ use dfdx::prelude::{CpuError, TryAdd, TryDiv, TryMul, TrySub};
 use maskalign_kernels::{elementwise as ew, for_parts};
 
 use super::{CHUNK, add_gradient, composed_one, made_on_cpu, move_gradient, through_host_one};
-use crate::{Context, Matrix, Result, Tape, Tensor, context::Form, graph::Taped};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    graph::{Matrix, Taped},
+    tape::Tape,
+    tensor::Tensor,
+};
 
 /// The result of operators of dfdx's on a matrix.
 pub(super) type Pass = Result<Taped<(usize, usize), f32>, CpuError>;

@@ -7,7 +7,13 @@ use super::{
     CHUNK, Standardize, composed_one, loss::contiguous_log_softmax, made_on_cpu, move_gradient,
     norm::composed_standardize, through_host_one,
 };
-use crate::{Context, Graph, Matrix, Result, Tape, Tensor, context::Form};
+use crate::{
+    context::{Context, Form},
+    error::Result,
+    graph::{Graph, Matrix},
+    tape::Tape,
+    tensor::Tensor,
+};
 
 /// Softmax of each row.
 ///
@@ -386,7 +392,7 @@ where
 mod tests {
     use super::*;
     use crate::{
-        Device,
+        device::Device,
         ops::check::{forms, forms_and_slopes, input},
     };
 

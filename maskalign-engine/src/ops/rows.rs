@@ -8,10 +8,12 @@ use maskalign_kernels::elementwise::{self as ew, Write};
 
 use super::{composed as run_composed, composed_one, made_on_cpu, through_host, through_host_one};
 use crate::{
-    Context, Graph, Matrix, Result, Tape, Tensor,
-    context::Form,
-    graph::{Float, Taped},
+    context::{Context, Form},
+    error::Result,
+    graph::{Float, Graph, Matrix, Taped},
     host::cpu,
+    tape::Tape,
+    tensor::Tensor,
 };
 
 /// Indices into `[batch * tokens]` of the given token indices of each image (`rows` holds `rows.len() / batch` each).

@@ -4,7 +4,7 @@ use super::MatRef;
 use super::kernel::{ALayout, Direct, Kernel, Output, Panel, kernel};
 use super::pack::{Part, panels};
 use crate::arch::Isa;
-use crate::elementwise::Write;
+use crate::share::Write;
 
 /// The columns of a result are a multiple of this: whole vectors on every instruction set.
 pub(crate) const LANES: usize = 16;

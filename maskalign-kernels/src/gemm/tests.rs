@@ -2,7 +2,7 @@
 
 use super::small::{LANES, Small};
 use super::*;
-use crate::elementwise::Write;
+use crate::share::Write;
 use crate::vmath;
 
 /// Numbers in `-1..1` from a linear congruential generator.

@@ -2,5 +2,6 @@
 
 mod attention;
 mod block;
+mod layers;
 mod operators;
 mod support;

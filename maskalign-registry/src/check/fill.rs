@@ -21,9 +21,8 @@ pub(crate) fn fill(
     let Value::Object(object) = value else {
         return Err((path.clone(), format!("expected {}", with_article(kind.name()))));
     };
-    let name = match object.shift_remove("type") {
-        Some(Value::String(name)) => name,
-        _ => return Err((path.clone(), format!("{} without `type`", with_article(kind.name())))),
+    let Some(Value::String(name)) = object.shift_remove("type") else {
+        return Err((path.clone(), format!("{} without `type`", with_article(kind.name()))));
     };
     let Some(entry) = registry.get(kind, &name) else {
         return Err((path.clone(), format!("there is no {kind} {}", quoted(&name))));

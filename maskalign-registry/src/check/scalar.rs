@@ -10,7 +10,7 @@ use crate::{
     yaml::{Content, Node, Origin, Typing, integer, resolve_plain},
 };
 
-impl<'a> Checker<'a> {
+impl Checker<'_> {
     pub(super) fn wrong_type(&mut self, node: &Node, schema: &Value) {
         let expected = self.schemas.expected(schema);
         let message = format!("expected {expected}, found {}{}", node.content.describe(), from_variable(node));
@@ -76,6 +76,7 @@ impl<'a> Checker<'a> {
     }
 
     /// A number as it was written, if it was written in a file or flag.
+    #[expect(clippy::unused_self, reason = "a rule of the checker, called like the others")]
     fn shown(&self, node: &Node) -> String {
         match (&node.origin, node.origin.place()) {
             (Origin::File(_) | Origin::Flag(_), Some(place)) => place.text().to_owned(),

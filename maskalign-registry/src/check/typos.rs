@@ -67,6 +67,7 @@ impl Checker<'_> {
     }
 
     /// The likely reason for an unknown key.
+    #[expect(clippy::unused_self, reason = "a rule of the checker, called like the others")]
     pub(super) fn likely_key_typo(&self, name: &str, member: &Member) -> Option<String> {
         if name.contains("${") {
             return Some("a variable stands for a value, not for a key".to_owned());

@@ -210,7 +210,8 @@ impl Composer<'_> {
             let files = entries.take(LOOKED_AT).flatten();
             known.extend(files.filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                (name.ends_with(".yaml") || name.ends_with(".yml")).then_some(name)
+                let extension = Path::new(&name).extension()?;
+                (extension == "yaml" || extension == "yml").then_some(name)
             }));
         }
         known.sort();
@@ -354,11 +355,13 @@ impl Composer<'_> {
         node
     }
 
+    #[expect(clippy::unused_self, reason = "a question to the composition, asked like the others")]
     fn identify(&self, path: &Path) -> Option<Identity> {
         path.canonicalize().ok().map(Identity::File)
     }
 
     /// A base that was composed before, or one that is still being composed, which is a cycle.
+    #[expect(clippy::option_option, reason = "known or not; and if known, a base or a cycle that was told")]
     fn already(&mut self, identity: &Identity, written: &str, place: &Place) -> Option<Option<Node>> {
         if let Some(start) = self.chain.iter().position(|(open, _)| open == identity) {
             let mut names: Vec<&str> = self.chain[start..].iter().map(|(_, name)| name.as_str()).collect();

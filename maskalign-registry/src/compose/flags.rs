@@ -77,7 +77,7 @@ fn parse_path(source: &Arc<Source>, start: usize) -> Result<(Vec<Segment>, usize
         let rest = &text[at..];
         let (name, length) = match rest.chars().next() {
             Some(quote @ ('"' | '\'')) => match rest[1..].find(quote) {
-                Some(end) => (&rest[1..1 + end], end + 2),
+                Some(end) => (&rest[1..=end], end + 2),
                 None => return Err(refuse(at..text.len(), "the quote is not closed")),
             },
             _ => {

@@ -51,24 +51,28 @@ impl Entry {
     }
 
     /// Sets the one-line summary.
+    #[must_use]
     pub const fn summary(mut self, summary: &'static str) -> Entry {
         self.summary = summary;
         self
     }
 
     /// Sets the example: YAML flow text of one component.
+    #[must_use]
     pub const fn example(mut self, example: &'static str) -> Entry {
         self.example = example;
         self
     }
 
     /// Sets the paper or checkpoint family that the component follows.
+    #[must_use]
     pub const fn paper(mut self, paper: &'static str) -> Entry {
         self.paper = paper;
         self
     }
 
     /// Sets the registering crate: pass `env!("CARGO_PKG_NAME")`.
+    #[must_use]
     pub const fn package(mut self, package: &'static str) -> Entry {
         self.package = package;
         self

@@ -159,7 +159,7 @@ impl Loaded {
             };
             match (diagnostics.iter_mut().find(same), found.place()) {
                 (Some(other), Some(place)) => {
-                    other.labels.push(Label { place: place.clone(), text: "here too".into() })
+                    other.labels.push(Label { place: place.clone(), text: "here too".into() });
                 }
                 _ => diagnostics.push(found),
             }

@@ -97,7 +97,7 @@ impl Schemas {
     pub(crate) fn resolve<'s>(&'s self, schema: &'s Value) -> &'s Value {
         let mut schema = schema;
         // Definitions that refer to each other in a circle lead to no schema.
-        for _ in 0..2 * self.definitions.len() + 1 {
+        for _ in 0..=(2 * self.definitions.len()) {
             match reference(schema) {
                 Some(name) if Kind::from_name(name).is_none() => match self.referred(name) {
                     Some(target) => schema = target,

@@ -19,7 +19,7 @@ pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) ->
             scored.push((longest + distance, candidate));
         }
     }
-    scored.sort();
+    scored.sort_unstable();
     scored.dedup();
     scored.into_iter().take(3).map(|(_, candidate)| candidate).collect()
 }

@@ -26,7 +26,7 @@ pub fn parse_value(text: &str) -> Result<Value, String> {
     let source = Arc::new(Source::new("value", text, SourceKind::File));
     let parsed = parse(&source);
     if let Some(first) = parsed.diagnostics.first() {
-        let place = first.place().map(|place| place.line_column());
+        let place = first.place().map(Place::line_column);
         let (line, column) = place.unwrap_or((1, 1));
         return Err(format!("{} (line {line}, column {column})", first.message));
     }
@@ -200,6 +200,7 @@ impl Builder<'_> {
         Box::new(Diagnostic::error(codes::TOO_LARGE, message, place))
     }
 
+    #[expect(clippy::unused_self, reason = "a rule of the parser, called like the others")]
     fn tagged(&self, suffix: Option<&str>, written: &str, text: &str, place: &Place) -> Result<Content, Fatal> {
         let refuse = |message: String| {
             Err(Box::new(

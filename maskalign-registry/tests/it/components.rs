@@ -17,7 +17,7 @@ macro_rules! options {
         $(#[$attr])*
         #[derive(Serialize, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields)]
-        pub struct $name { $($body)* }
+        pub(crate) struct $name { $($body)* }
     };
 }
 
@@ -25,7 +25,7 @@ macro_rules! words {
     ($name:ident { $($(#[$attr:meta])* $word:ident),* $(,)? }) => {
         #[derive(Default, Serialize, Deserialize, JsonSchema)]
         #[serde(rename_all = "snake_case")]
-        pub enum $name { $($(#[$attr])* $word),* }
+        pub(crate) enum $name { $($(#[$attr])* $word),* }
     };
 }
 
@@ -505,6 +505,6 @@ register! {
 }
 
 /// The registry of the components above.
-pub fn registry() -> &'static Registry {
+pub(crate) fn registry() -> &'static Registry {
     Registry::global().expect("names are unique")
 }

@@ -12,7 +12,7 @@ use std::{
 /// `src` is the folder with `lib.rs`, and `layers` names every module in it, the lowest first. Where the order holds,
 /// no modules use each other in a circle. `lib.rs` and unit tests may use anything, and so may macros, where they
 /// expand.
-pub fn faults(src: &Path, layers: &[&str]) -> Vec<String> {
+pub(super) fn faults(src: &Path, layers: &[&str]) -> Vec<String> {
     let mut faults = Vec::new();
     let mut modules = Vec::new();
     for path in entries(src) {

@@ -1,4 +1,5 @@
 //! Input past a limit, or that is no recipe at all, is refused at once and by name.
+#![expect(clippy::format_collect, reason = "a few lines of a test's text")]
 
 use maskalign_registry::{Input, LoadRequest, Recipe, RecipeSource, Report, diagnostic::codes};
 
@@ -66,7 +67,7 @@ fn bytes_that_are_no_text_are_refused_with_their_offset() {
     let report = Recipe::load(&request, registry()).expect_err("not text");
     std::fs::remove_file(&path).expect("removed");
     assert!(report.0[0].message.contains("offset 14"), "{report}");
-    assert_eq!(report.0[0].place().map(|place| place.line_column()), Some((2, 7)));
+    assert_eq!(report.0[0].place().map(maskalign_registry::Place::line_column), Some((2, 7)));
 }
 
 #[test]

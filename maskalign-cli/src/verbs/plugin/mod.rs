@@ -7,7 +7,7 @@ use std::{
 
 use maskalign_registry::{Kind, Registry};
 
-use crate::{Session, failure::Failure, output};
+use crate::{failure::Failure, output, session::Session};
 
 const EXAMPLES: &str = "\
 Examples:

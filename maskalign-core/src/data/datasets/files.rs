@@ -5,9 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ListHash;
-use crate::Refusal;
 use crate::data::regular_file::{OpenError, open_regular, other_than_file};
 use crate::data::{DataError, Images, RgbImage, decode};
+use maskalign_registry::Refusal;
 
 /// A list of image files, with or without labels.
 pub struct FileImages {

@@ -7,8 +7,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::files::{existing_file, open_named};
-use crate::Refusal;
 use crate::data::{DataError, Dataset, Images, RgbImage};
+use maskalign_registry::Refusal;
 
 /// Grey images and labels in MNIST's file format (idx), packed with gzip or plain.
 ///

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{FileImages, existing_folder};
 use super::some_of;
-use crate::Refusal;
 use crate::data::{Dataset, Images};
+use maskalign_registry::Refusal;
 
 /// Images in one folder a class, as ImageNet has them.
 ///

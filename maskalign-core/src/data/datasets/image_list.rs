@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{FileImages, existing_file, existing_folder, odd_letter, open_named};
 use super::list::{self, Entry, Fault};
-use crate::Refusal;
 use crate::data::{Dataset, Images};
+use maskalign_registry::Refusal;
 
 /// Images named in a text file, one a line: a path, or a path and a label.
 ///

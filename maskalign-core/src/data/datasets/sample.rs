@@ -4,8 +4,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::idx::{Part, Unpacked, read_images, read_labels};
-use crate::Refusal;
 use crate::data::{Dataset, Images};
+use maskalign_registry::Refusal;
 
 /// A part of Fashion-MNIST inside the program: 5,600 images to train on and 1,000 to test with, 28 x 28 grey, 10 classes.
 ///

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{fixtures, oracle};
-use crate::Refusal;
 use crate::data::datasets::{Idx, ImageFolder, ImageList, Sample, Split};
 use crate::data::{Dataset, Images};
+use maskalign_registry::Refusal;
 
 fn folder(root: &Path) -> ImageFolder {
     serde_json::from_value(json!({ "root": root })).unwrap()

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::{Crop, RgbImage, Size, Transform};
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// Cuts out the middle of an image; one that is too small gets a black border first.
 ///

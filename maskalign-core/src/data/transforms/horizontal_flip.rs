@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::{RgbImage, Transform};
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// Mirrors an image left to right, or leaves it as it is.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]

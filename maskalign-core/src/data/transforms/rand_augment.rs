@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::{RgbImage, Transform};
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// The largest magnitude: timm's scale runs from 0 to 10.
 const MAX_MAGNITUDE: f64 = 10.0;

@@ -3,10 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::{Crop, RgbImage, Transform};
 use crate::nn::Statistics;
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// Boxes that are tried where one does not fit.
 const TRIES: usize = 10;

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::{Crop, Interpolation, RgbImage, Size, Transform, resample};
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// Cuts out a random box and resizes it: the crop of nearly all pre-training.
 ///

@@ -3,10 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Refusal;
 use crate::data::size::MAX_SIDE;
 use crate::data::{Crop, Interpolation, RgbImage, Size, Transform, resample};
 use crate::random::Stream;
+use maskalign_registry::Refusal;
 
 /// Resizes an image, antialiased.
 ///

@@ -1,3 +1,5 @@
+//! A stage's state at a step, as a safetensors file with a header.
+
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -6,9 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::atomic::atomic_write;
-use super::error::RunError;
-use crate::weights::{TensorFile, TensorMap, TensorRef, WeightsError, digest, write_tensors};
+use super::tensor_file::{TensorFile, TensorRef, digest, write_tensors};
+use super::{TensorMap, WeightsError};
+use crate::files::{RunError, atomic_write};
 
 /// The one metadata key of a checkpoint's safetensors file; one, so that equal states give equal bytes.
 const METADATA_KEY: &str = "maskalign-checkpoint-v1";
@@ -22,7 +24,7 @@ pub struct CheckpointHeader {
     pub step: u64,
     /// Fingerprint of the recipe.
     pub fingerprint: String,
-    /// Records in `metrics.jsonl` so far ([`super::Metrics::records`]).
+    /// Records in `metrics.jsonl` so far (`run::Metrics::records`).
     pub metrics_records: u64,
     /// Names of the parameters that are the student's, which later stages and exports take; the rest aligned it.
     pub student: Vec<String>,
@@ -143,7 +145,7 @@ pub struct Retention {
 
 impl Retention {
     /// Of checkpoints in ascending order of steps, those to delete.
-    pub(super) fn to_delete(self, checkpoints: &[(u64, PathBuf)]) -> impl Iterator<Item = &Path> {
+    pub(crate) fn to_delete(self, checkpoints: &[(u64, PathBuf)]) -> impl Iterator<Item = &Path> {
         let old = checkpoints.len().saturating_sub(self.keep_last.max(1));
         checkpoints[..old]
             .iter()

@@ -13,7 +13,7 @@ pub fn fail_point(what: &str, moment: &str) {
 
 /// As [`fail_point`], leaving the damage done by `damage` behind.
 #[cfg(feature = "failpoints")]
-pub(super) fn fail_point_after(what: &str, moment: &str, damage: impl FnOnce()) {
+pub(crate) fn fail_point_after(what: &str, moment: &str, damage: impl FnOnce()) {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -33,4 +33,4 @@ pub(super) fn fail_point_after(what: &str, moment: &str, damage: impl FnOnce()) 
 /// As [`fail_point`], leaving the damage done by `damage` behind.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]
-pub(super) fn fail_point_after(_what: &str, _moment: &str, _damage: impl FnOnce()) {}
+pub(crate) fn fail_point_after(_what: &str, _moment: &str, _damage: impl FnOnce()) {}

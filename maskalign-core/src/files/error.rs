@@ -1,3 +1,5 @@
+//! Why a file of a run cannot be used, read or written.
+
 use std::io;
 use std::path::{Path, PathBuf};
 

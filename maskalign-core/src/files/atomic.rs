@@ -1,3 +1,5 @@
+//! Files that are there whole or not at all.
+
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -54,7 +56,7 @@ fn write_and_rename<T>(
 }
 
 /// `DIR/NAME` -> `DIR/.NAME.tmp`.
-pub(super) fn temporary_path(path: &Path) -> Option<PathBuf> {
+pub(crate) fn temporary_path(path: &Path) -> Option<PathBuf> {
     let mut name = OsString::from(".");
     name.push(path.file_name()?);
     name.push(".tmp");
@@ -62,7 +64,7 @@ pub(super) fn temporary_path(path: &Path) -> Option<PathBuf> {
 }
 
 /// The name that a temporary file was to take, if it is one.
-pub(super) fn target_of_temporary(name: &str) -> Option<&str> {
+pub(crate) fn target_of_temporary(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".tmp")
 }
 

@@ -1,0 +1,17 @@
+//! What every module that reads or writes files shares: writing a file whole or not at all, and what that can fail with.
+
+mod atomic;
+mod error;
+mod fail_point;
+
+pub use atomic::atomic_write;
+pub(crate) use atomic::target_of_temporary;
+pub use error::RunError;
+pub use fail_point::fail_point;
+pub(crate) use fail_point::fail_point_after;
+
+/// Whether another path would help: what was named is not there, is of another kind or may not be used.
+pub(crate) fn is_wrong_path(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | PermissionDenied | IsADirectory | NotADirectory)
+}

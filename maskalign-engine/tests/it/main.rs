@@ -1,0 +1,3 @@
+//! The crate's source: one program for all.
+
+mod layers;
