@@ -297,7 +297,7 @@ impl Timer {
         let best = self.steps.first().copied().unwrap_or(f64::INFINITY);
         let middle = count / 2;
         let median = match (self.steps.get(middle), count % 2) {
-            (Some(&upper), 0) => (self.steps[middle - 1] + upper) / 2.0,
+            (Some(&upper), 0) => f64::midpoint(self.steps[middle - 1], upper),
             (Some(&middle), _) => middle,
             (None, _) => f64::INFINITY,
         };

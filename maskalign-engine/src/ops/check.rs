@@ -35,7 +35,9 @@ pub(crate) fn distributions(key: &str, rows: usize, columns: usize) -> Vec<f32> 
     let mut values = floats(key, rows * columns);
     for row in values.chunks_mut(columns) {
         let sum: f32 = row.iter().map(|v| v.abs()).sum();
-        row.iter_mut().for_each(|v| *v = v.abs() / sum);
+        for v in row {
+            *v = v.abs() / sum;
+        }
     }
     values
 }

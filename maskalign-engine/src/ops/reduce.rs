@@ -244,7 +244,9 @@ fn of_columns(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, facto
                 let (x, out) = (x.wanted(), y.slot());
                 tape.record(move |g| {
                     let Some(mut d) = g.take_cpu(&out) else { return Ok(()) };
-                    d.iter_mut().for_each(|d| *d *= factor);
+                    for d in &mut d {
+                        *d *= factor;
+                    }
                     move_gradient(g, &pool, x.as_ref(), d.repeat(rows))
                 });
             }

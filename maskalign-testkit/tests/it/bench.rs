@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, fs};
 use maskalign_core::{
     Context, Device, ImageBatch, Recompute,
     components::towers::{Environment, MissingWeights},
+    data::Position,
     events::{Events, MetricsFile},
     pipeline::{self, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
@@ -91,7 +92,7 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
     let planned = stage.plan_pretrain(&context).unwrap_or_else(|refusals| panic!("{refusals:?}"));
     let data = planned.training().data.open().unwrap();
     let loader = data.training(loaded.recipe().seed, BATCH, BATCH, 0).unwrap();
-    let mut batches = loader.batches(Default::default(), Some(STEPS as u64));
+    let mut batches = loader.batches(Position::default(), Some(STEPS as u64));
     let mut source = |step: usize| {
         let batch = batches.next().expect("a batch for every step")?;
         Ok(MicroBatch {
