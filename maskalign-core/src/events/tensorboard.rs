@@ -292,6 +292,9 @@ mod tests {
         }
     }
 
+    /// Where a run begins: every run rewinds its sinks before its first record.
+    const BEGINNING: Mark = Mark { records: 0, stage: "pretrain", step: 0 };
+
     fn stream(dir: &RunDir) -> Events<'_> {
         Events::new(vec![Box::new(MetricsFile::new(dir)), Box::new(TensorBoardFile::new(dir))])
     }
@@ -318,6 +321,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
         let mut events = stream(&dir);
+        events.rewind(BEGINNING).unwrap();
         (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
         drop(events);
         let mut torn = OpenOptions::new().append(true).open(dir.tensorboard_path()).unwrap();
@@ -335,6 +339,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
         let mut events = Events::new(vec![Box::new(MetricsFile::new(&dir))]);
+        events.rewind(BEGINNING).unwrap();
         (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
         drop(events);
         let mut events = stream(&dir);
