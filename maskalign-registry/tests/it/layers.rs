@@ -10,14 +10,16 @@ use std::{
 /// What breaks the order of a crate's top-level modules, one sentence each; empty where it holds.
 ///
 /// `src` is the folder with `lib.rs`, and `layers` names every module in it, the lowest first. Where the order holds,
-/// no modules use each other in a circle. `lib.rs` and unit tests may use anything, and so may macros, where they
-/// expand.
+/// no modules use each other in a circle. `lib.rs` and unit tests may use anything (also a module that `lib.rs` has under
+/// `#[cfg(test)]`, and a file `tests.rs`), and so may macros, where they expand.
 pub(super) fn faults(src: &Path, layers: &[&str]) -> Vec<String> {
     let mut faults = Vec::new();
     let mut modules = Vec::new();
+    let root = fs::read_to_string(src.join("lib.rs")).unwrap_or_default();
     for path in entries(src) {
         let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned();
-        if !matches!(name.as_str(), "lib" | "main") {
+        let is_test = root.contains(&format!("#[cfg(test)]\nmod {name};"));
+        if !is_test && !matches!(name.as_str(), "lib" | "main") {
             modules.push((name, path));
         }
     }
@@ -60,7 +62,8 @@ fn files(path: &Path, depth: usize) -> Vec<(PathBuf, usize)> {
     if path.is_file() {
         let is_folder = path.file_stem().is_some_and(|stem| stem == "mod");
         let depth = if is_folder { depth - 1 } else { depth };
-        return if path.extension().is_some_and(|extension| extension == "rs") {
+        let is_source = path.extension().is_some_and(|extension| extension == "rs");
+        return if is_source && path.file_stem().is_some_and(|stem| stem != "tests") {
             vec![(path.to_owned(), depth)]
         } else {
             Vec::new()
