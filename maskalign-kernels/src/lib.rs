@@ -3,7 +3,7 @@
 //! Plain `f32` slices, no tensor library. Every kernel picks its instruction set once at run time
 //! ([`arch`]) and shares work through one thread pool ([`pool`]); for a given instruction set the
 //! result has the same bits for any number of threads. All `unsafe` code of the workspace is here, but
-//! for what looks into a tensor's storage (`kernels/view.rs` of `maskalign-core`).
+//! for what looks into a tensor's storage (`host.rs` of `maskalign-engine`).
 
 pub mod arch;
 pub mod arena;
