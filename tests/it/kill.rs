@@ -46,7 +46,8 @@ fn places() -> Vec<String> {
             all.extend((1..=times).map(|time| format!("{what}.{moment}:{time}")));
         }
     }
-    all.extend([1, 2, 3, 8, 9, 16].map(|time| format!("metrics.append:{time}")));
+    // Four steps, an evaluation, and that again; then the eight steps of fine-tuning.
+    all.extend([1, 2, 3, 4, 5, 6, 9, 10, 11, 18].map(|time| format!("metrics.append:{time}")));
     all.extend([1, 2, 3].map(|time| format!("stage.after:{time}")));
     all
 }
@@ -57,7 +58,8 @@ fn a_killed_run_goes_on_exactly() {
     let run = ["run", "tiny.yaml", "--out", "whole", "--threads", "1", "-q"];
     finished(&sandbox, &run, "uninterrupted");
     let whole = run_record(&sandbox.work().join("whole"));
-    assert_eq!(whole.steps.len(), 16);
+    // 16 steps, and nearest neighbours after each of two epochs.
+    assert_eq!(whole.steps.len(), 18);
     assert_eq!(whole.finals.len(), 3);
     let files = names(&sandbox.work().join("whole"));
     for place in places() {
