@@ -67,6 +67,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// The refusal that this is; one of the whole component, where what failed named no option.
+    pub(crate) fn into_refusal(self) -> Refusal {
+        match self {
+            Error::Refused(refusal) => refusal,
+            other => Refusal::whole(other.to_string()),
+        }
+    }
+
     /// True where the recipe, a flag or a file named by the user is at fault.
     pub fn is_users(&self) -> bool {
         match self {

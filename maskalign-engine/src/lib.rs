@@ -28,6 +28,6 @@ pub use images::ImageBatch;
 pub use maskalign_kernels::{
     Pool, available_memory_mib, fma_peak_gflops, for_parts, isa, keep_freed_memory, peak_memory_mib, simd_fn,
 };
-pub use param::{HostTensor, Init, Module, Param, Role, TensorMap, count};
+pub use param::{HostTensor, Init, Module, Param, Role, TensorMap};
 pub use tape::{Gradients, Recompute, Tape};
 pub use tensor::Tensor;

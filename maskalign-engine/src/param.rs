@@ -170,16 +170,6 @@ pub trait Module {
     }
 }
 
-/// The number of values in all parameters of a module, and in those that an optimizer updates.
-pub fn count(module: &mut dyn Module) -> (usize, usize) {
-    let (mut all, mut trained) = (0, 0);
-    module.visit(&mut |p| {
-        all += p.len();
-        trained += if p.is_trained() { p.len() } else { 0 };
-    });
-    (all, trained)
-}
-
 /// Makes parameters with their initial values, each drawn from a stream of its own: adding a layer changes no other.
 #[derive(Clone, Debug)]
 pub struct Init {

@@ -292,14 +292,15 @@ impl PlannedTower {
             Source::Initial => return Ok(()),
             Source::Stage(stage) => {
                 let earlier = cx.student(stage).map_err(|r| r.under("weights"))?;
-                let mut student = earlier.tower.build(&Init::shapes(), &TrainedStudents::default()).map_err(whole)?;
+                let mut student =
+                    earlier.tower.build(&Init::shapes(), &TrainedStudents::default()).map_err(Error::into_refusal)?;
                 student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
             }
             Source::Embedded(name) => embedded(name, self.family)?,
             Source::File { spec, path: Some(path) } => canonical(spec, path, self.family, weights::read_shapes)?,
             Source::File { path: None, .. } => return Ok(()),
         };
-        let mut tower = Vit::new(&Init::shapes(), self.config).map_err(|error| whole(error.into()))?;
+        let mut tower = Vit::new(&Init::shapes(), self.config).map_err(|error| Error::from(error).into_refusal())?;
         self.fit(&mut tower, tensors)?;
         self.config = tower.config;
         Ok(())
@@ -390,14 +391,6 @@ impl Source {
             Weights::Embedded(name) => Source::Embedded(name.clone()),
             file => Source::File { spec: file.clone(), path },
         }
-    }
-}
-
-/// A refusal of the whole component, where what failed named no option.
-fn whole(error: Error) -> Refusal {
-    match error {
-        Error::Refused(refusal) => refusal,
-        other => Refusal::whole(other.to_string()),
     }
 }
 

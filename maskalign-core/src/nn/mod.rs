@@ -3,7 +3,7 @@
 mod vit;
 
 pub use maskalign_engine::{
-    Init, Module, Param, Role, count,
+    Init, Module, Param, Role,
     nn::{Bias, Block, BlockConfig, Linear, Norm, sincos_positions},
 };
 pub use vit::{Arch, BranchScales, Features, Grid, Reach, Statistics, TowerInput, Vit, VitConfig};

@@ -276,7 +276,7 @@ impl Finetune {
             seed: cx.seed,
             scope: cx.name.to_string(),
         };
-        planned.summarize(cx.recompute).map_err(|error| vec![super::whole(error)])?;
+        planned.summarize(cx.recompute).map_err(|error| vec![error.into_refusal()])?;
         planned.summary.student =
             Some(StudentPlan { reach: planned.reach(&shape), tower: student, init_scope: cx.name.to_string() });
         Ok(planned)

@@ -141,14 +141,6 @@ pub fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Optio
     result.map_err(|refusal| refusals.push(refusal)).ok()
 }
 
-/// A refusal of the whole component, where what failed named no option.
-fn whole(error: Error) -> Refusal {
-    match error {
-        Error::Refused(refusal) => refusal,
-        other => Refusal::whole(other.to_string()),
-    }
-}
-
 /// Prefixes the path of a refusal.
 pub fn under(error: Error, segment: &str) -> Error {
     match error {

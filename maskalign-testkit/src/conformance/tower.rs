@@ -18,7 +18,7 @@ use maskalign_core::{
         students::{Student, StudentModel},
         teachers::{Teacher, TeacherBuild, Wants},
         tokens::{Masks, Tokens},
-        towers::{Environment, MissingWeights, PlanContext, TowerShape, TrainedStudents},
+        towers::{Environment, MissingWeights, PlanContext, StudentPlan, TowerShape, TrainedStudents},
     },
     error::Result,
     nn::{Init, Reach},
@@ -31,6 +31,17 @@ pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
     let mut stream = Stream::new(0, "conformance images", 0, 0);
     let pixels = (0..batch * 3 * size * size).map(|_| stream.uniform() as f32).collect();
     ImageBatch { pixels, batch, size }
+}
+
+/// What a tower is planned with that stands alone: images of this size, no machine, no weights.
+fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
+    PlanContext {
+        data_size,
+        students,
+        student: None,
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+    }
 }
 
 /// The first size that a tower plans.
@@ -46,13 +57,7 @@ fn fitting_size(plan: impl Fn(usize) -> Result<TowerShape, Refusal>, faults: &mu
 pub(super) fn student(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<StudentTag>(text, faults) else { return };
     let students = BTreeMap::new();
-    let plan = |data_size| PlanContext {
-        data_size,
-        students: &students,
-        student: None,
-        environment: Environment::Ignored,
-        missing_weights: MissingWeights::Random,
-    };
+    let plan = |data_size| plan_alone(data_size, &students);
     let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
         return;
     };
@@ -199,13 +204,7 @@ fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, 
 pub(super) fn teacher(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<TeacherTag>(text, faults) else { return };
     let students = BTreeMap::new();
-    let plan = |data_size| PlanContext {
-        data_size,
-        students: &students,
-        student: None,
-        environment: Environment::Ignored,
-        missing_weights: MissingWeights::Random,
-    };
+    let plan = |data_size| plan_alone(data_size, &students);
     let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
         return;
     };

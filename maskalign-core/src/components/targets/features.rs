@@ -90,7 +90,7 @@ impl Target for Features {
             source: TargetSource::Teacher {
                 name: self.teacher.clone(),
                 tap: self.tap,
-                whole: self.normalize == Normalize::StandardizeBatch,
+                whole: self.normalize.needs_every_token(),
                 target: Box::new(PlannedFeatures { tap: self.tap, normalize: self.normalize, combine: self.combine }),
             },
         })
@@ -113,7 +113,7 @@ impl TeacherTarget for PlannedFeatures {
         levels: &[&Level],
     ) -> Result<Vec<Tensor>> {
         let off = &mut Tape::inference();
-        let whole = self.normalize == Normalize::StandardizeBatch;
+        let whole = self.normalize.needs_every_token();
         let mut outputs = Vec::with_capacity(levels.len());
         for level in levels {
             let mut x = level.x.clone();

@@ -138,6 +138,11 @@ pub enum Normalize {
 }
 
 impl Normalize {
+    /// Whether a token's value depends on all the others: nothing may be left out before it is applied.
+    pub fn needs_every_token(self) -> bool {
+        self == Normalize::StandardizeBatch
+    }
+
     /// The normalised values, `[rows, channels]`.
     ///
     /// # Errors

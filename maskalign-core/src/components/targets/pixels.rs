@@ -56,7 +56,7 @@ impl ImageTarget for PlannedPixels {
             let rows = pixels.len() / width;
             cx.tensor(pixels, rows, width)
         };
-        if self.normalize != Normalize::StandardizeBatch {
+        if !self.normalize.needs_every_token() {
             return Ok(vec![self.normalize.apply(cx, &matrix(Some(&wanted))?)?]);
         }
         let all = self.normalize.apply(cx, &matrix(None)?)?;

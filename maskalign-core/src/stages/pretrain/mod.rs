@@ -150,7 +150,7 @@ impl Pretrain {
             seed: cx.seed,
             scope: cx.name.to_string(),
         };
-        planned.summarize(cx.recompute).map_err(|error| vec![super::whole(error)])?;
+        planned.summarize(cx.recompute).map_err(|error| vec![error.into_refusal()])?;
         Ok(planned)
     }
 }
