@@ -40,6 +40,9 @@ pub enum Role {
     Frozen,
     /// A running mean of another parameter: changed after each update, and saved.
     Moving,
+    /// Statistics that a head follows in its forward pass (PyTorch's buffers), such as a BatchNorm's running mean: saved,
+    /// and part of what the stage leaves.
+    Buffer,
 }
 
 impl Role {
@@ -51,6 +54,11 @@ impl Role {
     /// Whether checkpoints hold it.
     pub fn is_saved(self) -> bool {
         self != Role::Frozen
+    }
+
+    /// Whether the weights that a finished stage leaves hold it: a running mean is of use to its stage alone.
+    pub fn is_kept(self) -> bool {
+        matches!(self, Role::Student | Role::Head | Role::Buffer)
     }
 }
 
@@ -309,7 +317,7 @@ mod tests {
         assert!(!p.is_trained());
         p.set_trained(true);
         assert!(p.is_trained());
-        for role in [Role::Frozen, Role::Moving] {
+        for role in [Role::Frozen, Role::Moving, Role::Buffer] {
             p.set_role(role);
             p.set_trained(true);
             assert!(!p.is_trained(), "{role:?}");

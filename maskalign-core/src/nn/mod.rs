@@ -4,6 +4,6 @@ mod vit;
 
 pub use maskalign_engine::{
     Init, Module, Param, Role,
-    nn::{Bias, Block, BlockConfig, Linear, Norm, sincos_positions},
+    nn::{BatchNorm, Bias, Block, BlockConfig, Linear, Norm, sincos_positions},
 };
 pub use vit::{Arch, BranchScales, Features, Grid, Reach, Statistics, TowerInput, Vit, VitConfig};

@@ -28,6 +28,20 @@ pub enum Pooling {
     Cls,
 }
 
+impl Pooling {
+    /// Refuses a class token that the tower called `whose` does not have.
+    ///
+    /// # Errors
+    /// Names `pooling`.
+    pub fn check(self, whose: &str, tower: &TowerShape) -> Result<(), Refusal> {
+        if self == Pooling::Cls && !tower.cls_token {
+            return Err(Refusal::new("pooling", format!("`cls` needs a class token, and {whose} has none"))
+                .help("`mean` reads the patches' tokens"));
+        }
+        Ok(())
+    }
+}
+
 /// Where a tower's features are taken.
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]

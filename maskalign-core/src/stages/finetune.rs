@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Data, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
     StageSummary, Task, Training, TrainingStep, branch_scales, finish, keep, memory,
-    supervised::{Classify, PlannedClasses, class_targets},
+    supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, class_targets},
     train,
     training::count_parameters,
     under,
@@ -28,7 +28,6 @@ use crate::{
     },
     error::Result,
     nn::{Bias, BranchScales, Init, Linear, Norm, Param, Reach},
-    plugin::Build,
     register,
 };
 
@@ -253,17 +252,11 @@ impl Finetune {
         if own.mixing.is_some() && shared.batch.micro() == 1 {
             refusals.push(Refusal::new("mixing", "images are mixed within a micro-batch, which holds one image"));
         }
-        let training = shared.plan(cx, format!("{}.data", cx.name), &mut summary, &mut refusals);
-        let data = training.as_ref().map(|training| &training.data);
-        let classes = PlannedClasses::plan(cx, own.classes, data, own.eval.as_ref(), &mut summary, &mut refusals);
-        let Some(training) = training else { return Err(refusals) };
-        let towers = cx.towers(training.data.size);
-        let student = Build::build(&own.student).and_then(|s| s.plan(&towers)).map_err(|r| r.under("student"));
-        let Some(student) = keep(&mut refusals, student) else { return Err(refusals) };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
+        let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };
         let shape = student.shape();
-        if own.pooling == Pooling::Cls && !shape.cls_token {
-            refusals.push(Refusal::new("pooling", "`cls` needs a student with a class token"));
-        }
+        keep(&mut refusals, own.pooling.check("the student", &shape));
         if !refusals.is_empty() {
             return Err(refusals);
         }

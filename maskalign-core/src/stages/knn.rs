@@ -296,6 +296,12 @@ impl Stage for Knn {
                     teachers.push((name.clone(), planned.into()));
                 }
             }
+            let whose = student.iter().map(|(_, student)| ("the student".to_string(), student.shape()));
+            let towers =
+                whose.chain(teachers.iter().map(|(name, teacher)| (format!("teacher `{name}`"), teacher.shape())));
+            for (whose, shape) in towers {
+                keep(&mut refusals, self.pooling.check(&whose, &shape));
+            }
             let shapes = student.iter().map(|(_, student)| student.shape());
             let shapes: Vec<_> = shapes.chain(teachers.iter().map(|(_, teacher)| teacher.shape())).collect();
             let pixels = self.baselines.contains(&Baseline::Pixels);

@@ -48,6 +48,17 @@ pub fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
 }
 
+/// Bytes for training on the features of a frozen tower that runs again at each step: its weights and pass, and what is
+/// trained with its gradient and one moment.
+pub fn probe(plan: &StageSummary, tower: &TowerShape, images: usize, image_size: usize) -> u64 {
+    FLOAT
+        * (plan.parameters as u64
+            + 2 * plan.trainable as u64
+            + BATCHES * batch(images, image_size)
+            + pass(tower, images, 1))
+        + BASE
+}
+
 /// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
 pub fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
     let raw = batch(1, size);

@@ -8,6 +8,7 @@ mod data;
 mod features;
 mod finetune;
 mod knn;
+mod linear_probe;
 mod memory;
 mod pretrain;
 mod supervised;
@@ -22,9 +23,10 @@ pub use data::{Data, OpenData, PlannedData, image_batch};
 pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract};
 pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
+pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
-pub use supervised::{Classify, PlannedClasses, accuracy, class_targets, largest_label};
+pub use supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, accuracy, class_targets, largest_label};
 pub use training::{
     BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
     Precision, Step, Task, Trained, Trainer, Training, branch_scales, finish, train,

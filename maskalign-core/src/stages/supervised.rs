@@ -1,16 +1,64 @@
 //! Labels, classes and accuracy: what stages that learn classes share.
 
-use maskalign_engine::{Context, ImageBatch, Tensor};
-use maskalign_registry::Refusal;
+use std::sync::Arc;
 
-use super::{Data, MicroBatch, OpenData, PlannedData, StageContext, StageRun, StageSummary, image_batch, keep};
+use maskalign_engine::{Context, ImageBatch, Tensor};
+use maskalign_registry::{Refusal, Slot, StudentTag};
+
+use super::{
+    Data, MicroBatch, OpenData, PlannedData, PlannedTraining, StageContext, StageRun, StageSummary, Training,
+    image_batch, keep,
+};
 use crate::{
+    components::students::PlannedStudent,
     error::{Error, Result},
     events::Event,
+    plugin::Build,
 };
 
 /// Classes that are assumed where the data was not looked at: ImageNet's, for estimates.
 const UNSEEN_CLASSES: usize = 1000;
+
+/// Training on labelled images whose options fit: data, optimizer and length, the classes, and the student.
+pub struct PlannedSupervised {
+    /// Data, optimizer and length.
+    pub training: PlannedTraining,
+    /// What is classified.
+    pub classes: PlannedClasses,
+    /// The tower.
+    pub student: Arc<dyn PlannedStudent>,
+}
+
+impl PlannedSupervised {
+    /// Plans all of it, in the order of the options. Every refusal is noted, and `summary` told of what is read. `None`
+    /// where too little fits to go on.
+    pub fn plan(
+        cx: &StageContext,
+        training: &Training,
+        labelled: Labelled,
+        summary: &mut StageSummary,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<Self> {
+        let training = training.plan(cx, format!("{}.data", cx.name), summary, refusals);
+        let data = training.as_ref().map(|training| &training.data);
+        let classes = PlannedClasses::plan(cx, labelled.classes, data, labelled.eval, summary, refusals);
+        let training = training?;
+        let towers = cx.towers(training.data.size);
+        let student = Build::build(labelled.student).and_then(|student| student.plan(&towers));
+        let student = keep(refusals, student.map_err(|refusal| refusal.under("student")))?;
+        Some(PlannedSupervised { training, classes, student })
+    }
+}
+
+/// The options of training on labelled images that a stage has besides [`Training`].
+pub struct Labelled<'a> {
+    /// The number of classes, where it is given.
+    pub classes: Option<usize>,
+    /// The images that the accuracy is measured on.
+    pub eval: Option<&'a Data>,
+    /// The tower.
+    pub student: &'a Slot<StudentTag>,
+}
 
 /// What is classified: how many classes there are, and the images that the accuracy is measured on.
 pub struct PlannedClasses {

@@ -3,5 +3,7 @@
 mod decoder;
 mod dinov2;
 mod layers;
+mod linear_probe;
+mod support;
 mod timm;
 mod weights;

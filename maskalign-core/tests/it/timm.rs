@@ -1,15 +1,14 @@
 //! A classifier of timm's, recorded by `tests/fixtures/make_timm_classifier.py`: under its names a fine-tuned student
 //! computes what timm computes, and what is exported is its state dictionary.
 
-use std::{collections::BTreeMap, path::Path};
-
 use maskalign_core::{
-    Context, Device, ImageBatch, Recompute, Tape,
-    components::towers::{Environment, MissingWeights, TrainedStudents},
-    stages::{Finetune, MicroBatch, StageContext, Task},
-    weights::{Export, Family, TensorMap, read, to_canonical, to_family},
+    Context, Device, ImageBatch, Tape,
+    components::towers::TrainedStudents,
+    stages::{Finetune, MicroBatch, Task},
+    weights::{Export, Family, TensorMap, to_canonical, to_family},
 };
-use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry, decode_options};
+
+use crate::support::{fixture, part, planned, stage};
 
 const STAGE: &str = r#"{ name: classifier, stages: { finetune: { type: finetune, epochs: 1, classes: 5,
     data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
@@ -18,33 +17,13 @@ const STAGE: &str = r#"{ name: classifier, stages: { finetune: { type: finetune,
 
 #[test]
 fn a_fine_tuned_student_is_timms_classifier() {
-    let mut recorded =
-        read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/timm_classifier.safetensors"))
-            .expect("the fixture");
+    let mut recorded = fixture("../tests/fixtures/timm_classifier.safetensors");
     let (images, expected) = (recorded.remove("images").unwrap(), recorded.remove("log_probabilities").unwrap());
-    let theirs: TensorMap =
-        recorded.into_iter().map(|(name, tensor)| (name.strip_prefix("model.").unwrap().to_owned(), tensor)).collect();
+    let theirs = part(&mut recorded, "model.");
 
-    let request = LoadRequest {
-        input: Input::Text { name: "classifier".into(), text: STAGE.into() },
-        sets: &[],
-        env: &|_| None,
-        builtins: &NoRecipes,
-    };
-    let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
-    let (name, slot) = loaded.recipe().stages.first().unwrap();
-    let stage: Finetune = decode_options(slot.options_value()).unwrap();
     let cx = Context::new(Device::Cpu, 1);
-    let (seed, students) = (0, BTreeMap::new());
-    let context = StageContext {
-        name,
-        seed,
-        students: &students,
-        environment: Environment::Ignored,
-        missing_weights: MissingWeights::Refused,
-        recompute: Recompute::Never,
-    };
-    let planned = stage.plan_finetune(&context).unwrap_or_else(|refusals| panic!("{refusals:?}"));
+    let planned =
+        planned(|context| stage::<Finetune>(STAGE).plan_finetune(context)).unwrap_or_else(|r| panic!("{r:?}"));
     let mut model = planned.model(&planned.init(&cx), &TrainedStudents::default()).unwrap();
     let mut own = TensorMap::new();
     model.visit(&mut |p| {

@@ -1,9 +1,9 @@
-//! Linear and LayerNorm.
+//! Linear, LayerNorm and BatchNorm.
 
 use crate::{
     context::Context,
     error::Result,
-    ops::{self, Act, LinearWeights, NormWeights, Packed},
+    ops::{self, Act, BatchStatistics, LinearWeights, NormWeights, Packed},
     param::{Init, Param, Role},
     tape::Tape,
     tensor::Tensor,
@@ -142,5 +142,65 @@ impl Norm {
             f(weight);
             f(bias);
         }
+    }
+}
+
+/// BatchNorm of columns over rows, without scale and shift: PyTorch's `BatchNorm1d(affine=False)`.
+#[derive(Clone)]
+pub struct BatchNorm {
+    /// `NAME.running_mean`, `[C]`.
+    pub running_mean: Param,
+    /// `NAME.running_var`, `[C]`; of unbiased variances.
+    pub running_var: Param,
+    /// Added to the variance.
+    pub eps: f64,
+    /// How far the running statistics move towards those of each batch.
+    pub momentum: f64,
+}
+
+impl BatchNorm {
+    /// Running statistics of 0 and 1 that move a tenth of the way (PyTorch's default).
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn plain(init: &Init, name: &str, width: usize, eps: f64) -> Result<Self> {
+        let init = init.of_role(Role::Buffer);
+        Ok(BatchNorm {
+            running_mean: init.constant(format!("{name}.running_mean"), &[width], 0.0)?,
+            running_var: init.constant(format!("{name}.running_var"), &[width], 1.0)?,
+            eps,
+            momentum: 0.1,
+        })
+    }
+
+    fn running(&self) -> BatchStatistics {
+        BatchStatistics { mean: self.running_mean.value.clone(), variance: self.running_var.value.clone() }
+    }
+
+    /// By the statistics of these rows, of which there must be two at least; the running ones follow them.
+    /// `[rows, C] -> [rows, C]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn train(&mut self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        let (y, batch) = ops::batch_norm(cx, tape, x, self.eps)?;
+        let mut running = self.running();
+        running.follow(cx, &batch, x.rows(), self.momentum)?;
+        (self.running_mean.value, self.running_var.value) = (running.mean, running.variance);
+        Ok(y)
+    }
+
+    /// By the running statistics. `[rows, C] -> [rows, C]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn evaluate(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        ops::batch_norm_by(cx, tape, x, &self.running(), self.eps)
+    }
+
+    /// Calls `f` on each parameter.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        f(&mut self.running_mean);
+        f(&mut self.running_var);
     }
 }

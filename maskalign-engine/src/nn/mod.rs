@@ -6,5 +6,5 @@ mod layers;
 mod positions;
 
 pub use block::{Block, BlockConfig};
-pub use layers::{Bias, Linear, Norm};
+pub use layers::{BatchNorm, Bias, Linear, Norm};
 pub use positions::sincos_positions;

@@ -21,6 +21,7 @@ use maskalign_registry::{KindTag, Registry, Slot};
 pub use maskalign_registry::Kind;
 
 use maskalign_core::{
+    components::towers::Environment,
     error::Result,
     plugin::{Build, Component},
 };
@@ -39,14 +40,16 @@ pub fn check(kind: Kind, name: &str) -> Result<(), Vec<String>> {
         faults.0.push(fault);
     }
     if faults.0.is_empty() {
-        run(kind, entry.example, &mut faults);
+        run(kind, entry.example, Environment::Ignored, &mut faults);
     }
     faults.into_result()
 }
 
 /// Checks a component as configured by `text`, YAML such as `{ type: decoder, dim: 8, attention: masked_queries }`.
 ///
-/// A dataset that reads files is opened here, whereas [`check`] does not open the files that an example names.
+/// A dataset that reads files is opened here, and a stage runs, whereas [`check`] does not need the files that an example
+/// names: a stage without them is planned alone. Wherever a stage names an earlier one, as `{stage: NAME}`, it is given a
+/// small student with a class token, for images of 28 pixels; of the embedded images it is given a few.
 ///
 /// # Errors
 /// Every fault, one sentence each.
@@ -54,7 +57,7 @@ pub fn check_as(kind: Kind, text: &str) -> Result<(), Vec<String>> {
     let mut faults = Faults::new(format!("{kind} {text}"));
     if let Some(slot) = faults.slot(kind, text) {
         host::check_files(kind, &slot, &mut faults);
-        run(kind, text, &mut faults);
+        run(kind, text, Environment::Checked, &mut faults);
     }
     faults.into_result()
 }
@@ -74,7 +77,8 @@ pub fn check_all(package: Option<&str>) -> Result<(), Vec<String>> {
     if faults.is_empty() { Ok(()) } else { Err(faults) }
 }
 
-fn run(kind: Kind, text: &str, faults: &mut Faults) {
+/// `environment` says whether the files that the text names must be there.
+fn run(kind: Kind, text: &str, environment: Environment, faults: &mut Faults) {
     match kind {
         Kind::Masker => host::masker(text, faults),
         Kind::Dataset => host::dataset(text, faults),
@@ -86,7 +90,7 @@ fn run(kind: Kind, text: &str, faults: &mut Faults) {
         Kind::Student => tower::student(text, faults),
         Kind::Target => target::check(text, faults),
         Kind::Teacher => tower::teacher(text, faults),
-        Kind::Stage => stage::check(text, faults),
+        Kind::Stage => stage::check(text, environment, faults),
     }
 }
 

@@ -1,34 +1,178 @@
-//! Stages: what is known before the first step.
+//! Stages: what is known before the first step, and what two steps leave.
+//!
+//! A stage that names an earlier one, as `{stage: NAME}`, is given a small student in its place, and the embedded images
+//! are a few: a plugin's evaluation runs here as it is written.
 
-use std::collections::BTreeMap;
-
-use maskalign_registry::StageTag;
-
-use super::{Faults, built};
-use maskalign_core::{
-    components::towers::{Environment, MissingWeights},
-    stages::{StageContext, StageSummary},
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
 };
 
-pub(super) fn check(text: &str, faults: &mut Faults) {
-    let Some(stage) = built::<StageTag>(text, faults) else { return };
-    let students = BTreeMap::new();
-    let cx = StageContext {
-        name: "example",
-        seed: 0,
-        students: &students,
-        environment: Environment::Ignored,
-        missing_weights: MissingWeights::Random,
-        recompute: maskalign_engine::Recompute::Never,
+use maskalign_engine::{Device, Recompute};
+use maskalign_registry::{Kind, Slot, StageTag, StudentTag};
+use serde_json::{Value, json};
+
+use super::{Faults, LARGE, fused, tower::plan_alone};
+use maskalign_core::{
+    components::towers::{Environment, MissingWeights, StudentPlan, TrainedStudents},
+    error::Result,
+    events::{Events, StageSummary},
+    nn::{Init, Reach},
+    plugin::Build,
+    run::{Mode, RunDir, StopFlag},
+    stages::{PlannedStage, Stage, StageContext, StageRun},
+};
+
+/// Embedded images that stay of a dataset.
+const IMAGES: usize = 64;
+
+/// The student of every stage that an example names: for images of 28 pixels, as the embedded ones.
+const STUDENT: &str = "{ type: vit, arch: { dim: 12, depth: 2, heads: 3, patch: 7 } }";
+
+pub(super) fn check(text: &str, files: Environment, faults: &mut Faults) {
+    let Some(mut options) = faults.slot(Kind::Stage, text) else { return };
+    let mut named = BTreeSet::new();
+    shrink(&mut options, &mut named);
+    let slot: Result<Slot<StageTag>, _> = serde_json::from_value(options);
+    let Some(slot) = faults.expect("filling its defaults", slot) else { return };
+    let Some(stage) = faults.expect("building it on the CPU", slot.build()) else { return };
+    let Some(earlier) = faults.expect("building a small student", Earlier::new(&named)) else { return };
+    let Some((planned, environment)) = plan(&*stage, &earlier, files, faults) else { return };
+    let summary = planned.summary();
+    if environment == Environment::Ignored || summary.parameters > LARGE {
+        return;
+    }
+    if let Err(error) = run(&*planned, &earlier, faults) {
+        faults.add(format_args!("it plans, but does not run: {error}"));
+    }
+}
+
+/// Leaves a few of the embedded images, and notes the stages that are named.
+fn shrink(options: &mut Value, named: &mut BTreeSet<String>) {
+    match options {
+        Value::Array(items) => items.iter_mut().for_each(|item| shrink(item, named)),
+        Value::Object(entries) => {
+            if entries.get("type") == Some(&json!("sample")) {
+                let limit = entries.get("limit").and_then(Value::as_u64).map_or(IMAGES, |limit| limit as usize);
+                entries.insert("limit".into(), json!(limit.min(IMAGES)));
+            }
+            if let (1, Some(stage)) = (entries.len(), entries.get("stage").and_then(Value::as_str)) {
+                named.insert(stage.to_string());
+            }
+            entries.values_mut().for_each(|value| shrink(value, named));
+        }
+        _ => {}
+    }
+}
+
+/// The stages that came before, as far as a later one can tell.
+struct Earlier {
+    students: BTreeMap<String, StudentPlan>,
+    trained: TrainedStudents,
+}
+
+impl Earlier {
+    fn new(named: &BTreeSet<String>) -> Result<Earlier> {
+        let registry = maskalign_registry::Registry::global().expect("checked before");
+        let options = registry.component(Kind::Student, "example", STUDENT).expect("a student of ours");
+        let slot: Slot<StudentTag> = serde_json::from_value(options).expect("with its defaults");
+        let tower = slot.build()?.plan(&plan_alone(28, &BTreeMap::new()))?;
+        let reach = Reach { blocks: tower.shape().arch.depth, norm: true };
+        let mut earlier = Earlier { students: BTreeMap::new(), trained: TrainedStudents::default() };
+        for stage in named {
+            let init = Init::new(&Device::Cpu, 1, stage.as_str());
+            let parameters = tower.build(&init, &earlier.trained)?.to_host();
+            earlier.trained.insert(stage, Arc::new(parameters));
+            let student = StudentPlan { tower: Arc::clone(&tower), reach, init_scope: stage.clone() };
+            earlier.students.insert(stage.clone(), student);
+        }
+        Ok(earlier)
+    }
+
+    fn context(&self, environment: Environment) -> StageContext<'_> {
+        StageContext {
+            name: "example",
+            seed: 0,
+            students: &self.students,
+            environment,
+            missing_weights: match environment {
+                Environment::Checked => MissingWeights::Refused,
+                Environment::Ignored => MissingWeights::Random,
+            },
+            recompute: Recompute::Never,
+        }
+    }
+}
+
+/// The stage as it runs where the files that it names are there or have to be, else as it is planned without them.
+fn plan(
+    stage: &dyn Stage,
+    earlier: &Earlier,
+    files: Environment,
+    faults: &mut Faults,
+) -> Option<(Box<dyn PlannedStage>, Environment)> {
+    let environment = match stage.plan(&earlier.context(Environment::Checked)) {
+        Err(_) if files == Environment::Ignored => Environment::Ignored,
+        _ => Environment::Checked,
     };
-    let plans = [stage.plan(&cx), stage.plan(&cx)].map(|plan| {
-        plan.map_err(|refusals| refusals.iter().map(|refusal| refusal.to_string()).collect::<Vec<_>>().join("; "))
+    let plans = [(); 2].map(|()| {
+        stage
+            .plan(&earlier.context(environment))
+            .map_err(|refusals| refusals.iter().map(|refusal| refusal.to_string()).collect::<Vec<_>>().join("; "))
     });
-    let [first, again] = plans.map(|plan| faults.expect("planning its example", plan));
-    let (Some(first), Some(again)) = (first, again) else { return };
-    let (first, again) = (first.summary(), again.summary());
+    let [planned, again] = plans.map(|plan| faults.expect("planning its example", plan));
+    let (planned, again) = (planned?, again?);
+    let (first, second) = (planned.summary(), again.summary());
     faults.unless(first.memory > 0, "it plans no memory");
     faults.unless(first.trainable <= first.parameters, "it trains more parameters than it has");
     let known = |plan: &StageSummary| (plan.images, plan.parameters, plan.trainable, plan.steps, plan.memory);
-    faults.unless(known(first) == known(again), "it plans differently the second time");
+    faults.unless(known(first) == known(second), "it plans differently the second time");
+    Some((planned, environment))
+}
+
+/// What a stage leaves: its results, and its student's parameters.
+type Left = (Value, Option<Vec<f32>>);
+
+/// Two steps, twice in one go and once with a stop between them.
+fn run(planned: &dyn PlannedStage, earlier: &Earlier, faults: &mut Faults) -> Result<()> {
+    let folder = tempfile::tempdir().map_err(|error| maskalign_core::error::Error::Usage(error.to_string()))?;
+    let leaves =
+        |dir: &str, mode, steps| -> Result<Left> { leave(planned, earlier, &folder.path().join(dir), mode, steps) };
+    let whole = leaves("whole", Mode::Fresh, 2)?;
+    let (results, student) = &whole;
+    faults.unless(results.is_object(), "its results are no mapping: `summary.json` has them by name");
+    let promised = planned.summary().student.is_some();
+    faults.unless(
+        student.is_some() == promised,
+        if promised { "it plans a student, and leaves none" } else { "it leaves a student that it did not plan" },
+    );
+    faults.unless(
+        student.iter().flatten().all(|value| value.is_finite()),
+        "its student has values that are not finite after two steps",
+    );
+    faults.unless(leaves("again", Mode::Fresh, 2)? == whole, "a second run leaves something else");
+    leaves("stopped", Mode::Fresh, 1)?;
+    faults.unless(leaves("stopped", Mode::Resume, 2)? == whole, "a run that was resumed leaves something else");
+    Ok(())
+}
+
+fn leave(planned: &dyn PlannedStage, earlier: &Earlier, dir: &Path, mode: Mode, steps: u64) -> Result<Left> {
+    let dir = RunDir::create(dir, mode)?;
+    dir.write_recipe("name: example\n")?;
+    dir.reopen_stage("example")?;
+    let outcome = planned.run(StageRun {
+        cx: &fused(),
+        name: "example",
+        seed: 0,
+        trained: &earlier.trained,
+        dir: &dir,
+        fingerprint: "example",
+        stop: &StopFlag::new(),
+        events: &mut Events::new(Vec::new()),
+        step_limit: Some(steps),
+        workers: 0,
+    })?;
+    let student = outcome.student.map(|parameters| parameters.values().flat_map(|p| p.data.iter().copied()).collect());
+    Ok((outcome.results, student))
 }

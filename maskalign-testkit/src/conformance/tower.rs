@@ -34,7 +34,7 @@ pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
 }
 
 /// What a tower is planned with that stands alone: images of this size, no machine, no weights.
-fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
+pub(super) fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
     PlanContext {
         data_size,
         students,

@@ -88,6 +88,32 @@ fn datasets_of_files_conform() {
     passes(check_as(Kind::Dataset, &format!("{{ type: image_list, file: {list:?}, root: {folder:?} }}")));
 }
 
+/// An evaluating stage is given a small student for the stage that it names.
+#[test]
+fn stages_conform_on_an_earlier_stages_student() {
+    let sides = "train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } }";
+    for rest in ["", ", baselines: [untrained, pixels], pooling: cls, tap: norm", ", k: [1, 5]"] {
+        passes(check_as(Kind::Stage, &format!("{{ type: knn, student: {{ stage: pretrain }}, {sides}{rest} }}")));
+    }
+    let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
+        eval: { dataset: { type: sample, split: test } }, student: { type: vit, weights: { stage: pretrain } }";
+    for rest in ["", ", pooling: mean, tap: block"] {
+        passes(check_as(
+            Kind::Stage,
+            &format!(
+                "{{ type: linear_probe, {training}, optimizer: {{ type: lars, base_lr: 0.1 }},
+                batch: {{ effective: 16, micro: 8 }}{rest} }}"
+            ),
+        ));
+    }
+    passes(check_as(
+        Kind::Stage,
+        &format!(
+            "{{ type: finetune, {training}, optimizer: {{ type: adamw, base_lr: 1.0e-3 }}, batch: {{ effective: 16 }} }}"
+        ),
+    ));
+}
+
 #[test]
 fn what_is_not_registered_is_a_fault() {
     let faults = check(Kind::Masker, "atention").expect_err("no such masker");

@@ -6,20 +6,14 @@ use maskalign_engine::{
 };
 use maskalign_registry::{Refusal, Scalar};
 
-use super::{Optimizer, Update};
+use super::{Optimizer, Update, base_batch, check_weight_decay, linear_rule, no_weight_decay};
 use crate::{component, nn::Param, register};
 
-fn base_batch() -> usize {
-    256
-}
 fn betas() -> [f64; 2] {
     [0.9, 0.999]
 }
 fn eps() -> f64 {
     1e-8
-}
-fn no_weight_decay() -> Scalar {
-    Scalar::Constant(0.0)
 }
 
 /// Adam with decoupled weight decay (arXiv 1711.05101), in PyTorch's order of operations.
@@ -67,7 +61,7 @@ impl AdamW {
 
 impl Optimizer for AdamW {
     fn peak_lr(&self, effective_batch: usize) -> f64 {
-        self.base_lr * effective_batch as f64 / self.base_batch as f64
+        linear_rule(self.base_lr, effective_batch, self.base_batch)
     }
 
     fn clip_norm(&self) -> Option<f64> {
@@ -79,9 +73,7 @@ impl Optimizer for AdamW {
     }
 
     fn check(&self) -> Result<(), Refusal> {
-        if self.weight_decay.bounds().0 < 0.0 {
-            return Err(Refusal::new("weight_decay", format!("must not be negative, found {}", self.weight_decay)));
-        }
+        check_weight_decay(&self.weight_decay)?;
         match self.betas.iter().position(|&beta| beta >= 1.0) {
             Some(i) => {
                 let message = format!("expected a decay rate below 1, found {}", self.betas[i]);

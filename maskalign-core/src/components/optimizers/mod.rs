@@ -1,9 +1,10 @@
 //! The rule that updates parameters.
 
 mod adamw;
+mod lars;
 
 use maskalign_engine::{Context, Gradients, Result, Tensor};
-use maskalign_registry::Refusal;
+use maskalign_registry::{Refusal, Scalar};
 
 use crate::nn::Param;
 
@@ -46,4 +47,26 @@ pub trait Optimizer: Send + Sync {
         state: &mut [Tensor],
         update: Update,
     ) -> Result<()>;
+}
+
+/// The peak learning rate of a batch by the linear rule (arXiv 1706.02677): `base_lr` is meant for `base_batch` images.
+fn linear_rule(base_lr: f64, effective_batch: usize, base_batch: usize) -> f64 {
+    base_lr * effective_batch as f64 / base_batch as f64
+}
+
+/// The images that papers mean `base_lr` for.
+fn base_batch() -> usize {
+    256
+}
+
+fn no_weight_decay() -> Scalar {
+    Scalar::Constant(0.0)
+}
+
+/// Refuses a weight decay that is negative at any time.
+fn check_weight_decay(weight_decay: &Scalar) -> Result<(), Refusal> {
+    match weight_decay.bounds().0 < 0.0 {
+        true => Err(Refusal::new("weight_decay", format!("must not be negative, found {weight_decay}"))),
+        false => Ok(()),
+    }
 }

@@ -26,6 +26,10 @@ pub trait Student: Send + Sync {
 pub trait PlannedStudent: Send + Sync {
     /// The shape of its tower.
     fn shape(&self) -> TowerShape;
+    /// Whether all its values are drawn: it starts from no weights.
+    fn is_drawn(&self) -> bool {
+        false
+    }
     /// Builds the tower, from its initial values or from weights. Parameters are those of `init`'s role.
     ///
     /// # Errors

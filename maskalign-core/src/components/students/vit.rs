@@ -113,6 +113,10 @@ impl PlannedStudent for PlannedVit {
         self.tower.shape()
     }
 
+    fn is_drawn(&self) -> bool {
+        self.tower.is_drawn()
+    }
+
     fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error> {
         Ok(Box::new(Tower { vit: self.tower.build(init, trained)?, drop_path: self.drop_path }))
     }

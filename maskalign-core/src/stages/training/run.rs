@@ -240,8 +240,7 @@ pub fn finish(run: &StageRun, task: &mut dyn Task, trainer: Trainer, trained: &T
     run.cx.trim();
     let mut weights = TensorMap::new();
     task.visit(&mut |p| {
-        // A running mean is of use to this stage alone.
-        if matches!(p.role(), Role::Student | Role::Head) {
+        if p.role().is_kept() {
             weights.insert(p.name.clone(), p.to_host());
         }
     });

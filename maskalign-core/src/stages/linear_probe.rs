@@ -1,0 +1,228 @@
+//! Linear probing: a linear classifier is trained on the features of a frozen student.
+
+use std::sync::Arc;
+
+use maskalign_engine::{
+    Context, ImageBatch, Role, Tape, Tensor,
+    ops::{self, Act},
+};
+use maskalign_registry::{Refusal, Slot, StudentTag, With};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Data, FeatureTap, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
+    StageSummary, Task, Tower, Training, View, finish, keep, memory,
+    supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, class_targets},
+    train,
+    training::count_parameters,
+    under,
+};
+use crate::{
+    component,
+    components::{
+        students::{PlannedStudent, StudentModel},
+        towers::TrainedStudents,
+    },
+    error::Result,
+    nn::{BatchNorm, Bias, Init, Linear, Param, Reach},
+    register,
+};
+
+/// The official probe's: added to the variances of features.
+const EPS: f64 = 1e-6;
+
+fn cls() -> Pooling {
+    Pooling::Cls
+}
+fn norm() -> FeatureTap {
+    FeatureTap::Norm
+}
+fn head_std() -> f64 {
+    0.01
+}
+
+/// Trains a linear classifier on a frozen student's features, behind a BatchNorm without scale and shift (MAE's and
+/// MaskAlign's linear probe); the loss is the cross entropy.
+///
+/// The student runs on every image anew, so that images may be augmented. It stays as it is: later stages take it from
+/// where this one took it.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct LinearProbe(With<Training, LinearProbeOptions>);
+
+/// The options that are the probe's own.
+#[component]
+pub struct LinearProbeOptions {
+    /// Labelled images on which the accuracy is measured at the end; absent: it is not.
+    #[serde(default)]
+    eval: Option<Data>,
+    /// The frozen tower: with `weights: {stage: NAME}` an earlier stage's.
+    student: Slot<StudentTag>,
+    /// What the classifier reads.
+    #[serde(default = "cls")]
+    pooling: Pooling,
+    /// Where the student's tokens are taken.
+    #[serde(default = "norm")]
+    tap: FeatureTap,
+    /// Standard deviation of the classifier's initial weights, a truncated normal.
+    #[serde(default = "head_std")]
+    #[schemars(range(min = 0.0))]
+    head_std: f64,
+    /// Number of classes; absent: the dataset's.
+    #[serde(default)]
+    #[schemars(range(min = 2, max = 1000000))]
+    classes: Option<usize>,
+}
+
+/// A frozen student and the classifier that is trained on it.
+pub struct Probe {
+    student: Box<dyn StudentModel>,
+    pooling: Pooling,
+    tap: FeatureTap,
+    /// `head.0`, as the official checkpoints call it.
+    norm: BatchNorm,
+    /// `head.1`.
+    head: Linear,
+}
+
+impl Probe {
+    /// `[batch, width]`.
+    fn features(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
+        let view = View { pooling: self.pooling, tap: self.tap, batch: images.batch };
+        Tower::Student(&*self.student).features(cx, images.clone(), view)
+    }
+}
+
+impl Task for Probe {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.student.visit(f);
+        self.norm.visit(f);
+        self.head.visit(f);
+    }
+
+    fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
+        let targets = class_targets(batch, self.head.outputs(), 0.0)?;
+        let features = self.features(cx, &batch.images)?;
+        let normed = self.norm.train(cx, tape, &features)?;
+        let logits = self.head.forward(cx, tape, &normed, Act::None)?;
+        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
+        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
+    }
+}
+
+impl Classify for Probe {
+    fn classes(&self) -> usize {
+        self.head.outputs()
+    }
+
+    fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
+        let off = &mut Tape::inference();
+        let normed = self.norm.evaluate(cx, off, &self.features(cx, images)?)?;
+        Ok(self.head.forward(cx, off, &normed, Act::None)?)
+    }
+}
+
+/// A linear probe whose options fit.
+pub struct PlannedLinearProbe {
+    summary: StageSummary,
+    training: PlannedTraining,
+    classes: PlannedClasses,
+    student: Arc<dyn PlannedStudent>,
+    options: LinearProbeOptions,
+}
+
+impl LinearProbe {
+    /// What runs.
+    ///
+    /// # Errors
+    /// Every option that does not fit.
+    pub fn plan_probe(&self, cx: &StageContext) -> Result<PlannedLinearProbe, Vec<Refusal>> {
+        let With { shared, own } = &self.0;
+        let mut refusals = Vec::new();
+        let mut summary = StageSummary::default();
+        let batch = shared.batch;
+        if batch.micro() == 1 {
+            let message = "the variance of one image's features is not defined: a micro-batch needs two images";
+            let option = if batch.micro.is_some() { "micro" } else { "effective" };
+            refusals.push(Refusal::new(option, message).under("batch"));
+        }
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
+        let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };
+        let shape = student.shape();
+        keep(&mut refusals, own.pooling.check("the student", &shape));
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        if student.is_drawn() {
+            summary.warnings.push("the student has no `weights`: what is probed is its random initialisation".into());
+        }
+        let mut planned = PlannedLinearProbe { summary, training, classes, student, options: own.clone() };
+        let model = planned.model(&Init::shapes(), &TrainedStudents::default());
+        let mut model = model.map_err(|error| vec![error.into_refusal()])?;
+        let summary = &mut planned.summary;
+        (summary.parameters, summary.trainable) = count_parameters(&mut model);
+        summary.tokens = Some((shape.tokens(), shape.tokens()));
+        summary.memory += memory::probe(summary, &shape, batch.micro(), planned.training.data.size);
+        Ok(planned)
+    }
+}
+
+impl PlannedLinearProbe {
+    /// Data, optimizer and length.
+    pub fn training(&self) -> &PlannedTraining {
+        &self.training
+    }
+
+    /// The model at its beginning.
+    ///
+    /// # Errors
+    /// Weights that have gone or changed since they were planned; out of memory.
+    pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Probe> {
+        let LinearProbeOptions { pooling, tap, head_std, .. } = self.options;
+        let mut student = self.student.build(init, trained).map_err(|e| under(e, "student"))?;
+        let arch = student.shape().arch;
+        student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm });
+        student.set_role(Role::Frozen);
+        let init = &init.of_role(Role::Head);
+        let weight = init.truncated_normal("head.1.weight", &[self.classes.classes, arch.dim], head_std)?;
+        Ok(Probe {
+            student,
+            pooling,
+            tap,
+            norm: BatchNorm::plain(init, "head.0", arch.dim, EPS)?,
+            head: Linear::from_weight(init, "head.1", weight, Bias::With)?,
+        })
+    }
+}
+
+impl Stage for LinearProbe {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_probe(cx)?))
+    }
+}
+
+impl PlannedStage for PlannedLinearProbe {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let init = Init::new(run.cx.device(), run.seed, run.name);
+        let mut model = self.model(&init, run.trained)?;
+        let mut trainer = self.training.trainer();
+        let plan = Loop { training: &self.training, evaluation: None };
+        let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
+        self.classes.evaluate(&mut run, &model, self.training.batch.micro(), &mut trained.results)?;
+        finish(&run, &mut model, trainer, &trained)?;
+        Ok(Outcome { results: trained.results, student: None })
+    }
+}
+
+register!(stage "linear_probe" => LinearProbe, "trains a linear classifier on a frozen student's features",
+    example: r#"{ type: linear_probe, epochs: 5, data: { dataset: { type: sample, split: train } },
+      eval: { dataset: { type: sample, split: test } },
+      student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 }, weights: student.safetensors },
+      optimizer: { type: lars, base_lr: 0.1 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
+    paper: "MAE, arXiv 2111.06377, appendix A.1");
