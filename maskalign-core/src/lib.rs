@@ -53,8 +53,8 @@ pub mod prelude {
         error::Error,
         events::{Event, Events, Mark, Sink},
         nn::{
-            Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
-            VitConfig,
+            Arch, BatchNorm, Bias, BranchScales, Features, Grid, Init, Linear, MaskedPatches, Module, Norm, Param,
+            Reach, SeenPatches, Statistics, Vit, VitConfig,
         },
         register,
         stages::{

@@ -103,7 +103,8 @@ pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: So
     let (student, trained) = (planned.student().shape(), TrainedStudents::default());
     match options.job {
         Job::Pretrain => {
-            let visible = planned.counts().visible + usize::from(student.cls_token);
+            let counts = planned.counts();
+            let visible = student.held().count(counts.visible, counts.masked);
             let heads: f64 = planned.objectives().iter().map(|o| head_flop(o, &student, visible)).sum();
             let gflop = planned.teacher_shapes().iter().map(|t| tower_flop(t, t.tokens())).sum::<f64>()
                 + 3.0 * (tower_flop(&student, visible) + heads);

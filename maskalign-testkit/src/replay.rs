@@ -460,9 +460,9 @@ impl Case {
             let levels = teacher.finish(cx, pass, &wants, &self.masks[0])?;
             inspection.teacher_hidden = levels.into_iter().map(|(i, level)| (i, level.x.to_vec())).collect();
         }
-        let visible = Some(self.masks[0].visible.as_slice());
+        let seen = Some(self.masks[0].seen());
         let off = &mut Tape::inference();
-        let features = model.student().forward(cx, off, &self.images, visible, None, &|_| true)?;
+        let features = model.student().forward(cx, off, &self.images, seen, None, &|_| true)?;
         inspection.student_hidden = features.hidden.iter().map(|(i, x)| (*i, x.to_vec())).collect();
         Ok(inspection)
     }

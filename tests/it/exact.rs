@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    path::Path,
     process::{Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
@@ -47,6 +48,34 @@ fn a_run_ended_by_steps_goes_on() {
     assert_eq!(run_record(&dir).summary["finetune"]["steps"], 5);
     run(&sandbox, &["--resume", "run"]);
     run_record(&sandbox.work().join("whole")).assert_same(&run_record(&dir), "three steps, five, all");
+}
+
+/// What follows the parameters, and what a forward pass follows, is in the checkpoints.
+#[test]
+fn a_moving_teacher_and_a_probe_go_on_exactly() {
+    let sandbox = Sandbox::new();
+    let run = |arguments: &[&str]| {
+        let output = sandbox.run(["run", "moving.yaml", "-q"].iter().chain(arguments));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["--out", "whole"]);
+    run(&["--out", "run", "--steps", "3"]);
+    run(&["--resume", "run"]);
+    let [whole, resumed] = ["whole", "run"].map(|dir| sandbox.work().join(dir));
+    run_record(&whole).assert_same(&run_record(&resumed), "three steps, then all");
+    for stage in ["pretrain", "probe"] {
+        let last =
+            |dir: &Path| fs::read(dir.join(format!("checkpoints/{stage}/step-00000008.safetensors"))).expect("it");
+        assert!(last(&whole) == last(&resumed), "{stage}: the last checkpoints differ");
+    }
+    let checkpoint = fs::read(whole.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it");
+    let holds = |name: &str| checkpoint.windows(name.len()).any(|bytes| bytes == name.as_bytes());
+    assert!(holds("model.teachers.ema.blocks.1.mlp.fc2.weight"), "the teacher's state is in the checkpoint");
+    let output = sandbox.run(["export", "run", "--stage", "pretrain", "--out", "student.safetensors"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let exported = fs::read(sandbox.work().join("student.safetensors")).expect("it");
+    let text = String::from_utf8_lossy(&exported[..exported.len().min(4096)]).into_owned();
+    assert!(text.contains("blocks.0.ls1.gamma") && !text.contains("mask_token"), "{text}");
 }
 
 #[test]

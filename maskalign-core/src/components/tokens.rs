@@ -3,7 +3,7 @@
 use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
-use crate::{component, components::maskers::Mask};
+use crate::{component, components::maskers::Mask, nn::SeenPatches};
 
 /// A group of tokens.
 #[component]
@@ -91,6 +91,11 @@ impl Masks {
     /// Every patch visible, none predicted.
     pub fn all_visible(batch: usize, patches: usize) -> Self {
         Masks { batch, visible: (0..batch).flat_map(|_| 0..patches as u32).collect(), masked: Vec::new() }
+    }
+
+    /// What a tower sees of them.
+    pub fn seen(&self) -> SeenPatches<'_> {
+        SeenPatches { visible: &self.visible, masked: &self.masked }
     }
 
     /// Visible patches of an image.

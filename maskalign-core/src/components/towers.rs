@@ -11,9 +11,9 @@ use maskalign_registry::{Kind, Refusal, Weights};
 
 use crate::{
     component,
-    components::students::PlannedStudent,
+    components::{students::PlannedStudent, tokens::Tokens},
     error::Error,
-    nn::{Arch, Grid, Init, Module, Reach, Statistics, TowerInput, Vit, VitConfig},
+    nn::{Arch, Grid, Init, MaskedPatches, Module, Reach, Statistics, TowerInput, Vit, VitConfig},
     weights::{self, Family, HostTensor, TensorMap},
 };
 
@@ -30,6 +30,10 @@ pub struct TowerShape {
     pub cls_token: bool,
     /// Whether positions are learned (else fixed sines and cosines).
     pub learned_positions: bool,
+    /// What stands for masked patches.
+    pub masked_patches: MaskedPatches,
+    /// Initial value of learned scales of the branches, where there are any.
+    pub layer_scale: Option<f64>,
     /// Outputs of the projection after the final norm, where there is one.
     pub projection: Option<usize>,
     /// What the tower's input is normalised by.
@@ -44,6 +48,8 @@ impl From<&VitConfig> for TowerShape {
             image_size: config.input.image_size,
             cls_token: config.cls_token,
             learned_positions: config.learned_positions,
+            masked_patches: config.masked_patches,
+            layer_scale: config.layer_scale,
             projection: config.projection,
             statistics: config.input.statistics,
         }
@@ -64,6 +70,11 @@ impl TowerShape {
             .in_stage(["teachers", name, "image_size"], "the teacher's size")
             .in_stage(["student", "image_size"], "the student's size")
             .help("set `image_size` of one of the towers so that the grids are equal"))
+    }
+
+    /// The tokens that are the rows of its hidden states, of each image in this order.
+    pub fn held(&self) -> Tokens {
+        Tokens { cls: self.cls_token, visible: true, masked: self.masked_patches == MaskedPatches::MaskToken }
     }
 
     /// Tokens of an image with every patch visible.
@@ -373,6 +384,16 @@ impl PlannedTower {
         }
         if !tower.config.cls_token {
             tensors.remove("cls_token");
+        }
+        match &tower.mask_token {
+            // Weights of towers that saw no mask token have none: it begins as it was drawn.
+            Some(token) if !tensors.contains_key("mask_token") => {
+                tensors.insert("mask_token".into(), token.to_host());
+            }
+            Some(_) => {}
+            None => {
+                tensors.remove("mask_token");
+            }
         }
         let whose = match &self.source {
             Source::Stage(stage) => format!("the weights of the student of stage `{stage}`"),

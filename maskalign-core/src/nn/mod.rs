@@ -6,4 +6,6 @@ pub use maskalign_engine::{
     Init, Module, Param, Role,
     nn::{BatchNorm, Bias, Block, BlockConfig, Linear, Norm, sincos_positions},
 };
-pub use vit::{Arch, BranchScales, Features, Grid, Reach, Statistics, TowerInput, Vit, VitConfig};
+pub use vit::{
+    Arch, BranchScales, Features, Grid, MaskedPatches, Reach, SeenPatches, Statistics, TowerInput, Vit, VitConfig,
+};

@@ -12,6 +12,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
+use crate::component;
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,6 +234,27 @@ impl TowerInput {
     }
 }
 
+/// What a tower shows of the patches that are masked.
+#[component]
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum MaskedPatches {
+    /// Nothing: it sees the visible patches alone (MAE, MaskAlign).
+    #[default]
+    Drop,
+    /// One learned vector, with each one's position (BEiT, SimMIM, data2vec).
+    MaskToken,
+}
+
+/// The patches of a batch, by their indices in each image, equally many in each.
+#[derive(Clone, Copy, Debug)]
+pub struct SeenPatches<'a> {
+    /// Those that are seen, `[batch * K]`, in the order of their rows.
+    pub visible: &'a [u32],
+    /// Those that are to be predicted, `[batch * M]`: a tower shows a mask token at each, where it has one.
+    pub masked: &'a [u32],
+}
+
 /// Everything that fixes a tower's parameters and arithmetic.
 #[derive(Clone, Copy, Debug)]
 pub struct VitConfig {
@@ -248,8 +270,10 @@ pub struct VitConfig {
     pub pre_norm: bool,
     /// Bias of the patch embedding (all but CLIP).
     pub patch_bias: Bias,
-    /// Learned scales of the branches (DINOv2).
-    pub layer_scale: bool,
+    /// Initial value of learned scales of the branches (DINOv2, BEiT); absent: there are none.
+    pub layer_scale: Option<f64>,
+    /// What stands for masked patches.
+    pub masked_patches: MaskedPatches,
     /// Of the MLPs.
     pub act: Act,
     /// Of the LayerNorms.
@@ -298,6 +322,8 @@ pub struct Vit {
     pub config: VitConfig,
     /// `cls_token`, `[1, 1, C]`.
     pub cls_token: Option<Param>,
+    /// `mask_token`, `[1, 1, C]`.
+    pub mask_token: Option<Param>,
     /// `pos_embed`, `[1, 1 + N, C]`; without a class token its first row is unused.
     pub pos_embed: Param,
     /// `patch_embed.proj`, `[C, 3, p, p]`.
@@ -334,6 +360,9 @@ impl Vit {
         let block = BlockConfig { dim, heads, mlp, eps: config.eps, act: config.act, layer_scale: config.layer_scale };
         Ok(Vit {
             cls_token: config.cls_token.then(|| init.normal("cls_token", &[1, 1, dim], 0.02)).transpose()?,
+            mask_token: (config.masked_patches == MaskedPatches::MaskToken)
+                .then(|| init.normal("mask_token", &[1, 1, dim], 0.02))
+                .transpose()?,
             pos_embed,
             patch_embed: Linear::from_weight(init, "patch_embed.proj", patch_weight, config.patch_bias)?,
             norm_pre: config.pre_norm.then(|| Norm::new(init, "norm_pre", dim, config.eps)).transpose()?,
@@ -371,8 +400,8 @@ impl Vit {
         last.pack_split(cx)
     }
 
-    /// Tokens before the first block: `[batch * tokens, C]`. `visible` holds the K patch indices of each image, in the
-    /// order in which the tower is to see them; `None` takes all.
+    /// Tokens before the first block, `[batch * tokens, C]`; the rows of an image are its class token, the visible patches
+    /// in the order given, and mask tokens at the masked ones, as far as the tower has them. `None`: every patch is visible.
     ///
     /// # Errors
     /// Out of memory on the device, as below.
@@ -381,10 +410,11 @@ impl Vit {
         cx: &Context,
         tape: &mut Tape,
         images: &ImageBatch,
-        visible: Option<&[u32]>,
+        seen: Option<SeenPatches>,
     ) -> Result<Features> {
         let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
         let batch = images.batch;
+        let visible = seen.map(|seen| seen.visible);
         let each = visible.map_or(patches, |v| v.len() / batch);
         let pixels = self.config.input.patchify(cx, images, self.config.arch.patch, visible);
         let columns = pixels.len() / (batch * each);
@@ -399,18 +429,28 @@ impl Vit {
             ops::add(cx, tape, x, &positions)
         };
         let mut x = add_positions(tape, &x, &rows)?;
-        let mut tokens = each;
-        if let Some(cls) = &self.cls_token {
-            let cls = add_positions(tape, &cls.value, &[0])?;
-            let order: Vec<u32> = (0..batch as u32)
+        let cls = self.cls_token.as_ref().map(|cls| add_positions(tape, &cls.value, &[0])).transpose()?;
+        let masks = match (&self.mask_token, seen) {
+            (Some(token), Some(seen)) if !seen.masked.is_empty() => {
+                let repeated = ops::gather_rows(cx, tape, &[&token.value], &vec![0; seen.masked.len()])?;
+                let rows: Vec<u32> = seen.masked.iter().map(|i| i + 1).collect();
+                Some(add_positions(tape, &repeated, &rows)?)
+            }
+            _ => None,
+        };
+        let masked = masks.as_ref().map_or(0, |masks| masks.rows() / batch);
+        if cls.is_some() || masks.is_some() {
+            let lead = u32::from(cls.is_some());
+            let order: Vec<u32> = (0..batch)
                 .flat_map(|image| {
-                    let start = 1 + image * each as u32;
-                    std::iter::once(0).chain(start..start + each as u32)
+                    let (start, end) = (image * each, batch * each + image * masked);
+                    (0..lead).chain((start..start + each).chain(end..end + masked).map(move |row| lead + row as u32))
                 })
                 .collect();
-            x = ops::gather_rows(cx, tape, &[&cls, &x], &order)?;
-            tokens += 1;
+            let parts: Vec<&Tensor> = cls.iter().chain([&x]).chain(&masks).collect();
+            x = ops::gather_rows(cx, tape, &parts, &order)?;
         }
+        let tokens = usize::from(cls.is_some()) + each + masked;
         if let Some(norm) = &self.norm_pre {
             x = norm.forward(cx, tape, &x)?;
         }
@@ -427,11 +467,11 @@ impl Vit {
         cx: &Context,
         tape: &mut Tape,
         images: &ImageBatch,
-        visible: Option<&[u32]>,
+        seen: Option<SeenPatches>,
         scales: Option<&BranchScales>,
         keep: impl Fn(usize) -> bool,
     ) -> Result<Features> {
-        let mut features = self.embed(cx, tape, images, visible)?;
+        let mut features = self.embed(cx, tape, images, seen)?;
         self.run_blocks(cx, tape, &mut features, 0..self.reach, scales, keep)?;
         Ok(features)
     }
@@ -500,6 +540,7 @@ impl Vit {
 impl Module for Vit {
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.cls_token.iter_mut().for_each(&mut *f);
+        self.mask_token.iter_mut().for_each(&mut *f);
         f(&mut self.pos_embed);
         self.patch_embed.visit(f);
         self.norm_pre.iter_mut().for_each(|n| n.visit(f));

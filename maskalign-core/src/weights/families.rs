@@ -657,7 +657,9 @@ pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsEr
     }
     // timm's pooled classifiers have a norm after the pooling in place of the one before it.
     let pooled = export == Export::Timm && map.contains_key("fc_norm.weight");
-    for (ours, tensor) in map.iter().filter(|(ours, _)| !(pooled && ours.starts_with("norm."))) {
+    // A mask token is of use to pre-training alone.
+    let left_out = |ours: &str| ours == "mask_token" || (pooled && ours.starts_with("norm."));
+    for (ours, tensor) in map.iter().filter(|(ours, _)| !left_out(ours)) {
         let theirs = match export {
             Export::Timm if CLASSIFIER.contains(&ours.as_str()) => vec![(ours.clone(), Same)],
             _ => their_names(ours, layout),

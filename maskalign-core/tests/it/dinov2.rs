@@ -12,7 +12,7 @@ use maskalign_core::{
         tokens::Masks,
         towers::{Environment, MissingWeights, PlanContext, PlannedTower, Tap, TrainedStudents},
     },
-    nn::{Arch, Bias, Init, Statistics, TowerInput, VitConfig},
+    nn::{Arch, Bias, Init, MaskedPatches, Statistics, TowerInput, VitConfig},
     ops::Act,
     weights::{self, Family},
 };
@@ -48,7 +48,8 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         learned_positions: true,
         pre_norm: false,
         patch_bias: Bias::With,
-        layer_scale: true,
+        layer_scale: Some(1e-5),
+        masked_patches: MaskedPatches::Drop,
         act: Act::Gelu,
         eps: 1e-6,
         projection: None,

@@ -47,8 +47,8 @@ pub struct BlockConfig {
     pub eps: f64,
     /// Of the MLP.
     pub act: Act,
-    /// Whether the branches are scaled by learned vectors.
-    pub layer_scale: bool,
+    /// Initial value of learned scales of the branches (LayerScale, arXiv 2103.17239); absent: there are none.
+    pub layer_scale: Option<f64>,
 }
 
 impl Block {
@@ -58,7 +58,9 @@ impl Block {
     /// Out of memory on the device.
     pub fn new(init: &Init, prefix: &str, c: BlockConfig) -> Result<Self> {
         let scale = |name: &str| {
-            c.layer_scale.then(|| init.constant(format!("{prefix}.{name}.gamma"), &[c.dim], 1e-5)).transpose()
+            let scale =
+                c.layer_scale.map(|value| init.constant(format!("{prefix}.{name}.gamma"), &[c.dim], value as f32));
+            scale.transpose()
         };
         Ok(Block {
             norm1: Norm::new(init, &format!("{prefix}.norm1"), c.dim, c.eps)?,

@@ -19,7 +19,7 @@ use maskalign_core::{
         towers::TowerShape,
     },
     error::Result,
-    nn::{Arch, Grid, Init, Statistics},
+    nn::{Arch, Grid, Init, MaskedPatches, Statistics},
 };
 
 /// How the names of a vision transformer's parameters begin: those of an alignment stand beside them in checkpoints.
@@ -37,6 +37,8 @@ fn plans() -> Vec<AlignPlan> {
         image_size: 10,
         cls_token,
         learned_positions: false,
+        masked_patches: MaskedPatches::Drop,
+        layer_scale: None,
         projection: None,
         statistics: Statistics::IMAGENET,
     };
@@ -125,7 +127,7 @@ struct Trial {
 
 impl Trial {
     fn new(plan: &AlignPlan, levels: usize) -> Self {
-        let held = Tokens { cls: plan.student.cls_token, visible: true, masked: false };
+        let held = plan.student.held();
         let masks: Vec<Mask> = (0..BATCH as u64)
             .map(|image| {
                 let order = Stream::new(0, "conformance mask", 0, image).permutation(plan.student.grid.patches());
@@ -136,7 +138,7 @@ impl Trial {
                 }
             })
             .collect();
-        let (rows, dim) = (BATCH * held.count(plan.counts.visible, 0), plan.student.arch.dim);
+        let (rows, dim) = (BATCH * held.count(plan.counts.visible, plan.counts.masked), plan.student.arch.dim);
         let wanted = BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
         let random =
             |what: &str, i: usize, rows, columns| matrix(rows, columns, normal(&format!("{what} {i}"), rows * columns));

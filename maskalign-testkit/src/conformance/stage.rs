@@ -10,10 +10,10 @@ use std::{
 };
 
 use maskalign_engine::{Device, Recompute};
-use maskalign_registry::{Kind, Slot, StageTag, StudentTag};
+use maskalign_registry::{Kind, Slot, StageTag};
 use serde_json::{Value, json};
 
-use super::{Faults, LARGE, fused, tower::plan_alone};
+use super::{Faults, LARGE, fused, tower::small_student};
 use maskalign_core::{
     components::towers::{Environment, MissingWeights, StudentPlan, TrainedStudents},
     error::Result,
@@ -27,8 +27,8 @@ use maskalign_core::{
 /// Embedded images that stay of a dataset.
 const IMAGES: usize = 64;
 
-/// The student of every stage that an example names: for images of 28 pixels, as the embedded ones.
-const STUDENT: &str = "{ type: vit, arch: { dim: 12, depth: 2, heads: 3, patch: 7 } }";
+/// The side in pixels of the embedded images, for which the student of every stage is that an example names.
+const SIZE: usize = 28;
 
 pub(super) fn check(text: &str, files: Environment, faults: &mut Faults) {
     let Some(mut options) = faults.slot(Kind::Stage, text) else { return };
@@ -74,10 +74,7 @@ struct Earlier {
 
 impl Earlier {
     fn new(named: &BTreeSet<String>) -> Result<Earlier> {
-        let registry = maskalign_registry::Registry::global().expect("checked before");
-        let options = registry.component(Kind::Student, "example", STUDENT).expect("a student of ours");
-        let slot: Slot<StudentTag> = serde_json::from_value(options).expect("with its defaults");
-        let tower = slot.build()?.plan(&plan_alone(28, &BTreeMap::new()))?;
+        let tower = small_student(SIZE);
         let reach = Reach { blocks: tower.shape().arch.depth, norm: true };
         let mut earlier = Earlier { students: BTreeMap::new(), trained: TrainedStudents::default() };
         for stage in named {

@@ -14,7 +14,7 @@ use maskalign_core::{
         towers::{TowerShape, input},
     },
     error::Result,
-    nn::{Arch, Bias, Init, Statistics, Vit, VitConfig},
+    nn::{Arch, Bias, Init, MaskedPatches, Statistics, Vit, VitConfig},
 };
 
 /// A tower small enough to run at once and deep enough for what papers take from one.
@@ -26,7 +26,8 @@ fn config() -> VitConfig {
         learned_positions: true,
         pre_norm: true,
         patch_bias: Bias::With,
-        layer_scale: false,
+        layer_scale: None,
+        masked_patches: MaskedPatches::Drop,
         act: Act::Gelu,
         eps: 1e-6,
         projection: Some(7),

@@ -1,13 +1,16 @@
 //! Students and teachers: shapes, determinism, gradients, saving, agreement of both tables of operators.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use maskalign_engine::{
     Context, Device, ImageBatch, Tape,
     ops::{self, Distance},
     random::Stream,
 };
-use maskalign_registry::{Refusal, StudentTag, TeacherTag};
+use maskalign_registry::{Kind, Refusal, Registry, Slot, StudentTag, TeacherTag};
 
 use super::{
     Faults, LARGE, ROUND_OFF, built, composed, count, fused, matrix, moved, normal, relative_difference, same_bits,
@@ -15,13 +18,14 @@ use super::{
 };
 use maskalign_core::{
     components::{
-        students::{Student, StudentModel},
-        teachers::{Teacher, TeacherBuild, Wants},
+        students::{PlannedStudent, Student, StudentModel},
+        teachers::{PlannedTeacher, TeacherBuild, TeacherModel, Wants},
         tokens::{Masks, Tokens},
         towers::{Environment, MissingWeights, PlanContext, StudentPlan, TowerShape, TrainedStudents},
     },
-    error::Result,
-    nn::{Init, Reach},
+    error::{Error, Result},
+    nn::{Init, Reach, Role, SeenPatches},
+    plugin::Build,
 };
 
 /// Sides of images in pixels, of which a tower has to take one.
@@ -34,7 +38,7 @@ pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
 }
 
 /// What a tower is planned with that stands alone: images of this size, no machine, no weights.
-pub(super) fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
+fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
     PlanContext {
         data_size,
         students,
@@ -77,12 +81,16 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
     let images = images(2, plan.data_size);
     let patches = shape.grid.patches();
     let kept = patches.div_ceil(3);
-    let visible: Vec<u32> =
-        (0..2).flat_map(|image| (0..kept).map(move |i| ((i * 2 + image) % patches) as u32)).collect();
-    for (visible, tokens) in [(None, patches), (Some(&visible[..]), kept)] {
-        let rows = 2 * (tokens + usize::from(shape.cls_token));
+    let group = |first: usize, each: usize| -> Vec<u32> {
+        (0..2).flat_map(|image| (first..first + each).map(move |i| ((i * 2 + image) % patches) as u32)).collect()
+    };
+    // Even and odd grids alike: a third of the patches each, none of them twice.
+    let (visible, masked) = (group(0, kept), group(kept, kept.min(patches.div_ceil(2) - kept)));
+    let seen = SeenPatches { visible: &visible, masked: &masked };
+    for (seen, tokens) in [(None, shape.tokens()), (Some(seen), shape.held().count(kept, masked.len() / 2))] {
+        let rows = 2 * tokens;
         let run = || -> Result<(usize, usize, Vec<f32>)> {
-            let features = student.forward(&cx, &mut Tape::inference(), &images, visible, None, &|_| true)?;
+            let features = student.forward(&cx, &mut Tape::inference(), &images, seen, None, &|_| true)?;
             let x = student.norm(&cx, &mut Tape::inference(), &features.last)?;
             let (rows, columns) = x.shape();
             Ok((rows, columns, x.to_vec()))
@@ -90,7 +98,7 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
         let (got, columns, values) = run()?;
         faults.unless(
             (got, columns) == (rows, shape.arch.dim),
-            format_args!("{tokens} patches of 2 images give {:?}, not {:?}", (got, columns), (rows, shape.arch.dim)),
+            format_args!("{tokens} tokens of 2 images give {:?}, not {:?}", (got, columns), (rows, shape.arch.dim)),
         );
         faults.unless(values.iter().all(|v| v.is_finite()), "its hidden states are not finite");
         faults.unless(same_bits(&values, &run()?.2), "its hidden states differ from call to call");
@@ -99,7 +107,7 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
     if count(&shapes) > LARGE {
         return Ok(());
     }
-    let trial = Trial { images: &images, visible: &visible };
+    let trial = Trial { images: &images, seen };
     let values = trial.values(&cx, &*student)?;
     let apart = relative_difference(&values, &trial.values(&composed(), &*student)?);
     faults.unless(
@@ -117,21 +125,21 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
 /// Two images, and the patches of each that are seen.
 struct Trial<'a> {
     images: &'a ImageBatch,
-    visible: &'a [u32],
+    seen: SeenPatches<'a>,
 }
 
 impl Trial<'_> {
     /// The last hidden states after the final norm.
     fn values(&self, cx: &Context, student: &dyn StudentModel) -> Result<Vec<f32>> {
         let off = &mut Tape::inference();
-        let features = student.forward(cx, off, self.images, Some(self.visible), None, &|_| false)?;
+        let features = student.forward(cx, off, self.images, Some(self.seen), None, &|_| false)?;
         Ok(student.norm(cx, off, &features.last)?.to_vec())
     }
 
     /// The squared distance of those from fixed values, and its gradient by every parameter that is trained.
     fn gradients(&self, cx: &Context, student: &mut dyn StudentModel) -> Result<(f32, Vec<(String, Vec<f32>)>)> {
         let mut tape = Tape::training();
-        let features = student.forward(cx, &mut tape, self.images, Some(self.visible), None, &|_| false)?;
+        let features = student.forward(cx, &mut tape, self.images, Some(self.seen), None, &|_| false)?;
         let x = student.norm(cx, &mut tape, &features.last)?;
         let (rows, columns) = x.shape();
         let target = matrix(rows, columns, normal("student", rows * columns));
@@ -151,7 +159,7 @@ impl Trial<'_> {
 fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
     let first = |student: &dyn StudentModel| -> Result<Vec<f32>> {
         let off = &mut Tape::inference();
-        let features = student.forward(cx, off, trial.images, Some(trial.visible), None, &|i| i == 0)?;
+        let features = student.forward(cx, off, trial.images, Some(trial.seen), None, &|i| i == 0)?;
         Ok(features.hidden.get(&0).map(|x| x.to_vec()).unwrap_or_default())
     };
     let trained = |student: &mut dyn StudentModel| {
@@ -204,11 +212,13 @@ fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, 
 pub(super) fn teacher(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<TeacherTag>(text, faults) else { return };
     let students = BTreeMap::new();
-    let plan = |data_size| plan_alone(data_size, &students);
-    let Some(size) = fitting_size(|size| builder.plan(&plan(size)).map(|planned| planned.shape()), faults) else {
-        return;
+    let plan = |size| {
+        let student = small_student(size);
+        builder.plan(&PlanContext { student: Some(&student), ..plan_alone(size, &students) })
     };
-    if let Err(error) = run_teacher(&*builder, &plan(size), faults) {
+    let Some(size) = fitting_size(|size| plan(size).map(|planned| planned.shape()), faults) else { return };
+    let outcome = plan(size).map_err(Error::from).and_then(|planned| run_teacher(&*planned, size, faults));
+    if let Err(error) = outcome {
         faults.add(format_args!("at {size} pixels: {error}"));
     }
 }
@@ -222,26 +232,44 @@ struct Taught {
     compared: Vec<f32>,
 }
 
-fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -> Result<()> {
-    let planned = builder.plan(plan)?;
+/// A student that other components are tried beside, for images of `size` pixels; it has a class token.
+pub(super) fn small_student(size: usize) -> Arc<dyn PlannedStudent> {
+    let patch = if size.is_multiple_of(7) { 7 } else { 8 };
+    let text = format!("{{ type: vit, arch: {{ dim: 12, depth: 2, heads: 3, patch: {patch} }} }}");
+    let registry = Registry::global().expect("checked before");
+    let options = registry.component(Kind::Student, "small", &text).expect("a student of ours");
+    let slot: Slot<StudentTag> = serde_json::from_value(options).expect("with its defaults");
+    let student = slot.build().and_then(|student| student.plan(&plan_alone(size, &BTreeMap::new())));
+    student.expect("a student of ours for images of these sizes")
+}
+
+fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -> Result<()> {
     let (shape, trained) = (planned.shape(), TrainedStudents::default());
     if 12 * shape.arch.depth * shape.arch.dim.pow(2) > LARGE {
         return Ok(());
     }
-    let (images, patches) = (images(2, plan.data_size), shape.grid.patches());
+    let (images, patches) = (images(2, size), shape.grid.patches());
+    let small = small_student(size);
+    let student = |seed| small.build(&Init::new(&Device::Cpu, seed, "conformance"), &trained);
     let tokens = Tokens { cls: shape.cls_token, visible: true, masked: false };
     let visible: Vec<u32> = [0, 1].into_iter().chain([patches as u32 - 1, 0]).collect();
     let masks = Masks { batch: 2, visible, masked: Vec::new() };
     let last = shape.arch.depth - 1;
     let run = |cx: &Context| -> Result<(TowerShape, Taught)> {
-        let teacher = planned.build(&mut TeacherBuild { cx, trained: &trained, student: None })?;
-        let wants = Wants { levels: (0..=last).collect(), attention: shape.cls_token, whole: true, ..Wants::default() };
+        let mut student = student(1)?;
+        let mut build = TeacherBuild { cx, trained: &trained, student: Some((&small, &mut *student)) };
+        let teacher = planned.build(&mut build)?;
+        let attention = planned.gives_attention();
+        let wants = Wants { levels: (0..=last).collect(), attention, whole: true, ..Wants::default() };
         let mut pass = teacher.begin(cx, &images, &wants)?;
         let attention = std::mem::take(&mut pass.attention);
         let whole = teacher.finish(cx, pass, &wants, &masks)?.into_values().map(|level| level.x.to_vec()).collect();
         let wants = Wants { levels: [last].into(), tokens, ..Wants::default() };
         let pass = teacher.begin(cx, &images, &wants)?;
-        let compared = teacher.finish(cx, pass, &wants, &masks)?.remove(&last).map(|level| level.x.to_vec());
+        let compared = teacher.finish(cx, pass, &wants, &masks)?.remove(&last).map(|level| match level.only {
+            Some(_) => level.x.to_vec(),
+            None => compared_rows(&level.x.to_vec(), &masks, &shape),
+        });
         Ok((teacher.shape(), Taught { attention, whole, compared: compared.unwrap_or_default() }))
     };
     let (built, taught) = run(&fused())?;
@@ -255,21 +283,14 @@ fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -
         faults.unless(level.len() == wanted, format_args!("a level holds {} values, not {wanted}", level.len()));
         faults.unless(level.iter().all(|v| v.is_finite()), "a level is not finite");
     }
-    if shape.cls_token {
+    if planned.gives_attention() {
         let sums = taught.attention.chunks(patches).map(|image| image.iter().sum::<f32>());
         faults.unless(
             taught.attention.len() == 2 * patches && sums.clone().all(|sum| sum > 0.0 && sum <= 1.0 + 1e-4),
             "its attention is no share for each patch",
         );
     }
-    let row = |image: usize, token: usize| &taught.whole[last][(image * all + token) * width..][..width];
-    let lead = usize::from(shape.cls_token);
-    let expected: Vec<f32> = (0..2)
-        .flat_map(|image| {
-            let seen = masks.visible[2 * image..][..2].iter().map(move |&patch| lead + patch as usize);
-            (0..lead).chain(seen).flat_map(move |token| row(image, token).to_vec())
-        })
-        .collect();
+    let expected = compared_rows(&taught.whole[last], &masks, &shape);
     let apart = relative_difference(&expected, &taught.compared);
     faults.unless(
         expected.len() == taught.compared.len() && apart < ROUND_OFF,
@@ -287,5 +308,60 @@ fn run_teacher(builder: &dyn Teacher, plan: &PlanContext, faults: &mut Faults) -
         apart < ROUND_OFF,
         format_args!("its levels differ by {apart:.1e} between the CPU's and the composed operators"),
     );
+    let build = |student: &mut dyn StudentModel| {
+        planned.build(&mut TeacherBuild { cx: &fused(), trained: &trained, student: Some((&small, student)) })
+    };
+    check_movement(&build, student(1)?, student(2)?, faults)
+}
+
+/// The rows of the class token and of the visible patches among those of every token.
+fn compared_rows(whole: &[f32], masks: &Masks, shape: &TowerShape) -> Vec<f32> {
+    let (width, tokens) = (shape.arch.dim, Tokens { cls: shape.cls_token, visible: true, masked: false });
+    let rows = masks.rows(tokens, shape.cls_token);
+    let each = rows.len() / masks.batch;
+    let row = |(i, token): (usize, &u32)| {
+        let start = (i / each * shape.tokens() + *token as usize) * width;
+        whole[start..start + width].to_vec()
+    };
+    rows.iter().enumerate().flat_map(row).collect()
+}
+
+/// What changes after an update has the role of what changes, and holds all of the teacher's state.
+fn check_movement(
+    build: &dyn Fn(&mut dyn StudentModel) -> Result<Box<dyn TeacherModel>>,
+    mut before: Box<dyn StudentModel>,
+    mut after: Box<dyn StudentModel>,
+    faults: &mut Faults,
+) -> Result<()> {
+    let mut teacher = build(&mut *before)?;
+    let start = teacher.to_host();
+    teacher.after_update(&fused(), &mut *after, 0.5)?;
+    let mut moving = BTreeSet::new();
+    teacher.visit(&mut |p| match p.role() {
+        Role::Frozen => {
+            let stays = same_bits(&start[&p.name].data, &p.to_host().data);
+            faults.unless(stays, format_args!("an update changes `{}`, whose role is `Frozen`", p.name));
+        }
+        Role::Moving => {
+            moving.insert(p.name.clone());
+        }
+        role => faults.add(format_args!("`{}` has the role {role:?}: a teacher's are `Frozen` or `Moving`", p.name)),
+    });
+    if moving.is_empty() {
+        return Ok(());
+    }
+    let saved = teacher.to_host();
+    let mut again = build(&mut *before)?;
+    again.load(&saved)?;
+    for teacher in [&mut teacher, &mut again] {
+        teacher.after_update(&fused(), &mut *after, 0.75)?;
+    }
+    let (one, other) = (teacher.to_host(), again.to_host());
+    let differ = moving.iter().find(|name| !same_bits(&one[*name].data, &other[*name].data));
+    if let Some(name) = differ {
+        faults.add(format_args!(
+            "its parameters do not hold all of its state: `{name}` differs after saving and loading"
+        ));
+    }
     Ok(())
 }

@@ -50,7 +50,14 @@ fn losses_conform_at_other_options() {
 #[test]
 fn towers_conform_at_small_sizes() {
     let arch = "arch: { dim: 12, depth: 3, heads: 3, mlp: 20, patch: 7 }";
-    for options in ["", ", positions: learned", ", cls_token: false", ", image_size: 21"] {
+    for options in [
+        "",
+        ", positions: learned",
+        ", cls_token: false",
+        ", image_size: 21",
+        ", masked_patches: mask_token, layer_scale: 0.1",
+        ", masked_patches: mask_token, cls_token: false, positions: learned",
+    ] {
         passes(check_as(Kind::Student, &format!("{{ type: vit, {arch}{options} }}")));
     }
     for teacher in ["clip", "dino", "dinov2", "vit"] {

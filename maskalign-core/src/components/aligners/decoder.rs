@@ -14,7 +14,7 @@ use crate::{
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
-    nn::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions},
+    nn::{Bias, Block, BlockConfig, Init, Linear, MaskedPatches, Module, Norm, Param, sincos_positions},
     register,
 };
 
@@ -132,6 +132,11 @@ impl Aligner for Decoder {
                 .beside(["tokens"], "what is compared")
                 .help("use `tokens: [masked]`, or `attention: full`"));
         }
+        if plan.student.masked_patches == MaskedPatches::MaskToken {
+            return Err(Refusal::whole("the student shows mask tokens already, which a decoder would show again")
+                .in_stage(["student", "masked_patches"], "set here")
+                .help("use the aligner `dynamic`, or leave `masked_patches` out"));
+        }
         if plan.counts.masked == 0 {
             return Err(Refusal::whole("there is no masked patch to decode")
                 .in_stage(["masker"], "nothing is masked")
@@ -147,7 +152,7 @@ impl Aligner for Decoder {
                 mlp: self.mlp.unwrap_or(4 * self.dim),
                 eps: self.eps,
                 act: Act::Gelu,
-                layer_scale: false,
+                layer_scale: None,
             },
             student: plan.student,
             counts: plan.counts,

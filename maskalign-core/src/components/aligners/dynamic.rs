@@ -73,10 +73,10 @@ impl Aligner for Dynamic {
         if self.tap == Tap::Projection {
             return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
         }
-        if plan.tokens.masked {
+        if plan.tokens.masked && !plan.student.held().masked {
             return Err(Refusal::whole("the dynamic alignment has outputs for the student's tokens only")
                 .beside(["tokens"], "`masked` is asked for here")
-                .help("leave `masked` out of `tokens`, or use the aligner `decoder`"));
+                .help("leave `masked` out of `tokens`, use the aligner `decoder`, or a student with `masked_patches: mask_token`"));
         }
         if plan.tokens.cls && !plan.student.cls_token {
             return Err(Refusal::whole("the student has no class token to align")
@@ -114,8 +114,8 @@ impl Aligner for Dynamic {
             student_levels,
             from: plan.student.arch.dim,
             to: plan.width,
-            tokens: plan.tokens.count(plan.counts.visible, 0),
-            class_token: plan.student.cls_token,
+            tokens: plan.tokens.count(plan.counts.visible, plan.counts.masked),
+            held: plan.student.held(),
         }))
     }
 }
@@ -135,7 +135,8 @@ struct PlannedDynamic {
     to: usize,
     /// Tokens of an image that are compared.
     tokens: usize,
-    class_token: bool,
+    /// The student's tokens.
+    held: Tokens,
 }
 
 impl PlannedAligner for PlannedDynamic {
@@ -164,7 +165,7 @@ impl PlannedAligner for PlannedDynamic {
         for (i, head) in heads.iter_mut().enumerate() {
             head.visit(&mut |p| p.set_trained(self.active.contains(&i)));
         }
-        Ok(Box::new(DynamicAlignment { matrix, heads, active: self.active.clone(), class_token: self.class_token }))
+        Ok(Box::new(DynamicAlignment { matrix, heads, active: self.active.clone(), held: self.held }))
     }
 }
 
@@ -244,7 +245,7 @@ struct DynamicAlignment {
     matrix: Option<Param>,
     heads: Vec<LevelHead>,
     active: Vec<usize>,
-    class_token: bool,
+    held: Tokens,
 }
 
 impl Module for DynamicAlignment {
@@ -256,7 +257,7 @@ impl Module for DynamicAlignment {
 
 impl AlignerModel for DynamicAlignment {
     fn forward(&self, cx: &Context, tape: &mut Tape, input: &AlignInput) -> Result<Vec<Tensor>> {
-        debug_assert_eq!(input.held, Tokens { cls: self.class_token, visible: true, masked: false });
+        debug_assert_eq!(input.held, self.held);
         let mixed = match &self.matrix {
             Some(w) => ops::mix(cx, tape, &input.levels.iter().collect::<Vec<_>>(), &w.value, &self.active)?,
             None => input.levels.to_vec(),

@@ -50,7 +50,7 @@ pub struct AlignNeeds {
 /// What an alignment is computed from.
 pub struct AlignInput<'a> {
     /// The student's levels that it asked for, `[batch * held, dim]`; the rows of an image are its class token (where
-    /// the student has one) and its visible patches.
+    /// the student has one), its visible patches, and its masked ones (where the student shows mask tokens).
     pub levels: &'a [Tensor],
     /// The tokens that those rows are.
     pub held: Tokens,

@@ -1,9 +1,11 @@
 //! Which patches the student sees. Maskers live on the host and draw one image at a time from a keyed stream.
 
 mod attention;
+mod block;
 mod random;
 
 pub use attention::AttentionMasker;
+pub use block::BlockMasker;
 pub use random::RandomMasker;
 
 use maskalign_engine::Result;

@@ -10,7 +10,7 @@ use maskalign_registry::Refusal;
 use crate::{
     components::towers::{PlanContext, TowerShape, TrainedStudents},
     error::Error,
-    nn::{BranchScales, Features, Init, Module, Reach},
+    nn::{BranchScales, Features, Init, Module, Reach, SeenPatches},
 };
 
 /// A student's options.
@@ -45,8 +45,8 @@ pub trait StudentModel: Module {
     fn drop_path(&self) -> f64;
     /// Leaves out what no loss needs.
     fn set_reach(&mut self, reach: Reach);
-    /// Hidden states of the visible patches (`K` indices an image; `None`: all), the class token first. `keep` says
-    /// which levels are wanted besides the last.
+    /// Hidden states of the patches (`None`: all are visible); the rows of an image are its [tokens](TowerShape::held).
+    /// `keep` says which levels are wanted besides the last.
     ///
     /// # Errors
     /// Out of memory on the device, as below.
@@ -55,7 +55,7 @@ pub trait StudentModel: Module {
         cx: &Context,
         tape: &mut Tape,
         images: &ImageBatch,
-        visible: Option<&[u32]>,
+        seen: Option<SeenPatches>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
     ) -> Result<Features>;

@@ -10,7 +10,10 @@ use crate::{
     component,
     components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents, input},
     error::Error,
-    nn::{Arch, Bias, BranchScales, Features, Init, Module, Param, Reach, Statistics, Vit, VitConfig},
+    nn::{
+        Arch, Bias, BranchScales, Features, Init, MaskedPatches, Module, Param, Reach, SeenPatches, Statistics, Vit,
+        VitConfig,
+    },
     register,
     weights::Family,
 };
@@ -50,6 +53,14 @@ pub struct VitStudent {
     /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, else `true`.
     #[serde(default)]
     cls_token: Option<bool>,
+    /// What stands for masked patches. A mask token serves pre-training alone: later stages and exports leave it out.
+    #[serde(default)]
+    masked_patches: MaskedPatches,
+    /// Initial value of learned scales of each block's branches (LayerScale, arXiv 2103.17239); absent: those of the stage's
+    /// student in `weights`, else none.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    layer_scale: Option<f64>,
     /// Stochastic depth: the rate of the last block; it grows linearly from 0 at the first.
     #[serde(default)]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
@@ -87,7 +98,8 @@ impl VitStudent {
             learned_positions,
             pre_norm: false,
             patch_bias: Bias::With,
-            layer_scale: false,
+            layer_scale: self.layer_scale.or(earlier.and_then(|shape| shape.layer_scale)),
+            masked_patches: self.masked_patches,
             act: Act::Gelu,
             eps: self.eps,
             projection: None,
@@ -154,11 +166,11 @@ impl StudentModel for Tower {
         cx: &Context,
         tape: &mut Tape,
         images: &ImageBatch,
-        visible: Option<&[u32]>,
+        seen: Option<SeenPatches>,
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
     ) -> Result<Features> {
-        self.vit.forward(cx, tape, images, visible, scales, keep)
+        self.vit.forward(cx, tape, images, seen, scales, keep)
     }
 
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {

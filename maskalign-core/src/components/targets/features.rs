@@ -46,6 +46,9 @@ pub struct Features {
     /// Whether levels stay apart or are averaged.
     #[serde(default)]
     combine: Combine,
+    /// How the mean of the levels is normalised once more (data2vec's last LayerNorm).
+    #[serde(default)]
+    normalize_mean: Normalize,
 }
 
 impl Target for Features {
@@ -75,6 +78,17 @@ impl Target for Features {
             return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher))
                 .beside(["tokens"], "`cls` is asked for here"));
         }
+        if self.normalize_mean != Normalize::None && self.combine == Combine::None {
+            return Err(Refusal::new("normalize_mean", "there is no mean: the levels stay apart")
+                .related(["combine"], "`mean` averages them")
+                .help("set `combine: mean`, or leave `normalize_mean` out"));
+        }
+        if self.normalize_mean.needs_every_token() {
+            let message = "only the compared tokens have a mean, and `standardize_batch` is of all tokens";
+            return Err(
+                Refusal::new("normalize_mean", message).help("each token by itself: `whiten`, `standardize` or `l2`")
+            );
+        }
         let width = match (self.tap, teacher.projection) {
             (Tap::Projection, Some(width)) => width,
             (Tap::Projection, None) => {
@@ -91,7 +105,12 @@ impl Target for Features {
                 name: self.teacher.clone(),
                 tap: self.tap,
                 whole: self.normalize.needs_every_token(),
-                target: Box::new(PlannedFeatures { tap: self.tap, normalize: self.normalize, combine: self.combine }),
+                target: Box::new(PlannedFeatures {
+                    tap: self.tap,
+                    normalize: self.normalize,
+                    combine: self.combine,
+                    normalize_mean: self.normalize_mean,
+                }),
             },
         })
     }
@@ -102,6 +121,7 @@ struct PlannedFeatures {
     tap: Tap,
     normalize: Normalize,
     combine: Combine,
+    normalize_mean: Normalize,
 }
 
 impl TeacherTarget for PlannedFeatures {
@@ -139,7 +159,8 @@ impl TeacherTarget for PlannedFeatures {
         }
         if self.combine == Combine::Mean {
             let share = vec![1.0 / outputs.len() as f32; outputs.len()];
-            outputs = vec![ops::weighted_mean(cx, &outputs.iter().collect::<Vec<_>>(), &share)?];
+            let mean = ops::weighted_mean(cx, &outputs.iter().collect::<Vec<_>>(), &share)?;
+            outputs = vec![self.normalize_mean.apply(cx, &mean)?];
         }
         Ok(outputs)
     }

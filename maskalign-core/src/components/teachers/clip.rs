@@ -7,7 +7,7 @@ use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
     components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, Statistics, VitConfig},
+    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -68,7 +68,8 @@ impl Clip {
             learned_positions: true,
             pre_norm: true,
             patch_bias: Bias::Without,
-            layer_scale: false,
+            layer_scale: None,
+            masked_patches: MaskedPatches::Drop,
             act: match self.activation {
                 Activation::QuickGelu => Act::QuickGelu,
                 Activation::Gelu => Act::Gelu,

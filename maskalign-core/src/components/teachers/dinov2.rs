@@ -7,7 +7,7 @@ use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
     components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, Statistics, VitConfig},
+    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -44,7 +44,8 @@ impl Dinov2 {
             learned_positions: true,
             pre_norm: false,
             patch_bias: Bias::With,
-            layer_scale: true,
+            layer_scale: Some(1e-5),
+            masked_patches: MaskedPatches::Drop,
             act: Act::Gelu,
             eps: self.eps,
             projection: None,

@@ -3,6 +3,7 @@
 mod clip;
 mod dino;
 mod dinov2;
+mod ema;
 mod tower;
 mod vit;
 
@@ -116,8 +117,8 @@ pub trait TeacherModel: Module {
     /// # Errors
     /// Out of memory on the device.
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor>;
-    /// Called after each update of the student, the only time at which a teacher may change. `progress` is the share of
-    /// the stage that is done, in 0..=1.
+    /// Called after each update of the student, the only time at which a teacher may change. `progress` is the update's
+    /// own, the share of the stage that was done before it, in 0..1.
     ///
     /// # Errors
     /// Out of memory on the device.

@@ -7,7 +7,7 @@ use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
     components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, Statistics, VitConfig},
+    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -38,18 +38,19 @@ impl VitTeacher {
     fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
         let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
-        let cls_token = match &self.weights {
-            Weights::Stage(stage) => cx.student(stage).map_err(|r| r.under("weights"))?.shape().cls_token,
-            _ => true,
+        let earlier = match &self.weights {
+            Weights::Stage(stage) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape()),
+            _ => None,
         };
         Ok(VitConfig {
             arch,
             input: input(image_size, Statistics::IMAGENET),
-            cls_token,
+            cls_token: earlier.is_none_or(|shape| shape.cls_token),
             learned_positions: true,
             pre_norm: false,
             patch_bias: Bias::With,
-            layer_scale: false,
+            layer_scale: earlier.and_then(|shape| shape.layer_scale),
+            masked_patches: MaskedPatches::Drop,
             act: Act::Gelu,
             eps: self.eps,
             projection: None,

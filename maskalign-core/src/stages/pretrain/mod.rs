@@ -258,7 +258,7 @@ impl PlannedPretrain {
     /// Counts parameters and estimates memory.
     fn summarize(&mut self, recompute: Recompute) -> Result<()> {
         let (student, counts, micro) = (self.student.shape(), self.counts(), self.training.batch.micro());
-        let visible = counts.visible + usize::from(student.cls_token);
+        let seen = student.held().count(counts.visible, counts.masked);
         let levels = |teacher: &str| {
             let of = |o: &&PlannedObjective| o.target.teacher() == Some(teacher);
             self.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
@@ -266,14 +266,14 @@ impl PlannedPretrain {
         let frozen = self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect();
         let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
-        self.summary.tokens = Some((visible, student.tokens()));
+        self.summary.tokens = Some((seen, student.tokens()));
         self.summary.student =
             Some(StudentPlan { tower: Arc::clone(&self.student), reach: self.reach(), init_scope: self.scope.clone() });
         let step = TrainingStep {
             student: &student,
             images: micro,
             image_size: self.training.data.size,
-            tokens: visible,
+            tokens: seen,
             frozen,
             compared: micro * self.objectives.iter().map(|o| o.compared(counts)).sum::<usize>(),
             aligned: micro * self.objectives.iter().map(|o| o.aligner.kept(recompute)).sum::<usize>(),

@@ -16,7 +16,7 @@ use crate::{
         students::StudentModel,
         targets::{TargetInput, TargetSource},
         teachers::{Level, Pass, TeacherBuild, TeacherModel, Wants},
-        tokens::{Masks, Tokens},
+        tokens::Masks,
         towers::{Tap, TrainedStudents},
     },
     error::{Error, Result},
@@ -176,7 +176,7 @@ impl PretrainModel {
 
     /// Each objective's predictions from the student's hidden states.
     fn align(&self, cx: &Context, tape: &mut Tape, features: &Features, masks: &Masks) -> Result<Vec<Vec<Tensor>>> {
-        let held = Tokens { cls: self.student.shape().cls_token, visible: true, masked: false };
+        let held = self.student.shape().held();
         let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
         for (objective, aligner) in &self.objectives {
@@ -221,7 +221,7 @@ impl Task for PretrainModel {
         let depth = self.student.shape().arch.depth;
         let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
         let kept = |i: usize| self.kept.contains(&i);
-        let features = self.student.forward(cx, tape, &batch.images, Some(&masks.visible), scales.as_ref(), &kept)?;
+        let features = self.student.forward(cx, tape, &batch.images, Some(masks.seen()), scales.as_ref(), &kept)?;
         let mut terms = Vec::new();
         let mut weights = Vec::new();
         let predictions = self.align(cx, tape, &features, &masks)?;

@@ -56,8 +56,8 @@ pub trait Task {
     /// # Errors
     /// Out of memory on the device, or data that does not fit.
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor>;
-    /// Called after each update: for running means of parameters. `progress` is the share of the stage that is done, in
-    /// 0..=1.
+    /// Called after each update: for running means of parameters. `progress` is the update's own, the share of the stage
+    /// that was done before it, in 0..1.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -196,8 +196,9 @@ impl Trainer {
             self.update(cx, task, &gradients, lr)?
         };
         self.gradients = Some(gradients);
+        let progress = self.progress();
         self.updates += 1;
-        task.after_update(cx, self.progress())?;
+        task.after_update(cx, progress)?;
         phases.optimizer = started.elapsed().as_secs_f64();
         Ok(Step { loss: total as f32, gradient_norm, lr, phases })
     }

@@ -1,0 +1,143 @@
+//! The student's own running mean.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use maskalign_engine::{Context, ImageBatch, Result, Role, Tape, Tensor, ops::optim};
+use maskalign_registry::{Refusal, Scalar};
+
+use super::{Level, Pass, PlannedTeacher, Teacher, TeacherBuild, TeacherModel, Wants};
+use crate::{
+    component,
+    components::{
+        students::{PlannedStudent, StudentModel},
+        tokens::Masks,
+        towers::{PlanContext, Tap, TowerShape},
+    },
+    error::Error,
+    nn::{Init, Module, Param},
+    register,
+};
+
+/// A running mean of the student's parameters: it starts as the student, and after each update
+/// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec). It sees every patch, without stochastic
+/// depth, and takes no gradient. Checkpoints hold it; later stages and exports take the student.
+#[component]
+pub struct Ema {
+    /// What is kept of the teacher in an update: a number, or one that changes over the stage.
+    momentum: Scalar,
+}
+
+impl Teacher for Ema {
+    fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
+        let (least, most) = self.momentum.bounds();
+        if least < 0.0 || most > 1.0 {
+            return Err(Refusal::new("momentum", format!("expected a share in 0..=1, found {}", self.momentum)));
+        }
+        let Some(student) = cx.student else {
+            return Err(Refusal::whole("`ema` follows the student that a stage trains, and this stage trains none")
+                .help("to look at an earlier stage's student, use `type: vit` with `weights: {stage: NAME}`"));
+        };
+        Ok(Box::new(PlannedEma { momentum: self.momentum, student: Arc::clone(student) }))
+    }
+}
+
+/// A momentum that fits, and what builds a tower of the student's shape.
+struct PlannedEma {
+    momentum: Scalar,
+    student: Arc<dyn PlannedStudent>,
+}
+
+impl PlannedTeacher for PlannedEma {
+    fn shape(&self) -> TowerShape {
+        self.student.shape()
+    }
+
+    /// A student's blocks give no attention.
+    fn gives_attention(&self) -> bool {
+        false
+    }
+
+    fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
+        let Some((planned, student)) = &mut build.student else {
+            return Err(Error::Usage("a running mean is built beside the student that it follows".into()));
+        };
+        let init = Init::blank(build.cx.device()).of_role(Role::Moving);
+        let mut tower = planned.build(&init, build.trained)?;
+        let mut beginning = followed(&mut **student).into_iter();
+        tower.visit(&mut |p| {
+            if let Some(Followed { value, .. }) = beginning.next() {
+                // Shared until one of the two changes.
+                p.value = value;
+            }
+        });
+        Ok(Box::new(MovingTeacher { tower, momentum: self.momentum }))
+    }
+}
+
+/// A parameter of the student.
+struct Followed {
+    value: Tensor,
+    /// Whether updates change it.
+    is_trained: bool,
+}
+
+/// The student's parameters in their order, which is that of a tower built alike.
+fn followed(student: &mut dyn StudentModel) -> Vec<Followed> {
+    let mut all = Vec::new();
+    student.visit(&mut |p| all.push(Followed { value: p.value.clone().detached(), is_trained: p.is_trained() }));
+    all
+}
+
+/// A student that follows another.
+struct MovingTeacher {
+    tower: Box<dyn StudentModel>,
+    momentum: Scalar,
+}
+
+impl Module for MovingTeacher {
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.tower.visit(f);
+    }
+}
+
+impl TeacherModel for MovingTeacher {
+    fn shape(&self) -> TowerShape {
+        self.tower.shape()
+    }
+
+    fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
+        let keep = |level: usize| wants.levels.contains(&level);
+        let features = self.tower.forward(cx, &mut Tape::inference(), images, None, None, &keep)?;
+        Ok(Pass { attention: Vec::new(), features, begun: None })
+    }
+
+    fn finish(&self, _: &Context, pass: Pass, _: &Wants, _: &Masks) -> Result<BTreeMap<usize, Level>> {
+        Ok(pass.features.hidden.into_iter().map(|(i, x)| (i, Level { x, only: None })).collect())
+    }
+
+    fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {
+        match tap {
+            Tap::Block => Ok(x.clone()),
+            // A student has no projection: a target that taps one was refused.
+            Tap::Norm | Tap::Projection => self.tower.norm(cx, &mut Tape::inference(), x),
+        }
+    }
+
+    fn after_update(&mut self, cx: &Context, student: &mut dyn StudentModel, progress: f64) -> Result<()> {
+        let momentum = self.momentum.at(progress);
+        let mut student = followed(student).into_iter();
+        let mut outcome = Ok(());
+        self.tower.visit(&mut |p| {
+            let Some(followed) = student.next() else { return };
+            // What does not change is its own mean, to the bit.
+            if followed.is_trained && outcome.is_ok() {
+                outcome = optim::ema(cx, &mut p.value, &followed.value, momentum);
+            }
+        });
+        outcome
+    }
+}
+
+register!(teacher "ema" => Ema, "a running mean of the student",
+    example: "{ type: ema, momentum: { from: 0.996, to: 1.0, shape: cosine } }",
+    paper: "BYOL, arXiv 2006.07733; data2vec, arXiv 2202.03555");
