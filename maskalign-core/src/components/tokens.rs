@@ -53,6 +53,7 @@ impl Tokens {
     }
 
     /// The tokens of either.
+    #[must_use]
     pub fn union(self, other: Tokens) -> Tokens {
         Tokens {
             cls: self.cls || other.cls,

@@ -12,6 +12,7 @@ use crate::{
         tokens::Masks,
         towers::{Tap, TowerShape},
     },
+    data::Position,
     error::{Error, Result},
     events::Event,
 };
@@ -132,7 +133,7 @@ pub struct Bank {
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;
-    for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
+    for batch in data.pass(view.batch, run.workers)?.batches(Position::default(), None) {
         let mut batch = batch?;
         for (label, index) in batch.labels.iter().zip(&batch.indices) {
             let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
@@ -150,7 +151,9 @@ pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -
     }
     for row in bank.features.chunks_exact_mut(bank.width) {
         let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
-        row.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
+        for v in row {
+            *v = (f64::from(*v) / length) as f32;
+        }
     }
     Ok(bank)
 }

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     components::students::PlannedStudent,
+    data::Position,
     error::{Error, Result},
     events::Event,
     plugin::Build,
@@ -183,7 +184,7 @@ pub trait Classify {
 pub fn accuracy(run: &mut StageRun, model: &dyn Classify, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
     let (mut right, mut seen) = (0usize, 0usize);
     let (classes, all) = (model.classes(), data.images.len());
-    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
+    for batch in data.pass(batch, run.workers)?.batches(Position::default(), None) {
         let mut batch = batch?;
         let images = image_batch(&mut batch);
         let scores = model.scores(run.cx, &images)?.to_vec();

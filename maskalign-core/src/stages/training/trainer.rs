@@ -75,7 +75,7 @@ pub trait Task {
 }
 
 /// The number of values in all parameters of a task, and in those that are updated.
-pub fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
+pub(crate) fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
     let (mut all, mut trained) = (0, 0);
     task.visit(&mut |p| {
         all += p.len();
@@ -188,7 +188,7 @@ impl Trainer {
                 tape.backward(&loss)?
             };
             phases.forward += forward.as_secs_f64();
-            phases.backward += (started.elapsed() - forward).as_secs_f64();
+            phases.backward += started.elapsed().saturating_sub(forward).as_secs_f64();
         }
         let started = Instant::now();
         let gradient_norm = {
@@ -216,7 +216,7 @@ impl Trainer {
             let mut parameters = Vec::new();
             task.visit(&mut |p| {
                 if p.is_trained() {
-                    parameters.push(p.value.clone())
+                    parameters.push(p.value.clone());
                 }
             });
             optim::square_sum(cx, &parameters, gradients)?.sqrt()
@@ -284,7 +284,7 @@ impl Trainer {
         task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
             _ if !p.role().is_saved() => {}
             Some(tensor) if tensor.shape == p.dims => {
-                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data))
+                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data));
             }
             _ => {
                 missing.insert(p.name.clone());
