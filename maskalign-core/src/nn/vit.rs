@@ -14,6 +14,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let arch = Arch::named("base_16").expect("a name of the list");
+/// assert_eq!((arch.dim, arch.grid(224)?.patches()), (768, 196));
+/// assert!(Arch { heads: 5, ..arch }.check().is_err());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arch {
     /// Channels.
@@ -156,6 +164,12 @@ impl JsonSchema for Arch {
 }
 
 /// Patches of an image.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let grid = Grid { rows: 2, columns: 3 };
+/// assert_eq!((grid.patches(), grid.to_string()), (6, "2x3".to_string()));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// Patches from top to bottom.
@@ -178,6 +192,12 @@ impl std::fmt::Display for Grid {
 }
 
 /// Mean and standard deviation of each colour channel, for values in [0, 1].
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let grey = Statistics { mean: [0.5; 3], std: [0.5; 3] };
+/// assert_ne!(grey, Statistics::IMAGENET);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Statistics {
     /// Red, green, blue.
@@ -234,6 +254,23 @@ impl TowerInput {
 }
 
 /// Everything that fixes a tower's parameters and arithmetic.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let config = VitConfig {
+///     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 },
+///     input: input(8, Statistics::IMAGENET),
+///     cls_token: true,
+///     learned_positions: false,
+///     pre_norm: false,
+///     patch_bias: Bias::With,
+///     layer_scale: false,
+///     act: Act::Gelu,
+///     eps: 1e-6,
+///     projection: None,
+/// };
+/// assert_eq!(config.grid(), Grid { rows: 2, columns: 2 });
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct VitConfig {
     /// Sizes.
@@ -267,6 +304,22 @@ impl VitConfig {
 }
 
 /// The outputs of a tower.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig {
+/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
+/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
+/// #     act: Act::Gelu, eps: 1e-6, projection: None,
+/// # };
+/// # let vit = Vit::new(&Init::new(cx.device(), 0, "x"), config)?;
+/// # let images = ImageBatch { pixels: vec![0.5; 192], batch: 1, size: 8 };
+/// let features: Features = vit.forward(&cx, &mut Tape::inference(), &images, None, None, |block| block == 0)?;
+/// assert_eq!((features.tokens, features.last.shape()), (5, (5, 8)));
+/// assert!(features.hidden.contains_key(&0) && !features.hidden.contains_key(&1));
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Features {
     /// Images.
     pub batch: usize,
@@ -281,6 +334,21 @@ pub struct Features {
 }
 
 /// How much of a tower a loss depends on.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig {
+/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
+/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
+/// #     act: Act::Gelu, eps: 1e-6, projection: None,
+/// # };
+/// let mut vit = Vit::new(&Init::shapes(), config)?;
+/// vit.set_reach(Reach { blocks: 1, norm: false });
+/// let mut trained = Vec::new();
+/// vit.visit(&mut |p| trained.extend(p.is_trained().then(|| p.name.clone())));
+/// assert!(trained.iter().all(|name| !name.starts_with("blocks.1.") && !name.starts_with("norm.")));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
     /// Blocks that run, from the first.
@@ -290,9 +358,31 @@ pub struct Reach {
 }
 
 /// Factors of stochastic depth: for each block, of each sample, on the attention and on the MLP branch.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// // Two blocks, one image: the second block's MLP is left out.
+/// let scales: BranchScales = vec![([1.0].into(), [1.0].into()), ([1.0].into(), [0.0].into())];
+/// assert_eq!(scales[1].1[0], 0.0);
+/// ```
 pub type BranchScales = Vec<(std::sync::Arc<[f32]>, std::sync::Arc<[f32]>)>;
 
 /// A vision transformer.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig {
+/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
+/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
+/// #     act: Act::Gelu, eps: 1e-6, projection: None,
+/// # };
+/// let vit = Vit::new(&Init::new(cx.device(), 0, "student"), config)?;
+/// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// let seen = vit.forward(&cx, &mut Tape::training(), &images, Some(&[3, 1]), None, |_| false)?;
+/// assert_eq!(seen.last.shape(), (3, 8), "the class token and two patches");
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Vit {
     /// What it was built from.
     pub config: VitConfig,

@@ -18,6 +18,25 @@ use crate::{
 };
 
 /// How a tower's tokens become one feature.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig {
+/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
+/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
+/// #     act: Act::Gelu, eps: 1e-6, projection: None,
+/// # };
+/// # let student = TowerShape::from(&config);
+/// /// A feature of the class token needs one.
+/// fn check(pooling: Pooling, tower: &TowerShape) -> Result<(), Refusal> {
+///     match pooling {
+///         Pooling::Cls if !tower.cls_token => Err(Refusal::new("pooling", "the tower has no class token")),
+///         _ => Ok(()),
+///     }
+/// }
+///
+/// assert!(check(Pooling::Cls, &TowerShape { cls_token: false, ..student }).is_err());
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -44,6 +63,12 @@ impl Pooling {
 }
 
 /// Where a tower's features are taken.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let tap: FeatureTap = serde_json::from_value("norm".into()).expect("what a recipe may say");
+/// assert_eq!((tap, FeatureTap::default()), (FeatureTap::Norm, FeatureTap::Block));
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -56,6 +81,12 @@ pub enum FeatureTap {
 }
 
 /// How features are taken.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let view = View { pooling: Pooling::Mean, tap: FeatureTap::Norm, batch: 64 };
+/// assert_eq!(View { batch: 1, ..view }.pooling, Pooling::Mean);
+/// ```
 #[derive(Clone, Copy)]
 pub struct View {
     /// How tokens become one feature.
@@ -67,6 +98,15 @@ pub struct View {
 }
 
 /// What features are taken from.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: 2 };
+/// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// assert_eq!(Tower::Pixels.features(&cx, images, view)?.shape(), (2, 192));
+/// # Ok::<(), Error>(())
+/// ```
 pub enum Tower<'a> {
     /// The images themselves.
     Pixels,
@@ -115,6 +155,13 @@ impl Tower<'_> {
 }
 
 /// Features of length 1 with their labels.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let bank = Bank { features: vec![1.0, 0.0, 0.6, 0.8], width: 2, labels: vec![4, 7], skipped: 0 };
+/// let second: &[f32] = &bank.features[bank.width..];
+/// assert_eq!((second, bank.labels[1]), (&[0.6, 0.8][..], 7));
+/// ```
 pub struct Bank {
     /// `[images, width]`, row by row.
     pub features: Vec<f32>,
@@ -130,6 +177,15 @@ pub struct Bank {
 ///
 /// # Errors
 /// An image without a label; none that can be read; a stop that the user asked for.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The features of a student's final norm, for a probe.
+/// fn features(run: &mut StageRun, student: &dyn StudentModel, data: &OpenData) -> Result<Bank, Error> {
+///     let view = View { pooling: Pooling::Mean, tap: FeatureTap::Norm, batch: 64 };
+///     extract(run, &Tower::Student(student), data, view)
+/// }
+/// ```
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;

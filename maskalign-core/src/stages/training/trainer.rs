@@ -34,6 +34,18 @@ pub struct ForwardTimes {
 }
 
 /// A micro-batch with what keys its random streams.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The classes of a micro-batch, where every image has one.
+/// fn classes(batch: &MicroBatch) -> Option<Vec<u32>> {
+///     batch.labels.iter().copied().collect()
+/// }
+///
+/// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// let batch = MicroBatch { images, labels: vec![Some(1), None], indices: vec![4, 9], epoch: 0, progress: 0.0 };
+/// assert_eq!(classes(&batch), None);
+/// ```
 pub struct MicroBatch {
     /// The images.
     pub images: ImageBatch,
@@ -48,6 +60,31 @@ pub struct MicroBatch {
 }
 
 /// What is trained: parameters, and a loss of a micro-batch.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// /// One number, which is to become the mean of the pixels.
+/// struct Mean(Param);
+///
+/// impl Task for Mean {
+///     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+///         f(&mut self.0);
+///     }
+///
+///     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor, Error> {
+///         let pixels = &batch.images.pixels;
+///         let mean = cx.tensor(vec![pixels.iter().sum::<f32>() / pixels.len() as f32], 1, 1)?;
+///         Ok(ops::distance(cx, tape, &self.0.value, &mean, Distance::Mse)?)
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// # let batch = MicroBatch { images, labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
+///
+/// let mut task = Mean(Init::new(cx.device(), 0, "mean").constant("mean", &[1], 0.0)?);
+/// assert_eq!(task.loss(&cx, &mut Tape::training(), &batch)?.value(), 0.25);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Task {
     /// Calls `f` on every parameter; their [roles](maskalign_engine::Role) say which are updated and which are saved.
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
