@@ -21,11 +21,7 @@ use crate::{
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// let shape = TowerShape::from(&config);
 /// assert_eq!((shape.grid.patches(), shape.tokens()), (4, 5));
 /// ```
@@ -87,11 +83,7 @@ impl TowerShape {
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// # let student = TowerShape::from(&config);
 /// /// Channels of what is read there.
 /// fn width(tower: &TowerShape, tap: Tap) -> Option<usize> {
@@ -339,11 +331,7 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
 /// #     data_size: 224, students: &students, student: None,
 /// #     environment: Environment::Ignored, missing_weights: MissingWeights::Refused,
 /// # };
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// let planned = PlannedTower::plan(&cx, config, None, Family::Vit)?;
 /// assert!(planned.is_drawn());
 /// let tower = planned.build(&Init::shapes(), &TrainedStudents::default())?;

@@ -114,15 +114,11 @@ pub trait PlannedStudent: Send + Sync {
 ///     }
 /// }
 /// # let cx = Context::new(Device::Cpu, 1);
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// # let small = Small(Vit::new(&Init::new(cx.device(), 0, "x"), config)?);
 /// # let images = ImageBatch { pixels: vec![0.5; 192], batch: 1, size: 8 };
-/// # let features = small.forward(&cx, &mut Tape::inference(), &images, Some(&[3, 1]), None, &|_| false)?;
-/// # assert_eq!(features.last.shape(), (3, 8));
+/// # let features = small.forward(&cx, &mut Tape::inference(), &images, None, None, &|_| false)?;
+/// # assert_eq!(features.last.shape(), (5, 8));
 /// # Ok::<(), Error>(())
 /// ```
 pub trait StudentModel: Module {

@@ -25,11 +25,7 @@ use crate::{
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// # let student = TowerShape::from(&config);
 /// let teachers = [("clip".to_string(), student)].into();
 /// let cx = TargetContext { student, teachers: &teachers, tokens: Tokens { visible: true, ..Tokens::default() } };

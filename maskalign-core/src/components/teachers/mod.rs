@@ -97,18 +97,7 @@ pub struct Level {
 ///     fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
 ///         let options = TowerOptions { arch: Arch::named("base_16"), image_size: None, weights: Some(&self.weights) };
 ///         let (arch, image_size) = options.resolve(cx)?;
-///         let config = VitConfig {
-///             arch,
-///             input: input(image_size, Statistics::IMAGENET),
-///             cls_token: true,
-///             learned_positions: true,
-///             pre_norm: false,
-///             patch_bias: Bias::With,
-///             layer_scale: false,
-///             act: Act::Gelu,
-///             eps: 1e-6,
-///             projection: None,
-///         };
+///         let config = VitConfig { learned_positions: true, ..VitConfig::plain(arch, image_size) };
 ///         Ok(Box::new(PlannedTower::plan(cx, config, Some(&self.weights), Family::Vit)?))
 ///     }
 /// }
@@ -231,11 +220,7 @@ pub struct TeacherBuild<'a> {
 ///     }
 /// }
 /// # let cx = Context::new(Device::Cpu, 1);
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// # let teacher = Mine(Vit::new(&Init::new(cx.device(), 0, "x").of_role(Role::Frozen), config)?);
 /// # let images = ImageBatch { pixels: vec![0.5; 192], batch: 1, size: 8 };
 /// # let wants = Wants { levels: [1].into(), ..Wants::default() };

@@ -34,11 +34,7 @@ impl PlannedTeacher for PlannedTower {
 /// ```
 /// # use maskalign_core::{Device, prelude::*};
 /// # let cx = Context::new(Device::Cpu, 1);
-/// # let config = VitConfig {
-/// #     arch: Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, input: input(8, Statistics::IMAGENET),
-/// #     cls_token: true, learned_positions: false, pre_norm: false, patch_bias: Bias::With, layer_scale: false,
-/// #     act: Act::Gelu, eps: 1e-6, projection: None,
-/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// let teacher = TowerTeacher::new(Vit::new(&Init::blank(cx.device()), config)?, &cx)?;
 /// assert_eq!(teacher.shape().tokens(), 5);
 /// # Ok::<(), Error>(())
