@@ -14,13 +14,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     for entry in fs::read_dir(&folder).map_err(|error| format!("{}: {error}", folder.display()))? {
         let path = entry?.path();
         if path.extension().is_some_and(|ending| ending == "yaml") {
-            let text = |part: Option<&str>| part.map(str::to_owned).ok_or(format!("{path:?} is not UTF-8"));
+            let text = |part: Option<&str>| part.map(str::to_owned).ok_or(format!("{} is not UTF-8", path.display()));
             recipes.push((text(path.file_stem().and_then(|stem| stem.to_str()))?, text(path.to_str())?));
         }
     }
     recipes.sort();
-    let rows: String =
+    let rows: Vec<String> =
         recipes.iter().map(|(name, path)| format!("    ({name:?}, include_str!({path:?})),\n")).collect();
-    fs::write(Path::new(&env::var("OUT_DIR")?).join("recipes.rs"), format!("&[\n{rows}]\n"))?;
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("recipes.rs"), format!("&[\n{}]\n", rows.concat()))?;
     Ok(())
 }

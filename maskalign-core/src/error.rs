@@ -12,6 +12,13 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Why a plan, a step or a run ended early.
 ///
 /// [`Error::is_users`] tells mistakes of the user (exit code 2) from failures (exit code 1).
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let refused: Error = Refusal::new("cell", "expected at least 2, found 1").into();
+/// assert!(refused.is_users());
+/// assert!(Error::Usage("`--steps` is 0".into()).to_string().contains("--steps"));
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A component refuses one of its options; the registry finds its place in the recipe.

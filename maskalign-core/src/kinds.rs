@@ -62,6 +62,25 @@ for_each_kind!(kinds);
 
 /// Registers a component: `register!(masker "lattice" => Lattice, "keeps one patch of every square",
 /// example: "{ type: lattice, cell: 2 }", paper: "arXiv ...");` (`paper` may be left out).
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Twice a constant loss.
+/// #[component]
+/// struct Twice {}
+///
+/// impl Loss for Twice {
+///     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+///         let once = ops::distance(cx, tape, prediction, target, Distance::L1)?;
+///         ops::scale(cx, tape, &once, 2.0)
+///     }
+/// }
+///
+/// register!(loss "twice" => Twice, "twice the absolute error", example: "{ type: twice }");
+///
+/// let registered = maskalign_registry::Registry::global().expect("no name is taken twice");
+/// assert!(registered.get(maskalign_registry::Kind::Loss, "twice").is_some());
+/// ```
 #[macro_export]
 macro_rules! register {
     ($kind:ident $name:literal => $options:ty, $summary:literal, example: $example:literal $(,)?) => {

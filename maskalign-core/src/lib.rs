@@ -26,6 +26,28 @@ pub use maskalign_engine::{
     Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor,
     images::resize_images_bicubic, keep_freed_memory, ops, random,
 };
+/// What a component reads from a recipe is a struct with this attribute; what it does is the trait of its kind.
+///
+/// ```
+/// use maskalign_core::prelude::*;
+///
+/// fn share() -> f32 {
+///     0.5
+/// }
+///
+/// /// The absolute error, with a share of the squared error mixed in.
+/// #[component]
+/// struct Blend {
+///     /// Share of the squared error.
+///     #[serde(default = "share")]
+///     #[schemars(range(min = 0.0, max = 1.0))]
+///     squared: f32,
+/// }
+///
+/// let blend: Blend = serde_json::from_str("{}").expect("it has a default");
+/// assert_eq!(blend.squared, 0.5);
+/// assert!(serde_json::from_str::<Blend>(r#"{ "square": 0.5 }"#).is_err(), "unknown keys are refused");
+/// ```
 pub use maskalign_macros::component;
 pub use maskalign_registry::Refusal;
 

@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::SystemTime,
 };
 
 use maskalign_engine::{Context, Recompute};
@@ -15,7 +14,8 @@ use crate::{
     events::{Event, Events},
     plugin::Build,
     run::{
-        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, fail_point, rfc3339,
+        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, fail_point,
+        this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
@@ -176,7 +176,7 @@ pub fn run(
         results.insert(name, outcome.results);
     }
     options.events.sync()?;
-    manifest.ended = Some(rfc3339(SystemTime::now()));
+    manifest.ended = Some(this_moment());
     manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
     Ok(results)
@@ -230,7 +230,7 @@ fn manifest(
     earlier: Option<Manifest>,
     options: &RunOptions,
 ) -> Result<Manifest> {
-    let now = rfc3339(SystemTime::now());
+    let now = this_moment();
     let data = plan.summaries().flat_map(|(_, summary)| &summary.data);
     let begun = Manifest {
         version: env!("CARGO_PKG_VERSION").to_string(),

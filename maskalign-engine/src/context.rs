@@ -25,6 +25,14 @@ pub enum Forms {
 }
 
 /// The device of a run and how its operators run there. Clones share the threads and the counts.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error};
+/// let cx = Context::new(Device::Cpu, 2);
+/// let x = cx.tensor(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3)?;
+/// assert_eq!((x.shape(), cx.threads()), ((2, 3), 2));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Context {
     device: Device,

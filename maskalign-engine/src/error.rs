@@ -1,6 +1,18 @@
 //! What can go wrong in the engine.
 
 /// The result of everything in this crate that can fail.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Result, Tape, Tensor, ops};
+/// fn positive(cx: &Context, x: &Tensor) -> Result<Tensor> {
+///     ops::exp(cx, &mut Tape::inference(), x)
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+///
+/// let x = cx.tensor(vec![0.0], 1, 1)?;
+/// assert_eq!(positive(&cx, &x)?.value(), 1.0);
+/// # Ok::<(), Error>(())
+/// ```
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why an operator or a backward pass failed.

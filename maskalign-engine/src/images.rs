@@ -8,6 +8,12 @@ pub use maskalign_kernels::elementwise::Patches;
 
 /// Square RGB images in [0, 1], `[batch, 3, size, size]` row-major, on the host: each tower resizes and normalises for
 /// itself.
+///
+/// ```
+/// # use maskalign_engine::ImageBatch;
+/// let grey = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// assert_eq!(grey.pixels.len(), grey.batch * 3 * grey.size * grey.size);
+/// ```
 #[derive(Clone, Debug)]
 pub struct ImageBatch {
     /// The values.

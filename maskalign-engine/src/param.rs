@@ -30,6 +30,14 @@ impl HostTensor {
 pub type TensorMap = BTreeMap<String, HostTensor>;
 
 /// Whose a parameter is, and with that what becomes of it: which are updated, saved and averaged goes by role.
+///
+/// ```
+/// # use maskalign_engine::{Device, Error, Init, Role};
+/// let init = Init::new(&Device::Cpu, 0, "decoder").of_role(Role::Head);
+/// assert!(init.constant("mask_token", &[1, 1, 8], 0.0)?.is_trained());
+/// assert!(Role::Moving.is_saved() && !Role::Moving.is_trained());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
     /// The student's: updated by the optimizer, saved, and what later stages and exports take.
@@ -63,6 +71,15 @@ impl Role {
 }
 
 /// A named tensor of a model: a parameter, or a constant one such as sin-cos positions.
+///
+/// ```
+/// # use maskalign_engine::{Device, Error, Init};
+/// let mut bias = Init::new(&Device::Cpu, 0, "student").constant("norm.bias", &[8], 0.0)?;
+/// assert_eq!((bias.len(), bias.is_trained()), (8, true));
+/// bias.load(&[1.0; 8])?;
+/// assert_eq!(bias.value.to_vec(), [1.0; 8]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Param {
     /// The checkpoint's name, such as `blocks.0.attn.qkv.weight`.
@@ -138,6 +155,23 @@ impl Param {
 }
 
 /// Anything with parameters. One visitor serves optimizer groups, checkpoints, freezing and averaging.
+///
+/// ```
+/// # use maskalign_engine::{Device, Error, Init, Module, Param, Role};
+/// struct Scale(Param);
+///
+/// impl Module for Scale {
+///     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+///         f(&mut self.0);
+///     }
+/// }
+///
+/// let mut scale = Scale(Init::new(&Device::Cpu, 0, "scale").constant("scale", &[4], 1.0)?);
+/// assert_eq!(scale.shapes(), [("scale".to_string(), vec![4])]);
+/// scale.set_role(Role::Frozen);
+/// assert!(!scale.0.is_trained());
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Module {
     /// Calls `f` on every parameter, in a fixed order.
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
@@ -179,6 +213,15 @@ pub trait Module {
 }
 
 /// Makes parameters with their initial values, each drawn from a stream of its own: adding a layer changes no other.
+///
+/// ```
+/// # use maskalign_engine::{Device, Error, Init};
+/// let init = Init::new(&Device::Cpu, 0, "student");
+/// let (first, again) = (init.xavier("fc.weight", &[4, 8])?, init.xavier("fc.weight", &[4, 8])?);
+/// assert_eq!(first.value.to_vec(), again.value.to_vec(), "drawn by seed, scope and name");
+/// assert!(Init::shapes().xavier("fc.weight", &[4, 8])?.value.is_empty());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Init {
     device: Device,

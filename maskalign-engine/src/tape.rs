@@ -16,6 +16,16 @@ use crate::{
 };
 
 /// What is kept for the backward pass of a segment.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Recompute, Tape, ops};
+/// let cx = Context::new(Device::Cpu, 1).with_recompute(Recompute::Blocks);
+/// let x = cx.tensor(vec![3.0], 1, 1)?.tracked();
+/// let (mut tape, inner) = (Tape::training(), cx.clone());
+/// let loss = tape.segment(&x, cx.recompute(), move |tape, x| ops::square(&inner, tape, x))?;
+/// assert_eq!(tape.backward(&loss)?.to_vec(&x), [6.0]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Recompute {
     /// Everything that its operators need.
@@ -26,6 +36,17 @@ pub enum Recompute {
 }
 
 /// The gradients that a backward pass left: of parameters, and of other tensors that no operator made.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Gradients, Tape, ops};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let x = cx.tensor(vec![3.0], 1, 1)?.tracked();
+/// let mut tape = Tape::training();
+/// let loss = ops::square(&cx, &mut tape, &x)?;
+/// let gradients: Gradients = tape.backward(&loss)?;
+/// assert_eq!(gradients.get(&x), Some(vec![6.0]));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug, Default)]
 pub struct Gradients(BTreeMap<u64, Gradient>);
 
@@ -143,6 +164,17 @@ struct Shared {
 }
 
 /// The tape of a step, or of an inference. Neither `Send` nor `Sync`.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Tape, ops};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let x = cx.tensor(vec![1.0, 2.0], 1, 2)?.tracked();
+/// let mut tape = Tape::training();
+/// let squares = ops::square(&cx, &mut tape, &x)?;
+/// let loss = ops::sum(&cx, &mut tape, &squares)?;
+/// assert_eq!(tape.backward(&loss)?.to_vec(&x), [2.0, 4.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Tape {
     operators: OwnedTape<f32, Cpu>,
     recording: bool,

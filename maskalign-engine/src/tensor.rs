@@ -21,6 +21,14 @@ use crate::{
 ///
 /// A clone shares the values and the gradient, and costs next to nothing. Values change in [`Tensor::set`] and in the
 /// updates of optimizers alone, and never under a clone.
+///
+/// ```
+/// # use maskalign_engine::{Device, Error, Tensor};
+/// let x = Tensor::new(&Device::Cpu, vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3)?;
+/// assert_eq!((x.rows(), x.columns(), x.is_tracked()), (2, 3, false));
+/// assert_eq!(x.reshaped(3, 2).to_vec(), x.to_vec());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Tensor {
     id: u64,

@@ -6,6 +6,13 @@ use maskalign_registry::Refusal;
 use crate::{component, components::maskers::Mask, nn::SeenPatches};
 
 /// A group of tokens.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let tokens = Tokens::from_list(&[TokenKind::Masked, TokenKind::Cls])?;
+/// assert_eq!(tokens, Tokens { cls: true, visible: false, masked: true });
+/// # Ok::<(), Error>(())
+/// ```
 #[component]
 #[derive(Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(rename_all = "snake_case")]
@@ -19,6 +26,12 @@ pub enum TokenKind {
 }
 
 /// The tokens an objective compares, always in the order class token, visible, masked.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let tokens = Tokens { visible: true, ..Tokens::default() }.union(Tokens { cls: true, ..Tokens::default() });
+/// assert_eq!(tokens.count(49, 147), 50);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tokens {
     /// The class token.
@@ -53,6 +66,7 @@ impl Tokens {
     }
 
     /// The tokens of either.
+    #[must_use]
     pub fn union(self, other: Tokens) -> Tokens {
         Tokens {
             cls: self.cls || other.cls,
@@ -68,6 +82,16 @@ impl Tokens {
 }
 
 /// The masks of a batch: equally many visible and equally many predicted patches in each image.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let masks = Masks::join(&[
+///     Mask { visible: vec![3], masked: vec![0, 1] },
+///     Mask { visible: vec![2], masked: vec![1, 3] },
+/// ]);
+/// assert_eq!((masks.visible_each(), masks.masked_of(1)), (1, &[1, 3][..]));
+/// assert_eq!(masks.rows(Tokens { masked: true, ..Tokens::default() }, false), [0, 1, 1, 3]);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Masks {
     /// Images.

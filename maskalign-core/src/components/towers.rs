@@ -18,6 +18,13 @@ use crate::{
 };
 
 /// The shape of a tower, as far as other components need it.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let shape = TowerShape::from(&config);
+/// assert_eq!((shape.grid.patches(), shape.tokens()), (4, 5));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TowerShape {
     /// Channels, blocks, heads, patch.
@@ -84,6 +91,21 @@ impl TowerShape {
 }
 
 /// Where a tower's hidden states are taken.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let student = TowerShape::from(&config);
+/// /// Channels of what is read there.
+/// fn width(tower: &TowerShape, tap: Tap) -> Option<usize> {
+///     match tap {
+///         Tap::Block | Tap::Norm => Some(tower.arch.dim),
+///         Tap::Projection => tower.projection,
+///     }
+/// }
+///
+/// assert_eq!((width(&student, Tap::Norm), width(&student, Tap::Projection)), (Some(8), None));
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -98,6 +120,14 @@ pub enum Tap {
 }
 
 /// What is known of the student that an earlier stage leaves, before it has run.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// What a later stage can say of a student that has not been trained yet.
+/// fn blocks(plan: &StudentPlan) -> (usize, usize) {
+///     (plan.reach.blocks, plan.shape().arch.depth)
+/// }
+/// ```
 #[derive(Clone)]
 pub struct StudentPlan {
     /// How it is built.
@@ -116,6 +146,14 @@ impl StudentPlan {
 }
 
 /// The parameters of the students that stages have left, by stage.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let mut trained = TrainedStudents::default();
+/// trained.insert("pretrain", Default::default());
+/// assert!(trained.get("pretrain").is_ok());
+/// assert!(trained.get("finetune").is_err());
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct TrainedStudents(BTreeMap<String, Arc<TensorMap>>);
 
@@ -135,6 +173,20 @@ impl TrainedStudents {
 }
 
 /// Whether a plan looks at files.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A file is missing where one looks for it.
+/// fn check(file: &std::path::Path, environment: Environment) -> Result<(), Refusal> {
+///     match environment {
+///         Environment::Checked if !file.exists() => Err(Refusal::new("file", "there is no such file")),
+///         _ => Ok(()),
+///     }
+/// }
+///
+/// assert!(check("nowhere".as_ref(), Environment::Ignored).is_ok());
+/// assert!(check("nowhere".as_ref(), Environment::Checked).is_err());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Environment {
     /// Data and weights are opened and checked.
@@ -144,6 +196,14 @@ pub enum Environment {
 }
 
 /// What becomes of a tower whose weights cannot be found.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Whether a tower whose weights were not found may be drawn.
+/// fn may_be_drawn(cx: &PlanContext) -> bool {
+///     cx.missing_weights == MissingWeights::Random
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MissingWeights {
     /// The recipe is refused.
@@ -153,6 +213,20 @@ pub enum MissingWeights {
 }
 
 /// What is known before the first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let students = Default::default();
+/// let cx = PlanContext {
+///     data_size: 224,
+///     students: &students,
+///     student: None,
+///     environment: Environment::Ignored,
+///     missing_weights: MissingWeights::Refused,
+/// };
+/// let refusal = cx.student("pretrain").err().expect("no stage trains a student");
+/// assert_eq!(refusal.message, "no earlier stage `pretrain` leaves a student");
+/// ```
 #[derive(Clone, Copy)]
 pub struct PlanContext<'a> {
     /// Side of the square images that the stage's data yields.
@@ -186,6 +260,19 @@ impl<'a> PlanContext<'a> {
 }
 
 /// A tower's options that every kind of tower has: sizes, resolution and weights.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let students = Default::default();
+/// # let cx = PlanContext {
+/// #     data_size: 224, students: &students, student: None,
+/// #     environment: Environment::Ignored, missing_weights: MissingWeights::Refused,
+/// # };
+/// let options = TowerOptions { arch: Arch::named("base_16"), image_size: None, weights: None };
+/// let (arch, image_size) = options.resolve(&cx)?;
+/// assert_eq!((arch.dim, image_size), (768, 224));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct TowerOptions<'a> {
     /// Sizes, where they are given.
@@ -247,6 +334,21 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
 }
 
 /// A vision transformer whose sizes and weights fit: what students and teachers of that kind are built from.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let students = Default::default();
+/// # let cx = PlanContext {
+/// #     data_size: 224, students: &students, student: None,
+/// #     environment: Environment::Ignored, missing_weights: MissingWeights::Refused,
+/// # };
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let planned = PlannedTower::plan(&cx, config, None, Family::Vit)?;
+/// assert!(planned.is_drawn());
+/// let tower = planned.build(&Init::shapes(), &TrainedStudents::default())?;
+/// assert_eq!(tower.blocks.len(), 2);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct PlannedTower {
     config: VitConfig,
@@ -453,6 +555,11 @@ pub(crate) fn tap(cx: &Context, tape: &mut Tape, tower: &Vit, x: &Tensor, tap: T
 }
 
 /// An input of the given size with the given statistics.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// assert_eq!(input(224, Statistics::CLIP).image_size, 224);
+/// ```
 pub fn input(image_size: usize, statistics: Statistics) -> TowerInput {
     TowerInput { image_size, statistics }
 }

@@ -1,6 +1,12 @@
 //! An image in memory.
 
 /// An image of 8-bit red, green and blue.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let image = RgbImage::from_grey(2, 1, &[0, 255]);
+/// assert_eq!((image.size(), &image.pixels[3..]), ((2, 1), &[255; 3][..]));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RgbImage {
     /// Columns.

@@ -28,6 +28,41 @@ pub use self::resample::Interpolation;
 pub use self::size::Size;
 
 /// Where images come from: the options of a dataset component.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Grey images without content.
+/// #[component]
+/// struct Grey {
+///     /// How many.
+///     images: usize,
+/// }
+///
+/// impl Dataset for Grey {
+///     fn open(&self) -> Result<Box<dyn Images>, Refusal> {
+///         Ok(Box::new(OpenGrey(self.images)))
+///     }
+///
+///     fn needs_files(&self) -> bool {
+///         false
+///     }
+/// }
+///
+/// register!(dataset "grey" => Grey, "grey images", example: "{ type: grey, images: 9 }");
+/// # struct OpenGrey(usize);
+/// # impl Images for OpenGrey {
+/// #     fn len(&self) -> usize { self.0 }
+/// #     fn image(&self, _: usize) -> Result<RgbImage, DataError> { unimplemented!() }
+/// #     fn label(&self, _: usize) -> Option<u32> { None }
+/// #     fn classes(&self) -> Option<Vec<String>> { None }
+/// #     fn name(&self, index: usize) -> String { format!("grey {index}") }
+/// #     fn size(&self) -> Option<(usize, usize)> { None }
+/// #     fn fingerprint(&self) -> String { format!("grey {}", self.0) }
+/// # }
+///
+/// assert_eq!(Grey { images: 9 }.open()?.len(), 9);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Dataset: Send + Sync {
     /// Opens the data: reads lists and headers, not images.
     ///
@@ -40,6 +75,37 @@ pub trait Dataset: Send + Sync {
 }
 
 /// A dataset that is open: images by index.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// struct Grey(usize);
+///
+/// impl Images for Grey {
+///     fn len(&self) -> usize {
+///         self.0
+///     }
+///     fn image(&self, _: usize) -> Result<RgbImage, DataError> {
+///         Ok(RgbImage::from_grey(8, 8, &[128; 64]))
+///     }
+///     fn label(&self, _: usize) -> Option<u32> {
+///         None
+///     }
+///     fn classes(&self) -> Option<Vec<String>> {
+///         None
+///     }
+///     fn name(&self, index: usize) -> String {
+///         format!("grey {index}")
+///     }
+///     fn size(&self) -> Option<(usize, usize)> {
+///         Some((8, 8))
+///     }
+///     fn fingerprint(&self) -> String {
+///         format!("grey {}", self.0)
+///     }
+/// }
+///
+/// assert_eq!(Grey(9).image(3).expect("it is drawn").size(), (8, 8));
+/// ```
 pub trait Images: Send + Sync {
     /// Number of images.
     fn len(&self) -> usize;
@@ -82,6 +148,32 @@ pub trait Images: Send + Sync {
 }
 
 /// Changes one image: the options of a transform component.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Darkens an image by a share that is drawn.
+/// #[component]
+/// struct Darken {}
+///
+/// impl Transform for Darken {
+///     fn apply(&self, mut image: RgbImage, rng: &mut Stream) -> RgbImage {
+///         let share = rng.uniform();
+///         image.pixels.iter_mut().for_each(|value| *value = (*value as f64 * share) as u8);
+///         image
+///     }
+///     fn output_size(&self, input: Option<(usize, usize)>) -> Option<(usize, usize)> {
+///         input
+///     }
+///     fn check(&self) -> Result<(), Refusal> {
+///         Ok(())
+///     }
+/// }
+///
+/// register!(transform "darken" => Darken, "darkens an image", example: "{ type: darken }");
+///
+/// let white = RgbImage::from_grey(1, 1, &[255]);
+/// assert!(Darken {}.apply(white, &mut Stream::new(0, "augment", 0, 0)).pixels[0] < 255);
+/// ```
 pub trait Transform: Send + Sync {
     /// The changed image. Draws from `rng` alone, which is keyed by the image and the epoch.
     fn apply(&self, image: RgbImage, rng: &mut Stream) -> RgbImage;
@@ -106,6 +198,13 @@ pub fn output_size(transforms: &[Box<dyn Transform>], input: Option<(usize, usiz
 }
 
 /// Why an image, or a batch of them, is not to be had.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let error = DataError::Other("image 7 is not in the archive; list it anew".into());
+/// assert!(error.is_user_mistake());
+/// assert_eq!(error.to_string(), "image 7 is not in the archive; list it anew");
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// The file is not there or cannot be read.

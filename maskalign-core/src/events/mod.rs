@@ -19,6 +19,21 @@ pub use tensorboard::TensorBoardFile;
 use crate::error::Result;
 
 /// Something that happened.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A line for a log.
+/// fn line(event: &Event) -> Option<String> {
+///     match event {
+///         Event::Saved { path } => Some(format!("saved {}", path.display())),
+///         Event::Warned { stage, text } => Some(format!("{stage}: {text}")),
+///         _ => None,
+///     }
+/// }
+///
+/// let event = Event::Warned { stage: "pretrain", text: "3 images were left out" };
+/// assert_eq!((line(&event), event.is_recorded()), (Some("pretrain: 3 images were left out".into()), false));
+/// ```
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -117,6 +132,18 @@ pub struct Evaluation {
 }
 
 /// Where a run stands: how many recorded events there are, and in which stage and step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Losses by record, cut back to where a checkpoint was made.
+/// fn rewind(losses: &mut Vec<f32>, to: Mark) {
+///     losses.truncate(to.records as usize);
+/// }
+///
+/// let mut losses = vec![3.0, 2.0, 1.0];
+/// rewind(&mut losses, Mark { records: 2, stage: "pretrain", step: 2 });
+/// assert_eq!(losses, [3.0, 2.0]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark<'a> {
     /// Recorded events since the run began.
@@ -128,6 +155,29 @@ pub struct Mark<'a> {
 }
 
 /// Takes the events of a run.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// use std::cell::Cell;
+///
+/// /// Counts checkpoints.
+/// struct Count<'a>(&'a Cell<usize>);
+///
+/// impl Sink for Count<'_> {
+///     fn handle(&mut self, event: &Event) -> Result<(), Error> {
+///         if let Event::Saved { .. } = event {
+///             self.0.set(self.0.get() + 1);
+///         }
+///         Ok(())
+///     }
+/// }
+///
+/// let saved = Cell::new(0);
+/// let mut events = Events::new(vec![Box::new(Count(&saved))]);
+/// events.send(Event::Saved { path: "final.safetensors".as_ref() })?;
+/// assert_eq!(saved.get(), 1);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Sink {
     /// Takes one event.
     ///
@@ -153,6 +203,14 @@ pub trait Sink {
 }
 
 /// The stream of a run.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let mut events = Events::new(Vec::new());
+/// events.send(Event::Progress { what: "images", done: 3, all: 9 })?;
+/// assert_eq!(events.records(), 0, "progress is no measurement");
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Events<'a> {
     sinks: Vec<Box<dyn Sink + 'a>>,
     records: u64,

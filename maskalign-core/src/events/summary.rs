@@ -5,6 +5,13 @@ use serde::Serialize;
 use crate::components::towers::StudentPlan;
 
 /// What is known of a stage before its first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let mut summary = StageSummary { epochs: Some(20.0), ..StageSummary::default() };
+/// summary.warnings.push("3 images were left out".into());
+/// assert_eq!(summary.steps, None);
+/// ```
 #[derive(Clone, Default, Serialize)]
 pub struct StageSummary {
     /// Images of the data, where they may be looked at.

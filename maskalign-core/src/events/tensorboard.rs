@@ -118,7 +118,7 @@ impl EventFile {
 
     /// Appends an event that happens now. If that fails half way, the half is taken back.
     fn append(&mut self, content: &Message) -> Result<(), RunError> {
-        #[allow(clippy::disallowed_methods, reason = "TensorBoard's axis of time; nothing is computed from it")]
+        #[expect(clippy::disallowed_methods, reason = "TensorBoard's axis of time; nothing is computed from it")]
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
         let mut event = Message::default().double(1, now);
         event.0.extend_from_slice(&content.0);
@@ -272,8 +272,8 @@ mod tests {
     #[test]
     fn a_record_is_the_one_that_tensorboard_writes() {
         let message = scalars(&json!({ "stage": "a", "step": 300, "epoch": 1.0, "b": 0.5 }));
-        let hex: String = framed(&message.0).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(hex, "11000000000000009d6db52e10ac022a0c0a0a0a03612f62150000003f204f791e");
+        let hex: Vec<String> = framed(&message.0).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex.concat(), "11000000000000009d6db52e10ac022a0c0a0a0a03612f62150000003f204f791e");
     }
 
     fn report(step: u64) -> StepReport {

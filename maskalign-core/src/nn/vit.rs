@@ -15,6 +15,14 @@ use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_
 use crate::component;
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let arch = Arch::named("base_16").expect("a name of the list");
+/// assert_eq!((arch.dim, arch.grid(224)?.patches()), (768, 196));
+/// assert!(Arch { heads: 5, ..arch }.check().is_err());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Arch {
     /// Channels.
@@ -157,6 +165,12 @@ impl JsonSchema for Arch {
 }
 
 /// Patches of an image.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let grid = Grid { rows: 2, columns: 3 };
+/// assert_eq!((grid.patches(), grid.to_string()), (6, "2x3".to_string()));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// Patches from top to bottom.
@@ -179,6 +193,12 @@ impl std::fmt::Display for Grid {
 }
 
 /// Mean and standard deviation of each colour channel, for values in [0, 1].
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let grey = Statistics { mean: [0.5; 3], std: [0.5; 3] };
+/// assert_ne!(grey, Statistics::IMAGENET);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Statistics {
     /// Red, green, blue.
@@ -256,6 +276,13 @@ pub struct SeenPatches<'a> {
 }
 
 /// Everything that fixes a tower's parameters and arithmetic.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let arch = Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 };
+/// let config = VitConfig { input: input(8, Statistics::CLIP), pre_norm: true, ..VitConfig::plain(arch, 8) };
+/// assert_eq!(config.grid(), Grid { rows: 2, columns: 2 });
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct VitConfig {
     /// Sizes.
@@ -283,6 +310,24 @@ pub struct VitConfig {
 }
 
 impl VitConfig {
+    /// The tower of the paper, as MAE's students are: a class token, fixed positions, ImageNet's statistics, exact GELU and
+    /// nothing that a family adds. A checkpoint's own tower is this but for what it has otherwise, which stays so when
+    /// towers learn something new.
+    pub fn plain(arch: Arch, image_size: usize) -> Self {
+        VitConfig {
+            arch,
+            input: TowerInput { image_size, statistics: Statistics::IMAGENET },
+            cls_token: true,
+            learned_positions: false,
+            pre_norm: false,
+            patch_bias: Bias::With,
+            layer_scale: false,
+            act: Act::Gelu,
+            eps: 1e-6,
+            projection: None,
+        }
+    }
+
     /// Patches of the square image the tower runs at.
     pub fn grid(&self) -> Grid {
         let side = self.input.image_size / self.arch.patch;
@@ -291,6 +336,18 @@ impl VitConfig {
 }
 
 /// The outputs of a tower.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let vit = Vit::new(&Init::new(cx.device(), 0, "x"), config)?;
+/// # let images = ImageBatch { pixels: vec![0.5; 192], batch: 1, size: 8 };
+/// let features: Features = vit.forward(&cx, &mut Tape::inference(), &images, None, None, |block| block == 0)?;
+/// assert_eq!((features.tokens, features.last.shape()), (5, (5, 8)));
+/// assert!(features.hidden.contains_key(&0) && !features.hidden.contains_key(&1));
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Features {
     /// Images.
     pub batch: usize,
@@ -305,6 +362,17 @@ pub struct Features {
 }
 
 /// How much of a tower a loss depends on.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let mut vit = Vit::new(&Init::shapes(), config)?;
+/// vit.set_reach(Reach { blocks: 1, norm: false });
+/// let mut trained = Vec::new();
+/// vit.visit(&mut |p| trained.extend(p.is_trained().then(|| p.name.clone())));
+/// assert!(trained.iter().all(|name| !name.starts_with("blocks.1.") && !name.starts_with("norm.")));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
     /// Blocks that run, from the first.
@@ -314,9 +382,27 @@ pub struct Reach {
 }
 
 /// Factors of stochastic depth: for each block, of each sample, on the attention and on the MLP branch.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// // Two blocks, one image: the second block's MLP is left out.
+/// let scales: BranchScales = vec![([1.0].into(), [1.0].into()), ([1.0].into(), [0.0].into())];
+/// assert_eq!(scales[1].1[0], 0.0);
+/// ```
 pub type BranchScales = Vec<(std::sync::Arc<[f32]>, std::sync::Arc<[f32]>)>;
 
 /// A vision transformer.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let vit = Vit::new(&Init::new(cx.device(), 0, "student"), config)?;
+/// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// let features = vit.forward(&cx, &mut Tape::training(), &images, None, None, |_| false)?;
+/// assert_eq!(features.last.shape(), (5, 8), "the class token and four patches");
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Vit {
     /// What it was built from.
     pub config: VitConfig,

@@ -3,8 +3,14 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 
 /// A moment as RFC 3339 in UTC, to the second: `2023-06-18T09:30:00Z`. Moments that no calendar has count as 1970.
-pub fn rfc3339(moment: SystemTime) -> String {
+fn rfc3339(moment: SystemTime) -> String {
     utc(moment, "%FT%TZ")
+}
+
+/// This moment, for the manifest.
+#[expect(clippy::disallowed_methods, reason = "the manifest says when a run was made; nothing is computed from it")]
+pub(crate) fn this_moment() -> String {
+    rfc3339(SystemTime::now())
 }
 
 /// A moment in UTC, in `strftime`'s notation.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files::RunError;
 
-/// `manifest.json`: with what, where and when a run was made. Times are RFC 3339 in UTC ([`super::rfc3339`]).
+/// `manifest.json`: with what, where and when a run was made. Times are RFC 3339 in UTC.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Manifest {

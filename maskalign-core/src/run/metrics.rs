@@ -124,8 +124,8 @@ mod tests {
             metrics.append(&json!({ "step": step })).unwrap();
         }
         assert_eq!(metrics.records(), 5);
-        let expected: String = (0..5).map(|step| format!("{{\"step\":{step}}}\n")).collect();
-        assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+        let expected: Vec<String> = (0..5).map(|step| format!("{{\"step\":{step}}}\n")).collect();
+        assert_eq!(fs::read_to_string(&path).unwrap(), expected.concat());
     }
 
     #[test]

@@ -23,7 +23,7 @@ mod manifest;
 mod metrics;
 mod stop;
 
-pub use clock::rfc3339;
+pub(crate) use clock::this_moment;
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::Metrics;

@@ -14,6 +14,14 @@ use crate::{
 };
 
 /// A dataset, and what is done to each of its images. It yields RGB in [0, 1]: towers normalise for themselves.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let recipe = serde_json::json!({ "dataset": { "type": "sample", "split": "test" } });
+/// let data: Data = serde_json::from_value(recipe).expect("what a recipe may say");
+/// assert_eq!(data.plan(Environment::Checked)?.size, 28);
+/// # Ok::<(), Error>(())
+/// ```
 #[component]
 pub struct Data {
     /// Where the images come from.
@@ -27,6 +35,18 @@ pub struct Data {
 }
 
 /// Data that is open, with its transforms built. A clone shares both.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let recipe = serde_json::json!({ "dataset": { "type": "sample", "split": "test" } });
+/// # let data: Data = serde_json::from_value(recipe).expect("what a recipe may say");
+/// # let planned = data.plan(Environment::Checked)?;
+/// let open: &OpenData = planned.open()?;
+/// open.check_labels("a probe")?;
+/// let (purpose, images, _) = open.record("probe".to_string());
+/// assert_eq!((purpose.as_str(), images), ("probe", open.images.len()));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct OpenData {
     /// The images.
@@ -38,6 +58,17 @@ pub struct OpenData {
 }
 
 /// Data whose size is known, and which is open where files are looked at.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let recipe = serde_json::json!({ "dataset": { "type": "sample", "split": "test" } });
+/// # let data: Data = serde_json::from_value(recipe).expect("what a recipe may say");
+/// let planned: PlannedData = data.plan(Environment::Checked)?;
+/// if let Some(open) = planned.opened() {
+///     assert_eq!(open.size, planned.size);
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct PlannedData {
     /// Side of the square images in pixels.

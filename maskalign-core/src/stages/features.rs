@@ -12,11 +12,27 @@ use crate::{
         tokens::Masks,
         towers::{Tap, TowerShape},
     },
+    data::Position,
     error::{Error, Result},
     events::Event,
 };
 
 /// How a tower's tokens become one feature.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let student = TowerShape::from(&config);
+/// /// A feature of the class token needs one.
+/// fn check(pooling: Pooling, tower: &TowerShape) -> Result<(), Refusal> {
+///     match pooling {
+///         Pooling::Cls if !tower.cls_token => Err(Refusal::new("pooling", "the tower has no class token")),
+///         _ => Ok(()),
+///     }
+/// }
+///
+/// assert!(check(Pooling::Cls, &TowerShape { cls_token: false, ..student }).is_err());
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -43,6 +59,12 @@ impl Pooling {
 }
 
 /// Where a tower's features are taken.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let tap: FeatureTap = serde_json::from_value("norm".into()).expect("what a recipe may say");
+/// assert_eq!((tap, FeatureTap::default()), (FeatureTap::Norm, FeatureTap::Block));
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -55,6 +77,12 @@ pub enum FeatureTap {
 }
 
 /// How features are taken.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let view = View { pooling: Pooling::Mean, tap: FeatureTap::Norm, batch: 64 };
+/// assert_eq!(View { batch: 1, ..view }.pooling, Pooling::Mean);
+/// ```
 #[derive(Clone, Copy)]
 pub struct View {
     /// How tokens become one feature.
@@ -66,6 +94,15 @@ pub struct View {
 }
 
 /// What features are taken from.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: 2 };
+/// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// assert_eq!(Tower::Pixels.features(&cx, images, view)?.shape(), (2, 192));
+/// # Ok::<(), Error>(())
+/// ```
 pub enum Tower<'a> {
     /// The images themselves.
     Pixels,
@@ -114,6 +151,13 @@ impl Tower<'_> {
 }
 
 /// Features of length 1 with their labels.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let bank = Bank { features: vec![1.0, 0.0, 0.6, 0.8], width: 2, labels: vec![4, 7], skipped: 0 };
+/// let second: &[f32] = &bank.features[bank.width..];
+/// assert_eq!((second, bank.labels[1]), (&[0.6, 0.8][..], 7));
+/// ```
 pub struct Bank {
     /// `[images, width]`, row by row.
     pub features: Vec<f32>,
@@ -129,10 +173,19 @@ pub struct Bank {
 ///
 /// # Errors
 /// An image without a label; none that can be read; a stop that the user asked for.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The features of a student's final norm, for a probe.
+/// fn features(run: &mut StageRun, student: &dyn StudentModel, data: &OpenData) -> Result<Bank, Error> {
+///     let view = View { pooling: Pooling::Mean, tap: FeatureTap::Norm, batch: 64 };
+///     extract(run, &Tower::Student(student), data, view)
+/// }
+/// ```
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;
-    for batch in data.pass(view.batch, run.workers)?.batches(Default::default(), None) {
+    for batch in data.pass(view.batch, run.workers)?.batches(Position::default(), None) {
         let mut batch = batch?;
         for (label, index) in batch.labels.iter().zip(&batch.indices) {
             let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
@@ -150,7 +203,9 @@ pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -
     }
     for row in bank.features.chunks_exact_mut(bank.width) {
         let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
-        row.iter_mut().for_each(|v| *v = (f64::from(*v) / length) as f32);
+        for v in row {
+            *v = (f64::from(*v) / length) as f32;
+        }
     }
     Ok(bank)
 }

@@ -44,7 +44,7 @@ fn head_std() -> f64 {
 /// Mixing of images and labels within a micro-batch (timm's `Mixup`).
 #[component]
 #[derive(Copy)]
-pub struct Mixup {
+struct Mixup {
     /// Both coefficients of the Beta distribution that blends are drawn from; 0: no blending.
     #[serde(default)]
     #[schemars(range(min = 0.0))]
@@ -69,7 +69,7 @@ pub struct Finetune(With<Training, FinetuneOptions>);
 
 /// The options that are fine-tuning's own.
 #[component]
-pub struct FinetuneOptions {
+struct FinetuneOptions {
     /// Labelled images on which the accuracy is measured at the end; absent: it is not.
     #[serde(default)]
     eval: Option<Data>,
@@ -359,8 +359,8 @@ impl PlannedStage for PlannedFinetune {
 }
 
 register!(stage "finetune" => Finetune, "trains a student and a linear head on labelled images",
-    example: r#"{ type: finetune, epochs: 5, data: { dataset: { type: sample, split: train } },
+    example: "{ type: finetune, epochs: 5, data: { dataset: { type: sample, split: train } },
       eval: { dataset: { type: sample, split: test } },
       student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 } },
-      optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
+      optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 64 } }",
     paper: "MAE, arXiv 2111.06377, appendix A.1");

@@ -35,7 +35,7 @@ const TEMPERATURE: f64 = 0.07;
 #[component]
 #[derive(Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
-pub enum Baseline {
+enum Baseline {
     /// The raw pixels.
     Pixels,
     /// The student before training.
@@ -85,7 +85,7 @@ pub struct Knn {
 
 /// k-NN of the student in the course of pre-training.
 #[component]
-pub struct PeriodicKnn {
+pub(super) struct PeriodicKnn {
     /// Epochs between measurements.
     #[schemars(range(min = 1))]
     pub every_epochs: u64,
@@ -104,7 +104,7 @@ fn twenty() -> usize {
 }
 
 /// k-NN of a student in training, whose options fit.
-pub struct PlannedKnn {
+pub(super) struct PlannedKnn {
     /// Epochs between measurements.
     pub every_epochs: u64,
     sides: Sides,

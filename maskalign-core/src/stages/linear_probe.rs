@@ -53,7 +53,7 @@ pub struct LinearProbe(With<Training, LinearProbeOptions>);
 
 /// The options that are the probe's own.
 #[component]
-pub struct LinearProbeOptions {
+struct LinearProbeOptions {
     /// Labelled images on which the accuracy is measured at the end; absent: it is not.
     #[serde(default)]
     eval: Option<Data>,
@@ -221,8 +221,8 @@ impl PlannedStage for PlannedLinearProbe {
 }
 
 register!(stage "linear_probe" => LinearProbe, "trains a linear classifier on a frozen student's features",
-    example: r#"{ type: linear_probe, epochs: 5, data: { dataset: { type: sample, split: train } },
+    example: "{ type: linear_probe, epochs: 5, data: { dataset: { type: sample, split: train } },
       eval: { dataset: { type: sample, split: test } },
       student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 }, weights: student.safetensors },
-      optimizer: { type: lars, base_lr: 0.1 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
+      optimizer: { type: lars, base_lr: 0.1 }, schedule: { type: cosine }, batch: { effective: 64 } }",
     paper: "MAE, arXiv 2111.06377, appendix A.1");

@@ -34,7 +34,7 @@ pub struct TrainingStep<'a> {
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
 /// student's forward and backward passes.
-pub fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
+pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     let arch = step.student.arch;
     let (dim, mlp, depth) = (arch.dim as u64, arch.mlp as u64, arch.depth as u64);
     let rows = (step.images * step.tokens) as u64;
@@ -50,7 +50,7 @@ pub fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
 
 /// Bytes for training on the features of a frozen tower that runs again at each step: its weights and pass, and what is
 /// trained with its gradient and one moment.
-pub fn probe(plan: &StageSummary, tower: &TowerShape, images: usize, image_size: usize) -> u64 {
+pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, images: usize, image_size: usize) -> u64 {
     FLOAT
         * (plan.parameters as u64
             + 2 * plan.trainable as u64
@@ -60,7 +60,7 @@ pub fn probe(plan: &StageSummary, tower: &TowerShape, images: usize, image_size:
 }
 
 /// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
-pub fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
+pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
     let raw = batch(1, size);
     let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
     let bank = bank(count, if pixels { raw.max(widest) } else { widest } as usize);
@@ -71,7 +71,7 @@ pub fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, 
 
 /// Bytes for `count` features of `width` values: themselves, their copy on the device, and the layout they are
 /// multiplied in.
-pub fn bank(count: usize, width: usize) -> u64 {
+pub(super) fn bank(count: usize, width: usize) -> u64 {
     FLOAT * 3 * (count * width) as u64
 }
 

@@ -42,6 +42,20 @@ use crate::{
 };
 
 /// What a stage is asked before the first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let students = Default::default();
+/// let cx = StageContext {
+///     name: "probe",
+///     seed: 0,
+///     students: &students,
+///     environment: Environment::Ignored,
+///     missing_weights: MissingWeights::Refused,
+///     recompute: Recompute::Never,
+/// };
+/// assert_eq!(cx.towers(224).data_size, 224);
+/// ```
 #[derive(Clone, Copy)]
 pub struct StageContext<'a> {
     /// The stage's name in the recipe.
@@ -72,6 +86,18 @@ impl<'a> StageContext<'a> {
 }
 
 /// What a running stage is given.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A stage's own work, which ends where the user asks for it.
+/// fn work(run: &mut StageRun, all: u64) -> Result<(), Error> {
+///     for done in 0..all {
+///         run.check_stop()?;
+///         run.events.send(Event::Progress { what: "images", done, all })?;
+///     }
+///     Ok(())
+/// }
+/// ```
 pub struct StageRun<'a, 'e> {
     /// The device and its operators.
     pub cx: &'a Context,
@@ -111,6 +137,12 @@ impl StageRun<'_, '_> {
 }
 
 /// What a stage leaves.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let outcome = Outcome { results: serde_json::json!({ "accuracy": 0.5 }), student: None };
+/// assert_eq!(outcome.results["accuracy"], 0.5);
+/// ```
 pub struct Outcome {
     /// Results for `summary.json` and the table at the end.
     pub results: serde_json::Value,
@@ -119,6 +151,31 @@ pub struct Outcome {
 }
 
 /// A stage's options.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Counts the images of a dataset.
+/// #[component]
+/// struct Count {
+///     /// The images.
+///     data: Data,
+/// }
+///
+/// impl Stage for Count {
+///     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+///         let data = self.data.plan(cx.environment).map_err(|refusal| vec![refusal.under("data")])?;
+///         Ok(Box::new(PlannedCount { data, summary: StageSummary::default() }))
+///     }
+/// }
+///
+/// register!(stage "count" => Count, "counts images",
+///     example: "{ type: count, data: { dataset: { type: sample, split: train } } }");
+/// # struct PlannedCount { data: PlannedData, summary: StageSummary }
+/// # impl PlannedStage for PlannedCount {
+/// #     fn summary(&self) -> &StageSummary { &self.summary }
+/// #     fn run(&self, _: StageRun) -> Result<Outcome, Error> { unimplemented!() }
+/// # }
+/// ```
 pub trait Stage: Send + Sync {
     /// Checks all that can be known before the first step, and gives what runs.
     ///
@@ -128,6 +185,27 @@ pub trait Stage: Send + Sync {
 }
 
 /// A stage whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// struct PlannedCount {
+///     data: PlannedData,
+///     summary: StageSummary,
+/// }
+///
+/// impl PlannedStage for PlannedCount {
+///     fn summary(&self) -> &StageSummary {
+///         &self.summary
+///     }
+///
+///     fn run(&self, run: StageRun) -> Result<Outcome, Error> {
+///         let images = self.data.open()?.images.len();
+///         let results = serde_json::json!({ "images": images });
+///         run.events.send(Event::Result { stage: run.name, result: &results })?;
+///         Ok(Outcome { results, student: None })
+///     }
+/// }
+/// ```
 pub trait PlannedStage {
     /// What is known of it.
     fn summary(&self) -> &StageSummary;

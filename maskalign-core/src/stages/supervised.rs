@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     components::students::PlannedStudent,
+    data::Position,
     error::{Error, Result},
     events::Event,
     plugin::Build,
@@ -61,6 +62,16 @@ pub struct Labelled<'a> {
 }
 
 /// What is classified: how many classes there are, and the images that the accuracy is measured on.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Plans a stage that learns the classes of some data.
+/// fn plan(cx: &StageContext, data: &PlannedData) -> Result<PlannedClasses, Vec<Refusal>> {
+///     let (mut summary, mut refusals) = (StageSummary::default(), Vec::new());
+///     let classes = PlannedClasses::plan(cx, None, Some(data), None, &mut summary, &mut refusals);
+///     if refusals.is_empty() { Ok(classes) } else { Err(refusals) }
+/// }
+/// ```
 pub struct PlannedClasses {
     /// How many there are.
     pub classes: usize,
@@ -166,6 +177,29 @@ pub fn class_targets(batch: &MicroBatch, classes: usize, smoothing: f64) -> Resu
 }
 
 /// Gives a score to each class.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// /// Says always the same class.
+/// struct Same(usize);
+///
+/// impl Classify for Same {
+///     fn classes(&self) -> usize {
+///         self.0
+///     }
+///
+///     fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor, Error> {
+///         let mut scores = vec![0.0; images.batch * self.0];
+///         scores.iter_mut().step_by(self.0).for_each(|first| *first = 1.0);
+///         Ok(cx.tensor(scores, images.batch, self.0)?)
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+///
+/// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// assert_eq!(Same(3).scores(&cx, &images)?.to_vec(), [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Classify {
     /// How many classes there are.
     fn classes(&self) -> usize;
@@ -183,7 +217,7 @@ pub trait Classify {
 pub fn accuracy(run: &mut StageRun, model: &dyn Classify, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
     let (mut right, mut seen) = (0usize, 0usize);
     let (classes, all) = (model.classes(), data.images.len());
-    for batch in data.pass(batch, run.workers)?.batches(Default::default(), None) {
+    for batch in data.pass(batch, run.workers)?.batches(Position::default(), None) {
         let mut batch = batch?;
         let images = image_batch(&mut batch);
         let scores = model.scores(run.cx, &images)?.to_vec();

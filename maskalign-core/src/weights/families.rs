@@ -16,6 +16,11 @@ use super::positions::{transposed, without_class_row};
 use super::{HostTensor, TensorMap, WeightsError};
 
 /// A family of vision towers, as far as weights are concerned.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// assert_eq!(Family::Dinov2.name(), "dinov2");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// CLIP: no patch bias, a norm before the blocks, a projection.

@@ -302,7 +302,7 @@ mod tests {
             r#"{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}"#,
             r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}"#,
             r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},"b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#,
-            r#"[1, 2]"#,
+            "[1, 2]",
         ] {
             let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
             bytes.extend_from_slice(header.as_bytes());

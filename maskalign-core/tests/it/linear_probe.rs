@@ -10,10 +10,10 @@ use maskalign_core::{
 
 use crate::support::{fixture, part, planned, relative_error, stage};
 
-const RECIPE: &str = r#"{ name: probe, stages: { probe: { type: linear_probe, epochs: 1, classes: 5,
+const RECIPE: &str = "{ name: probe, stages: { probe: { type: linear_probe, epochs: 1, classes: 5,
     data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
     student: { type: vit, arch: { dim: 16, depth: 2, heads: 2, patch: 7 } },
-    optimizer: { type: lars, base_lr: 0.1 }, schedule: { type: cosine }, batch: { effective: 12, micro: 6 } } } }"#;
+    optimizer: { type: lars, base_lr: 0.1 }, schedule: { type: cosine }, batch: { effective: 12, micro: 6 } } } }";
 
 fn batch(recorded: &TensorMap, rows: std::ops::Range<usize>) -> MicroBatch {
     let pixels = 3 * 28 * 28;

@@ -1,10 +1,11 @@
-//! Models and weights against oracles from outside: one binary, so that it is linked once.
+//! Models and weights against oracles from outside, and the order of the sources: one binary, so that it is linked once.
 
 mod data2vec;
 mod decoder;
 mod dinov2;
 mod layers;
 mod linear_probe;
+mod prelude;
 mod support;
 mod timm;
 mod weights;

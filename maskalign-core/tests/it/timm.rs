@@ -10,10 +10,10 @@ use maskalign_core::{
 
 use crate::support::{fixture, part, planned, stage};
 
-const STAGE: &str = r#"{ name: classifier, stages: { finetune: { type: finetune, epochs: 1, classes: 5,
+const STAGE: &str = "{ name: classifier, stages: { finetune: { type: finetune, epochs: 1, classes: 5,
     data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
     student: { type: vit, arch: { dim: 16, depth: 2, heads: 2, patch: 7 } },
-    optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 1 } } } }"#;
+    optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 1 } } } }";
 
 #[test]
 fn a_fine_tuned_student_is_timms_classifier() {

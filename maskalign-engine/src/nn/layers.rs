@@ -10,6 +10,13 @@ use crate::{
 };
 
 /// Whether a linear layer adds a learned vector to its product.
+///
+/// ```
+/// # use maskalign_engine::{Error, Init, nn::{Bias, Linear}};
+/// let layer = Linear::new(&Init::shapes(), "fc", 2, 4, Bias::Without)?;
+/// assert!(layer.bias.is_none());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bias {
     /// It does; the vector starts at zero.
@@ -19,6 +26,15 @@ pub enum Bias {
 }
 
 /// A linear layer, `[out, in]` as checkpoints store it.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::{Bias, Linear}, ops::Act};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let layer = Linear::new(&Init::new(cx.device(), 0, "student"), "fc", 2, 4, Bias::With)?;
+/// let x = cx.tensor(vec![1.0; 3 * 4], 3, 4)?;
+/// assert_eq!(layer.forward(&cx, &mut Tape::training(), &x, Act::Gelu)?.shape(), (3, 2));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Linear {
     /// `NAME.weight`; `[out, in]`, or `[out, channels, patch, patch]` for a patch embedding.
@@ -98,6 +114,15 @@ impl Linear {
 }
 
 /// LayerNorm over channels.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Tape, nn::Norm};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let x = cx.tensor(vec![1.0, 3.0], 1, 2)?;
+/// let normed = Norm::plain(0.0).forward(&cx, &mut Tape::inference(), &x)?;
+/// assert_eq!(normed.to_vec(), [-1.0, 1.0]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Norm {
     /// `NAME.weight` and `NAME.bias`, `[C]`; `None` only whitens.

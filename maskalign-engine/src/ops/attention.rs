@@ -15,6 +15,17 @@ use crate::{
 };
 
 /// Sizes of an attention: queries and keys are the rows of matrices `[batch * tokens, heads * head_dim]`.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Tape, ops::{self, AttentionShape}};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// // Two queries of one image to three keys, in one head of width 4.
+/// let shape = AttentionShape { batch: 1, heads: 1, queries: 2, keys: 3 };
+/// let (q, k) = (cx.tensor(vec![0.0; 8], 2, 4)?, cx.tensor(vec![0.0; 12], 3, 4)?);
+/// let y = ops::attention(&cx, &mut Tape::inference(), &q, &k, &k, shape)?;
+/// assert_eq!(y.shape(), (2, 4));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
     /// Images in the batch.

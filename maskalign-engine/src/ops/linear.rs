@@ -21,6 +21,18 @@ use crate::{
     tensor::Tensor,
 };
 
+/// What a linear layer makes of its product.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::{Bias, Linear}, ops::Act};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let layer = Linear::new(&Init::blank(cx.device()), "fc", 2, 4, Bias::With)?;
+/// let x = cx.tensor(vec![1.0; 4], 1, 4)?;
+/// for act in [Act::None, Act::Gelu, Act::QuickGelu] {
+///     assert_eq!(layer.forward(&cx, &mut Tape::inference(), &x, act)?.to_vec(), [0.0, 0.0]);
+/// }
+/// # Ok::<(), Error>(())
+/// ```
 pub use maskalign_kernels::gemm::Act;
 
 /// A frozen weight in the layout that the device multiplies fastest by.

@@ -17,6 +17,14 @@ use crate::{
 };
 
 /// An elementwise distance or a distribution loss, averaged as PyTorch's `reduction="mean"` does.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Tape, ops::{self, Distance}};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let (x, y) = (cx.tensor(vec![1.0, 4.0], 1, 2)?, cx.tensor(vec![1.0, 2.0], 1, 2)?);
+/// assert_eq!(ops::distance(&cx, &mut Tape::training(), &x, &y, Distance::L1)?.value(), 1.0);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Distance {
     /// Mean squared error.

@@ -5,6 +5,18 @@
 //! gradient on the tape that it is given, for those of its inputs that take one; two inputs may be one tensor. A device
 //! that has no form of an operator runs the CPU's: inputs are copied to the host and outputs back, gradients likewise, and
 //! [`Context::fallbacks`] counts it. Errors are the device's: out of memory.
+//!
+//! ```
+//! # use maskalign_engine::{Context, Device, Error, Tape, ops};
+//! # let cx = Context::new(Device::Cpu, 1);
+//! let x = cx.tensor(vec![1.0, -2.0], 1, 2)?.tracked();
+//! let mut tape = Tape::training();
+//! let positive = ops::relu(&cx, &mut tape, &x)?;
+//! let loss = ops::mean(&cx, &mut tape, &positive)?;
+//! assert_eq!(loss.value(), 0.5);
+//! assert_eq!(tape.backward(&loss)?.to_vec(&x), [0.5, 0.0]);
+//! # Ok::<(), Error>(())
+//! ```
 
 mod attention;
 mod batch_norm;

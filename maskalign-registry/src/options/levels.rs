@@ -12,6 +12,15 @@ use serde::{
 use crate::plugin::Refusal;
 
 /// One output of a tower.
+///
+/// ```
+/// use maskalign_registry::{LevelRef, Levels};
+///
+/// let levels = Levels::Last(2).resolve(12)?;
+/// assert_eq!(levels, [LevelRef::Block(10), LevelRef::Block(11)]);
+/// assert_eq!(LevelRef::Embed.to_string(), "embed");
+/// # Ok::<(), maskalign_registry::Refusal>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LevelRef {
     /// The tokens that enter the first block.
@@ -40,6 +49,15 @@ pub enum LevelIndex {
 
 /// Which outputs of a tower: `all`, `{last: K}`, or a list of 0-based blocks, negative from the
 /// end, and `embed`.
+///
+/// ```
+/// use maskalign_registry::{LevelRef, Levels};
+///
+/// let levels: Levels = serde_json::from_value(serde_json::json!(["embed", 0, -1])).expect("what a recipe may say");
+/// assert_eq!(levels.resolve(12)?, [LevelRef::Embed, LevelRef::Block(0), LevelRef::Block(11)]);
+/// assert!(levels.resolve(1).is_err(), "in a tower of one block, 0 and -1 are the same");
+/// # Ok::<(), maskalign_registry::Refusal>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Levels {
     /// Every block.

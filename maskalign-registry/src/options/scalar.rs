@@ -24,6 +24,14 @@ pub enum Shape {
 }
 
 /// A number, or one that changes over the stage: `0.75` or `{from: 0.996, to: 1.0, shape: linear}`.
+///
+/// ```
+/// use maskalign_registry::Scalar;
+///
+/// let momentum: Scalar = serde_json::from_value(serde_json::json!({ "from": 0.5, "to": 1.0 })).expect("a ramp");
+/// assert_eq!((momentum.at(0.0), momentum.at(0.5), momentum.at(1.0)), (0.5, 0.75, 1.0));
+/// assert_eq!(Scalar::from(0.75).constant(), Some(0.75));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scalar {
     /// The same value throughout.

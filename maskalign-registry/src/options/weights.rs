@@ -10,6 +10,16 @@ use serde::{
 };
 
 /// Where a tower's parameters come from: a file, `hf://org/repo[@revision][/file]`, or the student of an earlier stage.
+///
+/// ```
+/// use maskalign_registry::Weights;
+///
+/// assert_eq!(Weights::parse("teacher.safetensors"), Ok(Weights::Path("teacher.safetensors".into())));
+/// let Ok(Weights::Hub { repo, revision, .. }) = Weights::parse("hf://facebook/dinov2-base@main") else {
+///     panic!("it is an address of the hub");
+/// };
+/// assert_eq!((repo.as_str(), revision.as_deref()), ("facebook/dinov2-base", Some("main")));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Weights {
     /// A file on this machine.

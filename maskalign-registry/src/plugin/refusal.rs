@@ -8,6 +8,14 @@ use super::Kind;
 ///
 /// The path is relative to the component until callers prefix it with [`Refusal::under`];
 /// [`Loaded::locate`](crate::Loaded::locate) maps a path from the recipe's root to a place.
+///
+/// ```
+/// use maskalign_registry::Refusal;
+///
+/// let refusal = Refusal::new("cell", "a square of 9 patches in a grid of 7x7").help("lower `cell`");
+/// assert_eq!(refusal.clone().under("masker").path, ["masker", "cell"]);
+/// assert!(Refusal::whole("the student has no class token").path.is_empty());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// Keys and indices from the component down to the option at fault.

@@ -212,8 +212,9 @@ fn bound_by_format(object: &mut Map<String, Value>, format: &Value) {
     }
 }
 
-/// Doc comments are wrapped by hand: joins the lines of each paragraph.
+/// Doc comments are wrapped by hand: joins the lines of each paragraph. What they end in, an example in Rust, is left out.
 fn unwrap_lines(text: &str) -> String {
+    let text = text.split("\n```").next().unwrap_or_default().trim_end();
     let paragraphs: Vec<String> =
         text.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     paragraphs.join("\n\n")

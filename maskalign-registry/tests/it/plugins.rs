@@ -81,6 +81,27 @@ fn options_say_what_may_be_written() {
 }
 
 #[test]
+fn what_is_said_of_an_option_ends_before_an_example_in_rust() {
+    /// A part, on
+    /// two lines.
+    ///
+    /// ```
+    /// assert_eq!(1 + 1, 2);
+    /// ```
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Part {}
+    #[derive(Serialize, Deserialize, JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Whole {
+        part: Part,
+    }
+    static WHOLE: Entry = Entry::of::<Whole>(Kind::Masker, "whole", &());
+    let registry = Registry::from_entries([&WHOLE]).expect("one entry");
+    assert_eq!(registry.options(&WHOLE)[0].description, "A part, on two lines.");
+}
+
+#[test]
 fn the_example_of_every_component_parses_and_decodes() {
     for entry in registry().entries() {
         let faults = registry().faults(entry);

@@ -22,7 +22,7 @@ use crate::{
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
-pub enum DecoderAttention {
+enum DecoderAttention {
     /// Every token to every token (MAE).
     #[default]
     Full,
@@ -57,7 +57,7 @@ fn eps() -> f64 {
 /// `decoder_blocks.I`, `decoder_norm`, `decoder_pred`; with `attention: cross` there is no `decoder_embed`, and the mix of
 /// levels is CrossMAE's `wfm.linear` and `dec_norms.I`.
 #[component]
-pub struct Decoder {
+struct Decoder {
     /// The student's level that is decoded; one, but for `attention: cross`.
     #[serde(default = "last")]
     levels: Levels,
@@ -447,8 +447,12 @@ impl Module for DecoderModule {
             Blocks::Full(_, blocks) => blocks.iter_mut().for_each(|b| b.visit(f)),
             Blocks::MaskedQueries(_, blocks) => blocks.iter_mut().for_each(|b| b.visit(f)),
             Blocks::Cross(mix, blocks) => {
-                mix.iter_mut().for_each(|m| m.visit(f));
-                blocks.iter_mut().for_each(|b| b.visit(f));
+                if let Some(mix) = mix {
+                    mix.visit(f);
+                }
+                for b in blocks {
+                    b.visit(f);
+                }
             }
         }
         self.norm.visit(f);

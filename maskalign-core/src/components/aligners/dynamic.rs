@@ -52,7 +52,7 @@ pub enum Head {
 /// The matrix `distill_weights` and the heads `distill_heads.I` are kept for every level, as in the official
 /// checkpoints; those of levels that are not compared stay as they are.
 #[component]
-pub struct Dynamic {
+struct Dynamic {
     /// The student's levels: `all`, `{last: K}`, or a list; the matrix has one column for each.
     #[serde(default)]
     levels: Levels,

@@ -18,6 +18,24 @@ use crate::{
 };
 
 /// What an alignment is asked before the first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let student = TowerShape::from(&config);
+/// fn check(plan: &AlignPlan) -> Result<(), Refusal> {
+///     match plan.outputs {
+///         1 => Ok(()),
+///         n => Err(Refusal::whole(format!("there is one output, the target has {n}")).help("choose one level of it")),
+///     }
+/// }
+///
+/// let (counts, tokens) = (Counts { visible: 1, masked: 3 }, Tokens { visible: true, ..Tokens::default() });
+/// let (target_depth, target_levels, wanted) = (12, vec![10, 11], vec![0, 1]);
+/// let plan = AlignPlan { student, counts, tokens, target_depth, target_levels, outputs: 2, wanted, width: 64 };
+/// assert!(check(&plan).is_err());
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct AlignPlan {
     /// The student.
@@ -39,6 +57,13 @@ pub struct AlignPlan {
 }
 
 /// What an alignment needs of the student.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let needs = AlignNeeds { levels: Levels::Last(2).resolve(12)?, tap: Tap::Norm };
+/// assert_eq!(needs.levels, [LevelRef::Block(10), LevelRef::Block(11)]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AlignNeeds {
     /// The student's levels, in the order in which the alignment is given them.
@@ -48,6 +73,21 @@ pub struct AlignNeeds {
 }
 
 /// What an alignment is computed from.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// // One image: the rows of its class token and of two visible patches, of which the objective compares the patches.
+/// let levels = [cx.tensor(vec![0.0, 1.0, 2.0], 3, 1)?];
+/// let held = Tokens { cls: true, visible: true, masked: false };
+/// let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
+/// let input = AlignInput { levels: &levels, held, masks: &masks, tokens: Tokens { cls: false, ..held } };
+///
+/// let rows = input.masks.within(input.tokens, input.held).expect("fewer than are held");
+/// let x = ops::gather_rows(&cx, &mut Tape::inference(), &[&input.levels[0]], &rows)?;
+/// assert_eq!(x.to_vec(), [1.0, 2.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct AlignInput<'a> {
     /// The student's levels that it asked for, `[batch * held, dim]`; the rows of an image are its class token (where
     /// the student has one), its visible patches, and its masked ones (where the student shows mask tokens).
@@ -61,6 +101,31 @@ pub struct AlignInput<'a> {
 }
 
 /// An alignment's options.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// One linear layer from the student's last level.
+/// #[component]
+/// struct Straight {}
+///
+/// impl Aligner for Straight {
+///     fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal> {
+///         if plan.tokens.masked {
+///             return Err(Refusal::whole("there are outputs for the student's tokens only"));
+///         }
+///         let levels = vec![LevelRef::Block(plan.student.arch.depth - 1)];
+///         let needs = AlignNeeds { levels, tap: Tap::Block };
+///         Ok(Box::new(PlannedStraight { needs, from: plan.student.arch.dim, to: plan.width }))
+///     }
+/// }
+///
+/// register!(aligner "straight" => Straight, "one linear layer", example: "{ type: straight }");
+/// # struct PlannedStraight { needs: AlignNeeds, from: usize, to: usize }
+/// # impl PlannedAligner for PlannedStraight {
+/// #     fn needs(&self) -> &AlignNeeds { &self.needs }
+/// #     fn build(&self, _: &Init) -> Result<Box<dyn AlignerModel>> { unimplemented!() }
+/// # }
+/// ```
 pub trait Aligner: Send + Sync {
     /// Checks them, and gives what builds the alignment.
     ///
@@ -70,6 +135,35 @@ pub trait Aligner: Send + Sync {
 }
 
 /// An alignment whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// struct PlannedStraight {
+///     needs: AlignNeeds,
+///     from: usize,
+///     to: usize,
+/// }
+///
+/// impl PlannedAligner for PlannedStraight {
+///     fn needs(&self) -> &AlignNeeds {
+///         &self.needs
+///     }
+///
+///     fn build(&self, init: &Init) -> Result<Box<dyn AlignerModel>> {
+///         Ok(Box::new(Straight(Linear::new(init, "straight", self.to, self.from, Bias::With)?)))
+///     }
+/// }
+/// # struct Straight(Linear);
+/// # impl Module for Straight { fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) { self.0.visit(f) } }
+/// # impl AlignerModel for Straight {
+/// #     fn forward(&self, _: &Context, _: &mut Tape, _: &AlignInput) -> Result<Vec<Tensor>> { unimplemented!() }
+/// # }
+///
+/// let needs = AlignNeeds { levels: vec![LevelRef::Block(11)], tap: Tap::Block };
+/// let mut model = PlannedStraight { needs, from: 4, to: 2 }.build(&Init::shapes())?;
+/// assert_eq!(model.shapes()[0], ("straight.weight".to_string(), vec![2, 4]));
+/// # Ok::<(), Error>(())
+/// ```
 pub trait PlannedAligner: Send + Sync {
     /// What it needs of the student.
     fn needs(&self) -> &AlignNeeds;
@@ -86,6 +180,35 @@ pub trait PlannedAligner: Send + Sync {
 }
 
 /// A trained map from the student's outputs to the target's shape.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// struct Straight(Linear);
+///
+/// impl Module for Straight {
+///     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+///         self.0.visit(f);
+///     }
+/// }
+///
+/// impl AlignerModel for Straight {
+///     fn forward(&self, cx: &Context, tape: &mut Tape, input: &AlignInput) -> Result<Vec<Tensor>> {
+///         let mut x = input.levels[0].clone();
+///         if let Some(rows) = input.masks.within(input.tokens, input.held) {
+///             x = ops::gather_rows(cx, tape, &[&x], &rows)?;
+///         }
+///         Ok(vec![self.0.forward(cx, tape, &x, Act::None)?])
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let model = Straight(Linear::new(&Init::new(cx.device(), 0, "x"), "straight", 2, 1, Bias::With)?);
+/// # let levels = [cx.tensor(vec![0.0, 1.0, 2.0], 3, 1)?];
+/// # let held = Tokens { cls: true, visible: true, masked: false };
+/// # let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
+/// # let input = AlignInput { levels: &levels, held, masks: &masks, tokens: Tokens { cls: false, ..held } };
+/// # assert_eq!(model.forward(&cx, &mut Tape::training(), &input)?[0].shape(), (2, 2));
+/// # Ok::<(), Error>(())
+/// ```
 pub trait AlignerModel: Module {
     /// The predictions, `[batch * tokens, width]` each; the rows of an image are its class token, visible and masked
     /// patches, as far as [`AlignInput::tokens`] has them.

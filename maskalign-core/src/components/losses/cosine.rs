@@ -9,7 +9,7 @@ use maskalign_engine::{
 
 /// 1 - the cosine of prediction and target, mean over tokens; both are normalised.
 #[component]
-pub struct Cosine {}
+struct Cosine {}
 
 impl Loss for Cosine {
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {

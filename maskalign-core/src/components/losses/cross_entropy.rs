@@ -12,7 +12,7 @@ fn one() -> f32 {
 /// tokens: self-distillation (DINO, arXiv 2104.14294, equation 2; iBOT on patches). A lower temperature of the target's
 /// sharpens it.
 #[component]
-pub struct CrossEntropy {
+struct CrossEntropy {
     /// What predictions are divided by.
     #[serde(default = "one")]
     #[schemars(range(min = 0.001))]

@@ -9,7 +9,7 @@ use maskalign_engine::{
 
 /// KL divergence of softmax(prediction) from softmax(target) over channels, mean over all elements (PyTorch's `kl_div`, `reduction="mean"`).
 #[component]
-pub struct Kl {}
+struct Kl {}
 
 impl Loss for Kl {
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {

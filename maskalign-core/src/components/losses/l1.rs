@@ -9,7 +9,7 @@ use maskalign_engine::{
 
 /// Mean over all elements of the absolute difference.
 #[component]
-pub struct L1 {}
+struct L1 {}
 
 impl Loss for L1 {
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {

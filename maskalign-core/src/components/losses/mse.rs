@@ -9,7 +9,7 @@ use maskalign_engine::{
 
 /// Mean over all elements of the squared difference.
 #[component]
-pub struct Mse {}
+struct Mse {}
 
 impl Loss for Mse {
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {

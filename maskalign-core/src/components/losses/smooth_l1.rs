@@ -14,7 +14,7 @@ fn one() -> f32 {
 /// Quadratic within `beta` of the target, linear beyond; mean over all elements. MaskAlign uses it with beta 1 and an
 /// objective's `weight` of 2.
 #[component]
-pub struct SmoothL1 {
+struct SmoothL1 {
     /// Where the square turns into a line; 0 is the absolute error.
     #[serde(default = "one")]
     #[schemars(range(min = 0.0))]

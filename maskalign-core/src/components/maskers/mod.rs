@@ -15,6 +15,13 @@ use maskalign_registry::Refusal;
 use crate::nn::Grid;
 
 /// How many patches a masker keeps and asks for: fixed for a run, so that a batch is one matrix.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let (grid, visible) = (Grid { rows: 7, columns: 7 }, 12);
+/// let counts = Counts { visible, masked: grid.patches() - visible };
+/// assert_eq!(counts.masked, 37);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
     /// Patches the student sees.
@@ -24,6 +31,18 @@ pub struct Counts {
 }
 
 /// What a masker draws from.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The patches that the teacher attends to most come first.
+/// fn order(input: &MaskInput) -> Vec<u32> {
+///     let mut order: Vec<u32> = (0..input.attention.len() as u32).collect();
+///     order.sort_by(|&a, &b| input.attention[b as usize].total_cmp(&input.attention[a as usize]));
+///     order
+/// }
+///
+/// assert_eq!(order(&MaskInput { epoch: 0, image: 5, attention: &[0.1, 0.7, 0.2] }), [1, 2, 0]);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct MaskInput<'a> {
     /// The epoch.
@@ -36,6 +55,14 @@ pub struct MaskInput<'a> {
 }
 
 /// The patches of one image.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// // Of four patches, the student sees two and predicts the others.
+/// let mask = Mask { visible: vec![2, 0], masked: vec![1, 3] };
+/// let batch = Masks::join(&[mask.clone(), mask]);
+/// assert_eq!((batch.batch, batch.visible_of(1)), (2, &[2, 0][..]));
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mask {
     /// What the student sees, in this order.
@@ -45,6 +72,30 @@ pub struct Mask {
 }
 
 /// A masker's options.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Keeps one patch, at any place.
+/// #[component]
+/// struct Single {}
+///
+/// impl Masker for Single {
+///     fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal> {
+///         Ok(Box::new(PlannedSingle { patches: grid.patches() }))
+///     }
+/// }
+///
+/// register!(masker "single" => Single, "keeps one patch", example: "{ type: single }");
+/// # struct PlannedSingle { patches: usize }
+/// # impl PlannedMasker for PlannedSingle {
+/// #     fn counts(&self) -> Counts { Counts { visible: 1, masked: self.patches - 1 } }
+/// #     fn draw(&self, _: &MaskInput, rng: &mut Stream) -> Mask { unimplemented!() }
+/// # }
+///
+/// let planned = Single {}.plan(Grid { rows: 2, columns: 3 })?;
+/// assert_eq!(planned.counts(), Counts { visible: 1, masked: 5 });
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Masker: Send + Sync {
     /// Checks them against the student's patches, and gives what draws.
     ///
@@ -59,6 +110,28 @@ pub trait Masker: Send + Sync {
 }
 
 /// A masker whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// struct PlannedSingle {
+///     patches: usize,
+/// }
+///
+/// impl PlannedMasker for PlannedSingle {
+///     fn counts(&self) -> Counts {
+///         Counts { visible: 1, masked: self.patches - 1 }
+///     }
+///
+///     fn draw(&self, _: &MaskInput, rng: &mut Stream) -> Mask {
+///         let order = rng.permutation(self.patches).into_iter().map(|patch| patch as u32).collect();
+///         split(order, self.counts())
+///     }
+/// }
+///
+/// let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+/// let mask = PlannedSingle { patches: 6 }.draw(&input, &mut Stream::new(0, "mask", 0, 0));
+/// assert_eq!((mask.visible.len(), mask.masked.len()), (1, 5));
+/// ```
 pub trait PlannedMasker: Send + Sync {
     /// How many patches of each image stay visible and are predicted.
     fn counts(&self) -> Counts;
@@ -73,6 +146,13 @@ pub trait PlannedMasker: Send + Sync {
 ///
 /// # Errors
 /// None or several of them are given, or no mask of the patches has such counts; names the option.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// assert_eq!(counts("random", 196, Some(0.75), None, None, None)?, Counts { visible: 49, masked: 147 });
+/// assert!(counts("random", 196, Some(0.75), Some(49), None, None).is_err());
+/// # Ok::<(), Error>(())
+/// ```
 pub fn counts(
     masker: &str,
     patches: usize,
@@ -118,6 +198,12 @@ pub fn counts(
 
 /// An order of the patches as a mask: the first `visible` are seen, the next are predicted. The predicted ones are
 /// sorted, so that an order says no more than the choice.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let mask = split(vec![4, 1, 3, 0, 2], Counts { visible: 2, masked: 2 });
+/// assert_eq!(mask, Mask { visible: vec![4, 1], masked: vec![0, 3] });
+/// ```
 pub fn split(mut order: Vec<u32>, counts: Counts) -> Mask {
     let mut masked = order.split_off(counts.visible);
     masked.truncate(counts.masked);

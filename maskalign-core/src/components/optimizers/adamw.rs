@@ -20,7 +20,7 @@ fn eps() -> f64 {
 ///
 /// Tensors of rank 1 or less and biases never decay (the official rule).
 #[component]
-pub struct AdamW {
+struct AdamW {
     /// Peak learning rate for a batch of `base_batch`; the rate is base_lr * effective batch / base_batch.
     #[schemars(range(min = 0.0))]
     base_lr: f64,
@@ -53,7 +53,7 @@ impl AdamW {
     fn decays(&self, parameter: &Param) -> bool {
         let name = &parameter.name;
         let spared = parameter.dims.len() <= 1
-            || name.ends_with(".bias")
+            || name.rsplit_once('.').is_some_and(|(_, own)| own == "bias")
             || self.no_decay.iter().any(|part| name.ends_with(part) || name.starts_with(part));
         !spared
     }

@@ -21,7 +21,7 @@ fn trust_coefficient() -> f64 {
 ///
 /// Tensors of rank 1 or less (biases, norms) neither decay nor scale.
 #[component]
-pub struct Lars {
+struct Lars {
     /// Peak learning rate for a batch of `base_batch`; the rate is base_lr * effective batch / base_batch.
     #[schemars(range(min = 0.0))]
     base_lr: f64,

@@ -9,6 +9,17 @@ use maskalign_registry::{Refusal, Scalar};
 use crate::nn::Param;
 
 /// What changes from one update to the next.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A decay of weights that grows in the course of the stage.
+/// fn decay(decay: &Ramp, update: Update) -> f64 {
+///     update.lr * decay.at(update.progress)
+/// }
+///
+/// let update = Update { lr: 0.1, progress: 0.5, step: 50, gradient_scale: 1.0 };
+/// assert_eq!(decay(&Ramp::Constant(0.5), update), 0.05);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Update {
     /// Learning rate of this parameter.
@@ -22,6 +33,47 @@ pub struct Update {
 }
 
 /// An optimizer.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// /// Follows the sign of the gradient.
+/// #[component]
+/// struct Sign {
+///     /// The length of a step.
+///     lr: f64,
+/// }
+///
+/// impl Optimizer for Sign {
+///     fn peak_lr(&self, _: usize) -> f64 {
+///         self.lr
+///     }
+///     fn clip_norm(&self) -> Option<f64> {
+///         None
+///     }
+///     fn state_names(&self) -> &'static [&'static str] {
+///         &[]
+///     }
+///     fn check(&self) -> Result<(), Refusal> {
+///         Ok(())
+///     }
+///     fn update(&self, _: &Context, p: &mut Param, g: &Gradients, _: &mut [Tensor], u: Update) -> Result<()> {
+///         let (values, gradient) = (p.value.to_vec(), g.to_vec(&p.value));
+///         let next: Vec<f32> = values.iter().zip(&gradient).map(|(v, g)| v - u.lr as f32 * g.signum()).collect();
+///         p.load(&next)
+///     }
+/// }
+///
+/// register!(optimizer "sign" => Sign, "the sign of the gradient", example: "{ type: sign, lr: 0.001 }");
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let mut p = Init::new(cx.device(), 0, "x").constant("w", &[1], 1.0)?;
+/// # let mut tape = Tape::training();
+/// # let loss = ops::square(&cx, &mut tape, &p.value)?;
+/// # let gradients = tape.backward(&loss)?;
+/// # let update = Update { lr: 0.5, progress: 0.0, step: 1, gradient_scale: 1.0 };
+/// # Sign { lr: 0.5 }.update(&cx, &mut p, &gradients, &mut [], update)?;
+/// # assert_eq!(p.value.to_vec(), [0.5]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Optimizer: Send + Sync {
     /// Peak learning rate for an effective batch.
     fn peak_lr(&self, effective_batch: usize) -> f64;

@@ -8,7 +8,7 @@ use crate::{component, register};
 
 /// The peak rate throughout, after a linear warm-up.
 #[component]
-pub struct Constant {
+struct Constant {
     /// Epochs of linear warm-up.
     #[serde(default)]
     #[schemars(range(min = 0.0))]

@@ -8,7 +8,7 @@ use crate::{component, register};
 
 /// A linear warm-up, then half a cosine down to `min_lr` (MAE's and MaskAlign's schedule).
 #[component]
-pub struct Cosine {
+struct Cosine {
     /// Epochs of linear warm-up.
     #[serde(default)]
     #[schemars(range(min = 0.0))]

@@ -8,6 +8,26 @@ use maskalign_engine::Result;
 use maskalign_registry::{Refusal, source::number};
 
 /// A learning rate over time.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A straight line to zero.
+/// #[component]
+/// struct Line {}
+///
+/// impl Schedule for Line {
+///     fn rate(&self, peak: f64, epoch: f64, epochs: f64) -> f64 {
+///         peak * (1.0 - epoch / epochs)
+///     }
+///     fn check(&self, _: f64) -> Result<(), Refusal> {
+///         Ok(())
+///     }
+/// }
+///
+/// register!(schedule "line" => Line, "a straight line to zero", example: "{ type: line }");
+///
+/// assert_eq!(Line {}.rate(0.1, 5.0, 10.0), 0.05);
+/// ```
 pub trait Schedule: Send + Sync {
     /// The rate at `epoch` (fractional, from 0) of `epochs`, for a peak rate of `peak`.
     fn rate(&self, peak: f64, epoch: f64, epochs: f64) -> f64;

@@ -12,7 +12,7 @@ fn tenth() -> f64 {
 
 /// The rate is multiplied by `gamma` at each milestone, after a linear warm-up (SimMIM, arXiv 2111.09886).
 #[component]
-pub struct Multistep {
+struct Multistep {
     /// Epochs of linear warm-up.
     #[serde(default)]
     #[schemars(range(min = 0.0))]

@@ -22,7 +22,7 @@ use crate::{
 #[component]
 #[derive(Copy, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
-pub enum Positions {
+enum Positions {
     /// Fixed two-dimensional sines and cosines.
     Sincos,
     /// Learned, truncated normal .02 at first.
@@ -36,7 +36,7 @@ fn eps() -> f64 {
 /// A vision transformer with exact GELU, ImageNet statistics and Xavier-uniform initialisation (MAE's and
 /// MaskAlign's).
 #[component]
-pub struct VitStudent {
+struct VitStudent {
     /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
     #[serde(default)]
     arch: Option<Arch>,

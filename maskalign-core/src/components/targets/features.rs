@@ -20,7 +20,7 @@ use crate::{
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
-pub enum Combine {
+enum Combine {
     /// One output per level.
     #[default]
     None,
@@ -30,7 +30,7 @@ pub enum Combine {
 
 /// The hidden states of a teacher (MaskAlign, arXiv 2211.08887, section 3).
 #[component]
-pub struct Features {
+struct Features {
     /// The teacher, by its name under `teachers`.
     #[schemars(extend("x-reference" = "teacher"))]
     teacher: String,

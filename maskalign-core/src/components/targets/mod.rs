@@ -22,6 +22,16 @@ use crate::{
 };
 
 /// What a target is asked before the first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let student = TowerShape::from(&config);
+/// let teachers = [("clip".to_string(), student)].into();
+/// let cx = TargetContext { student, teachers: &teachers, tokens: Tokens { visible: true, ..Tokens::default() } };
+/// assert_eq!(cx.teachers["clip"].arch.depth, 2);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct TargetContext<'a> {
     /// The student.
@@ -33,6 +43,29 @@ pub struct TargetContext<'a> {
 }
 
 /// A target's options.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The brightness of each patch.
+/// #[component]
+/// struct Brightness {}
+///
+/// impl Target for Brightness {
+///     fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal> {
+///         if cx.tokens.cls {
+///             return Err(Refusal::whole("the class token has no brightness").help("leave `cls` out of `tokens`"));
+///         }
+///         let source = TargetSource::Images(Box::new(PlannedBrightness(cx.student)));
+///         Ok(PlannedTarget { outputs: 1, depth: 1, levels: vec![0], width: 1, source })
+///     }
+/// }
+///
+/// register!(target "brightness" => Brightness, "the brightness of each patch", example: "{ type: brightness }");
+/// # struct PlannedBrightness(TowerShape);
+/// # impl ImageTarget for PlannedBrightness {
+/// #     fn outputs(&self, _: &Context, _: &TargetInput) -> Result<Vec<Tensor>> { unimplemented!() }
+/// # }
+/// ```
 pub trait Target: Send + Sync {
     /// Checks them, and gives what computes the target.
     ///
@@ -42,6 +75,17 @@ pub trait Target: Send + Sync {
 }
 
 /// A target whose options fit: what it gives, and what it is computed from.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # fn planned(source: TargetSource) {
+/// let target = PlannedTarget { outputs: 5, depth: 12, levels: vec![7, 8, 9, 10, 11], width: 768, source };
+/// match target.teacher() {
+///     Some(name) => assert!(!name.is_empty()),
+///     None => assert_eq!(target.levels, [0], "a target of images"),
+/// }
+/// # }
+/// ```
 pub struct PlannedTarget {
     /// Outputs: one a level, or one where levels are combined.
     pub outputs: usize,
@@ -56,6 +100,14 @@ pub struct PlannedTarget {
 }
 
 /// What a target is computed from.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A target of a teacher's last states, as they are.
+/// fn of(name: &str, target: Box<dyn TeacherTarget>) -> TargetSource {
+///     TargetSource::Teacher { name: name.to_string(), tap: Tap::Norm, whole: false, target }
+/// }
+/// ```
 pub enum TargetSource {
     /// The images alone.
     Images(Box<dyn ImageTarget>),
@@ -83,6 +135,15 @@ impl PlannedTarget {
 }
 
 /// What every target is computed from.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// let masks = Masks { batch: 1, visible: vec![2], masked: vec![0, 3] };
+/// let tokens = Tokens { masked: true, ..Tokens::default() };
+/// let input = TargetInput { images: &images, masks: &masks, tokens };
+/// assert_eq!(input.masks.rows(input.tokens, true), [1, 4], "behind the class token of a tower that sees all patches");
+/// ```
 pub struct TargetInput<'a> {
     /// The images.
     pub images: &'a ImageBatch,
@@ -93,6 +154,27 @@ pub struct TargetInput<'a> {
 }
 
 /// A target that is computed from the images.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// struct Index;
+///
+/// /// Each patch's own number.
+/// impl ImageTarget for Index {
+///     fn outputs(&self, cx: &Context, input: &TargetInput) -> Result<Vec<Tensor>> {
+///         let rows = input.masks.rows(input.tokens, false);
+///         let values: Vec<f32> = rows.iter().map(|&patch| patch as f32).collect();
+///         Ok(vec![cx.tensor(values, rows.len(), 1)?])
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+///
+/// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// let masks = Masks { batch: 1, visible: vec![2], masked: vec![0, 3] };
+/// let input = TargetInput { images: &images, masks: &masks, tokens: Tokens { masked: true, ..Tokens::default() } };
+/// assert_eq!(Index.outputs(&cx, &input)?[0].to_vec(), [0.0, 3.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait ImageTarget: Send + Sync {
     /// The targets, one matrix `[batch * tokens, width]` an output; the rows of an image are its class token, visible and
     /// masked patches, as far as [`TargetInput::tokens`] has them.
@@ -103,6 +185,30 @@ pub trait ImageTarget: Send + Sync {
 }
 
 /// A target that is computed from a teacher's hidden states.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// struct Levels;
+///
+/// /// The states of the teacher, where it computed those tokens alone that are compared.
+/// impl TeacherTarget for Levels {
+///     fn outputs(
+///         &self,
+///         cx: &Context,
+///         input: &TargetInput,
+///         teacher: &dyn TeacherModel,
+///         levels: &[&Level],
+///     ) -> Result<Vec<Tensor>> {
+///         let off = &mut Tape::inference();
+///         let gather = |level: &&Level| match level.only.and_then(|held| input.masks.within(input.tokens, held)) {
+///             Some(rows) => ops::gather_rows(cx, off, &[&level.x], &rows),
+///             None => Ok(level.x.clone()),
+///         };
+///         let rows: Vec<Tensor> = levels.iter().map(gather).collect::<Result<_>>()?;
+///         rows.iter().map(|x| teacher.tap(cx, x, Tap::Norm)).collect()
+///     }
+/// }
+/// ```
 pub trait TeacherTarget: Send + Sync {
     /// The targets as [`ImageTarget::outputs`] gives them, from the teacher's `levels` in the order of the plan; levels
     /// that no loss compares are left out of them and of the outputs.
@@ -119,6 +225,15 @@ pub trait TeacherTarget: Send + Sync {
 }
 
 /// How targets are normalised, before tokens are gathered.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let x = cx.tensor(vec![3.0, 4.0], 1, 2)?;
+/// assert_eq!(Normalize::L2.apply(&cx, &x)?.to_vec(), [0.6, 0.8]);
+/// assert!(Normalize::StandardizeBatch.needs_every_token());
+/// # Ok::<(), Error>(())
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]

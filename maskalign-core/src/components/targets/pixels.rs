@@ -15,7 +15,7 @@ use crate::{
 
 /// The pixels of each patch in the student's statistics, ordered row, column, channel (MAE, arXiv 2111.06377).
 #[component]
-pub struct Pixels {
+struct Pixels {
     /// How each patch is normalised; `standardize` is MAE's `norm_pix_loss`.
     #[serde(default)]
     normalize: Normalize,

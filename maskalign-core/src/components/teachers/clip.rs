@@ -16,7 +16,7 @@ use crate::{
 #[component]
 #[derive(Copy, Default)]
 #[serde(rename_all = "snake_case")]
-pub enum Activation {
+enum Activation {
     /// x sigmoid(1.702 x): OpenAI's weights.
     #[default]
     QuickGelu,
@@ -30,7 +30,7 @@ fn eps() -> f64 {
 
 /// CLIP's image tower (arXiv 2103.00020): OpenAI, open_clip, Hugging Face and timm files.
 #[component]
-pub struct Clip {
+struct Clip {
     /// Sizes: a name such as `base_16`, or the numbers.
     arch: Arch,
     /// A file, or `hf://org/repo` in the local hub cache.

@@ -18,7 +18,7 @@ fn eps() -> f64 {
 
 /// DINO's tower. Original files (arXiv 2104.14294), timm's and Hugging Face's, whose configuration has `eps` 1e-12.
 #[component]
-pub struct Dino {
+struct Dino {
     /// Sizes: a name such as `base_16`, or the numbers.
     arch: Arch,
     /// A file, or `hf://org/repo` in the local hub cache.

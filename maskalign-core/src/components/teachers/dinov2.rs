@@ -18,7 +18,7 @@ fn eps() -> f64 {
 
 /// DINOv2's tower, with LayerScale. Original files (arXiv 2304.07193), timm's and Hugging Face's.
 #[component]
-pub struct Dinov2 {
+struct Dinov2 {
     /// Sizes: a name such as `base_16`, or the numbers.
     arch: Arch,
     /// A file, or `hf://org/repo` in the local hub cache.

@@ -28,6 +28,13 @@ use crate::{
 };
 
 /// What the objectives and the masker need of a teacher, known before the first step.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let tokens = Tokens { visible: true, ..Tokens::default() };
+/// let wants = Wants { levels: [7, 11].into(), tokens, ..Wants::default() };
+/// assert!(!wants.attention && wants.levels.contains(&11));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wants {
     /// Blocks whose outputs are compared.
@@ -41,6 +48,14 @@ pub struct Wants {
 }
 
 /// A teacher's pass between attention and outputs, while the mask is drawn.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A pass of a teacher that gives no attention, and computes the last block whole.
+/// fn pass(features: Features) -> Pass {
+///     Pass { attention: Vec::new(), features, begun: None }
+/// }
+/// ```
 pub struct Pass {
     /// Attention of the class token to each patch in the last block, mean over heads: `[batch, patches]`; empty where
     /// [`Wants::attention`] is false.
@@ -52,6 +67,15 @@ pub struct Pass {
 }
 
 /// One level of a teacher.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// // Of one image, the rows of all tokens: a class token and four patches.
+/// let level = Level { x: cx.tensor(vec![0.0; 5 * 8], 5, 8)?, only: None };
+/// assert_eq!(level.x.shape(), (5, 8));
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Level {
     /// `[batch * tokens, channels]`.
     pub x: Tensor,
@@ -60,6 +84,37 @@ pub struct Level {
 }
 
 /// A teacher's options.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A tower of somebody's checkpoints.
+/// #[component]
+/// struct Theirs {
+///     /// The file.
+///     weights: Weights,
+/// }
+///
+/// impl Teacher for Theirs {
+///     fn plan(&self, cx: &PlanContext) -> Result<Box<dyn PlannedTeacher>, Refusal> {
+///         let options = TowerOptions { arch: Arch::named("base_16"), image_size: None, weights: Some(&self.weights) };
+///         let (arch, image_size) = options.resolve(cx)?;
+///         let config = VitConfig { learned_positions: true, ..VitConfig::plain(arch, image_size) };
+///         Ok(Box::new(PlannedTower::plan(cx, config, Some(&self.weights), Family::Vit)?))
+///     }
+/// }
+///
+/// register!(teacher "theirs" => Theirs, "a tower",
+///     example: "{ type: theirs, weights: theirs.safetensors }");
+/// # let students = Default::default();
+/// # let cx = PlanContext {
+/// #     data_size: 224, students: &students, student: None,
+/// #     environment: Environment::Ignored, missing_weights: MissingWeights::Refused,
+/// # };
+///
+/// let theirs = Theirs { weights: Weights::Path("theirs.safetensors".into()) };
+/// assert_eq!(theirs.plan(&cx)?.shape().tokens(), 1 + 14 * 14);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Teacher: Send + Sync {
     /// Checks them, and gives what builds the teacher.
     ///
@@ -69,6 +124,31 @@ pub trait Teacher: Send + Sync {
 }
 
 /// A teacher whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A teacher that begins as the student of its stage does.
+/// struct Twin(TowerShape);
+///
+/// impl PlannedTeacher for Twin {
+///     fn shape(&self) -> TowerShape {
+///         self.0
+///     }
+///
+///     fn gives_attention(&self) -> bool {
+///         false
+///     }
+///
+///     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
+///         let Some((planned, _)) = &build.student else {
+///             return Err(Refusal::whole("the stage trains no student").into());
+///         };
+///         let tower = planned.build(&Init::blank(build.cx.device()), build.trained)?;
+///         Ok(twin(tower))
+///     }
+/// }
+/// # fn twin(tower: Box<dyn StudentModel>) -> Box<dyn TeacherModel> { unimplemented!() }
+/// ```
 pub trait PlannedTeacher: Send + Sync {
     /// The shape of its tower.
     fn shape(&self) -> TowerShape;
@@ -84,6 +164,18 @@ pub trait PlannedTeacher: Send + Sync {
 }
 
 /// What a teacher is built from.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// /// A teacher whose values are those of an earlier stage's student.
+/// fn values(build: &TeacherBuild, stage: &str) -> Result<usize, Error> {
+///     Ok(build.trained.get(stage)?.len())
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+///
+/// let build = TeacherBuild { cx: &cx, trained: &TrainedStudents::default(), student: None };
+/// assert!(values(&build, "pretrain").is_err(), "that stage has not run");
+/// ```
 pub struct TeacherBuild<'a> {
     /// Device and operators.
     pub cx: &'a Context,
@@ -99,6 +191,45 @@ pub struct TeacherBuild<'a> {
 ///
 /// Its parameters have the role [`Frozen`](maskalign_engine::Role::Frozen), or
 /// [`Moving`](maskalign_engine::Role::Moving) where they change after each update: those are saved in checkpoints.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// use std::collections::BTreeMap;
+///
+/// struct Mine(Vit);
+///
+/// impl Module for Mine {
+///     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+///         self.0.visit(f);
+///     }
+/// }
+///
+/// impl TeacherModel for Mine {
+///     fn shape(&self) -> TowerShape {
+///         TowerShape::from(&self.0.config)
+///     }
+///     fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
+///         let keep = |level| wants.levels.contains(&level);
+///         let features = self.0.forward(cx, &mut Tape::inference(), images, None, None, keep)?;
+///         Ok(Pass { attention: Vec::new(), features, begun: None })
+///     }
+///     fn finish(&self, _: &Context, pass: Pass, _: &Wants, _: &Masks) -> Result<BTreeMap<usize, Level>> {
+///         Ok(pass.features.hidden.into_iter().map(|(i, x)| (i, Level { x, only: None })).collect())
+///     }
+///     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {
+///         if tap == Tap::Block { Ok(x.clone()) } else { self.0.final_norm(cx, &mut Tape::inference(), x) }
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// # let teacher = Mine(Vit::new(&Init::new(cx.device(), 0, "x").of_role(Role::Frozen), config)?);
+/// # let images = ImageBatch { pixels: vec![0.5; 192], batch: 1, size: 8 };
+/// # let wants = Wants { levels: [1].into(), ..Wants::default() };
+/// # let pass = teacher.begin(&cx, &images, &wants)?;
+/// # let levels = teacher.finish(&cx, pass, &wants, &Masks::all_visible(1, 4))?;
+/// # assert_eq!(levels[&1].x.shape(), (5, 8));
+/// # Ok::<(), Error>(())
+/// ```
 pub trait TeacherModel: Module {
     /// The shape of the tower.
     fn shape(&self) -> TowerShape;

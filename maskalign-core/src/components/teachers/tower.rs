@@ -30,6 +30,15 @@ impl PlannedTeacher for PlannedTower {
 }
 
 /// A frozen vision transformer with packed weights.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let teacher = TowerTeacher::new(Vit::new(&Init::blank(cx.device()), config)?, &cx)?;
+/// assert_eq!(teacher.shape().tokens(), 5);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct TowerTeacher {
     vit: Vit,
 }

@@ -18,7 +18,7 @@ fn eps() -> f64 {
 
 /// A plain vision transformer under timm's names. It may be the student of an earlier stage.
 #[component]
-pub struct VitTeacher {
+struct VitTeacher {
     /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
     #[serde(default)]
     arch: Option<Arch>,
@@ -65,5 +65,5 @@ impl Teacher for VitTeacher {
 }
 
 register!(teacher "vit" => VitTeacher, "a plain vision transformer, or an earlier stage's student",
-    example: r#"{ type: vit, arch: small_16, weights: teacher.safetensors }"#,
+    example: "{ type: vit, arch: small_16, weights: teacher.safetensors }",
     paper: "arXiv 2010.11929");

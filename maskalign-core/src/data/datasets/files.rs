@@ -114,10 +114,7 @@ fn existing(option: &str, path: &str, what: &str) -> Result<PathBuf, Refusal> {
             .help("where it comes from a variable, as in `${IMAGENET_DIR}`, that variable is empty: set it"));
     }
     let expanded = expand_home(path);
-    let error = match fs::metadata(&expanded) {
-        Ok(_) => return Ok(expanded),
-        Err(error) => error,
-    };
+    let Err(error) = fs::metadata(&expanded) else { return Ok(expanded) };
     if error.kind() != io::ErrorKind::NotFound {
         return Err(Refusal::new(option, format!("cannot read `{path}`: {error}")));
     }

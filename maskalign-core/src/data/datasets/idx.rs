@@ -45,7 +45,7 @@ impl Dataset for Idx {
             return Err(Refusal::new("skip", format!("no image is left: `{}` holds {total}", self.images))
                 .help(format!("leave out fewer than {total}")));
         }
-        images.file = self.images.clone();
+        images.file.clone_from(&self.images);
         if let Some(file) = &self.labels {
             let (labels, label_total) = in_file("labels", file, |read| read_labels(read, part))?;
             if label_total != total {
@@ -54,7 +54,7 @@ impl Dataset for Idx {
             }
             images.labels = Some(labels);
         }
-        images.classes = self.classes.clone();
+        images.classes.clone_from(&self.classes);
         images.check_classes()?;
         Ok(Box::new(images))
     }
@@ -181,7 +181,7 @@ pub(super) struct Unpacked<'a> {
 
 impl<'a> Unpacked<'a> {
     /// From a file of `stored` bytes, packed with gzip or not.
-    pub fn new(file: impl Read + 'a, stored: u64) -> io::Result<Self> {
+    pub(super) fn new(file: impl Read + 'a, stored: u64) -> io::Result<Self> {
         let mut file = BufReader::with_capacity(1 << 16, file);
         let is_packed = file.fill_buf()?.starts_with(&[0x1F, 0x8B]);
         let read: Box<dyn Read + 'a> = if is_packed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
@@ -280,4 +280,4 @@ fn read_part(read: &mut dyn Read, total: usize, size: usize, part: Part) -> Resu
 }
 
 crate::register!(dataset "idx" => Idx, "grey images in MNIST's file format",
-    example: r#"{ type: idx, images: train-images-idx3-ubyte.gz, labels: train-labels-idx1-ubyte.gz }"#);
+    example: "{ type: idx, images: train-images-idx3-ubyte.gz, labels: train-labels-idx1-ubyte.gz }");

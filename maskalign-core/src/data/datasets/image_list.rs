@@ -97,4 +97,4 @@ impl ImageList {
 }
 
 crate::register!(dataset "image_list" => ImageList, "images named in a text file, with labels or without",
-    example: r#"{ type: image_list, file: train.txt, root: images }"#);
+    example: "{ type: image_list, file: train.txt, root: images }");

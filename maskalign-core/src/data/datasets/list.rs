@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::path::{Path, PathBuf};
 
 use super::files::{bare_variable, odd_letter};
@@ -94,7 +94,7 @@ fn decoded(bytes: &[u8]) -> Result<&str, Fault> {
         return Err(fault(1, "the list is in UTF-16, as PowerShell's `>` and some editors write", save));
     }
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-    let line_of = |at: usize| 1 + bytes[..at].iter().filter(|&&byte| byte == b'\n').count();
+    let line_of = |at: usize| bytes[..at].split(|&byte| byte == b'\n').count();
     if let Some(at) = bytes.iter().position(|&byte| byte == 0) {
         let help = "name a text file with one path a line";
         return Err(fault(line_of(at), "found a zero byte, which no text holds", help));
@@ -490,7 +490,7 @@ fn check_labels(rows: &[Row<'_>], entries: &[Entry], classes: Option<&[String]>)
 /// Refuses an image that has two labels, and counts those that are named twice.
 fn check_repeats(rows: &[Row<'_>], entries: &[Entry]) -> Result<Option<String>, Fault> {
     // By hash alone, to stay small where a list is long; what has the same hash is compared.
-    let hasher = RandomState::new();
+    let hasher = BuildHasherDefault::<DefaultHasher>::default();
     let mut seen: HashMap<u64, usize> = HashMap::with_capacity(entries.len());
     let mut repeats = 0;
     let mut example = None;

@@ -68,4 +68,4 @@ impl Dataset for Sample {
 }
 
 crate::register!(dataset "sample" => Sample, "a part of Fashion-MNIST inside the program, 28 x 28 pixels",
-    example: r#"{ type: sample, split: train }"#, paper: "Fashion-MNIST, arXiv 1708.07747");
+    example: "{ type: sample, split: train }", paper: "Fashion-MNIST, arXiv 1708.07747");

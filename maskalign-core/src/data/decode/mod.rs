@@ -151,11 +151,11 @@ fn check_size(width: usize, height: usize) -> Result<(), Unreadable> {
 /// How many bytes or pixels one byte of a file can unpack to, at most.
 mod most_per_byte {
     /// A run of 258 bytes takes at least two bits.
-    pub const DEFLATE: usize = 1032;
+    pub(super) const DEFLATE: usize = 1032;
     /// A code of 12 bits stands for 4,096 bytes at most.
-    pub const LZW: usize = 2731;
+    pub(super) const LZW: usize = 2731;
     /// A block of 64 pixels takes at least one bit.
-    pub const JPEG: usize = 512;
+    pub(super) const JPEG: usize = 512;
 }
 
 /// Refuses sizes that the file cannot hold, before memory is taken for them.

@@ -14,28 +14,28 @@ use crate::data::RgbImage;
 
 /// Tags that are read, by their numbers.
 mod tag {
-    pub const WIDTH: u16 = 256;
-    pub const HEIGHT: u16 = 257;
-    pub const BITS: u16 = 258;
-    pub const COMPRESSION: u16 = 259;
-    pub const PHOTOMETRIC: u16 = 262;
-    pub const FILL_ORDER: u16 = 266;
-    pub const STRIP_OFFSETS: u16 = 273;
-    pub const ORIENTATION: u16 = 274;
-    pub const SAMPLES: u16 = 277;
-    pub const ROWS_PER_STRIP: u16 = 278;
-    pub const STRIP_BYTES: u16 = 279;
-    pub const PLANAR: u16 = 284;
-    pub const PREDICTOR: u16 = 317;
-    pub const COLOUR_MAP: u16 = 320;
-    pub const TILE_WIDTH: u16 = 322;
-    pub const TILE_HEIGHT: u16 = 323;
-    pub const TILE_OFFSETS: u16 = 324;
-    pub const TILE_BYTES: u16 = 325;
-    pub const EXTRA_SAMPLES: u16 = 338;
-    pub const SAMPLE_FORMAT: u16 = 339;
-    pub const JPEG_TABLES: u16 = 347;
-    pub const CHROMA_SAMPLING: u16 = 530;
+    pub(super) const WIDTH: u16 = 256;
+    pub(super) const HEIGHT: u16 = 257;
+    pub(super) const BITS: u16 = 258;
+    pub(super) const COMPRESSION: u16 = 259;
+    pub(super) const PHOTOMETRIC: u16 = 262;
+    pub(super) const FILL_ORDER: u16 = 266;
+    pub(super) const STRIP_OFFSETS: u16 = 273;
+    pub(super) const ORIENTATION: u16 = 274;
+    pub(super) const SAMPLES: u16 = 277;
+    pub(super) const ROWS_PER_STRIP: u16 = 278;
+    pub(super) const STRIP_BYTES: u16 = 279;
+    pub(super) const PLANAR: u16 = 284;
+    pub(super) const PREDICTOR: u16 = 317;
+    pub(super) const COLOUR_MAP: u16 = 320;
+    pub(super) const TILE_WIDTH: u16 = 322;
+    pub(super) const TILE_HEIGHT: u16 = 323;
+    pub(super) const TILE_OFFSETS: u16 = 324;
+    pub(super) const TILE_BYTES: u16 = 325;
+    pub(super) const EXTRA_SAMPLES: u16 = 338;
+    pub(super) const SAMPLE_FORMAT: u16 = 339;
+    pub(super) const JPEG_TABLES: u16 = 347;
+    pub(super) const CHROMA_SAMPLING: u16 = 530;
 }
 
 /// Values of the tag of compression.
@@ -214,7 +214,7 @@ impl Layout {
             (1, 2, 16 | 32, 1, []) => Meaning::Deep(Deep::Signed),
             (1, 1, 32, 1, []) if !big => Meaning::Deep(Deep::Signed),
             (0 | 1, 3, 32, 1, []) => Meaning::Deep(Deep::Float),
-            (2, 1, 8, 3, []) | (2, 1, 8 | 16, 4, [] | [0 | 2]) | (2, 1, 16, 3, []) => Meaning::Rgb,
+            (2, 1, 8 | 16, 3, []) | (2, 1, 8 | 16, 4, [] | [0 | 2]) => Meaning::Rgb,
             (2, 1, 8, 4, [999]) | (2, 1, 8, 5, [0 | 2, 0]) | (2, 1, 8, 6, [0 | 2, 0, 0]) => Meaning::Rgb,
             (2, 1, 8 | 16, 4, [1]) | (2, 1, 8, 5, [1, 0]) | (2, 1, 8, 6, [1, 0, 0]) => Meaning::Premultiplied,
             (5, 1, 8 | 16, 4, []) | (5, 1, 8, 5, [0]) | (5, 1, 8, 6, [0, 0]) => Meaning::Inks,
@@ -520,7 +520,8 @@ fn pack_bits(packed: &[u8], needed: usize) -> Vec<u8> {
             -128 => {}
             0.. => bytes.extend_from_slice(&after[..taken]),
             _ => {
-                bytes.extend(after.iter().take(1).flat_map(|&byte| [byte].repeat(1 + usize::from(head.unsigned_abs()))))
+                bytes
+                    .extend(after.iter().take(1).flat_map(|&byte| [byte].repeat(1 + usize::from(head.unsigned_abs()))));
             }
         }
         rest = &after[taken..];

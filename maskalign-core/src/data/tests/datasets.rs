@@ -176,7 +176,9 @@ fn a_list_with_column_names_is_read_as_pythons_csv_reads_it() {
         let text = case["text"].as_str().unwrap();
         let rows: Vec<(String, Option<u32>)> = serde_json::from_value(case["rows"].clone()).unwrap();
         let root = TempDir::new().unwrap();
-        rows.iter().for_each(|(path, _)| write(root.path(), path, ""));
+        for (path, _) in &rows {
+            write(root.path(), path, "");
+        }
         write(root.path(), "list.csv", text);
         let list: ImageList = serde_json::from_value(json!({ "file": root.path().join("list.csv") })).unwrap();
         let images = list.open().unwrap_or_else(|refused| panic!("{text}: {refused:?}"));
@@ -339,7 +341,9 @@ fn parts_of_a_dataset_are_no_classes() {
         [&["train", "val"][..], &["Train", "Test"], &["train"], &["training", "validation", "other"], &["test"]]
     {
         let root = TempDir::new().unwrap();
-        folders.iter().for_each(|name| write(root.path(), &format!("{name}/cat/1.jpg"), ""));
+        for name in folders {
+            write(root.path(), &format!("{name}/cat/1.jpg"), "");
+        }
         let refused = refusal(&folder(root.path()));
         assert_eq!(refused.path, ["root"]);
         assert!(refused.message.contains(&format!("`{}`", folders[0])), "{refused:?}");
@@ -348,7 +352,9 @@ fn parts_of_a_dataset_are_no_classes() {
     }
     // A train is a class among others, and so is a test.
     let root = TempDir::new().unwrap();
-    ["train", "tram"].iter().for_each(|name| write(root.path(), &format!("{name}/1.jpg"), ""));
+    for name in ["train", "tram"] {
+        write(root.path(), &format!("{name}/1.jpg"), "");
+    }
     assert_eq!(folder(root.path()).open().unwrap().classes().unwrap(), ["train", "tram"]);
 }
 
@@ -356,7 +362,9 @@ fn parts_of_a_dataset_are_no_classes() {
 fn classes_that_may_not_be_meant_are_pointed_out() {
     let notes = |paths: &[&str]| {
         let root = TempDir::new().unwrap();
-        paths.iter().for_each(|path| write(root.path(), path, ""));
+        for path in paths {
+            write(root.path(), path, "");
+        }
         folder(root.path()).open().unwrap().notes().join("\n")
     };
     assert!(notes(&["images/1.jpg", "images/2.jpg"]).contains("in one class, `images`"));

@@ -32,6 +32,10 @@ fn difference(image: &RgbImage, size: (usize, usize), expected: &[u8]) -> Option
     Some(format!("up to {most} levels, first at byte {first}: {got} instead of {wanted}"))
 }
 
+fn ending(name: &str) -> Option<&str> {
+    Path::new(name).extension()?.to_str()
+}
+
 /// Every subsampling, colour space and way of coding, against Pillow's bytes. `MASKALIGN_JPEG_MATRIX` names a larger
 /// archive of the same script.
 #[test]
@@ -40,7 +44,7 @@ fn jpeg_files_decode_to_pillows_bytes() {
     for path in [Some(fixtures().join("jpeg_matrix.zip")), more].into_iter().flatten() {
         let files = archive(&path);
         let (mut seen, mut wrong) = (0, Vec::new());
-        for (name, bytes) in files.iter().filter(|(name, _)| name.ends_with(".jpg")) {
+        for (name, bytes) in files.iter().filter(|(name, _)| ending(name) == Some("jpg")) {
             seen += 1;
             let image = decode::decode(bytes, Path::new(name));
             let beside = |ending: &str| files.get(&format!("{name}.{ending}"));
@@ -74,7 +78,7 @@ fn is_refused_here(name: &str) -> bool {
 fn files_of_every_mode_decode_to_pillows_bytes() {
     let files = archive(&fixtures().join("format_matrix.zip"));
     let (mut seen, mut wrong) = (0, Vec::new());
-    for (name, bytes) in files.iter().filter(|(name, _)| !name.ends_with(".rgb") && !name.ends_with(".error")) {
+    for (name, bytes) in files.iter().filter(|(name, _)| !matches!(ending(name), Some("rgb" | "error"))) {
         seen += 1;
         let image = decode::decode(bytes, Path::new(name));
         let difference = match (image, files.get(&format!("{name}.rgb"))) {
@@ -100,7 +104,7 @@ fn files_decode_to_what_pillow_makes_of_them() {
     for entry in fs::read_dir(fixtures().join("decode")).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if name.ends_with(".rgb") {
+        if ending(&name) == Some("rgb") {
             continue;
         }
         seen += 1;

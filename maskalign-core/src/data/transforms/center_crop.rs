@@ -67,4 +67,4 @@ fn cut(image: &RgbImage, crop: Crop) -> RgbImage {
 }
 
 crate::register!(transform "center_crop" => CenterCrop, "the middle of an image",
-    example: r#"{ type: center_crop, size: 224 }"#);
+    example: "{ type: center_crop, size: 224 }");

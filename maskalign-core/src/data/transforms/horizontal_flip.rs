@@ -46,4 +46,4 @@ impl Transform for HorizontalFlip {
 }
 
 crate::register!(transform "horizontal_flip" => HorizontalFlip, "mirrors an image with a probability",
-    example: r#"{ type: horizontal_flip, p: 0.5 }"#);
+    example: "{ type: horizontal_flip, p: 0.5 }");

@@ -311,4 +311,4 @@ fn cubic([v1, v2, v3, v4]: [f64; 4], d: f64) -> f64 {
 }
 
 crate::register!(transform "rand_augment" => RandAugment, "applies random operations of contrast, colour and geometry",
-    example: r#"{ type: rand_augment, num_ops: 2, magnitude: 9, magnitude_std: 0.5 }"#, paper: "RandAugment, arXiv 1909.13719");
+    example: "{ type: rand_augment, num_ops: 2, magnitude: 9, magnitude_std: 0.5 }", paper: "RandAugment, arXiv 1909.13719");

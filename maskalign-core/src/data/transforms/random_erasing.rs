@@ -118,4 +118,4 @@ impl Transform for RandomErasing {
 }
 
 crate::register!(transform "random_erasing" => RandomErasing, "fills a random box with noise",
-    example: r#"{ type: random_erasing, prob: 0.25, mode: pixel }"#, paper: "Random Erasing, arXiv 1708.04896");
+    example: "{ type: random_erasing, prob: 0.25, mode: pixel }", paper: "Random Erasing, arXiv 1708.04896");

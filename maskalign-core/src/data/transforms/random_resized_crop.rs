@@ -102,4 +102,4 @@ impl Transform for RandomResizedCrop {
 }
 
 crate::register!(transform "random_resized_crop" => RandomResizedCrop, "a random box, resized: torchvision's law, Pillow's pixels",
-    example: r#"{ type: random_resized_crop, size: 224, scale: [0.2, 1.0] }"#, paper: "Inception, arXiv 1409.4842");
+    example: "{ type: random_resized_crop, size: 224, scale: [0.2, 1.0] }", paper: "Inception, arXiv 1409.4842");

@@ -56,4 +56,4 @@ impl Transform for Resize {
 }
 
 crate::register!(transform "resize" => Resize, "another size, antialiased",
-    example: r#"{ type: resize, size: 256 }"#);
+    example: "{ type: resize, size: 256 }");

@@ -47,7 +47,7 @@ pub struct Pretrain(With<Periodic, With<Training, PretrainOptions>>);
 
 /// What is measured in the course of pre-training.
 #[component]
-pub struct Periodic {
+struct Periodic {
     /// Measures the student by k-NN every few epochs.
     #[serde(default)]
     knn: Option<PeriodicKnn>,
@@ -59,7 +59,7 @@ impl SharedOptions for Periodic {
 
 /// The options that are pre-training's own.
 #[component]
-pub struct PretrainOptions {
+struct PretrainOptions {
     /// The tower that is trained.
     student: Slot<StudentTag>,
     /// Towers whose features are matched, by name.
@@ -378,10 +378,10 @@ impl PlannedStage for PlannedPretrain {
 }
 
 register!(stage "pretrain" => Pretrain, "trains a student against teachers or pixels",
-    example: r#"{ type: pretrain, epochs: 10, data: { dataset: { type: sample, split: train } },
+    example: "{ type: pretrain, epochs: 10, data: { dataset: { type: sample, split: train } },
       student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 } },
       masker: { type: random, ratio: 0.75 },
       objectives: { pixels: { target: { type: pixels, normalize: standardize }, tokens: [masked],
         aligner: { type: decoder, dim: 64, depth: 1, heads: 2 }, loss: { type: mse } } },
-      optimizer: { type: adamw, base_lr: 1.5e-4 }, schedule: { type: cosine }, batch: { effective: 64 } }"#,
+      optimizer: { type: adamw, base_lr: 1.5e-4 }, schedule: { type: cosine }, batch: { effective: 64 } }",
     paper: "MaskAlign, arXiv 2211.08887");

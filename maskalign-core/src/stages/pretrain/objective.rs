@@ -21,7 +21,7 @@ use crate::{
 
 /// The weights of an objective's levels.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub enum LevelWeights {
+enum LevelWeights {
     /// All equal, summing to 1.
     #[default]
     Uniform,

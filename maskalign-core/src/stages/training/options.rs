@@ -14,6 +14,17 @@ use crate::{
 };
 
 /// What every stage that trains has: data, an optimizer, and how long and how much at a time.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let recipe = serde_json::json!({
+///     "epochs": 2, "batch": { "effective": 64, "micro": 16 },
+///     "data": { "dataset": { "type": "sample", "split": "train" } },
+///     "optimizer": { "type": "adamw", "base_lr": 0.001 }, "schedule": { "type": "cosine" },
+/// });
+/// let training: Training = serde_json::from_value(recipe).expect("what a recipe may say");
+/// assert_eq!(training.batch.effective / training.batch.micro(), 4);
+/// ```
 #[component]
 pub struct Training {
     /// Epochs to train for.
@@ -87,6 +98,14 @@ impl Training {
 }
 
 /// Training whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// What a stage's summary says of its first step.
+/// fn first_rate(training: &PlannedTraining) -> f64 {
+///     training.trainer().lr()
+/// }
+/// ```
 #[derive(Clone)]
 pub struct PlannedTraining {
     /// The images.

@@ -34,6 +34,18 @@ pub struct ForwardTimes {
 }
 
 /// A micro-batch with what keys its random streams.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// The classes of a micro-batch, where every image has one.
+/// fn classes(batch: &MicroBatch) -> Option<Vec<u32>> {
+///     batch.labels.iter().copied().collect()
+/// }
+///
+/// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
+/// let batch = MicroBatch { images, labels: vec![Some(1), None], indices: vec![4, 9], epoch: 0, progress: 0.0 };
+/// assert_eq!(classes(&batch), None);
+/// ```
 pub struct MicroBatch {
     /// The images.
     pub images: ImageBatch,
@@ -48,6 +60,31 @@ pub struct MicroBatch {
 }
 
 /// What is trained: parameters, and a loss of a micro-batch.
+///
+/// ```
+/// # use maskalign_core::{Device, prelude::*};
+/// /// One number, which is to become the mean of the pixels.
+/// struct Mean(Param);
+///
+/// impl Task for Mean {
+///     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+///         f(&mut self.0);
+///     }
+///
+///     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor, Error> {
+///         let pixels = &batch.images.pixels;
+///         let mean = cx.tensor(vec![pixels.iter().sum::<f32>() / pixels.len() as f32], 1, 1)?;
+///         Ok(ops::distance(cx, tape, &self.0.value, &mean, Distance::Mse)?)
+///     }
+/// }
+/// # let cx = Context::new(Device::Cpu, 1);
+/// # let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
+/// # let batch = MicroBatch { images, labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
+///
+/// let mut task = Mean(Init::new(cx.device(), 0, "mean").constant("mean", &[1], 0.0)?);
+/// assert_eq!(task.loss(&cx, &mut Tape::training(), &batch)?.value(), 0.25);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Task {
     /// Calls `f` on every parameter; their [roles](maskalign_engine::Role) say which are updated and which are saved.
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
@@ -75,7 +112,7 @@ pub trait Task {
 }
 
 /// The number of values in all parameters of a task, and in those that are updated.
-pub fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
+pub(crate) fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
     let (mut all, mut trained) = (0, 0);
     task.visit(&mut |p| {
         all += p.len();
@@ -188,7 +225,7 @@ impl Trainer {
                 tape.backward(&loss)?
             };
             phases.forward += forward.as_secs_f64();
-            phases.backward += (started.elapsed() - forward).as_secs_f64();
+            phases.backward += started.elapsed().saturating_sub(forward).as_secs_f64();
         }
         let started = Instant::now();
         let gradient_norm = {
@@ -217,7 +254,7 @@ impl Trainer {
             let mut parameters = Vec::new();
             task.visit(&mut |p| {
                 if p.is_trained() {
-                    parameters.push(p.value.clone())
+                    parameters.push(p.value.clone());
                 }
             });
             optim::square_sum(cx, &parameters, gradients)?.sqrt()
@@ -285,7 +322,7 @@ impl Trainer {
         task.visit(&mut |p| match tensors.get(&format!("model.{}", p.name)) {
             _ if !p.role().is_saved() => {}
             Some(tensor) if tensor.shape == p.dims => {
-                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data))
+                loaded = std::mem::replace(&mut loaded, Ok(())).and(p.load(&tensor.data));
             }
             _ => {
                 missing.insert(p.name.clone());
