@@ -56,7 +56,7 @@ pub mod prelude {
             Arch, Bias, BranchScales, Features, Grid, Init, Linear, Module, Norm, Param, Reach, Statistics, Vit,
             VitConfig,
         },
-        register,
+        register, register_naming,
         stages::{
             Bank, Classify, Data, FeatureTap, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData, PlannedStage,
             PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training, View,
