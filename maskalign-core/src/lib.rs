@@ -78,7 +78,7 @@ pub mod prelude {
             Arch, BatchNorm, Bias, BranchScales, Features, Grid, Init, Linear, MaskedPatches, Module, Norm, Param,
             Reach, SeenPatches, Statistics, Vit, VitConfig,
         },
-        register,
+        register, register_naming,
         stages::{
             Bank, Classify, Data, FeatureTap, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData, PlannedStage,
             PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training, View,

@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use maskalign_core::{
     run::{Checkpoint, CheckpointHeader, RunError, is_in_checkpoints},
-    weights::{Export, TensorMap, to_family, write_safetensors},
+    weights::{Naming, TensorMap, Writes, naming, namings, to_family, write_safetensors},
 };
 
 use crate::{failure::Failure, output, table::count};
+
+/// The key of our own naming.
+const TIMM: &str = "timm";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,8 +32,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME")]
     stage: Option<String>,
     /// The names to write
-    #[arg(long, value_enum, default_value_t)]
-    format: Names,
+    #[arg(long, value_name = "FORMAT", value_parser = formats(), default_value = TIMM)]
+    format: String,
     /// The file to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -39,32 +42,11 @@ pub(crate) struct Args {
     force: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-#[value(rename_all = "snake_case")]
-enum Names {
-    /// timm's, which the official MaskAlign checkpoints use too; the only one with a classifier
-    #[default]
-    Timm,
-    /// Hugging Face's ViTModel
-    HfVit,
-    /// Hugging Face's Dinov2Model
-    HfDinov2,
-    /// The vision tower of Hugging Face's CLIPModel
-    HfClip,
-    /// The vision tower of OpenAI's and open_clip's CLIP
-    Openai,
-}
-
-impl From<Names> for Export {
-    fn from(names: Names) -> Export {
-        match names {
-            Names::Timm => Export::Timm,
-            Names::HfVit => Export::HfVit,
-            Names::HfDinov2 => Export::HfDinov2,
-            Names::HfClip => Export::HfClip,
-            Names::Openai => Export::OpenAi,
-        }
-    }
+/// The keys of all namings, a plugin's among them, timm's first.
+fn formats() -> PossibleValuesParser {
+    let (timm, others): (Vec<_>, Vec<_>) = namings().iter().partition(|naming| naming.key == TIMM);
+    let value = |naming: &&'static Naming| PossibleValue::new(naming.key).help(naming.about);
+    timm.iter().chain(&others).map(value).collect::<Vec<_>>().into()
 }
 
 impl Args {
@@ -89,12 +71,13 @@ impl Args {
         }
         // What aligned a student is of no use to others; a classifier is what fine-tuning is for.
         let classifier = is_classifier(&beside);
-        if classifier && matches!(self.format, Names::Timm) {
+        let naming = naming(&self.format).expect("clap takes the keys alone");
+        if classifier && naming.writes == Writes::Classifier {
             tower.extend(beside);
         } else if classifier {
             tracing::warn!("the classifier is left out: this naming is of a tower alone; `--format timm` holds both");
         }
-        let renamed = to_family(&tower, self.format.into()).map_err(|error| {
+        let renamed = to_family(&tower, naming).map_err(|error| {
             Failure::from(error).help("`timm` names every tower; `hf_vit` is for plain ones with a class token")
         })?;
         write_safetensors(&self.out, &renamed, None)?;

@@ -255,6 +255,19 @@ impl TowerInput {
 }
 
 /// What a tower shows of the patches that are masked.
+///
+/// ```
+/// use maskalign_core::prelude::*;
+///
+/// // A student that shows mask tokens has rows for the masked patches too.
+/// fn rows(student: &dyn StudentModel, counts: Counts) -> usize {
+///     let shown = match student.shape().masked_patches {
+///         MaskedPatches::Drop => 0,
+///         MaskedPatches::MaskToken => counts.masked,
+///     };
+///     usize::from(student.shape().cls_token) + counts.visible + shown
+/// }
+/// ```
 #[component]
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
@@ -267,6 +280,14 @@ pub enum MaskedPatches {
 }
 
 /// The patches of a batch, by their indices in each image, equally many in each.
+///
+/// ```
+/// use maskalign_core::prelude::*;
+///
+/// let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
+/// let SeenPatches { visible, masked } = masks.seen();
+/// assert_eq!((visible, masked), (&[3, 0][..], &[1][..]));
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct SeenPatches<'a> {
     /// Those that are seen, `[batch * K]`, in the order of their rows.

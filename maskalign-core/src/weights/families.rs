@@ -12,6 +12,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::element::element_count;
 use super::mismatch::Mismatch;
+use super::naming::{
+    Change::{self, Same, Third, ToRank, Transposed},
+    Naming, Row, Writes, namings,
+};
 use super::positions::{transposed, without_class_row};
 use super::{HostTensor, TensorMap, WeightsError};
 
@@ -51,184 +55,10 @@ pub struct Canonical {
     /// The tower's tensors.
     pub tensors: TensorMap,
     /// The naming that was found.
-    pub layout: &'static str,
+    pub naming: &'static str,
     /// Tensors left out, each with the rule that says so, sorted by name.
     pub ignored: Vec<(String, &'static str)>,
 }
-
-/// A naming to write weights in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Export {
-    /// The canonical naming itself.
-    Timm,
-    /// Hugging Face's `ViTModel`.
-    HfVit,
-    /// Hugging Face's `Dinov2Model`.
-    HfDinov2,
-    /// The vision part of Hugging Face's `CLIPModel`.
-    HfClip,
-    /// The vision part of OpenAI's and open_clip's models (`visual.`).
-    OpenAi,
-}
-
-/// What becomes of a tensor's values and shape between two namings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Change {
-    Same,
-    /// Dimensions of length one are put in front, up to this rank.
-    ToRank(usize),
-    /// `[A,B]` -> `[B,A]`.
-    Transposed,
-    /// A third of a tensor: 0 query, 1 key, 2 value, one after the other along the first dimension.
-    Third(usize),
-}
-use Change::{Same, Third, ToRank, Transposed};
-
-/// One row of a naming: theirs, ours, and what changes. A final `*` stands for both `weight` and `bias`.
-type Row = (&'static str, &'static str, Change);
-
-/// A naming.
-struct Layout {
-    name: &'static str,
-    families: &'static [Family],
-    /// A name that, with names of blocks, tells this naming.
-    mark: &'static str,
-    /// Another one, where namings share the first.
-    second_mark: Option<&'static str>,
-    tower: &'static [Row],
-    /// What comes before a block's number.
-    blocks: &'static str,
-    block: &'static [Row],
-}
-
-const OPENAI: Layout = Layout {
-    name: "OpenAI / open_clip",
-    families: &[Family::Clip],
-    mark: "conv1.weight",
-    second_mark: None,
-    tower: &[
-        ("conv1.*", "patch_embed.proj.*", Same),
-        ("class_embedding", "cls_token", ToRank(3)),
-        ("positional_embedding", "pos_embed", ToRank(3)),
-        ("ln_pre.*", "norm_pre.*", Same),
-        ("ln_post.*", "norm.*", Same),
-        ("proj", "head.weight", Transposed),
-    ],
-    blocks: "transformer.resblocks.",
-    block: &[
-        ("ln_1.*", "norm1.*", Same),
-        ("attn.in_proj_weight", "attn.qkv.weight", Same),
-        ("attn.in_proj_bias", "attn.qkv.bias", Same),
-        ("attn.out_proj.*", "attn.proj.*", Same),
-        ("ls_1.gamma", "ls1.gamma", Same),
-        ("ln_2.*", "norm2.*", Same),
-        ("mlp.c_fc.*", "mlp.fc1.*", Same),
-        ("mlp.c_proj.*", "mlp.fc2.*", Same),
-        ("ls_2.gamma", "ls2.gamma", Same),
-    ],
-};
-
-const HF_CLIP: Layout = Layout {
-    name: "Hugging Face CLIP",
-    families: &[Family::Clip],
-    mark: "embeddings.patch_embedding.weight",
-    second_mark: None,
-    tower: &[
-        ("embeddings.patch_embedding.*", "patch_embed.proj.*", Same),
-        ("embeddings.class_embedding", "cls_token", ToRank(3)),
-        ("embeddings.position_embedding.weight", "pos_embed", ToRank(3)),
-        // The misspelling is theirs.
-        ("pre_layrnorm.*", "norm_pre.*", Same),
-        ("post_layernorm.*", "norm.*", Same),
-        ("visual_projection.weight", "head.weight", Same),
-    ],
-    blocks: "encoder.layers.",
-    block: &[
-        ("layer_norm1.*", "norm1.*", Same),
-        ("self_attn.q_proj.*", "attn.qkv.*", Third(0)),
-        ("self_attn.k_proj.*", "attn.qkv.*", Third(1)),
-        ("self_attn.v_proj.*", "attn.qkv.*", Third(2)),
-        ("self_attn.out_proj.*", "attn.proj.*", Same),
-        ("layer_norm2.*", "norm2.*", Same),
-        ("mlp.fc1.*", "mlp.fc1.*", Same),
-        ("mlp.fc2.*", "mlp.fc2.*", Same),
-    ],
-};
-
-const TIMM: Layout = Layout {
-    name: "timm",
-    families: &[Family::Clip, Family::Dino, Family::Dinov2, Family::Vit],
-    mark: "patch_embed.proj.weight",
-    second_mark: None,
-    tower: &[
-        ("patch_embed.proj.*", "patch_embed.proj.*", Same),
-        ("cls_token", "cls_token", Same),
-        ("pos_embed", "pos_embed", Same),
-        ("norm_pre.*", "norm_pre.*", Same),
-        ("norm.*", "norm.*", Same),
-    ],
-    blocks: "blocks.",
-    block: &[
-        ("norm1.*", "norm1.*", Same),
-        ("attn.qkv.*", "attn.qkv.*", Same),
-        ("attn.proj.*", "attn.proj.*", Same),
-        ("ls1.gamma", "ls1.gamma", Same),
-        ("norm2.*", "norm2.*", Same),
-        ("mlp.fc1.*", "mlp.fc1.*", Same),
-        ("mlp.fc2.*", "mlp.fc2.*", Same),
-        ("ls2.gamma", "ls2.gamma", Same),
-    ],
-};
-
-const HF_TOWER: &[Row] = &[
-    ("embeddings.patch_embeddings.projection.*", "patch_embed.proj.*", Same),
-    ("embeddings.cls_token", "cls_token", Same),
-    ("embeddings.position_embeddings", "pos_embed", Same),
-    ("layernorm.*", "norm.*", Same),
-];
-
-const HF_VIT: Layout = Layout {
-    name: "Hugging Face ViT",
-    families: &[Family::Dino, Family::Vit],
-    mark: "embeddings.patch_embeddings.projection.weight",
-    second_mark: None,
-    tower: HF_TOWER,
-    blocks: "encoder.layer.",
-    block: &[
-        ("layernorm_before.*", "norm1.*", Same),
-        ("attention.attention.query.*", "attn.qkv.*", Third(0)),
-        ("attention.attention.key.*", "attn.qkv.*", Third(1)),
-        ("attention.attention.value.*", "attn.qkv.*", Third(2)),
-        ("attention.output.dense.*", "attn.proj.*", Same),
-        ("layernorm_after.*", "norm2.*", Same),
-        ("intermediate.dense.*", "mlp.fc1.*", Same),
-        ("output.dense.*", "mlp.fc2.*", Same),
-    ],
-};
-
-const HF_DINOV2: Layout = Layout {
-    name: "Hugging Face DINOv2",
-    families: &[Family::Dinov2],
-    mark: "embeddings.patch_embeddings.projection.weight",
-    second_mark: Some("encoder.layer.0.layer_scale1.lambda1"),
-    tower: HF_TOWER,
-    blocks: "encoder.layer.",
-    block: &[
-        ("norm1.*", "norm1.*", Same),
-        ("attention.attention.query.*", "attn.qkv.*", Third(0)),
-        ("attention.attention.key.*", "attn.qkv.*", Third(1)),
-        ("attention.attention.value.*", "attn.qkv.*", Third(2)),
-        ("attention.output.dense.*", "attn.proj.*", Same),
-        ("layer_scale1.lambda1", "ls1.gamma", Same),
-        ("norm2.*", "norm2.*", Same),
-        ("mlp.fc1.*", "mlp.fc1.*", Same),
-        ("mlp.fc2.*", "mlp.fc2.*", Same),
-        ("layer_scale2.lambda1", "ls2.gamma", Same),
-    ],
-};
-
-/// Where two fit, the first counts.
-const LAYOUTS: [&Layout; 5] = [&OPENAI, &HF_CLIP, &HF_DINOV2, &HF_VIT, &TIMM];
 
 /// What may stand before a tower's names, part by part.
 const WRAPPERS: [&str; 13] = [
@@ -301,14 +131,14 @@ const MAX_BLOCKS: usize = 1024;
 /// The final norm and the projection are not required here: [`super::check_against`] knows what a model needs.
 pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, WeightsError> {
     let what = format!("weights of family {}", family.name());
-    let (layout, prefix) = detect(&map, family, &what)?;
-    let what = format!("{what} (in {} naming)", layout.name);
+    let (naming, prefix) = detect(&map, family, &what)?;
+    let what = format!("{what} (in {} naming)", naming.name);
 
-    let mut canonical = Canonical { tensors: TensorMap::new(), layout: layout.name, ignored: Vec::new() };
+    let mut canonical = Canonical { tensors: TensorMap::new(), naming: naming.name, ignored: Vec::new() };
     let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
     let mut mismatch = Mismatch::default();
     for (name, tensor) in map {
-        match fate(&name, layout, &prefix, family) {
+        match fate(&name, naming, &prefix, family) {
             Fate::Tower(ours, Third(part)) => thirds.entry(ours).or_default()[part] = Some(tensor),
             Fate::Tower(ours, change) => match changed(tensor, change) {
                 Ok(tensor) => {
@@ -321,12 +151,12 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
         }
     }
     for (ours, parts) in thirds {
-        fuse(ours, parts, layout, &prefix, &mut canonical.tensors, &mut mismatch);
+        fuse(ours, parts, naming, &prefix, &mut canonical.tensors, &mut mismatch);
     }
     leave_out_zero_biases(&mut canonical, family);
-    look_for_missing(&canonical.tensors, family, layout, &prefix, &mut mismatch);
+    look_for_missing(&canonical.tensors, family, naming, &prefix, &mut mismatch);
     // A tensor goes by the file's name for it; one fused from three by ours.
-    let file_name = |ours: &str| match their_names(ours, layout).as_slice() {
+    let file_name = |ours: &str| match their_names(ours, naming).as_slice() {
         [(theirs, _)] => format!("{prefix}{theirs}"),
         _ => ours.to_owned(),
     };
@@ -339,31 +169,32 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
 }
 
 /// The naming and what stands before it.
-fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Layout, String), WeightsError> {
+fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Naming, String), WeightsError> {
     let is_wrapper = |prefix: &str| prefix.split_terminator('.').all(|part| WRAPPERS.contains(&part));
-    let mut found: Vec<(&'static Layout, &str)> = Vec::new();
-    for layout in LAYOUTS {
+    let mut found: Vec<(&'static Naming, &str)> = Vec::new();
+    for &naming in namings() {
         let has_blocks = |prefix: &str| {
-            let start = format!("{prefix}{}", layout.blocks);
+            let start = format!("{prefix}{}", naming.blocks);
             map.range(start.clone()..).next().is_some_and(|(name, _)| name.starts_with(&start))
         };
-        let has_second = |prefix: &str| match layout.second_mark {
+        let has_second = |prefix: &str| match naming.second_mark {
             Some(mark) => map.contains_key(&format!("{prefix}{mark}")),
             None => true,
         };
-        let prefixes = map.keys().filter_map(|name| name.strip_suffix(layout.mark));
+        let prefixes = map.keys().filter_map(|name| name.strip_suffix(naming.mark));
         found.extend(
             prefixes
                 .filter(|prefix| (prefix.is_empty() || prefix.ends_with('.')) && is_wrapper(prefix))
                 .filter(|prefix| has_blocks(prefix) && has_second(prefix))
-                .map(|prefix| (layout, prefix)),
+                .map(|prefix| (naming, prefix)),
         );
     }
     let refuse = |reason: String| WeightsError::Layout { what: what.to_owned(), reason };
     // The student of a self-distillation is worth less than its teacher.
     let best = found.into_iter().min_by_key(|(_, prefix)| (prefix.contains("student"), prefix.len()));
-    let Some((layout, prefix)) = best else {
-        let known = LAYOUTS.map(|layout| format!("{} (has `{}`)", layout.name, layout.mark)).join(", ");
+    let Some((naming, prefix)) = best else {
+        let known = namings().iter().map(|naming| format!("{} (has `{}`)", naming.name, naming.mark));
+        let known = known.collect::<Vec<_>>().join(", ");
         let there: Vec<_> = map.keys().take(5).map(|name| format!("`{name}`")).collect();
         let there = if there.is_empty() { "nothing".to_owned() } else { there.join(", ") };
         return Err(refuse(format!(
@@ -371,9 +202,11 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Layou
             map.len()
         )));
     };
-    let is_clip = !layout.families.contains(&Family::Vit) && layout.families.contains(&Family::Clip)
-        || map.contains_key(&format!("{prefix}norm_pre.weight"));
-    let has_scale = layout.families == [Family::Dinov2] || map.contains_key(&format!("{prefix}blocks.0.ls1.gamma"));
+    let holds =
+        |ours: &str| their_names(ours, naming).iter().any(|(theirs, _)| map.contains_key(&format!("{prefix}{theirs}")));
+    let is_clip =
+        !naming.families.contains(&Family::Vit) && naming.families.contains(&Family::Clip) || holds("norm_pre.weight");
+    let has_scale = naming.families == [Family::Dinov2] || holds("blocks.0.ls1.gamma");
     let actual = match (is_clip, has_scale) {
         (true, _) => "clip",
         (false, true) => "dinov2",
@@ -385,14 +218,14 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Layou
         Family::Dino | Family::Vit => !is_clip && !has_scale,
     };
     if !fits {
-        let reason = format!("the file holds a tower of another family ({} naming); use `type: {actual}`", layout.name);
+        let reason = format!("the file holds a tower of another family ({} naming); use `type: {actual}`", naming.name);
         return Err(refuse(reason));
     }
     if [format!("{prefix}reg_token"), format!("{prefix}embeddings.register_tokens")].iter().any(|k| map.contains_key(k))
     {
         return Err(refuse("the tower has register tokens, which are not supported; use weights without them".into()));
     }
-    Ok((layout, prefix.to_owned()))
+    Ok((naming, prefix.to_owned()))
 }
 
 /// What becomes of a tensor.
@@ -402,9 +235,9 @@ enum Fate {
     Unknown,
 }
 
-fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
+fn fate(name: &str, naming: &Naming, prefix: &str, family: Family) -> Fate {
     if let Some(inner) = name.strip_prefix(prefix)
-        && let Some((ours, change)) = tower_name(inner, layout)
+        && let Some((ours, change)) = tower_name(inner, naming)
     {
         return Fate::Tower(ours, change);
     }
@@ -426,7 +259,7 @@ fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
             true => BESIDE_VISUAL,
             false => &[],
         };
-        if let Some((_, rule)) = OUTSIDE.iter().chain(beside).find(|(pattern, _)| fits(pattern)) {
+        if let Some((_, rule)) = naming.beside.iter().chain(OUTSIDE).chain(beside).find(|(pattern, _)| fits(pattern)) {
             return Fate::Ignored(rule);
         }
     }
@@ -438,13 +271,13 @@ fn fate(name: &str, layout: &Layout, prefix: &str, family: Family) -> Fate {
 }
 
 /// Our name of a tower's tensor, given what stands behind the prefix.
-fn tower_name(name: &str, layout: &Layout) -> Option<(String, Change)> {
-    if let Some(found) = rename(name, layout.tower) {
+fn tower_name(name: &str, naming: &Naming) -> Option<(String, Change)> {
+    if let Some(found) = rename(name, naming.tower) {
         return Some(found);
     }
-    let (number, rest) = name.strip_prefix(layout.blocks)?.split_once('.')?;
+    let (number, rest) = name.strip_prefix(naming.blocks)?.split_once('.')?;
     let number: usize = number.parse().ok().filter(|number| *number < MAX_BLOCKS)?;
-    let (ours, change) = rename(rest, layout.block)?;
+    let (ours, change) = rename(rest, naming.block)?;
     Some((format!("blocks.{number}.{ours}"), change))
 }
 
@@ -459,10 +292,10 @@ fn rename(name: &str, rows: &[Row]) -> Option<(String, Change)> {
 }
 
 /// Their names of a tensor of ours; three where it is in thirds there, none where they have no such tensor.
-fn their_names(ours: &str, layout: &Layout) -> Vec<(String, Change)> {
+fn their_names(ours: &str, naming: &Naming) -> Vec<(String, Change)> {
     let (stem, rest, rows) = match ours.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
-        Some((number, rest)) => (format!("{}{number}.", layout.blocks), rest, layout.block),
-        None => (String::new(), ours, layout.tower),
+        Some((number, rest)) => (format!("{}{number}.", naming.blocks), rest, naming.block),
+        None => (String::new(), ours, naming.tower),
     };
     rows.iter()
         .filter_map(|(theirs, ours, change)| {
@@ -505,12 +338,12 @@ fn changed(mut tensor: HostTensor, change: Change) -> Result<HostTensor, Vec<usi
 fn fuse(
     ours: String,
     parts: [Option<HostTensor>; 3],
-    layout: &Layout,
+    naming: &Naming,
     prefix: &str,
     tensors: &mut TensorMap,
     mismatch: &mut Mismatch,
 ) {
-    let names: Vec<_> = their_names(&ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+    let names: Vec<_> = their_names(&ours, naming).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
     let shape = parts.iter().flatten().next().map(|part| part.shape.clone()).unwrap_or_default();
     let mut data = Vec::with_capacity(parts.iter().flatten().map(|part| part.data.len()).sum());
     let mut whole = !shape.is_empty();
@@ -571,12 +404,12 @@ fn needed_names(tensors: &TensorMap, family: Family) -> impl Iterator<Item = Str
     all.chain((0..depth).flat_map(move |block| block_names(family).map(move |name| format!("blocks.{block}.{name}"))))
 }
 
-fn look_for_missing(tensors: &TensorMap, family: Family, layout: &Layout, prefix: &str, mismatch: &mut Mismatch) {
+fn look_for_missing(tensors: &TensorMap, family: Family, naming: &Naming, prefix: &str, mismatch: &mut Mismatch) {
     let already: BTreeSet<String> = mismatch.missing.iter().cloned().collect();
     let misshapen: BTreeSet<String> = mismatch.misshapen.iter().map(|(name, ..)| name.clone()).collect();
     for ours in needed_names(tensors, family).filter(|name| !tensors.contains_key(name)) {
         let theirs: Vec<_> =
-            their_names(&ours, layout).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
+            their_names(&ours, naming).into_iter().map(|(name, _)| format!("{prefix}{name}")).collect();
         if theirs.iter().any(|name| already.contains(name) || misshapen.contains(name)) {
             continue;
         }
@@ -640,17 +473,10 @@ const CLASSIFIER: [&str; 4] = ["head.weight", "head.bias", "fc_norm.weight", "fc
 ///
 /// # Errors
 /// A tower of another family than the naming's, or tensors that the naming has no place for, all named.
-pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsError> {
-    let (layout, prefix, family) = match export {
-        Export::Timm => (&TIMM, "", None),
-        Export::HfVit => (&HF_VIT, "", Some(Family::Vit)),
-        Export::HfDinov2 => (&HF_DINOV2, "", Some(Family::Dinov2)),
-        Export::HfClip => (&HF_CLIP, "vision_model.", Some(Family::Clip)),
-        Export::OpenAi => (&OPENAI, "visual.", Some(Family::Clip)),
-    };
+pub fn to_family(map: &TensorMap, naming: &Naming) -> Result<TensorMap, WeightsError> {
     let mut renamed = TensorMap::new();
     let mut mismatch = Mismatch::default();
-    if let Some(family) = family {
+    if let Some(family) = naming.model {
         // These are no naming of any tower, as timm's is, but of one model: it has all of this and nothing else.
         let always = ["cls_token", "norm.weight", "norm.bias"].map(str::to_owned);
         let needed: BTreeSet<String> = needed_names(map, family).chain(always).collect();
@@ -661,24 +487,25 @@ pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsEr
         }
     }
     // timm's pooled classifiers have a norm after the pooling in place of the one before it.
-    let pooled = export == Export::Timm && map.contains_key("fc_norm.weight");
+    let classifies = naming.writes == Writes::Classifier;
+    let pooled = classifies && map.contains_key("fc_norm.weight");
     // A mask token is of use to pre-training alone.
     let left_out = |ours: &str| ours == "mask_token" || (pooled && ours.starts_with("norm."));
     for (ours, tensor) in map.iter().filter(|(ours, _)| !left_out(ours)) {
-        let theirs = match export {
-            Export::Timm if CLASSIFIER.contains(&ours.as_str()) => vec![(ours.clone(), Same)],
-            _ => their_names(ours, layout),
+        let theirs = match classifies && CLASSIFIER.contains(&ours.as_str()) {
+            true => vec![(ours.clone(), Same)],
+            false => their_names(ours, naming),
         };
         if theirs.is_empty() {
             mismatch.extra.push(ours.clone());
         }
-        let without_class = (export == Export::Timm && ours == "pos_embed" && !map.contains_key("cls_token"))
+        let without_class = (classifies && ours == "pos_embed" && !map.contains_key("cls_token"))
             .then(|| without_class_row(tensor))
             .flatten();
         let tensor = without_class.as_ref().unwrap_or(tensor);
         for (name, change) in theirs {
             // The projection is beside Hugging Face's vision tower, not in it.
-            let name = if name == "visual_projection.weight" { name } else { format!("{prefix}{name}") };
+            let name = if name == "visual_projection.weight" { name } else { format!("{}{name}", naming.prefix) };
             match reverted(tensor, change) {
                 Some(tensor) => {
                     renamed.insert(name, tensor);
@@ -687,7 +514,7 @@ pub fn to_family(map: &TensorMap, export: Export) -> Result<TensorMap, WeightsEr
             }
         }
     }
-    mismatch.into_result(&format!("tensors to be written in {} naming", layout.name))?;
+    mismatch.into_result(&format!("tensors to be written in {} naming", naming.name))?;
     Ok(renamed)
 }
 

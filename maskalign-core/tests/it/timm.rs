@@ -5,7 +5,7 @@ use maskalign_core::{
     Context, Device, ImageBatch, Tape,
     components::towers::TrainedStudents,
     stages::{Finetune, MicroBatch, Task},
-    weights::{Export, Family, TensorMap, to_canonical, to_family},
+    weights::{Family, TensorMap, naming, to_canonical, to_family},
 };
 
 use crate::support::{fixture, part, planned, stage};
@@ -34,7 +34,7 @@ fn a_fine_tuned_student_is_timms_classifier() {
         own.insert(p.name.clone(), p.to_host());
     });
 
-    assert_eq!(to_family(&own, Export::Timm).unwrap(), theirs, "what is exported loads in timm, strictly");
+    assert_eq!(to_family(&own, naming("timm").unwrap()).unwrap(), theirs, "what is exported loads in timm, strictly");
     let tower = to_canonical(theirs, Family::Vit).unwrap().tensors;
     assert!(tower.iter().all(|(name, tensor)| own[name] == *tensor), "and the tower is read back");
 

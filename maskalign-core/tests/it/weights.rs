@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use maskalign_core::weights::{
-    Canonical, Export, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, read,
+    Canonical, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, naming, read,
     read_shapes, resize_positions, to_canonical, to_family, write_safetensors,
 };
 use maskalign_core::{Pool, resize_images_bicubic};
@@ -29,10 +29,15 @@ fn refusal<T>(result: Result<T, WeightsError>) -> String {
     }
 }
 
+/// Renamed to the naming of that key.
+fn written(tensors: &TensorMap, key: &str) -> Result<TensorMap, WeightsError> {
+    to_family(tensors, naming(key).expect("a built-in naming"))
+}
+
 #[test]
 fn every_clip_naming_gives_the_same_tower() {
     let expected = canonical("clip_timm.safetensors", Family::Clip);
-    assert_eq!(expected.layout, "timm");
+    assert_eq!(expected.naming, "timm");
     assert_eq!(rules(&expected), [("head.bias", "bias that CLIP does not have, all zero")]);
     assert_eq!(expected.tensors.len(), 2 * 12 + 8);
     assert_eq!(expected.tensors["cls_token"].shape, [1, 1, 8]);
@@ -46,7 +51,7 @@ fn every_clip_naming_gives_the_same_tower() {
         ("clip_hf_bare.safetensors", "Hugging Face CLIP"),
     ] {
         let found = canonical(file, Family::Clip);
-        assert_eq!(found.layout, layout, "{file}");
+        assert_eq!(found.naming, naming, "{file}");
         assert_eq!(found.tensors, expected.tensors, "{file}");
     }
 }
@@ -303,11 +308,11 @@ fn a_gap_in_the_blocks_is_missing_tensors() {
 #[test]
 fn exported_names_are_those_of_the_other_files() {
     for (export, file, family, stripped) in [
-        (Export::Timm, "vit_timm.safetensors", Family::Vit, ""),
-        (Export::HfVit, "vit_hf.safetensors", Family::Dino, ""),
-        (Export::HfDinov2, "dinov2_hf.safetensors", Family::Dinov2, "dinov2."),
-        (Export::HfClip, "clip_hf.safetensors", Family::Clip, ""),
-        (Export::OpenAi, "clip_open_clip.safetensors", Family::Clip, ""),
+        ("timm", "vit_timm.safetensors", Family::Vit, ""),
+        ("hf_vit", "vit_hf.safetensors", Family::Dino, ""),
+        ("hf_dinov2", "dinov2_hf.safetensors", Family::Dinov2, "dinov2."),
+        ("hf_clip", "clip_hf.safetensors", Family::Clip, ""),
+        ("openai", "clip_open_clip.safetensors", Family::Clip, ""),
     ] {
         let found = canonical(file, family);
         let ignored: Vec<_> = found.ignored.iter().map(|(name, _)| name.as_str()).collect();
@@ -315,10 +320,10 @@ fn exported_names_are_those_of_the_other_files() {
         original.retain(|name, _| !ignored.contains(&name.as_str()));
         let original: TensorMap =
             original.into_iter().map(|(name, t)| (name.strip_prefix(stripped).unwrap().to_owned(), t)).collect();
-        assert_eq!(to_family(&found.tensors, export).unwrap(), original, "{file}");
+        assert_eq!(written(&found.tensors, export).unwrap(), original, "{file}");
     }
     let clip = canonical("clip_timm.safetensors", Family::Clip);
-    let error = refusal(to_family(&clip.tensors, Export::HfVit));
+    let error = refusal(written(&clip.tensors, "hf_vit"));
     assert!(error.contains("`head.weight`") && error.contains("`norm_pre.bias`"), "{error}");
 }
 
@@ -407,22 +412,20 @@ fn names_and_shapes_are_known_without_the_values() {
 #[test]
 fn a_naming_of_one_model_is_refused_for_another_tower() {
     let plain = canonical("vit_timm.safetensors", Family::Vit).tensors;
-    for (export, missing) in [
-        (Export::OpenAi, "norm_pre.weight"),
-        (Export::HfClip, "norm_pre.bias"),
-        (Export::HfDinov2, "blocks.1.ls2.gamma"),
-    ] {
-        let error = refusal(to_family(&plain, export));
+    for (export, missing) in
+        [("openai", "norm_pre.weight"), ("hf_clip", "norm_pre.bias"), ("hf_dinov2", "blocks.1.ls2.gamma")]
+    {
+        let error = refusal(written(&plain, export));
         assert!(error.contains("missing: ") && error.contains(missing), "{export:?}: {error}");
     }
     let scaled = canonical("dinov2_timm.safetensors", Family::Dinov2).tensors;
-    let error = refusal(to_family(&scaled, Export::HfVit));
+    let error = refusal(written(&scaled, "hf_vit"));
     assert!(error.contains("4 not expected") && error.contains("blocks.0.ls1.gamma"), "{error}");
     let mut without = plain.clone();
     without.remove("cls_token");
-    assert!(refusal(to_family(&without, Export::HfVit)).contains("1 missing: `cls_token`"));
+    assert!(refusal(written(&without, "hf_vit")).contains("1 missing: `cls_token`"));
     // timm keeps no position for a class token that is not there.
-    assert_eq!(to_family(&without, Export::Timm).unwrap()["pos_embed"].shape[1], plain["pos_embed"].shape[1] - 1);
+    assert_eq!(written(&without, "timm").unwrap()["pos_embed"].shape[1], plain["pos_embed"].shape[1] - 1);
 }
 
 #[test]

@@ -171,6 +171,17 @@ impl Norm {
 }
 
 /// BatchNorm of columns over rows, without scale and shift: PyTorch's `BatchNorm1d(affine=False)`.
+///
+/// ```
+/// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::BatchNorm};
+/// # let cx = Context::new(Device::Cpu, 1);
+/// let mut norm = BatchNorm::plain(&Init::new(&Device::Cpu, 0, "probe"), "head.0", 1, 0.0)?;
+/// let x = cx.tensor(vec![1.0, 3.0], 2, 1)?;
+/// assert_eq!(norm.train(&cx, &mut Tape::training(), &x)?.to_vec(), [-1.0, 1.0]);
+/// // A tenth of the way from 0 to the batch's mean of 2.
+/// assert_eq!(norm.running_mean.value.to_vec(), [0.2]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct BatchNorm {
     /// `NAME.running_mean`, `[C]`.

@@ -1,6 +1,7 @@
-//! A masker, a loss, an aligner and a dataset for MaskAlign, one file each.
+//! A masker, a loss, an aligner, a dataset and a naming of weights for MaskAlign, one file each.
 
 mod bars;
 mod blend;
 mod lattice;
+mod naming;
 mod pointwise;
