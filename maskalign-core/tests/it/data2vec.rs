@@ -21,7 +21,7 @@ const STEPS: usize = 4;
 const BATCH: usize = 4;
 const PATCHES: u32 = 16;
 
-const RECIPE: &str = r#"{ name: data2vec, stages: { pretrain: { type: pretrain, epochs: 1,
+const RECIPE: &str = r"{ name: data2vec, stages: { pretrain: { type: pretrain, epochs: 1,
     data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
     student: { type: vit, arch: { dim: 16, depth: 3, heads: 2, patch: 7 }, layer_scale: 0.5, masked_patches: mask_token },
     teachers: { ema: { type: ema, momentum: { from: 0.9, to: 0.99 } } },
@@ -33,7 +33,7 @@ const RECIPE: &str = r#"{ name: data2vec, stages: { pretrain: { type: pretrain, 
         aligner: { type: dynamic, levels: { last: 1 }, tap: norm, fusion: simple, head: linear },
         loss: { type: smooth_l1, beta: 2.0 } } },
     optimizer: { type: adamw, base_lr: 1.0, weight_decay: 0.05, clip_norm: 0.05, no_decay: [cls_token] },
-    schedule: { type: constant }, batch: { effective: 4, micro: 2 } } } }"#;
+    schedule: { type: constant }, batch: { effective: 4, micro: 2 } } } }";
 
 /// The masks of each step, which stands for the epoch.
 struct Recorded(Vec<u32>);
@@ -140,8 +140,8 @@ fn the_teacher_starts_as_the_student_and_is_refused_where_no_student_is_trained(
     let teacher = part(&mut all, "teachers.ema.");
     assert!(teacher.len() > 40 && teacher == all);
 
-    let probe = r#"{ name: knn, stages: { knn: { type: knn, teachers: { mean: { type: ema, momentum: 0.9 } },
-        train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } } } } }"#;
+    let probe = r"{ name: knn, stages: { knn: { type: knn, teachers: { mean: { type: ema, momentum: 0.9 } },
+        train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } } } } }";
     let refusals = planned(|context| {
         use maskalign_core::stages::Stage;
         stage::<maskalign_core::stages::Knn>(probe).plan(context).map(|_| ()).unwrap_err()

@@ -43,7 +43,7 @@ fn every_clip_naming_gives_the_same_tower() {
     assert_eq!(expected.tensors["cls_token"].shape, [1, 1, 8]);
     assert_eq!(expected.tensors["pos_embed"].shape, [1, 10, 8]);
     assert_eq!(expected.tensors["head.weight"].shape, [6, 8]);
-    for (file, layout) in [
+    for (file, name) in [
         ("clip_open_clip.safetensors", "OpenAI / open_clip"),
         ("clip_openai_bare.safetensors", "OpenAI / open_clip"),
         ("clip_torchscript.pt", "OpenAI / open_clip"),
@@ -51,7 +51,7 @@ fn every_clip_naming_gives_the_same_tower() {
         ("clip_hf_bare.safetensors", "Hugging Face CLIP"),
     ] {
         let found = canonical(file, Family::Clip);
-        assert_eq!(found.naming, naming, "{file}");
+        assert_eq!(found.naming, name, "{file}");
         assert_eq!(found.tensors, expected.tensors, "{file}");
     }
 }

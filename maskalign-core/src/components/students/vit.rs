@@ -2,18 +2,15 @@
 
 use std::sync::Arc;
 
-use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor, ops::Act};
+use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
 use maskalign_registry::{Refusal, Weights};
 
 use super::{PlannedStudent, Student, StudentModel};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents, input},
+    components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents},
     error::Error,
-    nn::{
-        Arch, Bias, BranchScales, Features, Init, MaskedPatches, Module, Param, Reach, SeenPatches, Statistics, Vit,
-        VitConfig,
-    },
+    nn::{Arch, BranchScales, Features, Init, MaskedPatches, Module, Param, Reach, SeenPatches, Vit, VitConfig},
     register,
     weights::Family,
 };
@@ -92,24 +89,21 @@ impl VitStudent {
             return Err(Refusal::new("arch", format!("sin-cos positions need a dim that 4 divides, not {}", arch.dim)));
         }
         Ok(VitConfig {
-            arch,
-            input: input(image_size, Statistics::IMAGENET),
             cls_token,
             learned_positions,
-            pre_norm: false,
-            patch_bias: Bias::With,
             layer_scale: self.layer_scale.or(earlier.and_then(|shape| shape.layer_scale)),
             masked_patches: self.masked_patches,
-            act: Act::Gelu,
             eps: self.eps,
-            projection: None,
+            ..VitConfig::plain(arch, image_size)
         })
     }
 }
 
 impl Student for VitStudent {
     fn plan(&self, cx: &PlanContext) -> Result<Arc<dyn PlannedStudent>, Refusal> {
-        let tower = PlannedTower::plan(cx, self.config(cx)?, self.weights.as_ref(), Family::Vit)?;
+        let config = self.config(cx)?;
+        let family = if config.layer_scale.is_some() { Family::Dinov2 } else { Family::Vit };
+        let tower = PlannedTower::plan(cx, config, self.weights.as_ref(), family)?;
         Ok(Arc::new(PlannedVit { tower, drop_path: self.drop_path }))
     }
 }

@@ -7,7 +7,7 @@ use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
     components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
+    nn::{Arch, Bias, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -62,20 +62,17 @@ impl Clip {
             _ => 1024,
         });
         Ok(VitConfig {
-            arch,
             input: input(image_size, Statistics::CLIP),
-            cls_token: true,
             learned_positions: true,
             pre_norm: true,
             patch_bias: Bias::Without,
-            layer_scale: None,
-            masked_patches: MaskedPatches::Drop,
             act: match self.activation {
                 Activation::QuickGelu => Act::QuickGelu,
                 Activation::Gelu => Act::Gelu,
             },
             eps: self.eps,
             projection: Some(projection),
+            ..VitConfig::plain(arch, image_size)
         })
     }
 }

@@ -1,13 +1,12 @@
 //! DINO's tower.
 
-use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
 use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
+    components::towers::{PlanContext, PlannedTower, TowerOptions},
+    nn::{Arch, VitConfig},
     register,
     weights::Family,
 };
@@ -37,19 +36,7 @@ impl Dino {
     fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
         let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
-        Ok(VitConfig {
-            arch,
-            input: input(image_size, Statistics::IMAGENET),
-            cls_token: true,
-            learned_positions: true,
-            pre_norm: false,
-            patch_bias: Bias::With,
-            layer_scale: None,
-            masked_patches: MaskedPatches::Drop,
-            act: Act::Gelu,
-            eps: self.eps,
-            projection: None,
-        })
+        Ok(VitConfig { learned_positions: true, eps: self.eps, ..VitConfig::plain(arch, image_size) })
     }
 }
 

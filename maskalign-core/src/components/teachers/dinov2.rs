@@ -1,13 +1,12 @@
 //! DINOv2's tower, with LayerScale.
 
-use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
 use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
+    components::towers::{PlanContext, PlannedTower, TowerOptions},
+    nn::{Arch, VitConfig},
     register,
     weights::Family,
 };
@@ -38,17 +37,10 @@ impl Dinov2 {
         let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
         Ok(VitConfig {
-            arch,
-            input: input(image_size, Statistics::IMAGENET),
-            cls_token: true,
             learned_positions: true,
-            pre_norm: false,
-            patch_bias: Bias::With,
             layer_scale: Some(1e-5),
-            masked_patches: MaskedPatches::Drop,
-            act: Act::Gelu,
             eps: self.eps,
-            projection: None,
+            ..VitConfig::plain(arch, image_size)
         })
     }
 }

@@ -22,7 +22,7 @@ use crate::{
 /// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec). It sees every patch, without stochastic
 /// depth, and takes no gradient. Checkpoints hold it; later stages and exports take the student.
 #[component]
-pub struct Ema {
+struct Ema {
     /// What is kept of the teacher in an update: a number, or one that changes over the stage.
     momentum: Scalar,
 }

@@ -1,13 +1,12 @@
 //! A plain vision transformer under timm's names.
 
-use maskalign_engine::ops::Act;
 use maskalign_registry::{Refusal, Weights};
 
 use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions, input},
-    nn::{Arch, Bias, MaskedPatches, Statistics, VitConfig},
+    components::towers::{PlanContext, PlannedTower, TowerOptions},
+    nn::{Arch, VitConfig},
     register,
     weights::Family,
 };
@@ -43,17 +42,11 @@ impl VitTeacher {
             _ => None,
         };
         Ok(VitConfig {
-            arch,
-            input: input(image_size, Statistics::IMAGENET),
             cls_token: earlier.is_none_or(|shape| shape.cls_token),
             learned_positions: true,
-            pre_norm: false,
-            patch_bias: Bias::With,
             layer_scale: earlier.and_then(|shape| shape.layer_scale),
-            masked_patches: MaskedPatches::Drop,
-            act: Act::Gelu,
             eps: self.eps,
-            projection: None,
+            ..VitConfig::plain(arch, image_size)
         })
     }
 }
