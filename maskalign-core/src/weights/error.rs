@@ -100,3 +100,13 @@ impl WeightsError {
         WeightsError::Format { path: path.to_owned(), reason: reason.into() }
     }
 }
+
+impl Mismatch {
+    /// The error that it is, unless everything fits; `what` says whose tensors they are.
+    pub(super) fn into_result(self, what: &str) -> Result<(), WeightsError> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        Err(WeightsError::Mismatch { what: what.to_owned(), mismatch: Box::new(self) })
+    }
+}
