@@ -15,8 +15,8 @@ use crate::{
     components::tokens::Tokens,
     error::Error,
     nn::{
-        Arch, BranchScales, Features, Grid, Init, MaskedPatches, Module, Reach, SeenPatches, Statistics, TowerInput, Vit,
-        VitConfig,
+        Arch, BranchScales, Features, Grid, Init, MaskedPatches, Module, Reach, SeenPatches, Statistics, TowerInput,
+        Vit, VitConfig,
     },
     weights::{self, Family, HostTensor, TensorMap},
 };

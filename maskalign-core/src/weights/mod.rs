@@ -22,11 +22,11 @@ mod torch_file;
 
 pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use error::WeightsError;
-pub use families::{Canonical, Family, to_canonical, to_family};
+pub use families::{Canonical, to_canonical, to_family};
 pub use fit::check_against;
 pub use hub::{HubCache, locate};
 pub use mismatch::Mismatch;
-pub use naming::{Change, Naming, Row, Writes, naming, namings};
+pub use naming::{Change, Family, Naming, Row, Writes, naming, namings};
 pub use positions::{resize_positions, with_class_row};
 pub use read::{files_of, read, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};

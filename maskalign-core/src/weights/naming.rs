@@ -5,7 +5,35 @@
 
 use std::sync::OnceLock;
 
-use super::families::Family;
+/// A family of vision towers, as far as weights are concerned.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// assert_eq!(Family::Dinov2.name(), "dinov2");
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// CLIP: no patch bias, a norm before the blocks, a projection.
+    Clip,
+    /// DINO's first version: a plain ViT.
+    Dino,
+    /// DINOv2: a ViT with LayerScale.
+    Dinov2,
+    /// A plain ViT: timm's, MAE's, a MaskAlign student's.
+    Vit,
+}
+
+impl Family {
+    /// The family's name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Family::Clip => "clip",
+            Family::Dino => "dino",
+            Family::Dinov2 => "dinov2",
+            Family::Vit => "vit",
+        }
+    }
+}
 
 /// What becomes of a tensor's values and shape between two namings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

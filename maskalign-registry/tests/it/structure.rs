@@ -46,3 +46,30 @@ fn what_breaks_the_order_is_found_however_it_is_written() {
         ]
     );
 }
+
+#[test]
+fn the_modules_of_a_folder_have_an_order_too() {
+    let root = std::env::temp_dir().join(format!("maskalign-folder-{}", std::process::id()));
+    let folder = root.join("src/stages");
+    fs::create_dir_all(folder.join("top")).expect("a folder");
+    let write = |name: &str, text: &str| fs::write(folder.join(name), text).expect("written");
+    let own =
+        "mod low;\nmod middle;\nmod top;\n\npub use low::Low;\npub use top::{Loop, Top as Other};\nuse middle::M;\n\n";
+    write("mod.rs", &format!("{own}pub struct Own;\nfn f(x: top::Part) {{ self::low::f() }}\n"));
+    write("low.rs", "use super::{Own, middle::f};\nuse crate::{nn::top, stages::{Loop, low::g}};\n");
+    write("middle.rs", "use super::{Low, low};\nuse crate::top;\n");
+    write("top/mod.rs", "mod part;\nuse super::{Low, middle};\nuse part::f;\n");
+    write("top/part.rs", "use super::super::middle;\nuse super::g;\n");
+    let found = faults(&folder, &["low", "middle", "top"]);
+    fs::remove_dir_all(&root).expect("removed");
+    assert_eq!(
+        found,
+        [
+            "mod.rs uses `middle`, which is above it",
+            "mod.rs uses `low`, which is above it",
+            "mod.rs uses `top`, which is above it",
+            "low.rs uses `top`, which is above it",
+            "low.rs uses `middle`, which is above it",
+        ]
+    );
+}
