@@ -202,7 +202,8 @@ fn weight_files(recipe: &Recipe) -> Result<Vec<FileRecord>, RunError> {
         match value {
             serde_json::Value::Array(items) => open.extend(items),
             serde_json::Value::Object(mut entries) => {
-                named.extend(entries.get("weights").and_then(|weights| weights.as_str()).map(str::to_owned));
+                let weights = entries.get("weights").map(|weights| weights.get("path").unwrap_or(weights));
+                named.extend(weights.and_then(|weights| weights.as_str()).map(str::to_owned));
                 open.extend(entries.values_mut().map(serde_json::Value::take));
             }
             _ => {}

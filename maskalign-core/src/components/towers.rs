@@ -15,10 +15,10 @@ use crate::{
     components::tokens::Tokens,
     error::Error,
     nn::{
-        Arch, BranchScales, Features, Grid, Init, MaskedPatches, Module, Reach, SeenPatches, Statistics, TowerInput,
-        Vit, VitConfig,
+        Arch, BranchScales, Features, FinalNorm, Grid, Init, MaskedPatches, Module, Reach, SeenPatches, Statistics,
+        TowerInput, Vit, VitConfig,
     },
-    weights::{self, Family, HostTensor, TensorMap},
+    weights::{self, Canonical, Family, HostTensor, TensorMap},
 };
 
 /// The shape of a tower, as far as other components need it.
@@ -45,6 +45,8 @@ pub struct TowerShape {
     pub masked_patches: MaskedPatches,
     /// Initial value of learned scales of the branches, where there are any.
     pub layer_scale: Option<f64>,
+    /// Whether the final norm is that of the weights.
+    pub final_norm: FinalNorm,
     /// Outputs of the projection after the final norm, where there is one.
     pub projection: Option<usize>,
     /// What the tower's input is normalised by.
@@ -61,6 +63,7 @@ impl From<&VitConfig> for TowerShape {
             learned_positions: config.learned_positions,
             masked_patches: config.masked_patches,
             layer_scale: config.layer_scale,
+            final_norm: config.final_norm,
             projection: config.projection,
             statistics: config.input.statistics,
         }
@@ -81,6 +84,18 @@ impl TowerShape {
             .in_stage(["teachers", name, "image_size"], "the teacher's size")
             .in_stage(["student", "image_size"], "the student's size")
             .help("set `image_size` of one of the towers so that the grids are equal"))
+    }
+
+    /// Refuses to read a tower called `whose` through a final norm that its weights do not have.
+    ///
+    /// # Errors
+    /// Names `tap`.
+    pub fn check_tap(&self, whose: &str, tap: Tap) -> Result<(), Refusal> {
+        if tap != Tap::Block && self.final_norm == FinalNorm::Fresh {
+            return Err(Refusal::new("tap", format!("the weights of {whose} have no final norm"))
+                .help("a classifier of averaged tokens has `fc_norm` in its place; use `tap: block`"));
+        }
+        Ok(())
     }
 
     /// The tokens that are the rows of its hidden states, of each image in this order.
@@ -431,13 +446,12 @@ fn locate(weights: &Weights) -> Result<Option<PathBuf>, Refusal> {
         Weights::Embedded(name) if crate::embedded::weights_file(name).is_none() => {
             Err(Refusal::new("weights", format!("no weights named `{name}` are embedded")))
         }
-        Weights::Stage(_) | Weights::Embedded(_) => Ok(None),
-        file => match weights::locate(&file.to_string()) {
+        _ => weights.file().map_or(Ok(None), |(file, _)| match weights::locate(&file.to_string()) {
             Ok(path) if path.exists() => Ok(Some(path)),
             Ok(path) => Err(Refusal::new("weights", format!("there is no file `{}`", path.display()))
                 .help("a path starts from the current folder; `hf://ORG/REPO` names a model in the local hub cache")),
             Err(error) => Err(Refusal::new("weights", error.to_string())),
-        },
+        }),
     }
 }
 
@@ -518,7 +532,7 @@ impl PlannedTower {
                 student.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape))).collect()
             }
             Source::Embedded(name) => embedded(name, self.family)?,
-            Source::File { spec, path: Some(path) } => canonical(spec, path, self.family, weights::read_shapes)?,
+            Source::File { spec, path: Some(path) } => canonical(spec, path, self.family, weights::read_part_shapes)?,
             Source::File { path: None, .. } => return Ok(()),
         };
         let mut tower = Vit::new(&Init::shapes(), self.config).map_err(|error| Error::from(error).into_refusal())?;
@@ -556,7 +570,7 @@ impl PlannedTower {
                     None => locate(spec)?.ok_or_else(|| Refusal::new("weights", format!("{spec} is no file")))?,
                 };
                 tracing::info!("reading {}", path.display());
-                canonical(spec, &path, self.family, weights::read)?
+                canonical(spec, &path, self.family, weights::read_part)?
             }
         };
         let tensors = self.fit(&mut tower, tensors)?;
@@ -568,10 +582,13 @@ impl PlannedTower {
     /// may come with or without follows them.
     fn fit(&self, tower: &mut Vit, mut tensors: TensorMap) -> Result<TensorMap, Refusal> {
         let side = tower.config.grid().rows;
-        if !tower.config.cls_token
-            && !tensors.contains_key("cls_token")
-            && let Some(positions) = tensors.get("pos_embed").and_then(weights::with_class_row)
-        {
+        if tower.config.cls_token && !tensors.contains_key("cls_token") {
+            return Err(Refusal::new("weights", format!("{} hold a tower without a class token", self.whose()))
+                .related(["cls_token"], "a class token is asked for here")
+                .help("set `cls_token: false` where the tower has that option"));
+        }
+        // Positions of patches alone (a tower without a class token, or timm's `no_embed_class`): a class token gets none.
+        if let Some(positions) = tensors.get("pos_embed").and_then(weights::with_class_row) {
             tensors.insert("pos_embed".into(), positions);
         }
         if let Some(positions) = tensors.get("pos_embed")
@@ -595,6 +612,13 @@ impl PlannedTower {
         if !tower.config.cls_token {
             tensors.remove("cls_token");
         }
+        if !tensors.contains_key("norm.weight") && !tensors.contains_key("norm.bias") {
+            // A classifier of averaged tokens has a norm behind the average in its place (`fc_norm`).
+            tower.config.final_norm = FinalNorm::Fresh;
+            tower.norm.visit(&mut |p| {
+                tensors.insert(p.name.clone(), p.to_host());
+            });
+        }
         match &tower.mask_token {
             // Weights of towers that saw no mask token have none: it begins as it was drawn.
             Some(token) if !tensors.contains_key("mask_token") => {
@@ -605,13 +629,17 @@ impl PlannedTower {
                 tensors.remove("mask_token");
             }
         }
-        let whose = match &self.source {
+        weights::check_against(&tower.shapes(), tensors, &self.whose()).map_err(refused)
+    }
+
+    /// What messages call the weights.
+    fn whose(&self) -> String {
+        match &self.source {
             Source::Stage(stage) => format!("the weights of the student of stage `{stage}`"),
             Source::Embedded(name) => format!("the weights in embedded://{name}"),
             Source::File { spec, .. } => format!("the weights in {spec}"),
             Source::Initial => "the initial weights".to_string(),
-        };
-        weights::check_against(&tower.shapes(), tensors, &whose).map_err(refused)
+        }
     }
 }
 
@@ -640,10 +668,28 @@ fn canonical(
     spec: &Weights,
     path: &Path,
     family: Family,
-    read: impl Fn(&Path) -> Result<TensorMap, weights::WeightsError>,
+    read: impl Fn(&Path, Option<&str>) -> Result<TensorMap, weights::WeightsError>,
 ) -> Result<TensorMap, Refusal> {
-    let tensors = read(path).map_err(refused)?;
-    Ok(weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&spec.to_string())))?.tensors)
+    let key = spec.file().and_then(|(_, key)| key);
+    let tensors = read(path, key).map_err(refused)?;
+    let Canonical { tensors, naming, prefix, others, ignored } =
+        weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&spec.to_string())))?;
+    // Said where values are read, not where shapes are checked.
+    if tensors.values().any(|tensor| !tensor.is_shape_only()) {
+        let at = if prefix.is_empty() { String::new() } else { format!(", under `{prefix}`") };
+        let rest = match others.is_empty() {
+            true => String::new(),
+            false => format!(
+                "; its other towers are left out, `weights: {{path: FILE, key: NAME}}` takes them: `{}`",
+                others.join("`, `")
+            ),
+        };
+        tracing::info!(
+            "{spec}: a tower in {naming} naming{at}; {} tensors beside it are left out{rest}",
+            ignored.len()
+        );
+    }
+    Ok(tensors)
 }
 
 /// The tapped states of a tower.

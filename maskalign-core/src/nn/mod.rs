@@ -7,5 +7,6 @@ pub use maskalign_engine::{
     nn::{BatchNorm, Bias, Block, BlockConfig, Linear, Norm, sincos_positions},
 };
 pub use vit::{
-    Arch, BranchScales, Features, Grid, MaskedPatches, Reach, SeenPatches, Statistics, TowerInput, Vit, VitConfig,
+    Arch, BranchScales, Features, FinalNorm, Grid, MaskedPatches, Reach, SeenPatches, Statistics, TowerInput, Vit,
+    VitConfig,
 };

@@ -279,6 +279,15 @@ pub enum MaskedPatches {
     MaskToken,
 }
 
+/// Where the values of a tower's final norm come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinalNorm {
+    /// From where those of its blocks come.
+    Own,
+    /// From nowhere: the tower's weights have none, and it is 1 and 0.
+    Fresh,
+}
+
 /// The patches of a batch, by their indices in each image, equally many in each.
 ///
 /// ```
@@ -328,6 +337,8 @@ pub struct VitConfig {
     pub eps: f64,
     /// Outputs of the projection after the final norm (CLIP).
     pub projection: Option<usize>,
+    /// Whether the final norm is that of the weights.
+    pub final_norm: FinalNorm,
 }
 
 impl VitConfig {
@@ -347,6 +358,7 @@ impl VitConfig {
             act: Act::Gelu,
             eps: 1e-6,
             projection: None,
+            final_norm: FinalNorm::Own,
         }
     }
 

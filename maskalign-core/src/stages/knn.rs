@@ -19,7 +19,7 @@ use crate::{
     components::{
         students::StudentModel,
         teachers::{PlannedTeacher, TeacherBuild},
-        towers::{Environment, StudentPlan},
+        towers::{Environment, StudentPlan, Tap},
     },
     error::Result,
     events::Event,
@@ -301,6 +301,9 @@ impl Stage for Knn {
                 whose.chain(teachers.iter().map(|(name, teacher)| (format!("teacher `{name}`"), teacher.shape())));
             for (whose, shape) in towers {
                 keep(&mut refusals, self.pooling.check(&whose, &shape));
+                if self.tap == FeatureTap::Norm {
+                    keep(&mut refusals, shape.check_tap(&whose, Tap::Norm));
+                }
             }
             let shapes = student.iter().map(|(_, student)| student.shape());
             let shapes: Vec<_> = shapes.chain(teachers.iter().map(|(_, teacher)| teacher.shape())).collect();

@@ -22,7 +22,7 @@ use crate::{
     component,
     components::{
         students::{PlannedStudent, StudentModel},
-        towers::TrainedStudents,
+        towers::{Tap, TrainedStudents},
     },
     error::Result,
     nn::{BatchNorm, Bias, Init, Linear, Param, Reach},
@@ -152,6 +152,9 @@ impl LinearProbe {
         let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };
         let shape = student.shape();
         keep(&mut refusals, own.pooling.check("the student", &shape));
+        if own.tap == FeatureTap::Norm {
+            keep(&mut refusals, shape.check_tap("the student", Tap::Norm));
+        }
         if !refusals.is_empty() {
             return Err(refusals);
         }

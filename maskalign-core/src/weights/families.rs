@@ -26,26 +26,17 @@ pub struct Canonical {
     pub tensors: TensorMap,
     /// The naming that was found.
     pub naming: &'static str,
+    /// What stands before the tower's names.
+    pub prefix: String,
+    /// What stands before the names of other towers in the file.
+    pub others: Vec<String>,
     /// Tensors left out, each with the rule that says so, sorted by name.
     pub ignored: Vec<(String, &'static str)>,
 }
 
-/// What may stand before a tower's names, part by part.
-const WRAPPERS: [&str; 13] = [
-    "model",
-    "state_dict",
-    "teacher",
-    "student",
-    "module",
-    "backbone",
-    "visual",
-    "trunk",
-    "vision_model",
-    "clip",
-    "vit",
-    "dinov2",
-    "base_model",
-];
+/// Parts of names that programs put around modules, wherever these stand: torch.compile, fully sharded training, activation
+/// checkpointing.
+const WRAPPED: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
 /// Rules that leave out tensors beside a tower. A name that ends in `.` or `_` stands for all that begin with it; the first row that
 /// fits counts.
@@ -92,23 +83,32 @@ const MAX_BLOCKS: usize = 1024;
 
 /// Renames a file's tensors to the one naming, fuses query, key and value, and turns what is stored turned.
 ///
-/// The naming is found by its marks, after wrappers such as `model.`, `module.`, `backbone.`, `visual.` or `vision_model.`;
-/// of a DINO file that holds both networks the teacher is taken. `family` says what is expected: a file of another family is
-/// refused with the name it goes by.
+/// The naming is found by its marks, whatever stands before all of a tower's names (`model.`, `module.`, `backbone.`,
+/// `visual.`, ...) or between them (torch.compile's `_orig_mod.`). Blocks may be numbered in chunks. Of several towers those of
+/// `family` count, of these a teacher's before a student's, and then the one with the shortest prefix; the others are left
+/// out. `family` says what is expected: a file of another family is refused with the name it goes by.
 ///
 /// # Errors
 /// One error with every tensor that is missing, not understood, misshapen (against the file's own width) or not finite.
 /// The final norm and the projection are not required here: [`super::check_against`] knows what a model needs.
 pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, WeightsError> {
     let what = format!("weights of family {}", family.name());
-    let (naming, prefix) = detect(&map, family, &what)?;
+    let map = unwrapped(map);
+    let found = detect(&map, family, &what)?;
+    let Found { naming, prefix, .. } = &found;
     let what = format!("{what} (in {} naming)", naming.name);
 
-    let mut canonical = Canonical { tensors: TensorMap::new(), naming: naming.name, ignored: Vec::new() };
+    let mut canonical = Canonical {
+        tensors: TensorMap::new(),
+        naming: naming.name,
+        prefix: prefix.clone(),
+        others: found.others.clone(),
+        ignored: Vec::new(),
+    };
     let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
     let mut mismatch = Mismatch::default();
     for (name, tensor) in map {
-        match fate(&name, naming, &prefix, family) {
+        match fate(&name, &found, family) {
             Fate::Tower(ours, Third(part)) => thirds.entry(ours).or_default()[part] = Some(tensor),
             Fate::Tower(ours, change) => match changed(tensor, change) {
                 Ok(tensor) => {
@@ -121,10 +121,10 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
         }
     }
     for (ours, parts) in thirds {
-        fuse(ours, parts, naming, &prefix, &mut canonical.tensors, &mut mismatch);
+        fuse(ours, parts, naming, prefix, &mut canonical.tensors, &mut mismatch);
     }
     leave_out_zero_biases(&mut canonical, family);
-    look_for_missing(&canonical.tensors, family, naming, &prefix, &mut mismatch);
+    look_for_missing(&canonical.tensors, family, naming, prefix, &mut mismatch);
     // A tensor goes by the file's name for it; one fused from three by ours.
     let file_name = |ours: &str| match their_names(ours, naming).as_slice() {
         [(theirs, _)] => format!("{prefix}{theirs}"),
@@ -138,10 +138,32 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
     Ok(canonical)
 }
 
-/// The naming and what stands before it.
-fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Naming, String), WeightsError> {
-    let is_wrapper = |prefix: &str| prefix.split_terminator('.').all(|part| WRAPPERS.contains(&part));
-    let mut found: Vec<(&'static Naming, &str)> = Vec::new();
+/// The tensors under names without the parts that programs put around modules. Where two would share a name, the file's own
+/// names stay.
+fn unwrapped(map: TensorMap) -> TensorMap {
+    let plain =
+        |name: &str| -> String { name.split('.').filter(|part| !WRAPPED.contains(part)).collect::<Vec<_>>().join(".") };
+    let names: BTreeSet<String> = map.keys().map(|name| plain(name)).collect();
+    match names.len() == map.len() {
+        true => map.into_iter().map(|(name, tensor)| (plain(&name), tensor)).collect(),
+        false => map,
+    }
+}
+
+/// The tower that is read.
+struct Found {
+    naming: &'static Naming,
+    /// What stands before its names.
+    prefix: String,
+    /// What stands before the names of the file's other towers.
+    others: Vec<String>,
+    /// The block that each numbering in the file means.
+    blocks: BTreeMap<Vec<usize>, usize>,
+}
+
+/// The naming, what stands before it, and how blocks are numbered.
+fn detect(map: &TensorMap, family: Family, what: &str) -> Result<Found, WeightsError> {
+    let mut towers: Vec<(&'static Naming, &str)> = Vec::new();
     for &naming in namings() {
         let has_blocks = |prefix: &str| {
             let start = format!("{prefix}{}", naming.blocks);
@@ -152,16 +174,20 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Namin
             None => true,
         };
         let prefixes = map.keys().filter_map(|name| name.strip_suffix(naming.mark));
-        found.extend(
-            prefixes
-                .filter(|prefix| (prefix.is_empty() || prefix.ends_with('.')) && is_wrapper(prefix))
-                .filter(|prefix| has_blocks(prefix) && has_second(prefix))
-                .map(|prefix| (naming, prefix)),
-        );
+        let prefixes = prefixes.filter(|prefix| prefix.is_empty() || prefix.ends_with('.'));
+        for prefix in prefixes.filter(|prefix| has_blocks(prefix) && has_second(prefix)) {
+            // Where two namings fit one tower, the first counts.
+            if !towers.iter().any(|(_, other)| *other == prefix) {
+                towers.push((naming, prefix));
+            }
+        }
     }
     let refuse = |reason: String| WeightsError::Layout { what: what.to_owned(), reason };
     // The student of a self-distillation is worth less than its teacher.
-    let best = found.into_iter().min_by_key(|(_, prefix)| (prefix.contains("student"), prefix.len()));
+    let best = towers.iter().copied().min_by_key(|&(naming, prefix)| {
+        let of_student = prefix.split('.').any(|part| part == "student");
+        (!Structure::of(map, naming, prefix).fits(family), of_student, prefix.len(), prefix)
+    });
     let Some((naming, prefix)) = best else {
         let known = namings().iter().map(|naming| format!("{} (has `{}`)", naming.name, naming.mark));
         let known = known.collect::<Vec<_>>().join(", ");
@@ -172,30 +198,92 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<(&'static Namin
             map.len()
         )));
     };
-    let holds =
-        |ours: &str| their_names(ours, naming).iter().any(|(theirs, _)| map.contains_key(&format!("{prefix}{theirs}")));
-    let is_clip =
-        !naming.families.contains(&Family::Vit) && naming.families.contains(&Family::Clip) || holds("norm_pre.weight");
-    let has_scale = naming.families == [Family::Dinov2] || holds("blocks.0.ls1.gamma");
-    let actual = match (is_clip, has_scale) {
-        (true, _) => "clip",
-        (false, true) => "dinov2",
-        (false, false) => "vit` or `dino",
-    };
-    let fits = match family {
-        Family::Clip => is_clip,
-        Family::Dinov2 => !is_clip && has_scale,
-        Family::Dino | Family::Vit => !is_clip && !has_scale,
-    };
-    if !fits {
-        let reason = format!("the file holds a tower of another family ({} naming); use `type: {actual}`", naming.name);
+    let structure = Structure::of(map, naming, prefix);
+    if !structure.fits(family) {
+        let (name, actual) = (naming.name, structure.family());
+        let reason = format!("the file holds a tower of another family ({name} naming); use `type: {actual}`");
         return Err(refuse(reason));
     }
-    if [format!("{prefix}reg_token"), format!("{prefix}embeddings.register_tokens")].iter().any(|k| map.contains_key(k))
-    {
+    if ["reg_token", "embeddings.register_tokens"].iter().any(|name| map.contains_key(&format!("{prefix}{name}"))) {
         return Err(refuse("the tower has register tokens, which are not supported; use weights without them".into()));
     }
-    Ok((naming, prefix.to_owned()))
+    if ["dist_token", "embeddings.distillation_token"].iter().any(|name| map.contains_key(&format!("{prefix}{name}"))) {
+        return Err(refuse(
+            "the tower has a distillation token (`dist_token`), a second class token that is not supported; use the \
+             weights that were trained without distillation"
+                .into(),
+        ));
+    }
+    let others = towers.iter().map(|(_, other)| (*other).to_owned()).filter(|other| other != prefix).collect();
+    let blocks = numbering(map.keys().filter_map(|name| name.strip_prefix(prefix)), naming);
+    Ok(Found { naming, prefix: prefix.to_owned(), others, blocks })
+}
+
+/// What tells a tower's family.
+struct Structure {
+    is_clip: bool,
+    has_scales: bool,
+}
+
+impl Structure {
+    fn of(map: &TensorMap, naming: &Naming, prefix: &str) -> Structure {
+        let holds = |ours: &str| {
+            their_names(ours, naming).iter().any(|(theirs, _)| map.contains_key(&format!("{prefix}{theirs}")))
+        };
+        let of_clip_alone = !naming.families.contains(&Family::Vit) && naming.families.contains(&Family::Clip);
+        Structure {
+            is_clip: of_clip_alone || holds("norm_pre.weight"),
+            has_scales: naming.families == [Family::Dinov2] || holds("blocks.0.ls1.gamma"),
+        }
+    }
+
+    fn fits(&self, family: Family) -> bool {
+        match family {
+            Family::Clip => self.is_clip,
+            Family::Dinov2 => !self.is_clip && self.has_scales,
+            Family::Dino | Family::Vit => !self.is_clip && !self.has_scales,
+        }
+    }
+
+    /// The teachers' types that take such a tower.
+    fn family(&self) -> &'static str {
+        match (self.is_clip, self.has_scales) {
+            (true, _) => "clip",
+            (false, true) => "dinov2",
+            (false, false) => "vit` or `dino",
+        }
+    }
+}
+
+/// The block that each numbering among a tower's names means. A number is a block's own; two stand for a chunk and a block
+/// in it, counted through all chunks (DINOv2's `block_chunks`) or anew in each (nested sequences).
+fn numbering<'a>(names: impl Iterator<Item = &'a str>, naming: &Naming) -> BTreeMap<Vec<usize>, usize> {
+    let all: BTreeSet<Vec<usize>> = names.filter_map(|name| Some(numbers(name, naming)?.0)).collect();
+    let last: BTreeSet<usize> = all.iter().filter_map(|numbers| numbers.last().copied()).collect();
+    let counted_through = last.len() == all.len();
+    all.into_iter()
+        .enumerate()
+        .map(|(place, numbers)| {
+            let own = numbers.last().copied().filter(|_| counted_through);
+            (numbers, own.unwrap_or(place))
+        })
+        .collect()
+}
+
+/// The numbers of a block's tensor, and what stands behind them.
+fn numbers<'a>(name: &'a str, naming: &Naming) -> Option<(Vec<usize>, &'a str)> {
+    let mut rest = name.strip_prefix(naming.blocks)?;
+    let mut numbers = Vec::new();
+    while let Some((number, behind)) = rest.split_once('.')
+        && let Ok(number) = number.parse()
+    {
+        if number >= MAX_BLOCKS {
+            return None;
+        }
+        numbers.push(number);
+        rest = behind;
+    }
+    (!numbers.is_empty()).then_some((numbers, rest))
 }
 
 /// What becomes of a tensor.
@@ -205,9 +293,10 @@ enum Fate {
     Unknown,
 }
 
-fn fate(name: &str, naming: &Naming, prefix: &str, family: Family) -> Fate {
-    if let Some(inner) = name.strip_prefix(prefix)
-        && let Some((ours, change)) = tower_name(inner, naming)
+fn fate(name: &str, found: &Found, family: Family) -> Fate {
+    let Found { naming, prefix, .. } = found;
+    if let Some(inner) = name.strip_prefix(prefix.as_str())
+        && let Some((ours, change)) = tower_name(inner, found)
     {
         return Fate::Tower(ours, change);
     }
@@ -225,7 +314,7 @@ fn fate(name: &str, naming: &Naming, prefix: &str, family: Family) -> Fate {
             true => inner.starts_with(pattern),
             false => inner == pattern,
         };
-        let beside: &[_] = match prefix.contains("visual.") && !name.starts_with(prefix) {
+        let beside: &[_] = match prefix.contains("visual.") && !name.starts_with(prefix.as_str()) {
             true => BESIDE_VISUAL,
             false => &[],
         };
@@ -237,18 +326,23 @@ fn fate(name: &str, naming: &Naming, prefix: &str, family: Family) -> Fate {
     if of_student(name) && !of_student(prefix) && !prefix.is_empty() {
         return Fate::Ignored("student of the self-distillation");
     }
+    // Another tower's prefix may begin as this one's: `model.` and `model.ema.`.
+    let other = |prefix: &String| name.starts_with(prefix.as_str()) && prefix.len() > found.prefix.len();
+    let elsewhere = !name.starts_with(prefix.as_str());
+    if found.others.iter().any(|prefix| other(prefix) || elsewhere && name.starts_with(prefix.as_str())) {
+        return Fate::Ignored("another tower");
+    }
     Fate::Unknown
 }
 
 /// Our name of a tower's tensor, given what stands behind the prefix.
-fn tower_name(name: &str, naming: &Naming) -> Option<(String, Change)> {
-    if let Some(found) = rename(name, naming.tower) {
-        return Some(found);
+fn tower_name(name: &str, found: &Found) -> Option<(String, Change)> {
+    if let Some(renamed) = rename(name, found.naming.tower) {
+        return Some(renamed);
     }
-    let (number, rest) = name.strip_prefix(naming.blocks)?.split_once('.')?;
-    let number: usize = number.parse().ok().filter(|number| *number < MAX_BLOCKS)?;
-    let (ours, change) = rename(rest, naming.block)?;
-    Some((format!("blocks.{number}.{ours}"), change))
+    let (numbers, rest) = numbers(name, found.naming)?;
+    let (ours, change) = rename(rest, found.naming.block)?;
+    Some((format!("blocks.{}.{ours}", found.blocks.get(&numbers)?), change))
 }
 
 fn rename(name: &str, rows: &[Row]) -> Option<(String, Change)> {

@@ -14,6 +14,7 @@ mod fit;
 mod hub;
 mod mismatch;
 mod naming;
+mod part;
 mod pickle;
 mod positions;
 mod read;
@@ -28,7 +29,7 @@ pub use hub::{HubCache, locate};
 pub use mismatch::Mismatch;
 pub use naming::{Change, Family, Naming, Row, Writes, naming, namings};
 pub use positions::{resize_positions, with_class_row};
-pub use read::{files_of, read, read_shapes};
+pub use read::{files_of, read, read_part, read_part_shapes, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
 
 pub use maskalign_engine::{HostTensor, TensorMap};

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::checkpoint::{Checkpoint, CheckpointHeader};
 use super::hub::WEIGHT_FILES;
+use super::part::under;
 use super::tensor_file::TensorFile;
 use super::{HostTensor, TensorMap, WeightsError, torch_file};
 use crate::files::RunError;
@@ -27,14 +28,30 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 /// # Errors
 /// A file that is missing, truncated, damaged or of another kind, with the way out where there is one.
 pub fn read(path: &Path) -> Result<TensorMap, WeightsError> {
+    read_part(path, None)
+}
+
+/// As [`read`], of several towers in a file those whose names begin with `key`, such as `teacher` or `model_ema`.
+///
+/// # Errors
+/// As there; nothing is called so, with what there is.
+pub fn read_part(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
     let of_safetensors = |path: &Path| {
         let file = TensorFile::open(path)?;
         match checkpoint_header(path, &file)? {
-            None => file.read_all(),
+            None => chosen(path, key, file.read_all()?),
             Some(_) => student(path, Checkpoint::load(path).map_err(|error| not_read(path, error))?),
         }
     };
-    read_with(path, &of_safetensors, &torch_file::read)
+    read_with(path, &of_safetensors, &|path| torch_file::read(path, key))
+}
+
+/// The tensors under `key`.
+fn chosen(path: &Path, key: Option<&str>, tensors: TensorMap) -> Result<TensorMap, WeightsError> {
+    match key {
+        None => Ok(tensors),
+        Some(key) => under(key, tensors).map_err(|reason| WeightsError::format(path, reason)),
+    }
 }
 
 /// As [`read`], without the values: the headers of safetensors and the descriptions in PyTorch's files are all that is
@@ -43,16 +60,24 @@ pub fn read(path: &Path) -> Result<TensorMap, WeightsError> {
 /// # Errors
 /// As there, but for values that are damaged.
 pub fn read_shapes(path: &Path) -> Result<TensorMap, WeightsError> {
+    read_part_shapes(path, None)
+}
+
+/// As [`read_part`], without the values.
+///
+/// # Errors
+/// As there, but for values that are damaged.
+pub fn read_part_shapes(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
     let of_safetensors = |path: &Path| {
         let file = TensorFile::open(path)?;
         let shapes = file.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape)));
         let tensors: TensorMap = shapes.collect();
         match checkpoint_header(path, &file)? {
-            None => Ok(tensors),
+            None => chosen(path, key, tensors),
             Some(header) => student(path, Checkpoint { header, tensors }),
         }
     };
-    read_with(path, &of_safetensors, &torch_file::read_shapes)
+    read_with(path, &of_safetensors, &|path| torch_file::read_shapes(path, key))
 }
 
 /// How the tensors of one file are read.
@@ -61,11 +86,30 @@ type ReadFile<'a> = &'a dyn Fn(&Path) -> Result<TensorMap, WeightsError>;
 /// Reads a file, or the shards of an index.
 fn read_with(path: &Path, safetensors: ReadFile, torch: ReadFile) -> Result<TensorMap, WeightsError> {
     let path = weights_file(path)?;
+    refuse_lone_shard(&path)?;
     match kind_of(&path)? {
         Kind::Index => read_shards(&path, safetensors, torch),
         Kind::Safetensors => safetensors(&path),
         Kind::Torch => torch(&path),
     }
+}
+
+/// Refuses one of several shards by its name, `NAME-00001-of-00002.ENDING`: it holds a part of a tower.
+fn refuse_lone_shard(path: &Path) -> Result<(), WeightsError> {
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    let number = |text: &str| text.parse::<u32>().ok().filter(|_| text.len() == 5);
+    let counts = stem.rsplit_once("-of-").and_then(|(rest, all)| {
+        let (name, shard) = rest.rsplit_once('-')?;
+        Some((name, number(shard)?, number(all)?))
+    });
+    let Some((name, shard, all)) = counts.filter(|(.., all)| *all > 1) else { return Ok(()) };
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or("safetensors");
+    let index = path.with_file_name(format!("{name}.{ending}.index.json"));
+    let way = match index.is_file() {
+        true => format!("name the index of all, {}", index.display()),
+        false => format!("get all {all} with their index, `{name}.{ending}.index.json`, and name that"),
+    };
+    Err(WeightsError::format(path, format!("it is shard {shard} of {all}, a part of a tower; {way}")))
 }
 
 /// What a run wrote beside the tensors; `None` where the file is not a run's.

@@ -10,6 +10,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::element::element_count;
 use super::error::WeightsError;
+use super::part::under;
 use super::pickle::{Id, Node, Pickle, Storage, Tensor};
 use super::{HostTensor, TensorMap};
 
@@ -23,15 +24,19 @@ const WRAPPERS: [&str; 6] = ["model", "state_dict", "model_state_dict", "teacher
 
 type Archive = ZipArchive<BufReader<File>>;
 
-/// Reads the weights of a PyTorch file.
-pub(super) fn read(path: &Path) -> Result<TensorMap, WeightsError> {
-    let Described { mut archive, folder, tensors, file_bytes } = Described::open(path)?;
+/// Reads the weights of a PyTorch file, or those under `key` in it.
+pub(super) fn read(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    let Described { mut archive, folder, tensors, passed, file_bytes } = Described::open(path, key)?;
+    if !passed.is_empty() {
+        let (path, passed) = (path.display(), passed.join("`, `"));
+        tracing::info!("{path}: other tensors are under `{passed}`; `weights: {{path: FILE, key: NAME}}` takes those");
+    }
     load(&mut archive, &folder, tensors, file_bytes).map_err(|reason| WeightsError::format(path, reason))
 }
 
 /// Reads names and shapes, which the archive's pickle holds; its values are not looked at.
-pub(super) fn read_shapes(path: &Path) -> Result<TensorMap, WeightsError> {
-    let tensors = Described::open(path)?.tensors;
+pub(super) fn read_shapes(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    let tensors = Described::open(path, key)?.tensors;
     Ok(tensors.into_iter().map(|(name, tensor)| (name, HostTensor::shape_only(tensor.shape))).collect())
 }
 
@@ -41,11 +46,13 @@ struct Described {
     /// What stands before every entry's name.
     folder: String,
     tensors: BTreeMap<String, Tensor>,
+    /// Names of dictionaries of tensors beside those.
+    passed: Vec<String>,
     file_bytes: u64,
 }
 
 impl Described {
-    fn open(path: &Path) -> Result<Described, WeightsError> {
+    fn open(path: &Path, key: Option<&str>) -> Result<Described, WeightsError> {
         let format = |reason: String| WeightsError::format(path, reason);
         let file = File::open(path).map_err(|e| WeightsError::io(path, e))?;
         let file_bytes = file.metadata().map_err(|e| WeightsError::io(path, e))?.len();
@@ -62,11 +69,12 @@ impl Described {
         }
         let bytes = entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
         let pickle = Pickle::parse(&bytes).map_err(format)?;
-        let tensors = named_tensors(&pickle).map_err(format)?;
+        let tensors = named_tensors(&pickle, key).map_err(format)?;
+        let passed = if key.is_some() { Vec::new() } else { state_dictionary(&pickle).1 };
         if tensors.is_empty() {
             return Err(format("it holds no tensors".into()));
         }
-        Ok(Described { archive, folder, tensors, file_bytes })
+        Ok(Described { archive, folder, tensors, passed, file_bytes })
     }
 }
 
@@ -89,11 +97,12 @@ fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>, Strin
     Ok(bytes)
 }
 
-/// The tensors of the state dictionary by their dotted names.
-fn named_tensors(pickle: &Pickle) -> Result<BTreeMap<String, Tensor>, String> {
+/// The tensors of the state dictionary, or of all where one `key` is to be chosen, by their dotted names.
+fn named_tensors(pickle: &Pickle, key: Option<&str>) -> Result<BTreeMap<String, Tensor>, String> {
     let mut found = BTreeMap::new();
     let mut visits = 0;
-    let mut waiting = vec![(String::new(), state_dictionary(pickle), 0)];
+    let start = if key.is_some() { pickle.root() } else { state_dictionary(pickle).0 };
+    let mut waiting = vec![(String::new(), start, 0)];
     while let Some((prefix, id, depth)) = waiting.pop() {
         match pickle.node(id) {
             Node::Tensor(tensor) => {
@@ -123,28 +132,42 @@ fn named_tensors(pickle: &Pickle) -> Result<BTreeMap<String, Tensor>, String> {
             _ => {}
         }
     }
-    Ok(found)
+    match key {
+        Some(key) => under(key, found),
+        None => Ok(found),
+    }
 }
 
-/// Unwraps what training scripts put around the weights.
-fn state_dictionary(pickle: &Pickle) -> Id {
+/// Unwraps what training scripts put around the weights. The names of dictionaries of tensors that are passed over come with
+/// it.
+fn state_dictionary(pickle: &Pickle) -> (Id, Vec<String>) {
     let is_dictionary = |id: Id| matches!(pickle.node(id), Node::Dict { .. });
     let holds_tensors = |id: Id| match pickle.node(id) {
         Node::Dict { entries, .. } => entries.iter().any(|(_, value)| matches!(pickle.node(*value), Node::Tensor(_))),
         _ => false,
     };
     let mut current = pickle.root();
+    let mut passed = Vec::new();
     for _ in 0..WRAPPERS.len() {
         if holds_tensors(current) {
             break;
         }
         let inner = WRAPPERS.iter().filter_map(|key| pickle.get(current, key)).find(|id| is_dictionary(*id));
         match inner {
-            Some(inner) => current = inner,
+            Some(inner) => {
+                if let Node::Dict { entries, .. } = pickle.node(current) {
+                    let beside = entries.iter().filter(|(_, value)| *value != inner && holds_tensors(*value));
+                    passed.extend(beside.filter_map(|(key, _)| match pickle.node(*key) {
+                        Node::Text(name) => Some(name.clone()),
+                        _ => None,
+                    }));
+                }
+                current = inner;
+            }
             None => break,
         }
     }
-    current
+    (current, passed)
 }
 
 /// Reads every storage once and lays out the tensors that view it.
@@ -276,7 +299,7 @@ mod tests {
                 continue;
             };
             parsed += 1;
-            let Ok(tensors) = named_tensors(&pickle) else {
+            let Ok(tensors) = named_tensors(&pickle, None) else {
                 continue;
             };
             let Ok(tensors) = load(&mut archive, "views/", tensors, file_bytes) else {
@@ -302,7 +325,7 @@ mod tests {
         }
         bytes.push(b'.');
         let pickle = Pickle::parse(&bytes).unwrap();
-        assert!(named_tensors(&pickle).unwrap_err().contains("nested too deeply"));
+        assert!(named_tensors(&pickle, None).unwrap_err().contains("nested too deeply"));
         // An object that takes over the same attributes again and again.
         let mut bytes = b"\x80\x02}(".to_vec();
         for key in 0..200u8 {

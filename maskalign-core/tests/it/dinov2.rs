@@ -12,7 +12,7 @@ use maskalign_core::{
         tokens::Masks,
         towers::{Environment, MissingWeights, PlanContext, PlannedTower, Tap, TrainedStudents},
     },
-    nn::{Arch, Bias, Init, MaskedPatches, Statistics, TowerInput, VitConfig},
+    nn::{Arch, Bias, FinalNorm, Init, MaskedPatches, Statistics, TowerInput, VitConfig},
     ops::Act,
     weights::{self, Family},
 };
@@ -50,6 +50,7 @@ fn a_trained_tower_gives_what_another_implementation_recorded() {
         patch_bias: Bias::With,
         layer_scale: Some(1e-5),
         masked_patches: MaskedPatches::Drop,
+        final_norm: FinalNorm::Own,
         act: Act::Gelu,
         eps: 1e-6,
         projection: None,

@@ -36,6 +36,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "positions",
             "naming",
             "families",
+            "part",
             "pickle",
             "tensor_file",
             "torch_file",

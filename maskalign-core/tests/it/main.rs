@@ -8,4 +8,5 @@ mod linear_probe;
 mod prelude;
 mod support;
 mod timm;
+mod towers;
 mod weights;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use maskalign_core::weights::{
     Canonical, Family, HostTensor, TensorFile, TensorMap, WeightsError, check_against, files_of, naming, read,
-    read_shapes, resize_positions, to_canonical, to_family, write_safetensors,
+    read_part, read_part_shapes, read_shapes, resize_positions, to_canonical, to_family, write_safetensors,
 };
 use maskalign_core::{Pool, resize_images_bicubic};
 
@@ -434,4 +434,77 @@ fn the_embedded_teacher_is_what_its_run_left() {
     let mut embedded = maskalign_core::embedded::weights("quickstart_teacher").unwrap();
     embedded.retain(|name, _| !name.starts_with("head."));
     assert_eq!(read(&file).unwrap(), embedded);
+}
+
+/// What timm's towers are called when programs have wrapped them; written by `make_wrapped.py`.
+fn wrapped(case: &str) -> TensorMap {
+    let all = read(&fixture("wrapped.safetensors")).unwrap();
+    let own = |(name, tensor): (String, HostTensor)| Some((name.strip_prefix(case)?.strip_prefix('|')?.into(), tensor));
+    all.into_iter().filter_map(own).filter(|(name, _): &(String, _)| name != "hidden").collect()
+}
+
+#[test]
+fn a_tower_is_found_whatever_programs_put_around_its_names() {
+    let plain = to_canonical(wrapped("same_plain"), Family::Vit).unwrap();
+    assert_eq!((plain.prefix.as_str(), plain.tensors.len()), ("", 5 + 4 * 12 + 1));
+    for (case, prefix) in [
+        ("same_compiled", ""),
+        ("same_parallel_compiled", "module."),
+        ("same_compiled_parallel", "module."),
+        ("same_attribute", "net.encoder."),
+        ("same_checkpointed", ""),
+        ("same_chunks", ""),
+        ("same_nested", ""),
+        ("same_averaged", "model_ema."),
+    ] {
+        let found = to_canonical(wrapped(case), Family::Vit).unwrap_or_else(|error| panic!("{case}: {error}"));
+        assert_eq!(found.prefix, prefix, "{case}");
+        assert!(found.tensors == plain.tensors, "{case}: other tensors");
+    }
+    let averaged = to_canonical(wrapped("same_averaged"), Family::Vit).unwrap();
+    assert_eq!(averaged.others, ["student.model."]);
+    assert_eq!(averaged.ignored.len(), plain.tensors.len());
+}
+
+#[test]
+fn one_of_several_towers_is_chosen_by_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("two.safetensors");
+    write_safetensors(&file, &wrapped("same_averaged"), None).unwrap();
+    let plain = to_canonical(wrapped("same_plain"), Family::Vit).unwrap().tensors;
+    let take = |key| to_canonical(read_part(&file, Some(key)).unwrap(), Family::Vit).unwrap().tensors;
+    assert!(take("model_ema") == plain && take("student.model") == take("student") && take("student") != plain);
+    let error = refusal(read_part_shapes(&file, Some("teacher")));
+    assert!(error.contains("under `teacher`") && error.contains("begin with `model_ema`, `student`"), "{error}");
+    // PyTorch's dictionaries are keys too: DINO's file holds both networks.
+    let dino = |key| read_part(&fixture("dino_full.pth"), Some(key)).unwrap();
+    let teacher = to_canonical(dino("teacher"), Family::Dino).unwrap();
+    assert_eq!(teacher.tensors, canonical("dino_full.pth", Family::Dino).tensors);
+    assert!(dino("student").keys().eq(["student.module.backbone.cls_token"]));
+}
+
+/// A block that is missing from a numbering in chunks is missing, and not closed up.
+#[test]
+fn a_missing_chunk_is_told() {
+    let mut map = wrapped("same_chunks");
+    map.retain(|name, _| !name.starts_with("blocks.1.2."));
+    let error = refusal(to_canonical(map, Family::Vit));
+    assert!(error.contains("missing") && error.contains("blocks.2."), "{error}");
+}
+
+#[test]
+fn refusals_of_towers_name_the_cause() {
+    let error = refusal(to_canonical(wrapped("distilled"), Family::Vit));
+    assert!(error.contains("a distillation token (`dist_token`)") && error.contains("without distillation"), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    let shard = folder.path().join("model-00001-of-00002.safetensors");
+    write_safetensors(&shard, &wrapped("same_plain"), None).unwrap();
+    let error = refusal(read_shapes(&shard));
+    assert!(error.contains("shard 1 of 2") && error.contains("get all 2"), "{error}");
+    fs::write(folder.path().join("model.safetensors.index.json"), "{}").unwrap();
+    let error = refusal(read(&shard));
+    assert!(error.contains("name the index of all"), "{error}");
+    let only = folder.path().join("model-00001-of-00001.safetensors");
+    fs::rename(&shard, &only).unwrap();
+    assert!(read(&only).is_ok(), "one shard of one is whole");
 }

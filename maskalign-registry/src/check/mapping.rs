@@ -36,7 +36,8 @@ impl<'a> Checker<'a> {
         let properties = schema.get("properties").and_then(Value::as_object);
         let additional = schema.get("additionalProperties");
         let schema_of_names = schema.get("propertyNames");
-        let mut missing: Vec<&str> = required(schema).filter(|name| !map.contains_key(*name)).collect();
+        let mut missing: Vec<&str> = required(schema).chain(called_for(schema, map)).collect();
+        missing.retain(|name| !map.contains_key(*name));
         let mut meant = Vec::new();
         let mut sound = true;
         let mut object = Map::new();
@@ -88,6 +89,13 @@ impl<'a> Checker<'a> {
             let message = format!("{} is empty", quoted(name));
             let place = self.place(key.unwrap_or(&node.origin));
             self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, place));
+            sound = false;
+        }
+        let most = schema.get("maxProperties").and_then(Value::as_u64).unwrap_or(u64::MAX);
+        if sound && (map.len() as u64) > most {
+            let name = self.path.last().map_or("the mapping", String::as_str);
+            let message = format!("{} must be {}", quoted(name), self.schemas.expected(schema));
+            self.report(Diagnostic::error(codes::OUT_OF_RANGE, message, self.place(blamed(node, key))));
             sound = false;
         }
         self.frames.pop();
@@ -157,6 +165,15 @@ impl<'a> Checker<'a> {
         self.report(diagnostic);
         self.path.truncate(depth);
     }
+}
+
+/// The keys that keys of a mapping call for (`dependencies`).
+fn called_for<'s>(schema: &'s Value, map: &Mapping) -> impl Iterator<Item = &'s str> {
+    let dependencies = schema.get("dependencies").and_then(Value::as_object);
+    let given = dependencies.into_iter().flatten().filter(|(name, _)| map.contains_key(*name));
+    let called: Vec<&str> =
+        given.filter_map(|(_, names)| names.as_array()).flatten().filter_map(Value::as_str).collect();
+    called.into_iter()
 }
 
 fn first_sentence(text: &str) -> &str {

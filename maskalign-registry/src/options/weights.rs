@@ -9,7 +9,8 @@ use serde::{
     ser::SerializeMap as _,
 };
 
-/// Where a tower's parameters come from: a file, `hf://org/repo[@revision][/file]`, or the student of an earlier stage.
+/// Where a tower's parameters come from: a file, `hf://org/repo[@revision][/file]`, one of several towers in such a file, or
+/// the student of an earlier stage.
 ///
 /// ```
 /// use maskalign_registry::Weights;
@@ -33,6 +34,13 @@ pub enum Weights {
         /// The file in the repository; the usual names are tried if absent.
         file: Option<String>,
     },
+    /// One of several towers in a file.
+    Part {
+        /// The file: [`Weights::Path`] or [`Weights::Hub`].
+        file: Box<Weights>,
+        /// What stands before its tensors' names there, such as `teacher` or `model_ema`.
+        key: String,
+    },
     /// Weights embedded in the program.
     Embedded(String),
     /// The student of the stage of that name.
@@ -40,6 +48,16 @@ pub enum Weights {
 }
 
 impl Weights {
+    /// The file, and what stands before the wanted tensors' names in it where that is said; `None` for weights that are in
+    /// no file.
+    pub fn file(&self) -> Option<(&Weights, Option<&str>)> {
+        match self {
+            Weights::Path(_) | Weights::Hub { .. } => Some((self, None)),
+            Weights::Part { file, key } => Some((file, Some(key))),
+            Weights::Embedded(_) | Weights::Stage(_) => None,
+        }
+    }
+
     /// Reads a path or an `hf://` address.
     ///
     /// # Errors
@@ -99,6 +117,7 @@ impl fmt::Display for Weights {
                 }
                 Ok(())
             }
+            Weights::Part { file, key } => write!(f, "{file} under `{key}`"),
             Weights::Embedded(name) => write!(f, "embedded://{name}"),
             Weights::Stage(name) => write!(f, "the student of stage `{name}`"),
         }
@@ -113,6 +132,12 @@ impl Serialize for Weights {
                 map.serialize_entry("stage", name)?;
                 map.end()
             }
+            Weights::Part { file, key } => {
+                let mut map = serializer.serialize_map(Some(2))?;
+                map.serialize_entry("path", &file.to_string())?;
+                map.serialize_entry("key", key)?;
+                map.end()
+            }
             Weights::Path(_) | Weights::Hub { .. } | Weights::Embedded(_) => serializer.collect_str(self),
         }
     }
@@ -122,8 +147,10 @@ impl<'de> Deserialize<'de> for Weights {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
-        struct StageForm {
-            stage: String,
+        struct Named {
+            stage: Option<String>,
+            path: Option<String>,
+            key: Option<String>,
         }
         struct Form;
         impl<'de> Visitor<'de> for Form {
@@ -135,15 +162,25 @@ impl<'de> Deserialize<'de> for Weights {
                 Weights::parse(value).map_err(E::custom)
             }
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Weights, A::Error> {
-                let form = StageForm::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(Weights::Stage(form.stage))
+                match Named::deserialize(MapAccessDeserializer::new(map))? {
+                    Named { stage: Some(stage), path: None, key: None } => Ok(Weights::Stage(stage)),
+                    Named { stage: None, path: Some(path), key: Some(key) } => match Weights::parse(&path) {
+                        Ok(file @ (Weights::Path(_) | Weights::Hub { .. })) => {
+                            Ok(Weights::Part { file: Box::new(file), key })
+                        }
+                        Ok(_) => Err(de::Error::custom(format!("`{path}` is one tower: leave `key` out"))),
+                        Err(message) => Err(de::Error::custom(message)),
+                    },
+                    _ => Err(de::Error::custom(format!("expected {WEIGHT_FORMS}"))),
+                }
             }
         }
         deserializer.deserialize_any(Form)
     }
 }
 
-const WEIGHT_FORMS: &str = "a path, hf://org/repo[@revision][/file], embedded://NAME, or {stage: NAME}";
+const WEIGHT_FORMS: &str =
+    "a path, hf://org/repo[@revision][/file], embedded://NAME, {stage: NAME}, or {path: FILE, key: NAME}";
 
 /// Agrees with [`Weights::parse`]: an address on the hub, embedded weights, or text without `://`.
 const WEIGHT_PATTERN: &str = concat!(
@@ -151,6 +188,10 @@ const WEIGHT_PATTERN: &str = concat!(
     r"|^embedded://[A-Za-z0-9_]+$",
     r"|^[^:]*(:+(/:+)*/?[^:/][^:]*)*(:+(/:+)*/?)?$",
 );
+
+/// As [`WEIGHT_PATTERN`], without what is embedded.
+const FILE_PATTERN: &str =
+    concat!(r"^hf://[^/@:\s]+/[^/@:\s]+(@[^/\s]+)?(/[^/\s]+)*$", r"|^[^:]*(:+(/:+)*/?[^:/][^:]*)*(:+(/:+)*/?)?$",);
 
 impl JsonSchema for Weights {
     fn inline_schema() -> bool {
@@ -172,8 +213,22 @@ impl JsonSchema for Weights {
                     "x-reference": "stage",
                     "description": "The earlier stage whose student is meant.",
                 },
+                "path": {
+                    "type": "string",
+                    "pattern": FILE_PATTERN,
+                    "minLength": 1,
+                    "x-expected": "a path or hf://org/repo[@revision][/file]",
+                    "description": "A file that holds several towers.",
+                },
+                "key": {
+                    "type": "string",
+                    "minLength": 1,
+                    "description": "What stands before the wanted tensors' names in it, such as `teacher` or `model_ema`.",
+                },
             },
-            "required": ["stage"],
+            "minProperties": 1,
+            "maxProperties": 2,
+            "dependencies": { "path": ["key"], "key": ["path"] },
             "additionalProperties": false,
             "x-expected": WEIGHT_FORMS,
         })
@@ -207,6 +262,19 @@ mod tests {
             from_value::<Weights>(json!({"stage": "pretrain"})).expect("a stage"),
             Weights::Stage("pretrain".to_owned())
         );
+        let part = Weights::Part { file: Box::new(hub("a/b", None, None)), key: "teacher".to_owned() };
+        let form = json!({"path": "hf://a/b", "key": "teacher"});
+        assert_eq!(from_value::<Weights>(form.clone()).expect("a part"), part);
+        assert_eq!(to_value(&part).expect("json"), form);
+        for wrong in [
+            json!({}),
+            json!({"path": "a"}),
+            json!({"key": "a"}),
+            json!({"stage": "a", "key": "b"}),
+            json!({"path": "embedded://a", "key": "b"}),
+        ] {
+            assert!(from_value::<Weights>(wrong.clone()).is_err(), "{wrong}");
+        }
     }
 
     #[test]

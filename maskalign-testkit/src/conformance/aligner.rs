@@ -19,7 +19,7 @@ use maskalign_core::{
         towers::TowerShape,
     },
     error::Result,
-    nn::{Arch, Grid, Init, MaskedPatches, Statistics},
+    nn::{Arch, FinalNorm, Grid, Init, MaskedPatches, Statistics},
 };
 
 /// How the names of a vision transformer's parameters begin: those of an alignment stand beside them in checkpoints.
@@ -39,6 +39,7 @@ fn plans() -> Vec<AlignPlan> {
         learned_positions: false,
         masked_patches: MaskedPatches::Drop,
         layer_scale: None,
+        final_norm: FinalNorm::Own,
         projection: None,
         statistics: Statistics::IMAGENET,
     };

@@ -14,7 +14,7 @@ use maskalign_core::{
         towers::{TowerShape, input},
     },
     error::Result,
-    nn::{Arch, Bias, Init, MaskedPatches, Statistics, Vit, VitConfig},
+    nn::{Arch, Bias, FinalNorm, Init, MaskedPatches, Statistics, Vit, VitConfig},
 };
 
 /// A tower small enough to run at once and deep enough for what papers take from one.
@@ -28,6 +28,7 @@ fn config() -> VitConfig {
         patch_bias: Bias::With,
         layer_scale: None,
         masked_patches: MaskedPatches::Drop,
+        final_norm: FinalNorm::Own,
         act: Act::Gelu,
         eps: 1e-6,
         projection: Some(7),

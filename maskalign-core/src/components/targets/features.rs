@@ -89,6 +89,7 @@ impl Target for Features {
                 Refusal::new("normalize_mean", message).help("each token by itself: `whiten`, `standardize` or `l2`")
             );
         }
+        teacher.check_tap(&format!("`{}`", self.teacher), self.tap)?;
         let width = match (self.tap, teacher.projection) {
             (Tap::Projection, Some(width)) => width,
             (Tap::Projection, None) => {

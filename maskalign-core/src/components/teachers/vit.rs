@@ -27,6 +27,9 @@ struct VitTeacher {
     #[serde(default)]
     #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
+    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, else `true`.
+    #[serde(default)]
+    cls_token: Option<bool>,
     /// Added to the variance in LayerNorms.
     #[serde(default = "eps")]
     #[schemars(range(min = 0.0))]
@@ -42,7 +45,7 @@ impl VitTeacher {
             _ => None,
         };
         Ok(VitConfig {
-            cls_token: earlier.is_none_or(|shape| shape.cls_token),
+            cls_token: self.cls_token.or(earlier.map(|shape| shape.cls_token)).unwrap_or(true),
             learned_positions: true,
             layer_scale: earlier.and_then(|shape| shape.layer_scale),
             eps: self.eps,
