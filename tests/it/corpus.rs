@@ -59,6 +59,18 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
             (("{ type: clip, arch", "{ type: clipp, arch"), UNKNOWN_TYPE, "clipp"),
             ((", weights: \"hf://openai/clip-vit-base-patch16\"", ""), MISSING_KEY, "clip"),
             (("\"hf://openai/clip-vit-base-patch16\"", "{ stage: 3 }"), WRONG_TYPE, "3"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{}"), OUT_OF_RANGE, "weights"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{ path: clip.pth }"), MISSING_KEY, "weights"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{ key: clip }"), MISSING_KEY, "weights"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{ path: a, key: b, stage: c }"), OUT_OF_RANGE, "weights"),
+            (("\"hf://openai/clip-vit-base-patch16\"", "{ path: a, key: '' }"), OUT_OF_RANGE, "''"),
+            (
+                ("\"hf://openai/clip-vit-base-patch16\"", "{ path: 'embedded://a', key: b }"),
+                OUT_OF_RANGE,
+                "embedded://a",
+            ),
+            (("drop_path: 0.1", "masked_patches: mask"), UNKNOWN_VALUE, "mask"),
+            (("drop_path: 0.1", "layer_scale: 0"), OUT_OF_RANGE, "0"),
             (("{ type: attention, teacher: clip, ratio: 0.7 }", "random"), WRONG_TYPE, "random"),
             (
                 ("{ type: attention, teacher: clip, ratio: 0.7 }", "{ type: attention, ratio: 0.7 }"),
@@ -128,6 +140,9 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("micro: 128", "micro: 100"), REFUSED, "100"),
             (("    batch: {", "    checkpoints: { every_steps: 9, every_epochs: 2 }\n    batch: {"), REFUSED, "9"),
             (("drop_path: 0.1", "drop_path: 0.1, image_size: 65536"), REFUSED, "65536"),
+            (("min_lr: 1.0e-5", "min_lr: 1.0e-3"), REFUSED, "1.0e-3"),
+            (("min_lr: 1.0e-5", "warmup_lr: 1.0e-3"), REFUSED, "1.0e-3"),
+            (("cosine, warmup_epochs: 20, min_lr: 1.0e-5", "multistep, milestones: [100, 200]"), REFUSED, "200"),
             (
                 ("type: clip, arch: base_16", "type: clip, arch: base_16, image_size: 448"),
                 REFUSED,
@@ -146,6 +161,34 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("10, 11]", "10, 12]"), REFUSED, "12"),
             (("predict_ratio: 0.25", "predict_ratio: 0.8"), REFUSED, "0.8"),
             (("predict_ratio: 0.25", "predict_ratio: 0"), REFUSED, "tokens"),
+        ],
+    ),
+    (
+        "data2vec_vitb",
+        &[
+            (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),
+            (("masked: 120", "masked: 120, max_block: 2"), REFUSED, "2"),
+            (("masked: 120", "masked: 8"), REFUSED, "block"),
+            ((", masked_patches: mask_token", ""), REFUSED, "aligner"),
+            (("          combine: mean\n", ""), REFUSED, "whiten"),
+            (("normalize_mean: whiten", "normalize_mean: standardize_batch"), REFUSED, "standardize_batch"),
+            (
+                (
+                    "{ type: dynamic, levels: { last: 1 }, tap: norm, fusion: simple, head: linear }",
+                    "{ type: decoder }",
+                ),
+                REFUSED,
+                "aligner",
+            ),
+            (("{ type: block, masked: 120 }", "{ type: attention, teacher: ema, masked: 120 }"), REFUSED, "ema"),
+        ],
+    ),
+    (
+        "linear_probe_vitb",
+        &[
+            (("micro: 512", "micro: 1"), REFUSED, "1"),
+            (("weights: student.safetensors", "cls_token: false"), REFUSED, "pooling"),
+            (("base_lr: 0.025", "base_lr: 0.025, weight_decay: -1"), REFUSED, "-1"),
         ],
     ),
     (

@@ -252,6 +252,12 @@ impl Finetune {
         if own.mixing.is_some() && shared.batch.micro() == 1 {
             refusals.push(Refusal::new("mixing", "images are mixed within a micro-batch, which holds one image"));
         }
+        if own.mixing.is_some_and(|mixing| mixing.mixup == 0.0 && mixing.cutmix == 0.0) {
+            refusals.push(
+                Refusal::new("mixing", "`mixup` and `cutmix` are both 0: nothing is mixed")
+                    .help("the paper's are `{ mixup: 0.8, cutmix: 1.0 }`; leave `mixing` out for none"),
+            );
+        }
         let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };

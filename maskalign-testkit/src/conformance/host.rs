@@ -173,7 +173,7 @@ pub(super) fn schedule(text: &str, faults: &mut Faults) {
     let Some(schedule) = built::<ScheduleTag>(text, faults) else { return };
     // Long enough for any warm-up that an example may have.
     let epochs = 1000.0;
-    if faults.expect("planning 1000 epochs", schedule.check(epochs)).is_none() {
+    if faults.expect("planning 1000 epochs", schedule.check(epochs, 1e-3)).is_none() {
         return;
     }
     for tenth in 0..=10_000 {

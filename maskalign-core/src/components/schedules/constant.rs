@@ -3,7 +3,7 @@
 use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
-use super::{Schedule, check_warmup, warmup};
+use super::{Schedule, check_below_peak, check_warmup, warmup};
 use crate::{component, register};
 
 /// The peak rate throughout, after a linear warm-up.
@@ -24,7 +24,8 @@ impl Schedule for Constant {
         warmup(self.warmup_lr, peak, epoch, self.warmup_epochs).unwrap_or(peak)
     }
 
-    fn check(&self, epochs: f64) -> Result<(), Refusal> {
+    fn check(&self, epochs: f64, peak: f64) -> Result<(), Refusal> {
+        check_below_peak("warmup_lr", self.warmup_lr, peak)?;
         check_warmup(self.warmup_epochs, epochs)
     }
 }

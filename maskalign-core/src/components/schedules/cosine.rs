@@ -3,7 +3,7 @@
 use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
-use super::{Schedule, check_warmup, warmup};
+use super::{Schedule, check_below_peak, check_warmup, warmup};
 use crate::{component, register};
 
 /// A linear warm-up, then half a cosine down to `min_lr` (MAE's and MaskAlign's schedule).
@@ -37,7 +37,9 @@ impl Schedule for Cosine {
         self.min_lr + (peak - self.min_lr) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
     }
 
-    fn check(&self, epochs: f64) -> Result<(), Refusal> {
+    fn check(&self, epochs: f64, peak: f64) -> Result<(), Refusal> {
+        check_below_peak("warmup_lr", self.warmup_lr, peak)?;
+        check_below_peak("min_lr", self.min_lr, peak)?;
         check_warmup(self.warmup_epochs, self.length_epochs.unwrap_or(epochs))
     }
 }

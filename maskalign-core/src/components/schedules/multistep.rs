@@ -1,9 +1,9 @@
 //! Warm-up, then a drop at each milestone.
 
 use maskalign_engine::Result;
-use maskalign_registry::Refusal;
+use maskalign_registry::{Refusal, source::number};
 
-use super::{Schedule, check_warmup, warmup};
+use super::{Schedule, check_below_peak, check_warmup, warmup};
 use crate::{component, register};
 
 fn tenth() -> f64 {
@@ -37,10 +37,17 @@ impl Schedule for Multistep {
         })
     }
 
-    fn check(&self, epochs: f64) -> Result<(), Refusal> {
+    fn check(&self, epochs: f64, peak: f64) -> Result<(), Refusal> {
+        check_below_peak("warmup_lr", self.warmup_lr, peak)?;
         check_warmup(self.warmup_epochs, epochs)?;
         if let Some(i) = self.milestones.windows(2).position(|pair| pair[0] >= pair[1]) {
             return Err(Refusal::new((i + 1).to_string(), "milestones must ascend").under("milestones"));
+        }
+        if let Some(i) = self.milestones.iter().position(|&milestone| milestone >= epochs) {
+            let (milestone, epochs) = (number(self.milestones[i]), number(epochs));
+            return Err(Refusal::new(i.to_string(), format!("{milestone} is never reached in {epochs} epochs"))
+                .under("milestones")
+                .in_stage(["epochs"], "the stage's length"));
         }
         Ok(())
     }

@@ -80,7 +80,9 @@ impl Training {
         let length = self.length(open.map_or(self.batch.effective, |open| open.images.len()));
         let optimizer = Build::build(&self.optimizer).and_then(|o| o.check().map(|()| o));
         let optimizer = keep(refusals, optimizer.map_err(|r| r.under("optimizer")));
-        let schedule = Build::build(&self.schedule).and_then(|s| s.check(length.epochs).map(|()| s));
+        // Without an optimizer the peak is not known, and nothing lies above it.
+        let peak = optimizer.as_ref().map_or(f64::INFINITY, |optimizer| optimizer.peak_lr(self.batch.effective));
+        let schedule = Build::build(&self.schedule).and_then(|s| s.check(length.epochs, peak).map(|()| s));
         let schedule = keep(refusals, schedule.map_err(|r| r.under("schedule")));
         Some(PlannedTraining {
             data: data?,
@@ -199,7 +201,7 @@ pub struct Checkpoints {
     #[serde(default = "keep_last")]
     #[schemars(range(min = 1))]
     pub keep_last: usize,
-    /// Checkpoints at multiples of this many steps are kept for good.
+    /// Checkpoints at multiples of this many steps are written besides, and kept for good.
     #[serde(default)]
     #[schemars(range(min = 1))]
     pub keep_every_steps: Option<u64>,
@@ -227,9 +229,11 @@ impl Checkpoints {
         }
     }
 
-    pub(super) fn interval(&self, steps_per_epoch: u64) -> u64 {
+    /// Whether one is written after `done` steps.
+    pub(super) fn is_due(&self, done: u64, steps_per_epoch: u64) -> bool {
         let epochs = self.every_epochs.unwrap_or(1.0);
-        self.every_steps.unwrap_or(((epochs * steps_per_epoch as f64) as u64).max(1))
+        let interval = self.every_steps.unwrap_or(((epochs * steps_per_epoch as f64) as u64).max(1));
+        done.is_multiple_of(interval) || self.keep_every_steps.is_some_and(|kept| done.is_multiple_of(kept))
     }
 }
 

@@ -112,7 +112,6 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     let loader = data.training(run.seed, batch.effective, batch.micro(), run.workers)?;
     let mut batches = loader.batches(length.position(start), Some(end.saturating_sub(start)));
     let parts = batch.effective / batch.micro();
-    let interval = checkpoints.interval(length.steps_per_epoch);
     // A checkpoint is known to be good once a loss computed from it is finite.
     let mut last_good = None;
     while trainer.updates < end {
@@ -159,7 +158,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
             }
         }
         let stop = run.stop.get();
-        if done == end || done.is_multiple_of(interval) || stop.is_some() {
+        if done == end || checkpoints.is_due(done, length.steps_per_epoch) || stop.is_some() {
             save(run, task, trainer, &notes, retention)?;
             last_saved = Some(done);
         }
