@@ -3,6 +3,7 @@
 mod data2vec;
 mod decoder;
 mod dinov2;
+mod finetune;
 mod layers;
 mod linear_probe;
 mod prelude;
