@@ -16,6 +16,8 @@ use crate::files::{RunError, atomic_write};
 
 /// A header is refused beyond this, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// A header of more bytes than this describes tensors that are there: what is read of it takes many times its size.
+const FREE_HEADER_BYTES: u64 = 1 << 20;
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// A safetensors file whose header has been read and found to fit the file's length.
@@ -44,6 +46,12 @@ impl TensorFile {
         if data_starts > length {
             return Err(format(format!(
                 "the file is truncated: its header ends at byte {data_starts}, the file at byte {length}"
+            )));
+        }
+        if header_bytes > FREE_HEADER_BYTES && header_bytes > length - data_starts {
+            let data_bytes = length - data_starts;
+            return Err(format(format!(
+                "its header has {header_bytes} bytes for {data_bytes} bytes of tensors: it describes more than it holds"
             )));
         }
         let mut header = vec![0; header_bytes as usize];

@@ -16,6 +16,8 @@ use super::{HostTensor, TensorMap};
 
 /// A pickle holds names and sizes only; a large model's, its optimizer's state included, is below a megabyte.
 const MAX_PICKLE_BYTES: u64 = 16 << 20;
+/// A pickle of more bytes than this describes tensors that are there: what it is parsed into takes many times its size.
+const FREE_PICKLE_BYTES: u64 = 1 << 20;
 const MAX_DEPTH: usize = 32;
 const MAX_VISITS: usize = 1 << 20;
 const MAX_NAME_BYTES: usize = 1024;
@@ -68,6 +70,13 @@ impl Described {
             return Err(format("its numbers are big-endian; save it anew on a little-endian machine".into()));
         }
         let bytes = entry(&mut archive, &format!("{folder}data.pkl"), MAX_PICKLE_BYTES).map_err(format)?;
+        let pickled = bytes.len() as u64;
+        if pickled > FREE_PICKLE_BYTES && pickled > file_bytes.saturating_sub(pickled) {
+            let rest = file_bytes.saturating_sub(pickled);
+            return Err(format(format!(
+                "its pickle has {pickled} bytes for {rest} bytes of tensors: it describes more than it holds"
+            )));
+        }
         let pickle = Pickle::parse(&bytes).map_err(format)?;
         let tensors = named_tensors(&pickle, key).map_err(format)?;
         let passed = if key.is_some() { Vec::new() } else { state_dictionary(&pickle).1 };

@@ -492,6 +492,31 @@ fn a_missing_chunk_is_told() {
     assert!(error.contains("missing") && error.contains("blocks.2."), "{error}");
 }
 
+/// Names and shapes take many times their bytes in memory, and so they are only read where tensors stand behind them.
+#[test]
+fn files_that_describe_more_than_they_hold_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let entries: Vec<String> = (0..40_000)
+        .map(|i| format!("\"tensor.{i}\":{{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}"))
+        .collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let file = folder.path().join("empty.safetensors");
+    fs::write(&file, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+    let error = refusal(read_shapes(&file));
+    assert!(error.contains("0 bytes of tensors: it describes more than it holds"), "{error}");
+
+    let file = folder.path().join("memo.pth");
+    let mut archive = zip::ZipWriter::new(fs::File::create(&file).unwrap());
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    archive.start_file("archive/data.pkl", stored).unwrap();
+    // An empty dictionary, noted in memory again and again.
+    let pickle = [&[0x80, 2, b'}'][..], &[b'q', 1].repeat(1 << 20), b"."].concat();
+    std::io::Write::write_all(&mut archive, &pickle).unwrap();
+    archive.finish().unwrap();
+    let error = refusal(read_shapes(&file));
+    assert!(error.contains("it describes more than it holds"), "{error}");
+}
+
 #[test]
 fn refusals_of_towers_name_the_cause() {
     let error = refusal(to_canonical(wrapped("distilled"), Family::Vit));
