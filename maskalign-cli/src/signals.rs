@@ -1,4 +1,8 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save its state and end, a second one ends the process at once.
+//!
+//! A run that waits for images does not look at the request; if none come for [`PATIENCE`], the process ends without it.
+
+use std::time::{Duration, Instant};
 
 use maskalign_core::run::{Stop, StopFlag};
 
@@ -7,6 +11,36 @@ use crate::output;
 fn first(stop: &StopFlag, why: Stop) {
     stop.request(why);
     output::complain(&format!("{}: ending after this step with the state saved; once more ends at once\n", why.name()));
+}
+
+/// How long a run that was asked to end may wait for images: a file system that does not answer may never.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Ends the process where a run that was asked to end waits for the same images all the time.
+#[cfg(unix)]
+fn end_if_stuck(stop: &StopFlag, why: Stop) -> std::io::Result<()> {
+    let stop = stop.clone();
+    let watcher = move || {
+        let mut since: Option<(u64, Instant)> = None;
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            since = match (stop.waiting(), since) {
+                (Some(wait), Some((same, started))) if wait == same => {
+                    if started.elapsed() >= PATIENCE {
+                        let (name, seconds) = (why.name(), PATIENCE.as_secs());
+                        output::complain(&format!(
+                            "{name}: no image came for {seconds} s; ending without saving, `--resume` goes on from the last \
+                             checkpoint\n"
+                        ));
+                        signal_hook::low_level::exit(i32::from(why.exit_code()));
+                    }
+                    Some((same, started))
+                }
+                (wait, _) => wait.map(|wait| (wait, Instant::now())),
+            };
+        }
+    };
+    std::thread::Builder::new().name("patience".into()).spawn(watcher).map(drop)
 }
 
 /// Raises `stop` when a signal asks this process to end.
@@ -30,7 +64,12 @@ pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
                 _ => Stop::Terminate,
             };
             match stop.get() {
-                None => first(&stop, why),
+                None => {
+                    first(&stop, why);
+                    if let Err(error) = end_if_stuck(&stop, why) {
+                        tracing::warn!(%error, "cannot watch for images that never come");
+                    }
+                }
                 // Not `process::exit`: destructors and exit handlers may wait for the thread that is being ended.
                 Some(_) => low_level::exit(i32::from(why.exit_code())),
             }

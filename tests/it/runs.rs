@@ -137,7 +137,14 @@ mod signals {
 
     #[test]
     fn stopped_runs_save_their_state_and_say_how_to_go_on() {
+        // What `nohup` started ignores SIGHUP, and so does what it starts.
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap_or("0").trim().to_owned();
+        let ignores_hang_up = u64::from_str_radix(&mask, 16).is_ok_and(|mask| mask & 1 == 1);
         for (name, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
+            if name == "HUP" && ignores_hang_up {
+                continue;
+            }
             let sandbox = Sandbox::new();
             let child = long_run(&sandbox);
             signal(&child, name);
@@ -155,6 +162,25 @@ mod signals {
             let steps: Vec<u64> =
                 metrics.lines().map(|line| json_line(line)["step"].as_u64().expect("a step")).collect();
             assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
+        }
+    }
+
+    /// Whether threads of its own read the images or none do.
+    #[test]
+    fn a_run_whose_images_stop_coming_ends_all_the_same() {
+        for workers in ["0", "2"] {
+            let sandbox = Sandbox::new();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_maskalign-stuck"));
+            command.args(["run", "good.yaml", "--out", "run", "--threads", "1", "--workers", workers, "--set"]);
+            command.arg("stages.pretrain.data.dataset={type: stuck, answers: 24}").current_dir(sandbox.work());
+            let child = after_two_steps(&sandbox, command);
+            let asked = Instant::now();
+            signal(&child, "TERM");
+            let output = child.wait_with_output().expect("it ends");
+            let err = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(143), "{err}");
+            assert!(err.contains("no image came for 10 s") && err.contains("--resume"), "{err}");
+            assert!(asked.elapsed() < Duration::from_secs(60), "{:?}", asked.elapsed());
         }
     }
 

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Why a run is asked to end early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,14 @@ impl Stop {
 
 /// A request to end that a signal handler raises and that stages look at between steps. Clones share the request.
 #[derive(Debug, Clone, Default)]
-pub struct StopFlag(Arc<AtomicU8>);
+pub struct StopFlag(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    why: AtomicU8,
+    /// Odd while images are waited for; a number for each wait.
+    waits: AtomicU64,
+}
 
 impl StopFlag {
     /// A flag that nobody raised.
@@ -49,17 +56,31 @@ impl StopFlag {
             Stop::Terminate => 2,
             Stop::HangUp => 3,
         };
-        self.0.store(value, Ordering::SeqCst);
+        self.0.why.store(value, Ordering::SeqCst);
     }
 
     /// The request, if there is one.
     pub fn get(&self) -> Option<Stop> {
-        match self.0.load(Ordering::SeqCst) {
+        match self.0.why.load(Ordering::SeqCst) {
             0 => None,
             1 => Some(Stop::Interrupt),
             2 => Some(Stop::Terminate),
             _ => Some(Stop::HangUp),
         }
+    }
+
+    /// Waits for images by `wait`, and lets others see that this is what the run does: a file that never answers keeps it
+    /// from looking at the flag.
+    pub fn while_waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.0.waits.fetch_add(1, Ordering::SeqCst);
+        let waited = wait();
+        self.0.waits.fetch_add(1, Ordering::SeqCst);
+        waited
+    }
+
+    /// The number of the wait for images that goes on, if one does.
+    pub fn waiting(&self) -> Option<u64> {
+        Some(self.0.waits.load(Ordering::SeqCst)).filter(|waits| waits % 2 == 1)
     }
 }
 
@@ -77,5 +98,16 @@ mod tests {
             assert_eq!(seen.get(), Some(stop));
             assert_eq!(stop.exit_code(), code);
         }
+    }
+
+    #[test]
+    fn a_wait_is_seen_while_it_goes_on() {
+        let flag = StopFlag::new();
+        let seen = flag.clone();
+        assert_eq!(seen.waiting(), None);
+        let first = flag.while_waiting(|| seen.waiting());
+        let second = flag.while_waiting(|| seen.waiting());
+        assert!(first.is_some() && second.is_some() && first != second);
+        assert_eq!(seen.waiting(), None);
     }
 }

@@ -185,7 +185,8 @@ pub struct Bank {
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
     let all = data.images.len() as u64;
-    for batch in data.pass(view.batch, run.workers)?.batches(Position::default(), None) {
+    let mut batches = data.pass(view.batch, run.workers)?.batches(Position::default(), None);
+    while let Some(batch) = run.stop.while_waiting(|| batches.next()) {
         let mut batch = batch?;
         for (label, index) in batch.labels.iter().zip(&batch.indices) {
             let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;

@@ -217,7 +217,8 @@ pub trait Classify {
 pub fn accuracy(run: &mut StageRun, model: &dyn Classify, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
     let (mut right, mut seen) = (0usize, 0usize);
     let (classes, all) = (model.classes(), data.images.len());
-    for batch in data.pass(batch, run.workers)?.batches(Position::default(), None) {
+    let mut batches = data.pass(batch, run.workers)?.batches(Position::default(), None);
+    while let Some(batch) = run.stop.while_waiting(|| batches.next()) {
         let mut batch = batch?;
         let images = image_batch(&mut batch);
         let scores = model.scores(run.cx, &images)?.to_vec();

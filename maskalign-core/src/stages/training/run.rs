@@ -118,8 +118,9 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         let began = Instant::now();
         let step = trainer.updates;
         let progress = trainer.progress();
+        let waits = run.stop;
         let stepped = trainer.step(run.cx, task, parts, &mut || {
-            let mut batch: Batch = batches.next().expect("batches for every step")?;
+            let mut batch: Batch = waits.while_waiting(|| batches.next()).expect("batches for every step")?;
             notes.skipped.extend(&batch.unreadable);
             Ok(MicroBatch {
                 images: image_batch(&mut batch),
