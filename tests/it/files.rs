@@ -106,6 +106,28 @@ fn a_classifier_is_exported_with_its_student() {
     ends(&output, 0, &["the classifier is left out"]);
 }
 
+/// In every naming that has a place for it, a classifier of averaged tokens (which has no final norm) included.
+#[test]
+fn what_is_exported_loads_again() {
+    let sandbox = sandbox();
+    ends(&sandbox.run(["run", "moving.yaml", "--out", "moving", "-q"]), 0, &[]);
+    for (run, stage, format, arch) in [
+        ("run", "pretrain", "timm", "arch: {dim: 24, depth: 2, heads: 2, patch: 7}"),
+        ("run", "pretrain", "hf_vit", "arch: {dim: 24, depth: 2, heads: 2, patch: 7}"),
+        ("run", "finetune", "timm", "arch: {dim: 24, depth: 2, heads: 2, patch: 7}"),
+        ("run", "finetune", "hf_vit", "arch: {dim: 24, depth: 2, heads: 2, patch: 7}"),
+        ("moving", "pretrain", "timm", "arch: {dim: 16, depth: 2, heads: 2, patch: 7}, layer_scale: 1"),
+        ("moving", "pretrain", "hf_dinov2", "arch: {dim: 16, depth: 2, heads: 2, patch: 7}, layer_scale: 1"),
+    ] {
+        let file = format!("{run}_{stage}_{format}.safetensors");
+        ends(&sandbox.run(["export", run, "--stage", stage, "--format", format, "--out", &file]), 0, &[]);
+        let student = format!("stages.finetune.student={{type: vit, {arch}, weights: {file}}}");
+        let again = ["run", "tiny.yaml", "--steps", "1", "--out", "again", "--force", "-q"];
+        let only = ["--set", "~stages.pretrain", "--set", "~stages.knn", "--set", &student];
+        ends(&sandbox.run(again.iter().chain(&only)), 0, &[]);
+    }
+}
+
 #[test]
 fn a_runs_own_files_are_weights_like_any_others() {
     let sandbox = sandbox();
