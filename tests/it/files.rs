@@ -106,6 +106,31 @@ fn a_classifier_is_exported_with_its_student() {
     ends(&output, 0, &["the classifier is left out"]);
 }
 
+/// Unix allows names that are no text: of folders that a run starts in, writes to and is exported to, and of recipes.
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_not_unicode_work() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt as _};
+
+    let name = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
+    let sandbox = Sandbox::new();
+    let folder = sandbox.work().join(name(b"caf\xe9"));
+    fs::create_dir(&folder).expect("a folder");
+    fs::copy(sandbox.work().join("tiny.yaml"), folder.join(name(b"tin\xff.yaml"))).expect("a copy");
+    let run = |arguments: &[&OsStr]| {
+        let output = sandbox.command(arguments).current_dir(&folder).output().expect("it starts");
+        ends(&output, 0, &[]);
+    };
+    let [verb, out, quiet] = ["run", "--out", "-q"].map(OsStr::new);
+    let (recipe, dir) = (name(b"tin\xff.yaml"), name(b"r\xe9"));
+    run(&[OsStr::new("validate"), recipe]);
+    run(&[verb, recipe, out, dir, OsStr::new("--steps"), OsStr::new("3"), quiet]);
+    run(&[verb, OsStr::new("--resume"), dir, quiet]);
+    run(&[OsStr::new("export"), dir, OsStr::new("--stage"), OsStr::new("pretrain"), out, name(b"s\xe9")]);
+    run(&[verb, recipe, out, dir, OsStr::new("--force"), quiet]);
+    assert!(folder.join(name(b"s\xe9")).is_file() && folder.join(dir).join("summary.json").is_file());
+}
+
 /// In every naming that has a place for it, a classifier of averaged tokens (which has no final norm) included.
 #[test]
 fn what_is_exported_loads_again() {

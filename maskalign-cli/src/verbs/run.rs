@@ -185,7 +185,9 @@ impl Args {
 fn elsewhere(dir: &RunDir) -> Option<String> {
     let started = dir.read_manifest().ok()??.working_directory?;
     let here = std::env::current_dir().ok()?;
-    (started != here).then(|| format!("the run was started in {}; resume it from there", started.display()))
+    // The manifest holds what can be shown of a name.
+    (started.to_string_lossy() != here.to_string_lossy())
+        .then(|| format!("the run was started in {}; resume it from there", started.display()))
 }
 
 /// A run that only needs a device.

@@ -15,7 +15,8 @@ pub struct Manifest {
     pub commit: Option<String>,
     /// The command line that began the run, one argument an entry.
     pub command_line: Vec<String>,
-    /// The folder that relative paths of the recipe start from: that of the process which began the run.
+    /// The folder that relative paths of the recipe start from: that of the process which began the run. Of a name that is
+    /// not Unicode what can be shown.
     pub working_directory: Option<PathBuf>,
     /// The recipe's seed.
     pub seed: u64,
@@ -70,10 +71,15 @@ pub struct Resumption {
     pub command_line: Vec<String>,
 }
 
+/// A path as JSON can hold it.
+pub(crate) fn as_text(path: &Path) -> PathBuf {
+    PathBuf::from(path.to_string_lossy().into_owned())
+}
+
 /// A file that a run read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Where it was.
+    /// Where it was; of a name that is not Unicode what can be shown.
     pub path: PathBuf,
     /// Its size in bytes.
     pub bytes: u64,
@@ -88,7 +94,7 @@ impl FileRecord {
         let file = File::open(path).map_err(reading)?;
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(file).map_err(reading)?;
-        Ok(FileRecord { path: path.to_owned(), bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
+        Ok(FileRecord { path: as_text(path), bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
     }
 }
 

@@ -25,6 +25,7 @@ mod stop;
 
 pub(crate) use clock::this_moment;
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
+pub(crate) use manifest::as_text;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::Metrics;
 pub use stop::{Stop, StopFlag};
