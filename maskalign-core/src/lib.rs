@@ -50,10 +50,29 @@ pub use maskalign_engine::{
 /// ```
 pub use maskalign_macros::component;
 pub use maskalign_registry::Refusal;
+/// What stages leave as results: numbers by name.
+///
+/// ```
+/// use maskalign_core::prelude::*;
+///
+/// let results: Value = json!({ "accuracy": 0.5, "images": 64 });
+/// assert_eq!(results["images"], 64);
+/// ```
+pub use serde_json::Value;
+/// Makes a [`Value`].
+///
+/// ```
+/// use maskalign_core::prelude::*;
+///
+/// let outcome = Outcome { results: json!({ "rank": 3.5 }), student: None };
+/// assert!(outcome.results["rank"].is_number());
+/// ```
+pub use serde_json::json;
 
 /// What a plugin author imports: `use maskalign_core::prelude::*;`.
 pub mod prelude {
     pub use crate::{
+        Value,
         components::{
             aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner},
             losses::Loss,
@@ -71,18 +90,19 @@ pub mod prelude {
                 TrainedStudents, input,
             },
         },
-        data::{DataError, Dataset, Images, RgbImage, Transform},
+        data::{DataError, Dataset, Images, Position, RgbImage, Transform},
         error::Error,
         events::{Event, Events, Mark, Sink},
+        json,
         nn::{
             Arch, BatchNorm, Bias, BranchScales, Features, Grid, Init, Linear, MaskedPatches, Module, Norm, Param,
             Reach, SeenPatches, Statistics, Vit, VitConfig,
         },
         register, register_naming,
         stages::{
-            Bank, Classify, Data, FeatureTap, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData, PlannedStage,
-            PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training, View,
-            extract,
+            Bank, Classify, Data, FeatureTap, Loop, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedData,
+            PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Training,
+            View, accuracy, class_targets, count_parameters, extract, finish, image_batch, keep, train,
         },
         weights::Family,
     };

@@ -55,6 +55,11 @@ pub struct LoaderConfig {
 }
 
 /// A place in training: the step counts from 0 within its epoch.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// assert_eq!(Position::default(), Position { epoch: 0, step: 0 });
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
     /// Whole epochs before.

@@ -205,6 +205,20 @@ impl OpenData {
 }
 
 /// The images of a loader's batch as towers take them.
+///
+/// ```
+/// # use maskalign_core::{data::DataError, prelude::*};
+/// /// The mean of all pixels.
+/// fn brightness(data: &OpenData) -> Result<f32, Error> {
+///     let (mut sum, mut pixels) = (0.0, 0);
+///     for batch in data.pass(64, 0)?.batches(Position::default(), None) {
+///         let images = image_batch(&mut batch?);
+///         sum += images.pixels.iter().sum::<f32>();
+///         pixels += images.pixels.len();
+///     }
+///     Ok(sum / pixels as f32)
+/// }
+/// ```
 pub fn image_batch(batch: &mut crate::data::Batch) -> ImageBatch {
     ImageBatch { batch: batch.len(), size: batch.size.0, pixels: std::mem::take(&mut batch.images) }
 }

@@ -29,7 +29,7 @@ pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, Pretr
 pub use supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, accuracy, class_targets, largest_label};
 pub use training::{
     BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
-    Precision, Step, Task, Trained, Trainer, Training, branch_scales, finish, train,
+    Precision, Step, Task, Trained, Trainer, Training, branch_scales, count_parameters, finish, train,
 };
 
 pub use crate::events::StageSummary;
@@ -217,6 +217,15 @@ pub trait PlannedStage {
 }
 
 /// Keeps the value, or notes the refusal.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let mut refusals = Vec::new();
+/// let wrong: Result<usize, _> = Err(Refusal::new("k", "no neighbour is asked for"));
+/// assert_eq!(keep(&mut refusals, wrong), None);
+/// assert_eq!(keep(&mut refusals, Ok(3)), Some(3));
+/// assert_eq!(refusals.len(), 1);
+/// ```
 pub fn keep<T>(refusals: &mut Vec<Refusal>, result: Result<T, Refusal>) -> Option<T> {
     result.map_err(|refusal| refusals.push(refusal)).ok()
 }

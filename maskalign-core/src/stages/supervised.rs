@@ -160,6 +160,15 @@ pub fn largest_label(data: &OpenData) -> usize {
 
 /// The classes of a micro-batch as targets `[batch, classes]`, `smoothing` of each spread over all classes.
 ///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let images = ImageBatch { pixels: vec![0.0; 6], batch: 2, size: 1 };
+/// let labels = vec![Some(2), Some(0)];
+/// let batch = MicroBatch { images, labels, indices: vec![0, 1], epoch: 0, progress: 0.0 };
+/// assert_eq!(class_targets(&batch, 3, 0.0)?, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
+/// # Ok::<(), Refusal>(())
+/// ```
+///
 /// # Errors
 /// An image without a label below `classes`.
 pub fn class_targets(batch: &MicroBatch, classes: usize, smoothing: f64) -> Result<Vec<f32>, Refusal> {
@@ -211,6 +220,14 @@ pub trait Classify {
 }
 
 /// Share of the images whose class the model finds, and how many could not be read.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// fn results(run: &mut StageRun, model: &dyn Classify, data: &OpenData) -> Result<Value, Error> {
+///     let (accuracy, skipped) = accuracy(run, model, data, 64)?;
+///     Ok(json!({ "accuracy": accuracy, "skipped": skipped }))
+/// }
+/// ```
 ///
 /// # Errors
 /// None of the images can be read; a stop that the user asked for.

@@ -17,6 +17,14 @@ use crate::{
 };
 
 /// What a training loop is told besides the run.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Training without a measurement on its way.
+/// fn plain<T>(training: &PlannedTraining) -> Loop<'_, T> {
+///     Loop { training, evaluation: None }
+/// }
+/// ```
 pub struct Loop<'a, T> {
     /// Data, length and checkpoints.
     pub training: &'a PlannedTraining,
@@ -78,6 +86,17 @@ pub struct Trained {
 
 /// Trains to the end of the stage, from its last checkpoint where there is one. The state at the end is saved too: what
 /// follows may be interrupted, and a run that `--steps` ended may go on.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// What runs of a planned stage that trains `task`.
+/// fn run(mut run: StageRun, training: &PlannedTraining, task: &mut impl Task) -> Result<Outcome, Error> {
+///     let mut trainer = training.trainer();
+///     let trained = train(&mut run, task, &mut trainer, Loop { training, evaluation: None })?;
+///     let student = finish(&run, task, trainer, &trained)?;
+///     Ok(Outcome { results: trained.results, student: Some(student) })
+/// }
+/// ```
 ///
 /// # Errors
 /// Whatever ends a run early.
@@ -231,6 +250,17 @@ fn header(run: &StageRun, task: &mut dyn Task, step: u64, meta: Value) -> Checkp
 
 /// Writes what a finished training stage leaves, and gives its student's parameters by name. The trainer's state is
 /// freed first, and so are the buffers of its steps: the next stage has sizes of its own.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// A stage that leaves what it trained.
+/// fn run(mut run: StageRun, training: &PlannedTraining, task: &mut impl Task) -> Result<Outcome, Error> {
+///     let mut trainer = training.trainer();
+///     let trained = train(&mut run, task, &mut trainer, Loop { training, evaluation: None })?;
+///     let student = finish(&run, task, trainer, &trained)?;
+///     Ok(Outcome { results: trained.results, student: Some(student) })
+/// }
+/// ```
 ///
 /// # Errors
 /// A file that cannot be written.

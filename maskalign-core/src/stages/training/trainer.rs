@@ -112,7 +112,15 @@ pub trait Task {
 }
 
 /// The number of values in all parameters of a task, and in those that are updated.
-pub(crate) fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// What a plan tells of a task that has shapes and no values.
+/// fn summarize(task: &mut dyn Task, summary: &mut StageSummary) {
+///     (summary.parameters, summary.trainable) = count_parameters(task);
+/// }
+/// ```
+pub fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
     let (mut all, mut trained) = (0, 0);
     task.visit(&mut |p| {
         all += p.len();
