@@ -160,6 +160,8 @@ impl<'a> Stages<'a> {
             if batch["micro"].is_null() { batch["effective"].clone() } else { batch["micro"].clone() }
         });
         options["batch"] = json!({ "effective": size });
+        // Its rates are meant for the recipe's own batch, and no timing depends on them.
+        options["schedule"] = json!({ "type": "constant" });
         let stage: Pretrain = decode_options(options.clone()).map_err(|r| located(r, name))?;
         let students = BTreeMap::new();
         let planned = stage

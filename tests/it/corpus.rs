@@ -62,14 +62,13 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
             (("\"hf://openai/clip-vit-base-patch16\"", "{}"), OUT_OF_RANGE, "weights"),
             (("\"hf://openai/clip-vit-base-patch16\"", "{ path: clip.pth }"), MISSING_KEY, "weights"),
             (("\"hf://openai/clip-vit-base-patch16\"", "{ key: clip }"), MISSING_KEY, "weights"),
-            (("\"hf://openai/clip-vit-base-patch16\"", "{ path: a, key: b, stage: c }"), OUT_OF_RANGE, "weights"),
             (("\"hf://openai/clip-vit-base-patch16\"", "{ path: a, key: '' }"), OUT_OF_RANGE, "''"),
             (
                 ("\"hf://openai/clip-vit-base-patch16\"", "{ path: 'embedded://a', key: b }"),
                 OUT_OF_RANGE,
-                "embedded://a",
+                "'embedded://a'",
             ),
-            (("drop_path: 0.1", "masked_patches: mask"), UNKNOWN_VALUE, "mask"),
+            (("drop_path: 0.1", "masked_patches: mask"), UNKNOWN_VALUE, "masked_patches: |mask"),
             (("drop_path: 0.1", "layer_scale: 0"), OUT_OF_RANGE, "0"),
             (("{ type: attention, teacher: clip, ratio: 0.7 }", "random"), WRONG_TYPE, "random"),
             (
@@ -114,6 +113,7 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
         &[
             (("split: train }\n      transforms", "split: trian }\n      transforms"), UNKNOWN_VALUE, "trian"),
             (("{ stage: pretrain }", "{ stag: pretrain }"), UNKNOWN_KEY, "stag"),
+            (("{ stage: pretrain }", "{ stage: pretrain, path: a, key: b }"), OUT_OF_RANGE, "student"),
             (("[pixels, untrained]", "[pixel]"), UNKNOWN_VALUE, "pixel"),
             (("[pixels, untrained]", "pixels"), WRONG_TYPE, "pixels"),
             (("    baselines: [pixels, untrained]\n", "    k: [0]\n"), OUT_OF_RANGE, "0"),
@@ -167,8 +167,8 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),
-            (("masked: 120", "masked: 120, max_block: 2"), REFUSED, "2"),
-            (("masked: 120", "masked: 8"), REFUSED, "block"),
+            (("masked: 120", "masked: 120, max_block: 2"), REFUSED, "max_block: |2"),
+            (("masked: 120", "masked: 8"), REFUSED, "masker"),
             ((", masked_patches: mask_token", ""), REFUSED, "aligner"),
             (("          combine: mean\n", ""), REFUSED, "whiten"),
             (("normalize_mean: whiten", "normalize_mean: standardize_batch"), REFUSED, "standardize_batch"),
@@ -187,7 +187,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         "linear_probe_vitb",
         &[
             (("micro: 512", "micro: 1"), REFUSED, "1"),
-            (("weights: student.safetensors", "cls_token: false"), REFUSED, "pooling"),
+            (("weights: student.safetensors", "cls_token: false"), REFUSED, "probe"),
             (("base_lr: 0.025", "base_lr: 0.025, weight_decay: -1"), REFUSED, "-1"),
         ],
     ),

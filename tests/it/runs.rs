@@ -174,6 +174,8 @@ mod signals {
             command.args(["run", "good.yaml", "--out", "run", "--threads", "1", "--workers", workers, "--set"]);
             command.arg("stages.pretrain.data.dataset={type: stuck, answers: 24}").current_dir(sandbox.work());
             let child = after_two_steps(&sandbox, command);
+            // The third step is made, and the fourth waits.
+            sleep(Duration::from_secs(2));
             let asked = Instant::now();
             signal(&child, "TERM");
             let output = child.wait_with_output().expect("it ends");

@@ -50,7 +50,7 @@ fn check_below_peak(option: &str, rate: f64, peak: f64) -> Result<(), Refusal> {
         let message = format!("a rate of {} is above the peak, which is {} for this batch", number(rate), number(peak));
         return Err(Refusal::new(option, message)
             .in_stage(["optimizer", "base_lr"], "the peak for a batch of `base_batch` images")
-            .help("the peak is base_lr * effective batch / base_batch"));
+            .help("the peak is base_lr * effective batch / base_batch: lower this rate, or raise `base_lr`"));
     }
     Ok(())
 }
