@@ -17,10 +17,10 @@ use crate::{
 /// Which forms of the operators run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Forms {
-    /// The fastest that the device has.
+    /// The fastest form that the device has.
     #[default]
     Best,
-    /// The composed references, on the host: what the others are checked against.
+    /// The composed references, on the host, which the other forms are checked against.
     Composed,
 }
 
@@ -60,7 +60,7 @@ pub(crate) enum Form {
 }
 
 impl Context {
-    /// The device's own operators; what runs on the host runs on `threads` threads. Nothing is recomputed.
+    /// A context with the device's own operators; the host uses `threads` threads. Nothing is recomputed.
     pub fn new(device: Device, threads: usize) -> Self {
         let host = Host { pool: Pool::new(threads.max(1)), arena: Arena::new(), fallbacks: Mutex::default() };
         Context { device, forms: Forms::Best, recompute: Recompute::Never, host: Arc::new(host) }
@@ -78,28 +78,28 @@ impl Context {
         Context { recompute, ..self }
     }
 
-    /// Where tensors are made.
+    /// The device on which tensors are made.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Whether blocks keep their input alone and are computed again in the backward pass: less memory, the same numbers.
+    /// Whether blocks keep only their input and are computed again in the backward pass: less memory, the same numbers.
     pub fn recompute(&self) -> Recompute {
         self.recompute
     }
 
-    /// The host's threads: the CPU's operators run on them and, on every device, what is done with images before they
-    /// reach it.
+    /// The host's threads. The CPU's operators run on them and, whatever the device, so does the work on images before they
+    /// are copied to it.
     pub fn pool(&self) -> &Pool {
         &self.host.pool
     }
 
-    /// How many threads that is.
+    /// The number of the host's threads.
     pub fn threads(&self) -> usize {
         self.pool().threads()
     }
 
-    /// Name of the operators for manifests: `composed`, or `fused` with the CPU's instruction set.
+    /// The name of the forms in use, for manifests: `composed`, or `fused` with the CPU's instruction set.
     pub fn operators(&self) -> String {
         match self.forms {
             Forms::Composed => "composed".into(),
@@ -107,7 +107,7 @@ impl Context {
         }
     }
 
-    /// The machine's peak of fused multiply-adds in GFLOP/s, measured now on the host's threads; `None` on a GPU.
+    /// The machine's peak throughput of fused multiply-adds in GFLOP/s, measured now on the host's threads; `None` on a GPU.
     pub fn peak_gflops(&self) -> Option<f64> {
         (self.device == Device::Cpu && self.forms == Forms::Best).then(|| fma_peak_gflops(self.threads(), self.pool()))
     }
@@ -147,7 +147,7 @@ impl Context {
         &self.host.arena
     }
 
-    /// Which form of an operator runs, whose inputs must all lie on this device.
+    /// The form of an operator that runs; its inputs must all lie on this device.
     pub(crate) fn form(&self, op: &'static str, inputs: &[&Tensor]) -> Result<Form> {
         if inputs.iter().any(|x| !x.is_on(&self.device)) {
             return Err(Error::Devices { op });

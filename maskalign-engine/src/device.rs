@@ -27,7 +27,7 @@ impl Device {
 /// The device of a run, as `--device` gives it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// A GPU that works, else the CPU.
+    /// A GPU if one works, otherwise the CPU.
     #[default]
     Auto,
     /// The CPU.
@@ -53,7 +53,7 @@ impl std::str::FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Opens the device. `Auto` takes a GPU that works, and the CPU without a word where there is none.
+    /// Opens the device. `Auto` takes a GPU if one works, and silently falls back to the CPU.
     ///
     /// # Errors
     /// A GPU was asked for by name, and this binary or this machine has none.

@@ -19,7 +19,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The device: out of memory, or there is none.
+    /// An error of the device: it is out of memory, or there is no such device.
     #[error("device: {0}")]
     Device(String),
     /// A device that was asked for and that this binary or this machine does not have.
@@ -31,7 +31,7 @@ pub enum Error {
         /// The operator.
         op: &'static str,
     },
-    /// A backward pass was asked of a tape that records nothing.
+    /// A backward pass was requested from a tape that records nothing.
     #[error("this tape does not record: a backward pass needs `Tape::training`")]
     NotRecording,
 }

@@ -1,4 +1,4 @@
-//! Graphs of dfdx's own operators: what composed forms are written on, in `f32` and `f64`.
+//! Graphs of dfdx's own operators, with which composed forms are written, in `f32` and `f64`.
 
 use std::{mem, rc::Rc};
 
@@ -15,7 +15,7 @@ pub(crate) type Vector<E = f32> = Tensor<(usize,), E, Cpu>;
 /// A tensor of dfdx's that carries the tape, inside [`Graph::run`].
 pub type Taped<S, E = f32> = Tensor<S, E, Cpu, OwnedTape<E, Cpu>>;
 
-/// The float of a composed form.
+/// The floating-point type of a composed form.
 pub(crate) trait Float: Dtype {
     /// The nearest value.
     fn of(value: f64) -> Self {
@@ -27,8 +27,8 @@ impl Float for f64 {}
 
 /// A tape of dfdx's for one operator.
 ///
-/// dfdx threads its tape through values; with many inputs that means merging tapes. Here values carry none: a graph lends
-/// its tape to an operator's first operand and takes it back. Gradients flow by dfdx's identities.
+/// dfdx passes its tape along with the values; with many inputs that means merging tapes. Here values carry no tape: a graph
+/// lends its tape to an operator's first operand and takes it back. Gradients are keyed by dfdx's tensor identities.
 pub struct Graph<E: Dtype = f32>
 where
     Cpu: Device<E>,
@@ -54,7 +54,7 @@ where
     /// Runs operators of dfdx.
     ///
     /// # Errors
-    /// What they answer: out of memory.
+    /// Errors of these operators: out of memory.
     pub fn run<A: Shape, B: Shape>(
         &mut self,
         x: &Tensor<A, E, Cpu>,
@@ -76,7 +76,7 @@ where
     }
 }
 
-/// Finds a gradient's buffer in dfdx's map: its ghosts cannot be named.
+/// Finds a gradient's buffer in dfdx's map. A closure, because the type of dfdx's ghost tensors cannot be named.
 pub(crate) type Find = dyn for<'g> Fn(&'g mut CpuGradients<f32, Cpu>) -> Result<&'g mut Vec<f32>, CpuError>;
 
 /// Where the gradient of a matrix accumulates.
@@ -92,7 +92,7 @@ pub(crate) fn finder(x: &Matrix) -> Rc<Find> {
 }
 
 impl Graph<f32> {
-    /// The backward pass from the gradients of some outputs, each put where it is found.
+    /// The backward pass from the gradients of some outputs, each stored in the buffer that its finder returns.
     pub(crate) fn backward_from(mut self, seeds: Vec<(Rc<Find>, Vec<f32>)>) -> Result<CpuGradients<f32, Cpu>> {
         // Recorded last, so that it runs first.
         self.tape.add_backward_op(move |gradients| {
@@ -106,7 +106,7 @@ impl Graph<f32> {
     }
 }
 
-/// Whether two matrices are views of one storage, hence perhaps one tensor: dfdx keeps its identities to itself.
+/// Whether two matrices share storage and may therefore be the same tensor: dfdx's identities are private.
 pub(crate) fn shares_storage(x: &Matrix, y: &Matrix) -> bool {
     let len = |x: &Matrix| x.shape().0 * x.shape().1;
     len(x) > 0 && len(y) > 0 && std::ptr::eq(&raw const x[[0, 0]], &raw const y[[0, 0]])

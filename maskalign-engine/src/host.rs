@@ -1,8 +1,8 @@
 //! The values of CPU tensors: dfdx's storage, seen as slices.
 //!
-//! dfdx keeps a tensor's storage private, and what its `Index` hands out is a reference to one element, from which no
-//! longer slice may be made. Storage is therefore made here alone, from a vector whose address is taken before the vector
-//! moves in; the vector's buffer stays where it is for as long as the storage lives.
+//! dfdx keeps a tensor's storage private, and its `Index` returns a reference to one element, from which no longer slice
+//! may be made. Storage is therefore made only here, from a vector whose address is taken before the vector is moved in;
+//! the vector's buffer stays in place for as long as the storage lives.
 
 use std::sync::{Arc, OnceLock};
 
@@ -13,19 +13,19 @@ use crate::error::Result;
 /// A matrix of dfdx's on the CPU.
 pub type Matrix<E = f32> = dfdx::prelude::Tensor<(usize, usize), E, Cpu>;
 
-/// dfdx's CPU, once: `Cpu::default()` makes a generator and a cache of its own.
+/// dfdx's CPU device, made once: each `Cpu::default()` would have its own random generator and cache.
 pub(crate) fn cpu() -> &'static Cpu {
     static CPU: OnceLock<Cpu> = OnceLock::new();
     CPU.get_or_init(Cpu::default)
 }
 
-/// Values that lie row by row in a tensor of dfdx's.
+/// Row-major values in a tensor of dfdx's.
 #[derive(Debug)]
 pub(crate) struct Values {
-    /// Never changed through dfdx: a clone that is handed to a graph is shared storage, which dfdx copies before it
+    /// Never changed through dfdx: a clone that is given to a graph shares the storage, which dfdx copies before it
     /// writes.
     matrix: Matrix,
-    /// The first of them.
+    /// A pointer to the first value.
     start: *mut f32,
     len: usize,
 }
@@ -65,7 +65,7 @@ impl Values {
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 
-    /// All values, to be changed in place.
+    /// All values, mutable.
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
         if self.len == 0 {
             return &mut [];
@@ -85,7 +85,7 @@ impl Values {
     }
 }
 
-/// The values to be changed in place: those that are shared are copied first.
+/// The values, mutable: if they are shared, they are copied first.
 pub(crate) fn unique(values: &mut Arc<Values>) -> Result<&mut [f32]> {
     if Arc::get_mut(values).is_none() {
         let (rows, columns) = *values.matrix.shape();

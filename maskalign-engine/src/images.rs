@@ -24,7 +24,7 @@ pub struct ImageBatch {
     pub size: usize,
 }
 
-/// For each output position four input positions and their weights.
+/// For each output position, four input positions and their weights.
 struct Taps(Vec<[(usize, f32); 4]>);
 
 impl Taps {
@@ -52,11 +52,11 @@ fn cubic_weights(t: f32) -> [f32; 4] {
     [far(t + 1.0), near(t), near(rest), far(rest + 1.0)]
 }
 
-/// Resizes a batch of float images `[B,C,H,W]` to `[B,C,to[0],to[1]]`, one plane a task: PyTorch's
-/// `F.interpolate(mode="bicubic", align_corners=False)`, with a = -0.75, half-pixel centres, the border repeated, no
+/// Resizes a batch of float images `[B,C,H,W]` to `[B,C,to[0],to[1]]`, one plane for each task: PyTorch's
+/// `F.interpolate(mode="bicubic", align_corners=False)`, with a = -0.75, half-pixel centres, the border replicated, no
 /// antialiasing, all in `f32`.
 ///
-/// Each side of the input must be at least one. Where the sizes are equal the values come back as they are.
+/// Each side of the input must be at least one. If the sizes are equal, the values are returned unchanged.
 ///
 /// # Panics
 /// If `data` is not as long as the product of `shape`.
@@ -89,8 +89,8 @@ pub fn resize_images_bicubic(pool: &Pool, data: &[f32], shape: [usize; 4], to: [
     out
 }
 
-/// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` of channel, row,
-/// column. `index` holds as many patches for each image; without it all are cut.
+/// Cuts images, which lie in the host's memory, into normalised patches: rows `[3 * patch * patch]` in the order channel,
+/// row, column. `index` holds the same number of patches for each image; without it all patches are cut.
 pub fn cut_patches(cx: &Context, from: Patches<'_>, index: Option<&[u32]>) -> Vec<f32> {
     let mut rows = vec![0.0; from.elements(index)];
     ew::cut_patches(cx.pool(), from, index, &mut rows);

@@ -1,8 +1,8 @@
 //! The engine of MaskAlign: tensors, the tape, operators and layers, on a device that is chosen at run time.
 //!
-//! A [`Tensor`] is a matrix of rows that knows where it lies; a [`Tape`] records what a backward pass needs; the functions
-//! of [`ops`] are what models are written in. Nothing outside this crate names a device's type, dfdx, the CPU's kernels or
-//! the GPU.
+//! A [`Tensor`] is a matrix of rows that knows which device it lies on; a [`Tape`] records what a backward pass needs;
+//! models are written with the functions of [`ops`]. Nothing outside this crate names a device's type, dfdx, the CPU's
+//! kernels or the GPU.
 //!
 //! dfdx is the storage of tensors on the CPU, the tape that orders and runs every backward pass, and the reference that
 //! every operator has in `f32` and `f64` ([`Graph`]).

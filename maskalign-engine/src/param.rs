@@ -1,4 +1,4 @@
-//! Named parameters, what has them, and how they begin.
+//! Named parameters, the modules that have them, and their initial values.
 
 use std::collections::BTreeMap;
 
@@ -14,8 +14,7 @@ pub struct HostTensor {
 }
 
 impl HostTensor {
-    /// A shape without values: names and shapes of weights are checked long before the values are read, by the code
-    /// that loads them.
+    /// A shape without values: the code that loads weights checks names and shapes long before it reads the values.
     pub fn shape_only(shape: Vec<usize>) -> HostTensor {
         HostTensor { shape, data: Vec::new() }
     }
@@ -29,7 +28,7 @@ impl HostTensor {
 /// Tensors by name.
 pub type TensorMap = BTreeMap<String, HostTensor>;
 
-/// Whose a parameter is, and with that what becomes of it: which are updated, saved and averaged goes by role.
+/// Whose a parameter is. Its role decides whether it is updated, saved, averaged and handed on.
 ///
 /// ```
 /// # use maskalign_engine::{Device, Error, Init, Role};
@@ -40,15 +39,15 @@ pub type TensorMap = BTreeMap<String, HostTensor>;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
-    /// The student's: updated by the optimizer, saved, and what later stages and exports take.
+    /// A student's: updated by the optimizer, saved, and taken by later stages and exports.
     Student,
-    /// Trained beside the student and of use to this stage alone: an alignment's, a decoder's, a classifier's.
+    /// A head's, trained beside the student and used in this stage only: an alignment's, a decoder's, a classifier's.
     Head,
-    /// A teacher's that never changes: neither updated nor saved, since its file has it.
+    /// A frozen teacher's: neither updated nor saved, since its file has it.
     Frozen,
-    /// A running mean of another parameter: changed after each update, and saved.
+    /// A moving average (EMA) of another parameter: changed after each update, and saved.
     Moving,
-    /// Statistics that a head follows in its forward pass (PyTorch's buffers), such as a BatchNorm's running mean: saved,
+    /// Running statistics that a head updates in its forward pass (PyTorch's buffers), such as a BatchNorm's mean: saved,
     /// and part of what the stage leaves.
     Buffer,
 }
@@ -64,13 +63,13 @@ impl Role {
         self != Role::Frozen
     }
 
-    /// Whether the weights that a finished stage leaves hold it: a running mean is of use to its stage alone.
+    /// Whether the weights that a finished stage leaves hold it. A moving average is used in its stage only.
     pub fn is_kept(self) -> bool {
         matches!(self, Role::Student | Role::Head | Role::Buffer)
     }
 }
 
-/// A named tensor of a model: a parameter, or a constant one such as sin-cos positions.
+/// A named tensor of a model: a parameter, or a constant such as sin-cos positions.
 ///
 /// ```
 /// # use maskalign_engine::{Device, Error, Init};
@@ -82,9 +81,9 @@ impl Role {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Param {
-    /// The checkpoint's name, such as `blocks.0.attn.qkv.weight`.
+    /// The name in checkpoints, such as `blocks.0.attn.qkv.weight`.
     pub name: String,
-    /// The checkpoint's shape.
+    /// The shape in checkpoints.
     pub dims: Vec<usize>,
     /// The values: `[dims[0], rest]` for a convolution's weight of four dimensions, else `[rest, last dimension]`.
     pub value: Tensor,
@@ -92,7 +91,7 @@ pub struct Param {
 }
 
 impl Param {
-    /// A parameter with the given values, row-major, or without any where a plan needs none.
+    /// A parameter with the given values, row-major, or without values where a plan needs none.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -108,12 +107,12 @@ impl Param {
         Ok(Param { name: name.into(), dims: dims.to_vec(), value, role })
     }
 
-    /// Whose it is.
+    /// Its role.
     pub fn role(&self) -> Role {
         self.role
     }
 
-    /// Makes it somebody else's.
+    /// Changes its role.
     pub fn set_role(&mut self, role: Role) {
         self.role = role;
         self.set_trained(role.is_trained());
@@ -124,13 +123,13 @@ impl Param {
         self.role.is_trained() && self.value.is_tracked()
     }
 
-    /// Makes it constant, or trains it where its role allows: what no loss reaches has no gradient and does not decay.
+    /// Makes it constant, or trainable if its role allows. A constant parameter has no gradient and does not decay.
     pub fn set_trained(&mut self, trained: bool) {
         let value = self.value.clone();
         self.value = if trained && self.role.is_trained() { value.tracked() } else { value.detached() };
     }
 
-    /// How many values it has, also where it holds none.
+    /// The number of values in its shape, even where it holds none.
     pub fn len(&self) -> usize {
         self.dims.iter().product()
     }
@@ -145,7 +144,7 @@ impl Param {
         HostTensor { shape: self.dims.clone(), data: self.value.to_vec() }
     }
 
-    /// Replaces the values; the gradient stays this tensor's.
+    /// Replaces the values, not the identity that gradients are keyed by.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -154,7 +153,7 @@ impl Param {
     }
 }
 
-/// Anything with parameters. One visitor serves optimizer groups, checkpoints, freezing and averaging.
+/// Anything with parameters. One visitor serves the optimizer's groups, checkpoints, freezing and averaging.
 ///
 /// ```
 /// # use maskalign_engine::{Device, Error, Init, Module, Param, Role};
@@ -176,7 +175,7 @@ pub trait Module {
     /// Calls `f` on every parameter, in a fixed order.
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param));
 
-    /// Replaces the parameters that `weights` has by name; the caller has checked names and shapes.
+    /// Replaces the parameters that are in `weights`, by name; the caller has checked names and shapes.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -212,7 +211,7 @@ pub trait Module {
     }
 }
 
-/// Makes parameters with their initial values, each drawn from a stream of its own: adding a layer changes no other.
+/// Makes parameters with their initial values, each drawn from its own stream, so that adding a layer changes no other.
 ///
 /// ```
 /// # use maskalign_engine::{Device, Error, Init};
@@ -234,7 +233,7 @@ pub struct Init {
 /// What new parameters hold.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Values {
-    /// Draws.
+    /// Values drawn from a stream.
     Drawn,
     /// Zeros, which a checkpoint will replace.
     Zeros,
@@ -243,7 +242,7 @@ enum Values {
 }
 
 impl Init {
-    /// Draws values of a student's parameters from the run's seed; `scope` tells equal names of different models apart.
+    /// Draws the values of a student's parameters from the run's seed; `scope` separates equal names in different models.
     pub fn new(device: &Device, seed: u64, scope: impl Into<String>) -> Self {
         Init { device: device.clone(), role: Role::Student, seed, scope: scope.into(), values: Values::Drawn }
     }
@@ -258,13 +257,13 @@ impl Init {
         Init { values: Values::Shapes, ..Init::new(&Device::Cpu, 0, "") }
     }
 
-    /// The same for parameters of another role.
+    /// The same, for parameters of another role.
     #[must_use]
     pub fn of_role(&self, role: Role) -> Self {
         Init { role, ..self.clone() }
     }
 
-    /// Whether the parameters get values that count.
+    /// Whether the parameters get initial values that will be used.
     pub fn draws(&self) -> bool {
         self.values == Values::Drawn
     }
@@ -283,7 +282,7 @@ impl Init {
         Stream::new(self.seed, &format!("init {} {name}", self.scope), 0, 0)
     }
 
-    /// Given values, computed only where parameters have any: a plan of a large model stays cheap.
+    /// The given values, computed only if parameters have values at all, so that planning a large model stays cheap.
     ///
     /// # Errors
     /// Out of memory on the device, here and below.
@@ -295,15 +294,15 @@ impl Init {
     /// One value everywhere.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Init::values`].
     pub fn constant(&self, name: impl Into<String>, dims: &[usize], value: f32) -> Result<Param> {
         self.values(name, dims, || vec![value; dims.iter().product()])
     }
 
-    /// Xavier-uniform, `dims[0]` outputs and the product of the rest inputs (a convolution counts as a matrix).
+    /// Xavier-uniform: the fan-out is `dims[0]`, the fan-in the product of the rest (a convolution counts as a matrix).
     ///
     /// # Errors
-    /// As there.
+    /// As [`Init::values`].
     pub fn xavier(&self, name: impl Into<String>, dims: &[usize]) -> Result<Param> {
         let name = name.into();
         let inputs: usize = dims[1..].iter().product();
@@ -311,18 +310,18 @@ impl Init {
         self.draw(name, dims, |s| (s.uniform() * 2.0 - 1.0) * bound)
     }
 
-    /// Normal with mean 0.
+    /// Normally distributed with mean 0.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Init::values`].
     pub fn normal(&self, name: impl Into<String>, dims: &[usize], std: f64) -> Result<Param> {
         self.draw(name.into(), dims, |s| s.normal() * std)
     }
 
-    /// Normal with mean 0, drawn again beyond two standard deviations.
+    /// Truncated normal with mean 0: values beyond two standard deviations are drawn again.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Init::values`].
     pub fn truncated_normal(&self, name: impl Into<String>, dims: &[usize], std: f64) -> Result<Param> {
         self.draw(name.into(), dims, |s| {
             loop {

@@ -8,9 +8,9 @@ use rand_distr::{Distribution, StandardNormal};
 
 /// A random stream keyed by (seed, purpose, epoch, sample).
 ///
-/// Two streams of one key give the same numbers on every machine; streams of different keys are independent. Nothing
-/// else goes in: not the thread, the time, the batch or the order of arrival, so that a resumed, a repeated and a
-/// differently batched run draw the same crops and masks.
+/// Two streams with the same key give the same numbers on every machine; streams with different keys are independent.
+/// Nothing else matters: not the thread, the time, the batch or the order of arrival. A resumed, a repeated and a
+/// differently batched run therefore draw the same crops and masks.
 ///
 /// ```
 /// # use maskalign_engine::random::Stream;
@@ -61,12 +61,12 @@ impl Stream {
         (product >> 64) as usize
     }
 
-    /// Normal with mean 0 and standard deviation 1.
+    /// Normally distributed with mean 0 and standard deviation 1.
     pub fn normal(&mut self) -> f64 {
         StandardNormal.sample(&mut self.0)
     }
 
-    /// Puts the items in an order drawn uniformly among all orders.
+    /// Shuffles the items uniformly.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             let chosen = self.below(last + 1);
@@ -74,7 +74,7 @@ impl Stream {
         }
     }
 
-    /// The numbers 0, 1, ..., n - 1 in an order drawn uniformly among all orders.
+    /// A uniformly random permutation of 0, 1, ..., n - 1.
     pub fn permutation(&mut self, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
         self.shuffle(&mut order);
@@ -82,7 +82,7 @@ impl Stream {
     }
 }
 
-/// What never fails here makes the stream a [`Rng`], which distributions draw from.
+/// It never fails, which makes the stream an [`Rng`] that distributions can draw from.
 impl TryRng for Stream {
     type Error = Infallible;
 

@@ -1,8 +1,8 @@
 //! One tape for a whole step, on every device.
 //!
 //! dfdx's `OwnedTape` orders and runs every backward pass. Each operator puts one closure on it, which takes its outputs'
-//! gradients out of the map and adds to its inputs'. Gradients are kept by the engine's own identities of tensors: dfdx
-//! does not tell a gradient of zeros from none, and keeps its identities to itself.
+//! gradients out of the map and adds to its inputs'. Gradients are keyed by the engine's own tensor identities: dfdx does
+//! not distinguish a gradient of zeros from no gradient, and its identities are private.
 
 use std::{cell::RefCell, collections::BTreeMap, mem, rc::Rc};
 
@@ -35,7 +35,7 @@ pub enum Recompute {
     Blocks,
 }
 
-/// The gradients that a backward pass left: of parameters, and of other tensors that no operator made.
+/// The gradients that a backward pass left: those of leaves, that is parameters and other tensors that no operator made.
 ///
 /// ```
 /// # use maskalign_engine::{Context, Device, Error, Gradients, Tape, ops};
@@ -74,7 +74,7 @@ impl Tensor {
         Slot { id: self.id(), len: self.len(), gpu }
     }
 
-    /// Where its gradient goes, if it takes one.
+    /// The slot of its gradient, if it takes one.
     pub(crate) fn wanted(&self) -> Option<Slot> {
         self.is_tracked().then(|| self.slot())
     }
@@ -89,7 +89,7 @@ impl Gradients {
         })
     }
 
-    /// As [`Gradients::get`], with zeros for none.
+    /// As [`Gradients::get`], with zeros where there is no gradient.
     pub fn to_vec(&self, of: &Tensor) -> Vec<f32> {
         self.get(of).unwrap_or_else(|| vec![0.0; of.len()])
     }
@@ -102,7 +102,7 @@ impl Gradients {
         }
     }
 
-    /// The CPU's buffer of a tensor, to add to.
+    /// The buffer of a tensor's gradient on the CPU, to add to.
     pub(crate) fn cpu_mut(&mut self, slot: &Slot) -> &mut Vec<f32> {
         match self.0.entry(slot.id).or_insert_with(|| Gradient::Cpu(vec![0.0; slot.len])) {
             Gradient::Cpu(values) => values,
@@ -122,8 +122,8 @@ impl Gradients {
         self.0.remove(&slot.id)
     }
 
-    /// Lends the buffer of an input that takes a gradient, to add to: several can be lent at once. Where two inputs are one
-    /// tensor, the second lender gets zeros, and what is left there is added by [`Gradients::give_back`].
+    /// Lends the buffer of an input that takes a gradient, to add to; several can be lent at once. If two inputs are the
+    /// same tensor, the second borrower gets zeros, and [`Gradients::give_back`] adds what it left there.
     pub(crate) fn lend(&mut self, slot: Option<&Slot>) -> Option<Vec<f32>> {
         let slot = slot?;
         Some(self.take_cpu(slot).unwrap_or_else(|| vec![0.0; slot.len]))
@@ -137,7 +137,7 @@ impl Gradients {
         }
     }
 
-    /// Adds to a gradient; the first comer's buffer is kept. What comes from the host goes to the tensor's device.
+    /// Adds to a gradient; the first addend becomes the buffer. Values from the host are copied to the tensor's device.
     pub(crate) fn add(&mut self, slot: &Slot, more: Gradient) -> Result<()> {
         let more = match (&slot.gpu, more) {
             (Some(gpu), Gradient::Cpu(more)) => Gradient::Gpu(gpu.upload(&more)?),
@@ -159,11 +159,11 @@ impl Gradients {
 #[derive(Default)]
 struct Shared {
     gradients: Gradients,
-    /// The first error of a backward pass; dfdx's tape passes on none but its own.
+    /// The first error of a backward pass; dfdx's tape only passes on errors of its own type.
     failure: Option<Error>,
 }
 
-/// The tape of a step, or of an inference. Neither `Send` nor `Sync`.
+/// The tape of a step or of inference. Neither `Send` nor `Sync`.
 ///
 /// ```
 /// # use maskalign_engine::{Context, Device, Error, Tape, ops};
@@ -208,7 +208,7 @@ impl Tape {
         self.recording && inputs.iter().any(|x| x.is_tracked())
     }
 
-    /// Records the backward pass of an operator: every operator of the engine comes through here, once.
+    /// Records the backward pass of an operator. Every operator of the engine calls this once.
     pub(crate) fn record(&mut self, f: impl FnOnce(&mut Gradients) -> Result<()> + 'static) {
         if !self.recording {
             return;
@@ -256,11 +256,11 @@ impl Tape {
         }
     }
 
-    /// Runs `f`. With [`Recompute::Blocks`] only `x` is kept, and `f` runs again in the backward pass, on a tape inside
-    /// this one: `f` owns clones of its parameters.
+    /// Runs `f`. With [`Recompute::Blocks`] only `x` is kept, and `f` runs again in the backward pass, on a tape nested in
+    /// this one. `f` owns clones of its parameters.
     ///
     /// # Errors
-    /// What `f` answers.
+    /// Those of `f`.
     pub fn segment<F>(&mut self, x: &Tensor, recompute: Recompute, f: F) -> Result<Tensor>
     where
         F: Fn(&mut Tape, &Tensor) -> Result<Tensor> + 'static,
@@ -295,7 +295,7 @@ mod tests {
         tape.segment(x, Recompute::Blocks, move |tape, x| f(tape, x))
     }
 
-    /// The gradient of `x^2`, whose run number `bad` fails for want of memory, in `depth` segments inside each other.
+    /// The gradient of `x^2` in `depth` nested segments; the run with the number `bad` fails with out of memory.
     fn gradient_of_square(bad: usize, depth: usize) -> Result<Vec<f32>> {
         let cx = Context::new(Device::Cpu, 1);
         let x = cx.tensor(vec![1.0, 2.0, 3.0], 1, 3)?.tracked();

@@ -19,8 +19,8 @@ use crate::{
 /// A matrix of rows in `f32`, on any device: the tokens of a batch are the rows, `[batch * tokens, channels]`; a single
 /// value is `[1, 1]`.
 ///
-/// A clone shares the values and the gradient, and costs next to nothing. Values change in [`Tensor::set`] and in the
-/// updates of optimizers alone, and never under a clone.
+/// A clone shares the values and the gradient, and is cheap. Values change only in [`Tensor::set`] and in the updates of
+/// optimizers, and those of existing clones never do.
 ///
 /// ```
 /// # use maskalign_engine::{Device, Error, Tensor};
@@ -46,7 +46,7 @@ pub(crate) enum Place {
 }
 
 impl Tensor {
-    /// Values row by row, without a gradient.
+    /// A tensor with these row-major values, without a gradient.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -64,7 +64,7 @@ impl Tensor {
         Ok(Tensor::at(place, rows, columns))
     }
 
-    /// Zeros, without a gradient.
+    /// A tensor of zeros, without a gradient.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -77,7 +77,7 @@ impl Tensor {
         Tensor { id: NEXT.fetch_add(1, Ordering::Relaxed), rows, columns, place, tracked: false }
     }
 
-    /// The same tensor, which takes a gradient: parameters, and what operators make of them.
+    /// The same tensor, taking a gradient, as parameters do and what operators make of them.
     #[must_use]
     pub fn tracked(mut self) -> Self {
         self.tracked = true;
@@ -96,7 +96,7 @@ impl Tensor {
         self.tracked
     }
 
-    /// As tracked as some inputs of the operator that made it.
+    /// The same tensor, taking a gradient if the operator that made it has an input that does.
     pub(crate) fn tracked_if(mut self, tracked: bool) -> Self {
         self.tracked = tracked;
         self
@@ -106,22 +106,22 @@ impl Tensor {
         self.id
     }
 
-    /// Rows and columns.
+    /// The number of rows and of columns.
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    /// How many rows it has.
+    /// The number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// How many columns it has.
+    /// The number of columns.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// How many values it has.
+    /// The number of values.
     pub fn len(&self) -> usize {
         self.rows * self.columns
     }
@@ -157,7 +157,7 @@ impl Tensor {
         }
     }
 
-    /// The values, row by row: borrowed on the CPU, copied from a GPU, which waits.
+    /// The values, row by row: borrowed on the CPU; copied from a GPU, after waiting for it.
     pub fn values(&self) -> Cow<'_, [f32]> {
         match &self.place {
             Place::Cpu(values) => Cow::Borrowed(values.as_slice()),
@@ -170,21 +170,21 @@ impl Tensor {
         self.values().into_owned()
     }
 
-    /// The first value: what a loss is.
+    /// The first value, such as that of a loss.
     ///
     /// # Panics
-    /// There is none.
+    /// The tensor has no values.
     pub fn value(&self) -> f32 {
         self.values()[0]
     }
 
-    /// Replaces the values; the gradient stays this tensor's.
+    /// Replaces the values, not the identity that gradients are keyed by.
     ///
     /// # Errors
     /// Out of memory on the device.
     ///
     /// # Panics
-    /// There are not as many.
+    /// The number of values differs.
     pub fn set(&mut self, values: &[f32]) -> Result<()> {
         assert_eq!(values.len(), self.len(), "{} values for {:?}", values.len(), self.shape());
         match &mut self.place {
@@ -194,7 +194,7 @@ impl Tensor {
         Ok(())
     }
 
-    /// Drops the values, where another form of them stays.
+    /// Drops the values, for weights that stay in another layout.
     pub(crate) fn emptied(&self) -> Result<Self> {
         Ok(Tensor { id: self.id, tracked: false, ..Tensor::new(&self.device(), Vec::new(), 0, 0)? })
     }
@@ -207,7 +207,7 @@ impl Tensor {
         }
     }
 
-    /// The values of a CPU tensor, to be changed in place.
+    /// The values of a CPU tensor, mutable.
     pub(crate) fn cpu_mut(&mut self) -> Result<&mut [f32]> {
         match &mut self.place {
             Place::Cpu(values) => unique(values),

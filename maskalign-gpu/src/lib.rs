@@ -1,15 +1,15 @@
-//! The GPU's place: a device that is found at run time, its memory, and the operators that it has kernels for.
+//! The interface to a GPU: a device that is found at run time, its memory, and the operators that it has kernels for.
 //!
-//! There is no driver binding here yet, so that [`Gpu::open`] refuses every device and says so. What the engine does with
-//! a device is complete: it copies tensors to and from it, adds gradients on it, and runs on the host what the device has
-//! no kernel for. The feature `pretend` makes a device in the host's memory, which tests run all of that on.
+//! There is no driver binding here yet, so [`Gpu::open`] refuses every device and says so. The engine's side is complete: it
+//! copies tensors to and from a device, adds gradients on it, and runs on the host what the device has no kernel for. The
+//! feature `pretend` provides a device in the host's memory, on which tests run all of that.
 
 use std::sync::Arc;
 
 #[cfg(feature = "pretend")]
 pub mod pretend;
 
-/// What a device answers.
+/// Why a device failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -26,28 +26,28 @@ pub enum Error {
     },
 }
 
-/// The result of everything that a device does.
+/// The result of an operation on a device.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What a device can do. An operator that is not here runs on the host.
 pub trait Driver: std::fmt::Debug + Send + Sync {
     /// Name for manifests and messages: `cuda:N`.
     fn name(&self) -> String;
-    /// Memory that holds a copy of these values.
+    /// Allocates memory with a copy of these values.
     ///
     /// # Errors
     /// Out of memory, here and below.
     fn upload(&self, values: &[f32]) -> Result<Box<dyn Memory>>;
-    /// `x + y`, for memory of equal lengths.
+    /// `x + y`, for buffers of equal length.
     ///
     /// # Errors
     /// Out of memory.
     fn add(&self, x: &dyn Memory, y: &dyn Memory) -> Result<Box<dyn Memory>>;
 }
 
-/// Memory of a device. What is in it is the device's own matter.
+/// Memory of a device, opaque to the host.
 pub trait Memory: std::fmt::Debug + Send + Sync + std::any::Any {
-    /// How many values it holds.
+    /// The number of values in it.
     fn len(&self) -> usize;
     /// True for memory without values.
     fn is_empty(&self) -> bool {
@@ -62,10 +62,10 @@ pub trait Memory: std::fmt::Debug + Send + Sync + std::any::Any {
 pub struct Gpu(Arc<dyn Driver>);
 
 impl Gpu {
-    /// Opens the device of that ordinal.
+    /// Opens the device with this ordinal.
     ///
     /// # Errors
-    /// There is none: see the crate's own description.
+    /// There is none: see the documentation of the crate.
     pub fn open(_ordinal: usize) -> Result<Gpu> {
         Err(Error::Unsupported)
     }
@@ -102,7 +102,7 @@ impl PartialEq for Gpu {
     }
 }
 
-/// Values on a device, which never change: a clone shares them.
+/// Immutable values on a device; a clone shares them.
 #[derive(Clone, Debug)]
 pub struct Array {
     memory: Arc<dyn Memory>,

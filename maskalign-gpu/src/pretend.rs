@@ -7,18 +7,18 @@ use std::sync::{
 
 use crate::{Driver, Error, Gpu, Memory, Result};
 
-/// What a pretended device did.
+/// Counts of what a pretended device did.
 #[derive(Debug, Default)]
 pub struct Counts {
     /// Copies to the device.
     pub uploads: AtomicUsize,
     /// Copies from the device.
     pub downloads: AtomicUsize,
-    /// Kernels that ran.
+    /// Kernels that were run.
     pub launches: AtomicUsize,
     /// Bytes in use.
     pub live: AtomicUsize,
-    /// Allocations until one fails; 0: none does.
+    /// Allocations until one fails; with 0, none fails.
     pub fail_in: AtomicUsize,
 }
 

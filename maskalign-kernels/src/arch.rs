@@ -26,7 +26,7 @@ impl Isa {
         }
     }
 
-    /// Whether this machine can run the set.
+    /// Whether this machine can run it.
     pub fn available(self) -> bool {
         match self {
             Isa::Scalar => true,
@@ -46,7 +46,7 @@ impl Isa {
         }
     }
 
-    /// Every set that this machine can run, the best first.
+    /// Every instruction set that this machine can run, the best first.
     pub fn all_available() -> impl Iterator<Item = Isa> {
         [Isa::Avx512, Isa::Avx2, Isa::Neon, Isa::Scalar].into_iter().filter(|isa| isa.available())
     }

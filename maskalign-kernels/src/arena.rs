@@ -1,4 +1,4 @@
-//! Reusable buffers, so that a training step allocates nothing once it has run once.
+//! Reusable buffers, so that a training step allocates nothing after the first time.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -45,8 +45,8 @@ impl Arena {
         self.take_for(len, len)
     }
 
-    /// A buffer of `len` floats out of those for `capacity` floats. Where lengths vary from step to
-    /// step the store stays small if all of them ask for the same capacity.
+    /// A buffer of `len` floats, from the size class for `capacity` floats. If lengths vary from step
+    /// to step, the store stays small if all requests have the same capacity.
     pub fn take_for(&self, len: usize, capacity: usize) -> Buf {
         let class = size_class(capacity.max(len));
         let reused = self.store.lock().get_mut(&class).and_then(Vec::pop);
@@ -69,7 +69,7 @@ impl Arena {
         self.store.lock().clear();
     }
 
-    /// Bytes of the buffers that wait to be handed out again: with none on loan, all that the store ever allocated.
+    /// Bytes of the idle buffers: with none on loan, everything that the store has allocated.
     pub fn idle(&self) -> usize {
         self.store.lock().iter().map(|(class, buffers)| class * buffers.len() * size_of::<f32>()).sum()
     }

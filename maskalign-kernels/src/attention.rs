@@ -2,8 +2,8 @@
 //!
 //! One task computes one head of one image. It takes the queries in blocks whose scores against all
 //! keys stay in the cache, and multiplies with the register tiles of the matrix product. The forward
-//! pass keeps the logarithm of each row's sum of exponentials; the backward pass makes the
-//! probabilities again from it (as FlashAttention does, arXiv 2205.14135).
+//! pass keeps each row's log-sum-exp, from which the backward pass computes the probabilities again
+//! (as FlashAttention does, arXiv 2205.14135).
 
 use crate::arch::isa;
 use crate::arena::Arena;
@@ -24,7 +24,7 @@ const BACKWARD_BLOCK: usize = 48;
 pub struct AttentionShape {
     /// Images.
     pub batch: usize,
-    /// Heads.
+    /// Attention heads.
     pub heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
@@ -40,7 +40,7 @@ impl AttentionShape {
         len_of([self.heads, self.head_dim])
     }
 
-    /// Length of the array of log-sums, `[batch, heads, queries]`.
+    /// Length of the array of log-sum-exps, `[batch, heads, queries]`.
     pub fn lse_len(&self) -> usize {
         len_of([self.batch, self.heads, self.queries])
     }
@@ -60,7 +60,7 @@ impl AttentionShape {
     }
 }
 
-/// The product of sizes. Wrapped around, it could agree with a slice that holds far less than the shape says.
+/// The product of sizes, checked: an overflow could wrap to the length of a slice that is far smaller than the shape.
 fn len_of<const N: usize>(sizes: [usize; N]) -> usize {
     let product = sizes.into_iter().try_fold(1, usize::checked_mul);
     product.unwrap_or_else(|| panic!("an attention of sizes {sizes:?} exceeds the address space"))
@@ -151,7 +151,7 @@ impl<'a> HeadsMut<'a> {
     }
 
     /// # Safety
-    /// As [`Shared::part`]: one borrower of a row of a head at a time.
+    /// As [`Shared::part`]: only one borrower of a head's row at a time.
     #[inline(always)]
     unsafe fn row(&self, row: usize, head: usize, head_dim: usize) -> &'a mut [f32] {
         let at = row * self.row_stride + self.offset + head * head_dim;
@@ -256,9 +256,9 @@ pub fn attention_backward(
     });
 }
 
-/// What the first query of each image attends to: its probabilities over all keys but the first,
-/// mean over the heads, `out` `[batch, keys - 1]`. With CLS first this is the weight of each patch
-/// in attentive masking. `q` needs one row an image, `query_rows` apart.
+/// The attention of each image's first query: its probabilities over all keys but the first, averaged
+/// over the heads, to `out` `[batch, keys - 1]`. With the class token first, this is the weight of
+/// each patch in attentive masking. `q` needs one row for each image, `query_rows` apart.
 ///
 /// # Panics
 /// When a buffer is too small, or there are no keys.
@@ -304,9 +304,9 @@ fn check_inputs(shape: &AttentionShape, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>
 struct Sizes {
     /// The products.
     small: Small,
-    /// Keys up to whole columns: the stride of a row of scores.
+    /// Keys, rounded up to whole columns: the stride of a row of scores.
     keys_padded: usize,
-    /// Channels up to whole columns.
+    /// Channels, rounded up to whole columns.
     dim_padded: usize,
     /// Queries of a block.
     block: usize,
@@ -556,8 +556,8 @@ fn put(write: Write, to: &mut [f32], from: &[f32], factor: f32) {
     crate::elementwise::store(write, to, from.iter().map(|f| f * factor));
 }
 
-/// Replaces each score by `e^(score - largest)`; returns the largest score and the sum. Scores come
-/// in whole vectors.
+/// Replaces each score by `e^(score - largest)`; returns the largest score and the sum. The number of
+/// scores is a multiple of the vector width.
 #[inline(always)]
 fn exponentials<const FMA: bool>(scores: &mut [f32]) -> (f32, f32) {
     let (scores, _) = scores.as_chunks_mut::<LANES>();

@@ -14,7 +14,7 @@ mod tests;
 const COLS: usize = 64;
 /// Columns whose sums are held in registers.
 const TILE: usize = 32;
-/// Rows that are summed before the next tile's turn: their part of all columns of a task stays in the first cache.
+/// Rows that are summed before the next tile's turn: their part of all columns of a task stays in the L1 cache.
 const BLOCK_ROWS: usize = 64;
 
 /// Scale and shift of each column, `[cols]`: 1 and 0 where there are none.
@@ -37,7 +37,7 @@ pub struct ColumnStats<'a> {
     pub eps: f32,
 }
 
-/// Where [`batch_norm_backward`] adds the gradients. What is `None` is not computed.
+/// Where [`batch_norm_backward`] adds the gradients. Those that are `None` are not computed.
 #[derive(Debug, Default)]
 pub struct BatchNormGrads<'a> {
     /// Of the input, `[rows, cols]`.
@@ -48,7 +48,7 @@ pub struct BatchNormGrads<'a> {
     pub dbeta: Option<&'a mut [f32]>,
 }
 
-/// Mean and biased variance of each column of `x` `[rows, cols]`, to `mean` and `var` `[cols]`, by two passes in
+/// Mean and biased variance of each column of `x` `[rows, cols]`, to `mean` and `var` `[cols]`, in two passes in
 /// double precision.
 ///
 /// # Panics
@@ -186,7 +186,7 @@ impl ColumnStats<'_> {
     }
 }
 
-/// The elements of a range of columns, and `other` where there are none.
+/// The elements of a range of columns, or `other` where there are none.
 fn filled(values: Option<&[f32]>, range: &Range<usize>, other: f32) -> [f32; COLS] {
     let mut filled = [other; COLS];
     if let Some(values) = values {
@@ -204,8 +204,8 @@ fn row_count(x: &[f32], cols: usize) -> usize {
     x.len() / cols
 }
 
-/// Adds to `sums` what `term(column, x, y)` makes of each element of the columns `range` of `x` and `y`, in the order of
-/// the rows; `column` counts from the range's first.
+/// Adds `term(column, x, y)` to `sums` for each element of the columns `range` of `x` and `y`, in the order of the
+/// rows; `column` counts from the range's first.
 #[inline(always)]
 fn add_terms(
     x: &[f32],

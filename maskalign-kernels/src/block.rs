@@ -33,11 +33,11 @@ pub struct BlockShape {
     pub tokens: usize,
     /// Channels.
     pub dim: usize,
-    /// Heads; they divide `dim`.
+    /// Attention heads; their number divides `dim`.
     pub heads: usize,
     /// Channels inside the MLP.
     pub hidden: usize,
-    /// What the layer norms add to the variance.
+    /// The `eps` of the layer norms, added to the variance.
     pub eps: f32,
     /// The activation inside the MLP.
     pub act: Act,
@@ -76,7 +76,7 @@ pub enum Weight<'a> {
     /// Row-major `[out, in]`.
     Dense(&'a [f32]),
     /// The transpose `[in, out]`, packed once by [`pack_weight`]: for weights that do not change.
-    /// The forward pass alone takes it.
+    /// Only the forward pass takes it.
     Packed(&'a PackedB),
 }
 
@@ -150,7 +150,7 @@ pub fn linear<'a>(
     gemm(pool, rows, outputs, inputs, MatRef::row_major(x, inputs), weight, y, outputs, epilogue);
 }
 
-/// The gradient of [`linear`] by its input, `dx = dy weight`, or added to `dx`.
+/// The gradient of [`linear`] with respect to its input, `dx = dy weight`, or added to `dx`.
 #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn linear_backward_input(
     pool: &Pool,
@@ -170,8 +170,8 @@ pub fn linear_backward_input(
     gemm(pool, rows, inputs, outputs, MatRef::row_major(dy, outputs), weight, dx, inputs, epilogue);
 }
 
-/// The gradient of [`linear`] by its weight and bias: adds `dy^T x` to `dweight` and the column
-/// sums of `dy` to `dbias`.
+/// The gradient of [`linear`] with respect to its weight and bias: adds `dy^T x` to `dweight` and the
+/// column sums of `dy` to `dbias`.
 #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 pub fn linear_backward_params(
     pool: &Pool,
@@ -245,7 +245,7 @@ impl BlockWeights<'_> {
     }
 }
 
-/// Gradients of a block's parameters; the backward pass adds to them. What is `None` is not
+/// Gradients of a block's parameters; the backward pass adds to them. Those that are `None` are not
 /// computed.
 #[derive(Default)]
 pub struct BlockGrads<'a> {
@@ -280,7 +280,7 @@ pub struct BlockGrads<'a> {
 }
 
 /// Stochastic depth: a factor for each sample, `[batch]`, 0 for a dropped branch and
-/// `1 / (1 - rate)` for a kept one. `None` keeps all with factor 1.
+/// `1 / (1 - rate)` for a kept one. `None` keeps all samples with a factor of 1.
 #[derive(Clone, Copy, Default)]
 pub struct DropPath<'a> {
     /// Factors of the attention branch.
@@ -319,8 +319,8 @@ struct MlpSaved {
     pre: Buf,
 }
 
-/// Memory for a branch in which some samples take part. Buffers have room for all of them: how many
-/// are dropped changes from step to step, and sizes that change would leave unused buffers behind.
+/// Memory for a branch in which some samples take part. Buffers have room for all samples: the number
+/// of dropped samples changes from step to step, and changing sizes would leave unused buffers behind.
 #[derive(Clone, Copy)]
 struct Room<'a> {
     arena: &'a Arena,
@@ -458,7 +458,7 @@ fn branch<S>(
     }
 }
 
-/// The gradient through a branch, `run(room, shape, factors, input, saved, gradient)` in place of the gradient.
+/// The backward pass of a branch: `run(room, shape, factors, input, saved, gradient)` replaces the gradient in place.
 #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn branch_backward<S>(
     pool: &Pool,
@@ -782,7 +782,7 @@ struct OutputLayer<'a> {
     factors: Option<&'a [f32]>,
 }
 
-/// Takes the layer's input in `inner` and leaves the gradient of it there.
+/// Takes the layer's input in `inner` and replaces it by its gradient.
 fn output_layer_backward(
     pool: &Pool,
     room: Room<'_>,
@@ -911,7 +911,7 @@ impl<'a> SplitWeights<'a> {
     /// Splits the fused projection of a block with dense weights.
     ///
     /// # Panics
-    /// When its weight is packed: pack the two parts instead.
+    /// If its weight is packed: pack the two parts instead.
     pub fn dense(block: BlockWeights<'a>, dim: usize) -> Self {
         let (q, kv) = block.qkv.dense_weight(3 * dim * dim).split_at(dim * dim);
         let bias = block.qkv.bias.map(|b| b.split_at(dim));
@@ -919,16 +919,16 @@ impl<'a> SplitWeights<'a> {
     }
 }
 
-/// The last block of a frozen teacher, computed in two phases: [`begin`](Self::begin) gives CLS's
-/// attention to the patches, from which a mask is drawn; [`finish`](Self::finish) computes the
-/// output of those tokens alone that the mask needs.
+/// The last block of a frozen teacher, computed in two phases: [`begin`](Self::begin) computes the
+/// attention of the class token to the patches, from which a mask is drawn;
+/// [`finish`](Self::finish) computes the output of only those tokens that the mask needs.
 pub struct LastBlock {
     kv: Buf,
 }
 
 impl LastBlock {
     /// Keys and values of all tokens of `x` `[batch * tokens, dim]`, and in `cls` `[batch,
-    /// tokens - 1]` the attention of the first token to the others, mean over heads.
+    /// tokens - 1]` the attention of the first token to the others, averaged over heads.
     ///
     /// # Panics
     /// When a length does not fit the shape.
@@ -958,7 +958,7 @@ impl LastBlock {
         LastBlock { kv }
     }
 
-    /// The block's output for the tokens `tokens`, as many for each image, `[batch, picked]`:
+    /// The block's output for `tokens` `[batch, picked]`, the same number for each image:
     /// `y` `[batch * picked, dim]`. `shape`, `weights` and `x` are those of
     /// [`begin`](Self::begin).
     ///

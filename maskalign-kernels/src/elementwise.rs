@@ -1,4 +1,4 @@
-//! Element-wise operations, sums over rows, selection of rows, and the mix of levels.
+//! Element-wise operations, sums over rows, gathering of rows, and mixtures of levels.
 
 use crate::arena::Arena;
 use crate::gemm::Act;
@@ -25,11 +25,11 @@ pub(crate) fn store(write: Write, y: &mut [f32], values: impl Iterator<Item = f3
     }
 }
 
-/// Writes `act(x)` to `y` and replaces `x` by `act'(x)`: both from one evaluation, for a backward
-/// pass that recomputes the activation.
+/// Writes `act(x)` to `y` and replaces `x` by `act'(x)`: both in one evaluation, for a backward pass
+/// that recomputes the activation.
 ///
 /// # Panics
-/// When the lengths differ, as all functions of this module.
+/// When the lengths differ, as in all functions of this module.
 pub fn activation_and_slope(pool: &Pool, act: Act, x: &mut [f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "activation output");
     let y = Shared::new(y);
@@ -104,7 +104,7 @@ vectorised! {
 
 /// `y = x * columns[j] * groups[i / group_rows]` for element `(i, j)` of `[rows, cols]`: the
 /// gradient through LayerScale (`columns`) and stochastic depth (`groups` and the rows in each).
-/// What is `None` counts as 1.
+/// A factor that is `None` counts as 1.
 pub fn scale_rows(
     pool: &Pool,
     x: &[f32],
@@ -152,8 +152,8 @@ pub fn add_column_sums(pool: &Pool, arena: &Arena, x: &[f32], cols: usize, out: 
     });
 }
 
-/// `x *= slope` element by element, and `out` `[cols]` gains the column sums of the product: the
-/// gradient through an activation and of the bias before it in one pass.
+/// `x *= slope` element by element, and adds the column sums of the product to `out` `[cols]`: the
+/// gradients of an activation and of the bias before it, in one pass.
 pub fn multiply_and_add_column_sums(
     pool: &Pool,
     arena: &Arena,
@@ -195,7 +195,7 @@ vectorised! {
     }
 }
 
-/// Finds a row in matrices that count as one, their rows running on: which matrix, and its row.
+/// Finds a row in the concatenation of several matrices: which matrix, and the row in it.
 fn locate(lengths: impl Iterator<Item = usize>, cols: usize, row: u32) -> (usize, usize) {
     let mut row = row as usize;
     for (matrix, length) in lengths.enumerate() {
@@ -208,8 +208,8 @@ fn locate(lengths: impl Iterator<Item = usize>, cols: usize, row: u32) -> (usize
     panic!("row index beyond the last matrix");
 }
 
-/// `y[i] = row index[i]` of the `sources`, matrices of `cols` columns whose rows are counted
-/// through: with sources of 3 and 2 rows, 3 is the second source's first row.
+/// `y[i] = row index[i]` of the concatenated `sources`, matrices of `cols` columns: with sources of
+/// 3 and 2 rows, 3 is the first row of the second source.
 ///
 /// # Panics
 /// When an index lies beyond the last source.
@@ -259,7 +259,7 @@ pub struct Patches<'a> {
     pub height: usize,
     /// Width in pixels.
     pub width: usize,
-    /// Side of a patch in pixels; what is left of height and width beyond whole patches is ignored.
+    /// Side of a patch in pixels; pixels beyond the last whole patch of a row or column are ignored.
     pub patch: usize,
     /// Mean of each channel, subtracted.
     pub mean: [f32; 3],
@@ -391,8 +391,8 @@ fn mix_block<const FMA: bool, const TILE: usize>(
     }
 }
 
-/// The gradient of [`mix`] by its inputs: `dinputs[j] += sum_i w[i, j] doutputs[i]` (or set, as
-/// `write` says).
+/// The gradient of [`mix`] with respect to its inputs: `dinputs[j] += sum_i w[i, j] doutputs[i]` (or
+/// set, as `write` says).
 pub fn mix_backward_inputs(pool: &Pool, w: &[f32], doutputs: &[&[f32]], dinputs: &mut [&mut [f32]], write: Write) {
     let (rows, cols) = (doutputs.len(), dinputs.len());
     assert_eq!(w.len(), rows * cols, "weights of the mix");
@@ -405,8 +405,8 @@ pub fn mix_backward_inputs(pool: &Pool, w: &[f32], doutputs: &[&[f32]], dinputs:
     mix(pool, &transposed, doutputs, dinputs, write);
 }
 
-/// The gradient of [`mix`] by its weights, `dw[i, j] += <doutputs[i], inputs[j]>`, summed in f64
-/// over blocks of the data.
+/// The gradient of [`mix`] with respect to its weights, `dw[i, j] += <doutputs[i], inputs[j]>`,
+/// summed in f64 over blocks of the data.
 pub fn mix_backward_weights(pool: &Pool, arena: &Arena, inputs: &[&[f32]], doutputs: &[&[f32]], dw: &mut [f32]) {
     assert_eq!(dw.len(), inputs.len() * doutputs.len(), "gradient of the mix's weights");
     let len = doutputs.first().map_or(0, |o| o.len());

@@ -1,9 +1,9 @@
 //! Single-precision matrix products with a fused epilogue.
 //!
-//! `C` is cut into blocks of rows and columns, the tasks of the pool. Inside a task the product
-//! runs over panels of the depth: a panel of `B` stays in the first cache while the rows of the block
-//! pass by it, and the partial sums stay in the second cache until the last panel, whose tiles go
-//! through the epilogue to `C` at once. Each element is one chain of multiply-adds in ascending
+//! `C` is cut into blocks of rows and columns, the tasks of the pool. Inside a task the product runs
+//! over panels of the depth (the dimension `k`): a panel of `B` stays in the L1 cache while all rows
+//! of the block use it, and the partial sums stay in the L2 cache until the last panel, whose tiles
+//! go directly through the epilogue to `C`. Each element is one chain of multiply-adds in ascending
 //! depth, so neither the partition nor the number of threads changes a bit.
 
 mod finish;
@@ -108,12 +108,12 @@ impl PackedB {
     }
 }
 
-/// `len` up to whole panels of `width`.
+/// `len`, rounded up to whole panels of `width`.
 fn padded(len: usize, width: usize) -> usize {
     len.checked_next_multiple_of(width).unwrap_or_else(|| panic!("an operand of {len} columns is too large to pack"))
 }
 
-/// Elements of a packed operand of depth `k`. Unchecked, the length of a buffer that unchecked code fills could wrap.
+/// Elements of a packed operand of depth `k`, checked for overflow, since unsafe code fills a buffer of this length.
 fn packed_len(k: usize, padded: usize) -> usize {
     k.checked_mul(padded).unwrap_or_else(|| panic!("an operand of [{k}, {padded}] is too large to pack"))
 }
@@ -169,7 +169,7 @@ pub fn gemm(pool: &Pool, m: usize, n: usize, k: usize, a: MatRef, b: Rhs, c: &mu
     gemm_on(arch::isa(), pool, m, n, k, a, b, c, ldc, ep);
 }
 
-/// The arithmetic peak of `threads` threads of `pool`, in 10^9 floating-point operations a second:
+/// The peak throughput of `threads` threads of `pool`, in 10^9 floating-point operations a second:
 /// the best of a few bursts of independent multiply-adds in registers.
 pub fn fma_peak_gflops(threads: usize, pool: &Pool) -> f64 {
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -208,15 +208,15 @@ pub fn fma_peak_gflops(threads: usize, pool: &Pool) -> f64 {
     best
 }
 
-/// Rows of a task: the panels of `A` fill about a fifth of the second cache.
+/// Rows of a task: the panels of `A` fill about a fifth of the L2 cache.
 const BLOCK_ROWS: usize = 96;
 /// Rows of a task where the product is small.
 const SMALLEST_BLOCK_ROWS: usize = 36;
-/// Tasks that a product is cut into where it is large enough.
+/// The least number of tasks that a large enough product is cut into.
 const LEAST_TASKS: usize = 24;
-/// Columns of a task: the partial sums fill about a quarter of the second cache.
+/// Columns of a task: the partial sums fill about a quarter of the L2 cache.
 const BLOCK_COLS: usize = 384;
-/// A product deeper than this that only adds to `C` is done in parts, to bound the packed copies.
+/// A product deeper than this that only adds to `C` is computed in parts, to bound the packed copies.
 const MAX_DEPTH: usize = 2048;
 /// Elements of `B` or `A` packed by one task.
 const PACK_TASK: usize = 1 << 15;
@@ -308,7 +308,7 @@ struct Product<'a> {
     depth: Depth,
     a: Lhs<'a>,
     b: &'a [f32],
-    /// Columns of `b` with its last panel filled up.
+    /// Columns of `b`, with its last panel padded.
     padded: usize,
     finish: Finish<'a>,
 }
@@ -386,7 +386,7 @@ fn gemm_on(
     }
 }
 
-/// Packs what needs packing and runs the blocks; the operands are checked.
+/// Packs what needs packing and runs the blocks; the caller has checked the operands.
 #[expect(clippy::too_many_arguments, reason = "operands and shapes of one operator, each named at the call")]
 fn product(
     isa: Isa,
@@ -448,7 +448,7 @@ fn product(
     PACKED.set([a_buffer, b_buffer]);
 }
 
-/// Whether rows `stride` elements apart fall on few sets of the caches: a multiple of 4 KiB.
+/// Whether rows `stride` elements apart map to few cache sets, as with multiples of 4 KiB.
 fn collides(stride: usize) -> bool {
     stride >= 1024 && stride.is_multiple_of(1024)
 }

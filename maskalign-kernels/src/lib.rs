@@ -2,8 +2,8 @@
 //!
 //! Plain `f32` slices, no tensor library. Every kernel picks its instruction set once at run time
 //! ([`arch`]) and shares work through one thread pool ([`pool`]); for a given instruction set the
-//! result has the same bits for any number of threads. All `unsafe` code of the workspace is here, but
-//! for what looks into a tensor's storage (`host.rs` of `maskalign-engine`).
+//! result has the same bits for any number of threads. All `unsafe` code of the workspace is here,
+//! except for the code that accesses a tensor's storage (`host.rs` of `maskalign-engine`).
 
 pub mod arch;
 pub mod arena;

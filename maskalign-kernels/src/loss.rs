@@ -1,5 +1,5 @@
-//! Loss terms with their gradients. Every value is a mean in PyTorch's meaning, summed in double
-//! precision in a fixed order.
+//! Loss terms with their gradients. Every value is a mean as with PyTorch's `reduction="mean"`, summed
+//! in double precision in a fixed order.
 
 use crate::elementwise::{Write, store};
 use crate::pool::Pool;
@@ -10,7 +10,7 @@ use crate::vmath;
 pub struct Grad<'a> {
     /// As long as the prediction.
     pub into: &'a mut [f32],
-    /// Factor: the weight of the term times the gradient that arrives from above.
+    /// Factor: the weight of the term times the gradient of the loss with respect to the term.
     pub scale: f32,
     /// Whether it replaces or adds.
     pub write: Write,
@@ -31,7 +31,7 @@ pub enum Pointwise {
     },
 }
 
-/// The mean of the term over all elements, and its gradient by `pred` where asked for.
+/// The mean of the term over all elements, and its gradient with respect to `pred` if requested.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -55,7 +55,7 @@ pub fn pointwise(pool: &Pool, term: Pointwise, pred: &[f32], target: &[f32], gra
     sum / n
 }
 
-/// A [`Grad`] that tasks share, its scale divided by the number of things in the mean.
+/// A [`Grad`] that tasks share, with its scale divided by the number of terms in the mean.
 struct SharedGrad<'a> {
     into: Shared<'a>,
     scale: f32,
@@ -134,8 +134,8 @@ fn sign(d: f32) -> f32 {
 /// `F.cosine_similarity` clamps each norm to at least this.
 const COSINE_EPS: f32 = 1e-8;
 
-/// The mean over rows of `1 - cos(pred, target)`, rows of `cols` elements, and its gradient by
-/// `pred` where asked for. Norms below 1e-8 count as 1e-8.
+/// The mean over rows of `1 - cos(pred, target)`, rows of `cols` elements, and its gradient with
+/// respect to `pred` if requested. Norms below 1e-8 count as 1e-8.
 pub fn cosine(pool: &Pool, pred: &[f32], target: &[f32], cols: usize, grad: Option<Grad<'_>>) -> f64 {
     let rows = row_count(pred, target, cols);
     let grad = SharedGrad::new(grad, pred.len(), rows as f64);
@@ -182,7 +182,7 @@ vectorised! {
 
 /// The Kullback-Leibler divergence of `softmax(pred)` from `softmax(target)` over rows of `cols`
 /// elements, averaged over all elements: `F.kl_div(log_softmax(pred), softmax(target))`, and its
-/// gradient by `pred` where asked for.
+/// gradient with respect to `pred` if requested.
 pub fn kl(pool: &Pool, pred: &[f32], target: &[f32], cols: usize, grad: Option<Grad<'_>>) -> f64 {
     let rows = row_count(pred, target, cols);
     let over = pred.len() as f64;
@@ -239,8 +239,8 @@ vectorised! {
 }
 
 /// Softmax cross-entropy with a distribution over the classes as each row's target, mean over rows
-/// of `cols` logits, as `F.cross_entropy`, and its gradient by the logits where asked for. A row's
-/// target need not sum to 1.
+/// of `cols` logits, as `F.cross_entropy`, and its gradient with respect to the logits if requested.
+/// A row's target need not sum to 1.
 ///
 /// # Panics
 /// When the lengths do not fit.

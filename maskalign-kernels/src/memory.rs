@@ -4,7 +4,7 @@
 ///
 /// A step allocates and frees the same large buffers again and again. GNU libc maps large ones afresh each time and
 /// trims the top of its heap, so that every step waits for its pages to be cleared: 80 MiB of them for ViT-Ti at
-/// batch 32, about three percent of the step. Other allocators keep what they have; there this does nothing.
+/// batch 32, about three percent of the step. Other allocators keep freed memory; for them this does nothing.
 pub fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
@@ -21,12 +21,12 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// The most memory that the process had resident so far, in MiB, where the system tells (`VmHWM` of Linux).
+/// The peak resident memory of the process so far, in MiB, where the system reports it (`VmHWM` on Linux).
 pub fn peak_memory_mib() -> Option<f64> {
     mib_of("/proc/self/status", "VmHWM:")
 }
 
-/// The memory that a program can have without swapping, in MiB, where the system tells (`MemAvailable` of Linux).
+/// The memory available without swapping, in MiB, where the system reports it (`MemAvailable` on Linux).
 pub fn available_memory_mib() -> Option<f64> {
     mib_of("/proc/meminfo", "MemAvailable:")
 }

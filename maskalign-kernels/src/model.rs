@@ -19,7 +19,7 @@ mod sync {
     pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
     pub(crate) use loom::{hint, thread};
 
-    /// One look before a worker sleeps: loom's cost grows with each, and all ways into and out of sleep remain.
+    /// One turn before a worker sleeps: each turn costs loom time, and one still covers all ways into and out of sleep.
     pub(crate) const SPINS: usize = 1;
 
     macro_rules! loom_thread_local {
@@ -40,7 +40,7 @@ fn explore(interruptions: usize, f: impl Fn() + Send + Sync + 'static) {
     model.check(f);
 }
 
-/// Cells of which loom knows every access, so that it finds two without an order between them.
+/// Cells whose every access loom tracks, so that it finds data races.
 struct Cells(Vec<UnsafeCell<usize>>);
 
 // SAFETY: loom stops a test in which two threads use a cell without an order between them.

@@ -79,7 +79,7 @@ pub fn layer_norm_again(
 
 /// Gradient of [`layer_norm`]: from `dy` to `dx` (`write` says how), and to `dgamma` and `dbeta`
 /// `[cols]` (added to what they hold). `x` and `stats` are the forward's. `dx` may be a gradient
-/// that already holds other consumers' shares: use [`Write::Add`].
+/// that already holds the contributions of other consumers: use [`Write::Add`].
 ///
 /// # Panics
 /// When the lengths do not fit.

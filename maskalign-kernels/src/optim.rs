@@ -1,4 +1,4 @@
-//! Optimiser steps and the gradient norm over a list of tensors, and moving averages of them.
+//! Updates of optimizers, the gradient norm and moving averages (EMA) over a list of tensors.
 
 use crate::pool::Pool;
 use crate::share::{CHUNK, Shared, for_parts, for_ranges, sum_ranges, vectorised};
@@ -7,7 +7,7 @@ use crate::vmath;
 #[cfg(test)]
 mod tests;
 
-/// One tensor of an AdamW step. All slices have one length.
+/// One tensor of an AdamW update. All slices have the same length.
 pub struct AdamWTensor<'a> {
     /// The parameter, updated in place.
     pub param: &'a mut [f32],
@@ -17,28 +17,28 @@ pub struct AdamWTensor<'a> {
     pub exp_avg: &'a mut [f32],
     /// The second moment, updated in place; zeros before the first step.
     pub exp_avg_sq: &'a mut [f32],
-    /// The learning rate of this step.
+    /// The learning rate of this update.
     pub lr: f64,
     /// The decoupled weight decay.
     pub weight_decay: f64,
 }
 
-/// What all tensors of an AdamW step share.
+/// What all tensors of an AdamW update share.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// The step, counted from 1.
+    /// The number of this update, counted from 1.
     pub step: u64,
-    /// Factor of all gradients: 1, or less to clip their norm.
+    /// The factor of all gradients: 1, or less to clip their norm.
     pub grad_scale: f32,
 }
 
-/// The factors of one tensor, worked out in double precision as PyTorch does.
+/// The factors of one tensor, computed in double precision as in PyTorch.
 #[derive(Clone, Copy)]
 struct Factors {
     grad_scale: f32,
@@ -69,7 +69,7 @@ impl Factors {
     }
 }
 
-/// One AdamW step (Loshchilov and Hutter, arXiv 1711.05101) on all tensors, in the order of
+/// One AdamW update (Loshchilov and Hutter, arXiv 1711.05101) on all tensors, in the order of
 /// operations of `torch.optim.AdamW`:
 /// `p *= 1 - lr wd; m += (g - m)(1 - beta1); v = beta2 v + (1 - beta2) g g;
 /// p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)`.
@@ -112,7 +112,7 @@ pub fn adamw(pool: &Pool, adam: AdamW, tensors: &mut [AdamWTensor<'_>]) {
     });
 }
 
-/// One tensor of a LARS step. All slices have one length.
+/// One tensor of a LARS update. All slices have the same length.
 pub struct LarsTensor<'a> {
     /// The parameter, updated in place.
     pub param: &'a mut [f32],
@@ -120,7 +120,7 @@ pub struct LarsTensor<'a> {
     pub grad: &'a [f32],
     /// The momentum, updated in place; zeros before the first step.
     pub momentum: &'a mut [f32],
-    /// The learning rate of this step.
+    /// The learning rate of this update.
     pub lr: f64,
     /// How the gradient becomes an update.
     pub rule: LarsRule,
@@ -129,28 +129,28 @@ pub struct LarsTensor<'a> {
 /// How LARS treats a tensor.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum LarsRule {
-    /// With weight decay and a rate adapted to the norms: parameters of more than one dimension.
+    /// With weight decay, and with a learning rate adapted to the norms: parameters of more than one dimension.
     Adapted {
-        /// Times the parameter, added to the gradient before the norms are taken.
+        /// Weight decay: the parameter times this is added to the gradient before the norms are taken.
         weight_decay: f64,
     },
-    /// The gradient alone: biases and the parameters of norms.
+    /// The gradient alone: biases and the parameters of normalisation layers.
     Plain,
 }
 
-/// What all tensors of a LARS step share.
+/// What all tensors of a LARS update share.
 #[derive(Clone, Copy, Debug)]
 pub struct Lars {
-    /// Decay of the momentum; 0.9 in the linear probing of masked autoencoders.
+    /// Momentum; 0.9 in MAE's linear probe.
     pub momentum: f64,
-    /// The ratio of an adapted update's norm to the parameter's; 0.001 there.
+    /// Trust coefficient: the ratio of an adapted update's norm to the parameter's; 0.001 there.
     pub trust_coefficient: f64,
-    /// Factor of all gradients: 1, or less to clip their norm.
+    /// The factor of all gradients: 1, or less to clip their norm.
     pub grad_scale: f32,
 }
 
-/// One LARS step (You, Gitman and Ginsburg, arXiv 1708.03888) on all tensors, in the order of operations of masked
-/// autoencoders' linear probing: `d = g + wd p; d *= trust |p| / |d|` (1 where a norm is 0) for
+/// One LARS update (You, Gitman and Ginsburg, arXiv 1708.03888) on all tensors, in the order of operations of MAE's linear
+/// probe: `d = g + wd p; d *= trust |p| / |d|` (1 where a norm is 0) for
 /// [`LarsRule::Adapted`], `d = g` for [`LarsRule::Plain`]; then `m = momentum m + d; p -= lr m`. The norms are summed in
 /// double precision.
 ///
@@ -209,7 +209,7 @@ pub fn lars(pool: &Pool, lars: Lars, tensors: &mut [LarsTensor<'_>]) {
     });
 }
 
-/// The factors of one tensor in a LARS step.
+/// The factors of one tensor in a LARS update.
 #[derive(Clone, Copy)]
 struct LarsFactors {
     grad_scale: f32,
@@ -261,7 +261,7 @@ vectorised! {
 ///
 /// The order of operations is that of PyTorch's `moving.mul_(momentum).add_(source, alpha=1 - momentum)`: the first
 /// product is rounded, and the second is added to it, in one rounding where the machine has fused multiply-add.
-/// `1 - momentum` is taken in double precision.
+/// `1 - momentum` is computed in double precision.
 ///
 /// # Panics
 /// When the lengths differ.

@@ -36,7 +36,7 @@ struct Shared {
     job: Mutex<Option<Job>>,
     /// The next task to claim.
     next: AtomicUsize,
-    /// What the first task that panicked in the current job left.
+    /// The panic payload of the first task that panicked in the current job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
     sleepers: AtomicUsize,
@@ -89,8 +89,8 @@ impl Pool {
 
     /// Calls `f(task)` once for every `task` below `tasks` and returns when all are done.
     ///
-    /// Tasks are claimed in ascending order by whichever thread is free. They are not told which:
-    /// memory of its own comes to a task from its number or from an [`Arena`](crate::Arena). Called
+    /// Tasks are claimed in ascending order by whichever thread is free. A task does not know its
+    /// thread: it takes memory of its own by its number or from an [`Arena`](crate::Arena). Called
     /// from inside a task, of this pool or of another, the tasks run one after another on that
     /// thread. A panic in a task is passed on to the caller once no thread runs a task any more;
     /// tasks not yet begun are dropped, and so are the messages of further panics.
@@ -266,7 +266,7 @@ impl Drop for Inside {
     }
 }
 
-/// Locks. Nothing panics while it holds a lock of the pool, so that none is ever poisoned.
+/// Locks. Nothing panics while it holds a lock of the pool, so no lock is ever poisoned.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

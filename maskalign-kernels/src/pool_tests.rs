@@ -1,4 +1,4 @@
-//! The pool on the threads of the system. Its orders of events are explored in `model.rs`.
+//! The pool on real threads. `model.rs` explores its interleavings.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::sync::Mutex;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::Pool;
 
-/// Rounds of a test, fewer where each takes a thousand times as long.
+/// Rounds of a test; fewer under miri, where each takes a thousand times as long.
 const ROUNDS: usize = if cfg!(miri) { 2 } else { 50 };
 
 #[test]
@@ -99,7 +99,7 @@ fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
     assert_eq!(sum.into_inner(), 45);
 }
 
-/// A message of a panic that panics when it is dropped.
+/// A panic payload that panics when it is dropped.
 struct PanicsWhenDropped;
 
 impl Drop for PanicsWhenDropped {

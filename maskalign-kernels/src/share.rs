@@ -21,7 +21,7 @@ pub enum Write {
     Add,
 }
 
-/// A mutable slice of which the tasks of one parallel operation write disjoint parts.
+/// A mutable slice whose disjoint parts are written by the tasks of one parallel operation.
 pub(crate) struct Shared<'a, T = f32> {
     start: *mut T,
     len: usize,
@@ -85,8 +85,8 @@ pub fn for_parts(pool: &Pool, data: &mut [f32], chunk: usize, f: impl Fn(usize, 
     });
 }
 
-/// Adds to `out` the sum of the vectors that `f(range, partial)` makes of ranges of `items`.
-/// `partial` comes zeroed and is as long as `out`.
+/// Adds to `out` the sum of the vectors that `f(range, partial)` computes for ranges of `items`.
+/// `partial` is zeroed before and is as long as `out`.
 pub(crate) fn add_reduced(
     pool: &Pool,
     arena: &Arena,
@@ -146,7 +146,7 @@ pub(crate) fn sum_ranges<const N: usize>(
 }
 
 /// Declares functions whose body is compiled for each instruction set and dispatched at run time.
-/// The body sees `FMA: bool`, a constant that says whether fused multiply-add is at hand.
+/// The body sees `FMA: bool`, a constant that says whether fused multiply-add is available.
 macro_rules! vectorised {
     ($(
         $(#[$meta:meta])*
@@ -207,7 +207,7 @@ pub(crate) fn sum_of2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 
     sum_lanes(&mut lanes) + tail
 }
 
-/// Largest element; negative infinity for none.
+/// The largest element; negative infinity if there are none.
 #[inline(always)]
 pub(crate) fn max_of(a: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -1,6 +1,6 @@
 //! Every operator that splits its outputs among tasks by unchecked code, at sizes that miri can follow (`.ci/miri.sh`).
 //!
-//! What they compute is checked elsewhere; here several threads write, and must leave what one does.
+//! Other tests check what they compute; here several threads write, and the result must be that of one thread.
 
 use crate::attention::{AttentionShape, Heads, QkvGrad, attention, attention_backward, cls_attention};
 use crate::batch_norm::{Affine, BatchNormGrads, ColumnStats, batch_norm, batch_norm_backward, column_stats};

@@ -10,12 +10,12 @@ use crate::{
     tensor::Tensor,
 };
 
-/// `x + ls1 attn(norm1 x)`, then `x + ls2 mlp(norm2 x)`; timm's names.
+/// `x + ls1 attn(norm1 x)`, then `x + ls2 mlp(norm2 x)`, with timm's names.
 #[derive(Clone)]
 pub struct Block {
     /// `norm1`.
     pub norm1: Norm,
-    /// `attn.qkv`, fused in that order.
+    /// `attn.qkv`: queries, keys and values in one projection, in that order.
     pub qkv: Linear,
     /// `attn.proj`.
     pub proj: Linear,
@@ -43,11 +43,11 @@ pub struct BlockConfig {
     pub heads: usize,
     /// Channels inside the MLP.
     pub mlp: usize,
-    /// Of the LayerNorms.
+    /// The `eps` of the LayerNorms.
     pub eps: f64,
-    /// Of the MLP.
+    /// The activation of the MLP.
     pub act: Act,
-    /// Initial value of learned scales of the branches (LayerScale, arXiv 2103.17239); absent: there are none.
+    /// Initial value of LayerScale, the learned scales of the branches (arXiv 2103.17239); `None` for a block without.
     pub layer_scale: Option<f64>,
 }
 
@@ -77,7 +77,7 @@ impl Block {
         })
     }
 
-    /// What the operators take.
+    /// The block as operators take it.
     pub fn weights(&self) -> BlockWeights {
         BlockWeights {
             norm1: self.norm1.weights(),
@@ -102,7 +102,7 @@ impl Block {
         ops::block(cx, tape, x, &self.weights(), run)
     }
 
-    /// First half of a frozen block: enough for the attention of its class token.
+    /// The first half of a frozen block: what the attention of its class token needs.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -110,7 +110,7 @@ impl Block {
         ops::begin_block(cx, x, &self.weights(), run)
     }
 
-    /// Second half: the output for the `rows` of each image (token indices), in that order; `None` gives all.
+    /// The second half: the output for the `rows` (token indices) of each image, in that order; `None` gives all.
     ///
     /// # Errors
     /// Out of memory on the device.

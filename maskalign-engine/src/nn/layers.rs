@@ -9,7 +9,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Whether a linear layer adds a learned vector to its product.
+/// Whether a linear layer has a bias.
 ///
 /// ```
 /// # use maskalign_engine::{Error, Init, nn::{Bias, Linear}};
@@ -19,13 +19,13 @@ use crate::{
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bias {
-    /// It does; the vector starts at zero.
+    /// It has one, initially zero.
     With,
-    /// It does not.
+    /// It has none.
     Without,
 }
 
-/// A linear layer, `[out, in]` as checkpoints store it.
+/// A linear layer; its weight is `[out, in]`, as checkpoints store it.
 ///
 /// ```
 /// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::{Bias, Linear}, ops::Act};
@@ -41,7 +41,7 @@ pub struct Linear {
     pub weight: Param,
     /// `NAME.bias`, `[out]`.
     pub bias: Option<Param>,
-    /// The weight in the layout that the device multiplies fastest by; it replaces the tensor.
+    /// The weight in the layout that is fastest on the device; it replaces the tensor.
     pub(super) packed: Option<Packed>,
 }
 
@@ -54,7 +54,7 @@ impl Linear {
         Self::from_weight(init, name, init.xavier(format!("{name}.weight"), &[outputs, inputs])?, bias)
     }
 
-    /// A layer around a weight that was made otherwise.
+    /// A layer around an existing weight.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -76,7 +76,7 @@ impl Linear {
         self.weight.dims[1..].iter().product()
     }
 
-    /// What the operators take.
+    /// The layer as operators take it.
     pub fn weights(&self) -> LinearWeights {
         LinearWeights {
             weight: self.weight.value.clone(),
@@ -93,7 +93,7 @@ impl Linear {
         ops::linear(cx, tape, x, &self.weights(), act)
     }
 
-    /// Freezes the layer; the packed weight replaces the tensor where the device has such a form.
+    /// Freezes the layer; where the device has a packed layout, the packed weight replaces the tensor.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -125,14 +125,14 @@ impl Linear {
 /// ```
 #[derive(Clone)]
 pub struct Norm {
-    /// `NAME.weight` and `NAME.bias`, `[C]`; `None` only whitens.
+    /// `NAME.weight` and `NAME.bias`, `[C]`; `None` for a norm without affine parameters.
     pub affine: Option<(Param, Param)>,
     /// Added to the variance.
     pub eps: f64,
 }
 
 impl Norm {
-    /// Ones and zeros.
+    /// A norm whose scale is ones and whose shift is zeros.
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -142,12 +142,12 @@ impl Norm {
         Ok(Norm { affine: Some((weight, bias)), eps })
     }
 
-    /// Without affine parameters.
+    /// A norm without affine parameters.
     pub fn plain(eps: f64) -> Self {
         Norm { affine: None, eps }
     }
 
-    /// What the operators take.
+    /// The layer as operators take it.
     pub fn weights(&self) -> NormWeights {
         let affine = self.affine.as_ref().map(|(weight, bias)| (weight.value.clone(), bias.value.clone()));
         NormWeights { affine, eps: self.eps }
@@ -170,7 +170,7 @@ impl Norm {
     }
 }
 
-/// BatchNorm of columns over rows, without scale and shift: PyTorch's `BatchNorm1d(affine=False)`.
+/// BatchNorm of each column over all rows, without affine parameters: PyTorch's `BatchNorm1d(affine=False)`.
 ///
 /// ```
 /// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::BatchNorm};
@@ -186,7 +186,7 @@ impl Norm {
 pub struct BatchNorm {
     /// `NAME.running_mean`, `[C]`.
     pub running_mean: Param,
-    /// `NAME.running_var`, `[C]`; of unbiased variances.
+    /// `NAME.running_var`, `[C]`, which follows the unbiased variances.
     pub running_var: Param,
     /// Added to the variance.
     pub eps: f64,
@@ -195,7 +195,7 @@ pub struct BatchNorm {
 }
 
 impl BatchNorm {
-    /// Running statistics of 0 and 1 that move a tenth of the way (PyTorch's default).
+    /// Running statistics that start at 0 and 1, with a momentum of 0.1 (PyTorch's default).
     ///
     /// # Errors
     /// Out of memory on the device.
@@ -213,7 +213,7 @@ impl BatchNorm {
         BatchStatistics { mean: self.running_mean.value.clone(), variance: self.running_var.value.clone() }
     }
 
-    /// By the statistics of these rows, of which there must be two at least; the running ones follow them.
+    /// Normalises by the statistics of these rows, of which there must be at least two, and updates the running statistics.
     /// `[rows, C] -> [rows, C]`.
     ///
     /// # Errors
@@ -226,7 +226,7 @@ impl BatchNorm {
         Ok(y)
     }
 
-    /// By the running statistics. `[rows, C] -> [rows, C]`.
+    /// Normalises by the running statistics. `[rows, C] -> [rows, C]`.
     ///
     /// # Errors
     /// Out of memory on the device.

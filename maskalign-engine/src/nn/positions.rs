@@ -1,7 +1,7 @@
-//! Fixed positions.
+//! Fixed position embeddings.
 
-/// Two-dimensional sin-cos positions `[1 + rows * columns, dim]` with a zero row first for the class token: width
-/// takes the first half of the channels, height the second (MAE's `get_2d_sincos_pos_embed`).
+/// Two-dimensional sin-cos position embeddings `[1 + rows * columns, dim]`, with a row of zeros first for the class token.
+/// The first half of the channels encodes the column, the second half the row (MAE's `get_2d_sincos_pos_embed`).
 pub fn sincos_positions(dim: usize, rows: usize, columns: usize) -> Vec<f32> {
     let quarter = dim / 4;
     let omega: Vec<f64> = (0..quarter).map(|i| 1.0 / 10000f64.powf(i as f64 / (dim as f64 / 4.0))).collect();

@@ -30,7 +30,7 @@ use crate::{
 pub struct AttentionShape {
     /// Images in the batch.
     pub batch: usize,
-    /// Heads; their width is columns / heads.
+    /// Attention heads, each `columns / heads` channels wide.
     pub heads: usize,
     /// Query tokens of an image.
     pub queries: usize,
@@ -121,7 +121,7 @@ fn on_cpu(cx: &Context, tape: &mut Tape, inputs: &[&Tensor], s: AttentionShape) 
     Ok(y)
 }
 
-/// All heads of queries, keys and values.
+/// Queries, keys and values of all heads.
 fn kernel_heads(inputs: &[Tensor]) -> [kernel::Heads<'_>; 3] {
     fn alone(x: &Tensor) -> kernel::Heads<'_> {
         kernel::Heads::separate(x.cpu(), x.columns())
@@ -204,9 +204,9 @@ where
     columns(g, x, part * width..(part + 1) * width)
 }
 
-/// Some columns.
+/// A range of columns.
 ///
-/// The CPU gradient of dfdx's `slice` assigns where it should add, so that the slice is of a temporary here.
+/// dfdx's gradient of `slice` on the CPU assigns where it should add, so a temporary is sliced here.
 pub(super) fn columns<E: Float>(g: &mut Graph<E>, x: &Matrix<E>, range: Range<usize>) -> Result<Matrix<E>>
 where
     Cpu: Device<E>,

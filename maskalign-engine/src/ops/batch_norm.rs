@@ -1,4 +1,4 @@
-//! Normalisation of columns over the rows of a batch: PyTorch's `BatchNorm1d` without scale and shift.
+//! Normalisation of columns over the rows of a batch: PyTorch's `BatchNorm1d` without affine parameters.
 
 use dfdx::prelude::{Axis, Cpu, Device, HasShape, MeanTo, ReshapeTo, TryAdd, TryMul, TrySub};
 use maskalign_kernels::{Pool, batch_norm as kernel, for_parts};
@@ -20,7 +20,7 @@ use crate::{
 pub struct BatchStatistics {
     /// Each column's mean.
     pub mean: Tensor,
-    /// Each column's biased variance; of running statistics the unbiased one.
+    /// Each column's biased variance; in running statistics, the unbiased one.
     pub variance: Tensor,
 }
 
@@ -38,7 +38,7 @@ impl BatchStatistics {
     }
 }
 
-/// Training mode: `(x - mean) / sqrt(variance + eps)` by the batch's own statistics, which are returned.
+/// Training mode: `(x - mean) / sqrt(variance + eps)` with the batch's own statistics, which are returned too.
 /// `[rows, columns] -> [rows, columns]`.
 ///
 /// # Errors
@@ -81,7 +81,7 @@ fn of_batch(cx: &Context, tape: &mut Tape, x: &Tensor, eps: f64) -> Result<Vec<T
     }
 }
 
-/// Evaluation mode: `(x - mean) / sqrt(variance + eps)` by given statistics. `[rows, columns] -> [rows, columns]`.
+/// Evaluation mode: `(x - mean) / sqrt(variance + eps)` with the given statistics. `[rows, columns] -> [rows, columns]`.
 ///
 /// # Errors
 /// Out of memory on the device.

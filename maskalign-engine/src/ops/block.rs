@@ -1,6 +1,6 @@
 //! The pre-norm transformer block: `x + ls1 attn(norm1 x)`, then `x + ls2 mlp(norm2 x)`.
 //!
-//! On the CPU a whole block is one operator: what its backward pass needs is kept in one closure and freed as it runs.
+//! On the CPU a whole block is one operator: one closure holds what its backward pass needs, and frees it as it runs.
 
 use std::{any::Any, sync::Arc};
 
@@ -17,31 +17,31 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The weights of a block, and the constants of its arithmetic.
+/// The weights and constants of a block.
 #[derive(Clone)]
 pub struct BlockWeights {
-    /// Before the attention.
+    /// The norm before the attention.
     pub norm1: NormWeights,
     /// Queries, keys and values, in that order: `[3 * dim, dim]`.
     pub qkv: LinearWeights,
-    /// After the attention.
+    /// The projection after the attention.
     pub proj: LinearWeights,
-    /// Scale of the attention's branch, `[1, dim]` (LayerScale).
+    /// LayerScale of the attention branch, `[1, dim]`.
     pub ls1: Option<Tensor>,
-    /// Before the MLP.
+    /// The norm before the MLP.
     pub norm2: NormWeights,
     /// First layer of the MLP.
     pub fc1: LinearWeights,
     /// Second layer of the MLP.
     pub fc2: LinearWeights,
-    /// Scale of the MLP's branch, `[1, dim]` (LayerScale).
+    /// LayerScale of the MLP branch, `[1, dim]`.
     pub ls2: Option<Tensor>,
-    /// Heads of the attention.
+    /// Attention heads.
     pub heads: usize,
     /// Activation of the MLP.
     pub act: Act,
-    /// Of a frozen tower's last block, the queries' third of `qkv` and the rest, packed apart: the class token's queries
-    /// are wanted first.
+    /// In a frozen tower's last block, the queries' third of `qkv` and the rest, packed separately: the class token's query
+    /// is needed first.
     pub split_qkv: Option<(Packed, Packed)>,
 }
 
@@ -52,7 +52,7 @@ pub struct BlockRun {
     pub batch: usize,
     /// Tokens of an image.
     pub tokens: usize,
-    /// Stochastic depth: the factor of each sample on the attention and on the MLP branch, 0 or 1 / (1 - p).
+    /// Stochastic depth: each sample's factor for the attention branch and for the MLP branch, 0 or 1 / (1 - p).
     pub branch_scale: Option<(Arc<[f32]>, Arc<[f32]>)>,
     /// What is kept for the backward pass.
     pub recompute: Recompute,
@@ -69,7 +69,7 @@ impl BlockRun {
     }
 }
 
-/// What the last block of a frozen tower gives before it is finished.
+/// The result of the first half of a frozen tower's last block.
 pub struct Begun {
     /// Attention of the class token to each patch, mean over heads: `[batch, patches]`, row-major.
     pub attention: Vec<f32>,
@@ -79,7 +79,7 @@ pub struct Begun {
 enum State {
     /// The block's whole output.
     Done(Tensor),
-    /// What the CPU's kernels keep for the second half.
+    /// What the CPU kernels keep for the second half.
     Half(Box<dyn Any>),
 }
 
@@ -129,7 +129,7 @@ impl BlockWeights {
         }
     }
 
-    /// The weights in two parts: packed ones were packed that way.
+    /// The weights in two parts, as packed weights already are.
     fn split(&self) -> SplitWeights<'_> {
         let weights = self.kernel();
         match &self.split_qkv {
@@ -157,7 +157,7 @@ impl BlockWeights {
         }
     }
 
-    /// Where the gradients of its weights go, each in its place among the kernel's.
+    /// The slots of its weights' gradients, in the order of the kernel's struct.
     fn wanted(&self) -> [Option<Slot>; 14] {
         let of = |x: Option<&Tensor>| x.and_then(Tensor::wanted);
         [
@@ -257,7 +257,7 @@ fn on_cpu(cx: &Context, tape: &mut Tape, x: &Tensor, weights: &BlockWeights, run
     Ok(y)
 }
 
-/// First half of a frozen tower's last block: enough for the attention of its class token. Takes no gradient.
+/// The first half of a frozen tower's last block: what the attention of its class token needs. It has no gradient.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -279,7 +279,7 @@ pub fn begin_block(cx: &Context, x: &Tensor, weights: &BlockWeights, run: &Block
     }
 }
 
-/// Second half: the block's output for the `rows` of each image (token indices), in that order; `None` gives all.
+/// The second half: the block's output for the `rows` (token indices) of each image, in that order; `None` gives all.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -323,7 +323,7 @@ fn heads(cx: &Context, tape: &mut Tape, x: &Tensor, weights: &BlockWeights) -> R
     Ok([part(0)?, part(1)?, part(2)?])
 }
 
-/// The rest of a block.
+/// A block after its attention.
 fn after_heads(
     cx: &Context,
     tape: &mut Tape,
@@ -344,7 +344,7 @@ fn after_heads(
     add(cx, tape, &x, &y)
 }
 
-/// A branch times its learned scale and each sample's factor.
+/// A branch times its LayerScale and each sample's factor.
 fn scaled(
     cx: &Context,
     tape: &mut Tape,
@@ -366,8 +366,8 @@ fn scaled(
     Ok(x)
 }
 
-/// What the class token, the first of each image, attends to: its probabilities over the other tokens, mean over heads,
-/// `[batch, tokens - 1]`. Of the probabilities its rows alone are computed.
+/// The attention of the class token, the first token of each image: its probabilities over the other tokens, averaged over
+/// heads, `[batch, tokens - 1]`. Only its rows of the probabilities are computed.
 fn class_attention(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>> {
     use dfdx::prelude::TensorFromVec;
     let matrix = |x: &Tensor| crate::host::cpu().try_tensor_from_vec(x.to_vec(), x.shape());
@@ -396,7 +396,7 @@ mod tests {
         },
     };
 
-    /// The tensors of a block in the order of [`BlockWeights::tensors`], before them its input.
+    /// The input of a block, then its tensors in the order of [`BlockWeights::tensors`].
     fn inputs(rows: usize, dim: usize, mlp: usize, layer_scale: bool) -> Vec<Input> {
         let around = |key: &str, rows, columns, centre: f32| input(key, rows, columns).map(|v| centre + 0.3 * v);
         let scale = |key: &str| layer_scale.then(|| around(key, 1, dim, 1.0));

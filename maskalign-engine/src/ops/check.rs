@@ -1,5 +1,5 @@
-//! What the tests of all operators share: composed forms against finite differences in `f64`, and the forms of an operator
-//! against each other.
+//! What the tests of all operators share: composed forms are checked against finite differences in `f64`, and the forms of
+//! an operator against each other.
 
 use std::{collections::BTreeMap, sync::atomic::Ordering::Relaxed};
 
@@ -19,7 +19,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Normal values, always the same for a key.
+/// Normally distributed values, always the same for a key.
 pub(crate) fn normal(key: &str, len: usize) -> Vec<f64> {
     let mut stream = Stream::new(7, key, 0, 0);
     (0..len).map(|_| stream.normal()).collect()
@@ -42,7 +42,7 @@ pub(crate) fn distributions(key: &str, rows: usize, columns: usize) -> Vec<f32> 
     values
 }
 
-/// Norm of the difference over norm of the reference.
+/// The norm of the difference over the norm of the reference.
 fn difference(got: impl IntoIterator<Item = f64>, expected: impl IntoIterator<Item = f64>) -> f64 {
     let (got, expected): (Vec<f64>, Vec<f64>) = (got.into_iter().collect(), expected.into_iter().collect());
     assert_eq!(got.len(), expected.len());
@@ -51,7 +51,7 @@ fn difference(got: impl IntoIterator<Item = f64>, expected: impl IntoIterator<It
     error / norm(&mut expected.iter().copied()).max(1e-12)
 }
 
-/// Holds values against others in the mean of squares.
+/// Checks values against expected ones by that relative norm.
 #[track_caller]
 pub(crate) fn near(name: &str, got: &[f32], expected: &[f32], tolerance: f64) {
     let wide = |values: &[f32]| values.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
@@ -63,7 +63,7 @@ pub(crate) fn near(name: &str, got: &[f32], expected: &[f32], tolerance: f64) {
     assert!(error < tolerance * rounding.max(1.0), "{name}: {error:e}");
 }
 
-/// A device in the host's memory that has next to no operators.
+/// A pretended GPU in the host's memory, with almost no operators of its own.
 pub(crate) fn gpu() -> (Context, std::sync::Arc<Counts>) {
     let (gpu, counts) = pretend::open();
     (Context::new(Device::Gpu(gpu), 1), counts)
@@ -74,25 +74,25 @@ pub(crate) fn gpu() -> (Context, std::sync::Arc<Counts>) {
 enum Reach {
     /// Through the operator alone.
     Alone,
-    /// By a second way too, recorded before the operator.
+    /// Also along a second path, recorded before the operator.
     AlsoBefore,
-    /// By a second way too, recorded after it.
+    /// Also along a second path, recorded after the operator.
     AlsoAfter,
-    /// Through the operator alone, as transposes of what is varied.
+    /// Through the operator alone, as transposed views of the leaves.
     Strided,
 }
 
 type M = Matrix<f64>;
 type Scalar = CpuTensor<(), f64, Cpu>;
 
-/// The values weighted at random, so that every one counts.
+/// The sum of the values with random weights, so that every value counts.
 fn weighted(g: &mut Graph<f64>, y: &M, key: &str) -> Scalar {
     let (rows, columns) = *y.shape();
     let weights: M = cpu().tensor_from_vec(normal(key, rows * columns), (rows, columns));
     g.run(y, |y| y.try_mul(weights)?.try_reshape_like(&(rows * columns,))?.try_sum::<(), Axis<0>>()).unwrap()
 }
 
-/// The loss, and its gradient by every input.
+/// The loss, and its gradient with respect to every input.
 fn loss(
     inputs: &[((usize, usize), Vec<f64>)],
     reach: Reach,
@@ -141,7 +141,7 @@ fn loss(
     (value, leaves.iter().map(of).collect())
 }
 
-/// Holds the gradients of a composed form against central differences.
+/// Checks the gradients of a composed form against central differences.
 pub(crate) fn finite_differences(
     name: &str,
     shapes: &[(usize, usize)],
@@ -177,7 +177,7 @@ pub(crate) struct Input {
     takes_gradient: bool,
 }
 
-/// Normal values.
+/// An input of normally distributed values.
 pub(crate) fn input(key: &str, rows: usize, columns: usize) -> Input {
     Input { shape: (rows, columns), values: floats(key, rows * columns), takes_gradient: true }
 }
@@ -188,7 +188,7 @@ impl Input {
         Input { takes_gradient: false, ..self }
     }
 
-    /// The same with its values changed.
+    /// The same with changed values.
     pub(crate) fn map(mut self, f: impl Fn(f32) -> f32) -> Self {
         self.values.iter_mut().for_each(|v| *v = f(*v));
         self
@@ -218,7 +218,7 @@ impl Numbers {
 #[derive(Clone, Copy, PartialEq)]
 enum Consumers {
     One,
-    /// One whose gradient comes before the operator's, and one whose comes after.
+    /// One whose gradient is added before the operator's, and one whose gradient is added after it.
     Three,
 }
 
@@ -250,7 +250,7 @@ fn run(cx: &Context, x: &[Tensor], consumers: Consumers, f: Run) -> Result<Numbe
     })
 }
 
-/// Which of the inputs are tracked: all combinations of up to three; of more, all, none, one alone, and all but one.
+/// Which inputs are tracked: all combinations for up to three inputs; for more, all, none, only one, and all but one.
 fn combinations(n: usize) -> Vec<Vec<bool>> {
     if n <= 3 {
         return (0..1 << n).map(|mask| (0..n).map(|i| mask >> i & 1 == 1).collect()).collect();
@@ -262,11 +262,11 @@ fn combinations(n: usize) -> Vec<Vec<bool>> {
 
 /// Checks all forms of an operator.
 ///
-/// * The CPU's is near the composed one, in values and gradients, and has the same bits on any number of threads.
-/// * The pretended GPU has the CPU's bits, counts what fell back (all but `add`), and keeps nothing.
-/// * An input has a gradient if it is tracked and takes one, and only then; what is there already is added to.
-/// * Inputs may be one tensor.
-/// * Every failed allocation is an error of the device, after which the engine goes on.
+/// * The CPU form agrees with the composed one, in values and gradients, and has the same bits on any number of threads.
+/// * The pretended GPU has the same bits as the CPU, counts what fell back (all but `add`), and keeps nothing.
+/// * An input has a gradient if and only if it is tracked and takes one; gradients are added to what is there already.
+/// * Two inputs may be the same tensor.
+/// * Every failed allocation is an error of the device, after which the engine still works.
 /// * Inputs on another device are refused.
 pub(crate) fn forms(
     op: &'static str,
@@ -350,8 +350,8 @@ pub(crate) fn forms(
     }
 }
 
-/// As [`forms`], and holds the CPU's gradients against central differences of the CPU's values: an oracle that owes dfdx
-/// nothing, if a coarse one.
+/// As [`forms`], and also checks the CPU's gradients against central differences of the CPU's values: a coarse check, but
+/// one that is independent of dfdx.
 pub(crate) fn forms_and_slopes(
     op: &'static str,
     inputs: &[Input],
@@ -389,7 +389,7 @@ pub(crate) fn forms_and_slopes(
     }
 }
 
-/// One tensor in two places has the sum of both gradients, or one where the other place has it detached.
+/// A tensor that is given as two inputs gets the sum of both gradients, or one of them if the other input is detached.
 fn twice(cx: &Context, name: &str, inputs: &[Input], f: Run) {
     for (i, j) in (0..inputs.len()).flat_map(|j| (0..j).map(move |i| (i, j))) {
         if inputs[i].shape != inputs[j].shape || !inputs[i].takes_gradient || !inputs[j].takes_gradient {

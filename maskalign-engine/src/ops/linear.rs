@@ -21,7 +21,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// What a linear layer makes of its product.
+/// The activation that a linear layer applies to its product.
 ///
 /// ```
 /// # use maskalign_engine::{Context, Device, Error, Init, Tape, nn::{Bias, Linear}, ops::Act};
@@ -35,7 +35,7 @@ use crate::{
 /// ```
 pub use maskalign_kernels::gemm::Act;
 
-/// A frozen weight in the layout that the device multiplies fastest by.
+/// A frozen weight in the layout that is fastest on the device.
 #[derive(Clone)]
 pub struct Packed(pub(super) Arc<PackedB>);
 
@@ -46,7 +46,7 @@ pub struct LinearWeights {
     pub weight: Tensor,
     /// `[1, out]`.
     pub bias: Option<Tensor>,
-    /// The weight in the layout that the device multiplies fastest by.
+    /// The weight in the layout that is fastest on the device.
     pub packed: Option<Packed>,
 }
 
@@ -64,7 +64,7 @@ impl LinearWeights {
         LinearWeights { weight: by.next(), bias: by.next_for(self.bias.as_ref()), packed: self.packed.clone() }
     }
 
-    /// The CPU kernels' view of it.
+    /// The layer as CPU kernels take it.
     pub(super) fn kernel(&self) -> kernel::Linear<'_> {
         let bias = self.bias.as_ref().map(Tensor::cpu);
         match &self.packed {
@@ -74,7 +74,7 @@ impl LinearWeights {
     }
 }
 
-/// Some rows of a frozen weight `[out, in]` in the layout that the device multiplies fastest by, where it has one.
+/// Some rows of a frozen weight `[out, in]`, in the device's packed layout if it has one.
 pub fn pack(cx: &Context, weight: &Tensor, rows: Range<usize>) -> Option<Packed> {
     if cx.form("pack", &[weight]) != Ok(Form::Cpu) {
         return None;
@@ -188,8 +188,8 @@ where
 
 /// The exact GELU, `x Phi(x)`.
 ///
-/// The second term of dfdx's gradient is sqrt 2 too large. What is added here is 0 in value and the missing slope in
-/// gradient: `k (p - stop(p))` with `p = exp(-x^2/2)`, `k = (sqrt 2 - 1)/sqrt(2 pi)`.
+/// The second term of dfdx's gradient is too large by a factor of sqrt 2. What is added here has the value 0 and the
+/// gradient that corrects this: `k (p - stop(p))` with `p = exp(-x^2/2)`, `k = (sqrt 2 - 1)/sqrt(2 pi)`.
 pub(super) fn gelu<E: Float>(g: &mut Graph<E>, x: &Matrix<E>) -> Result<Matrix<E>>
 where
     Cpu: Device<E>,

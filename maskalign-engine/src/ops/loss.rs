@@ -31,7 +31,7 @@ pub enum Distance {
     Mse,
     /// Mean absolute error.
     L1,
-    /// Smooth L1; `beta` is where it turns from square to line.
+    /// Smooth L1; at `beta` it turns from quadratic to linear.
     SmoothL1 {
         /// Width of the quadratic part.
         beta: f32,
@@ -42,7 +42,7 @@ pub enum Distance {
     Kl,
 }
 
-/// Distance of a prediction from a target of its shape, `[1, 1]`. The target takes no gradient.
+/// The distance of a prediction from a target of the same shape, `[1, 1]`. The target takes no gradient.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -117,7 +117,7 @@ pub fn cross_entropy(cx: &Context, tape: &mut Tape, logits: &Tensor, targets: &T
     }
 }
 
-/// `sum_i weights[i] terms[i]` of single values, `[1, 1]`.
+/// `sum_i weights[i] terms[i]` for terms of shape `[1, 1]`.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -158,7 +158,7 @@ pub fn weighted_sum(cx: &Context, tape: &mut Tape, terms: &[Tensor], weights: &[
     }
 }
 
-/// All values' mean, as a matrix of one.
+/// The mean of all values.
 fn mean<E: Float>(x: Taped<(usize, usize), E>) -> Result<Taped<(), E>, dfdx::prelude::CpuError>
 where
     Cpu: Device<E>,
@@ -167,7 +167,7 @@ where
     x.try_reshape_like(&(rows * columns,))?.try_mean::<(), Axis<0>>()
 }
 
-/// The gradient that dfdx has of the maximum in it is wrong for values that do not lie row by row.
+/// The logarithm of the softmax of values made contiguous: dfdx's gradient of the maximum in it is wrong for others.
 pub(super) fn contiguous_log_softmax<E: Float>(
     x: Taped<(usize, usize), E>,
 ) -> Result<Taped<(usize, usize), E>, dfdx::prelude::CpuError>

@@ -1,4 +1,4 @@
-//! Products of two matrices, transposes, and columns chosen and put side by side.
+//! Products of two matrices, transposes, and the selection and concatenation of columns.
 
 use std::ops::Range;
 
@@ -24,8 +24,8 @@ pub fn matmul(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<T
     product(cx, tape, [x, y], Right::AsItIs)
 }
 
-/// The product `x y^T`, each row of `x` with each row of `y`: `[n, k] x [m, k] -> [n, m]`. Of rows at length 1
-/// ([`normalize_rows`](super::normalize_rows)) these are the cosines that contrastive losses compare.
+/// The product `x y^T`, each row of `x` with each row of `y`: `[n, k] x [m, k] -> [n, m]`. For rows of unit length
+/// ([`normalize_rows`](super::normalize_rows)) these are the cosine similarities of contrastive losses.
 ///
 /// # Errors
 /// As [`matmul`].
@@ -105,7 +105,7 @@ fn multiply(pool: &Pool, (m, k, n): (usize, usize, usize), a: MatRef, b: MatRef)
     c
 }
 
-/// Rows become columns: `[rows, columns] -> [columns, rows]`.
+/// The transpose: `[rows, columns] -> [columns, rows]`.
 ///
 /// # Errors
 /// As [`matmul`].
@@ -136,7 +136,7 @@ pub fn transposed(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Some columns: `[rows, columns] -> [rows, range]`.
+/// A range of columns: `[rows, columns] -> [rows, range]`.
 ///
 /// # Errors
 /// As [`matmul`].
@@ -169,7 +169,8 @@ pub fn slice_columns(cx: &Context, tape: &mut Tape, x: &Tensor, range: Range<usi
     }
 }
 
-/// Matrices of equally many rows side by side: `[rows, a], [rows, b], ... -> [rows, a + b + ...]`.
+/// Matrices with the same number of rows, concatenated along their columns:
+/// `[rows, a], [rows, b], ... -> [rows, a + b + ...]`.
 ///
 /// # Errors
 /// As [`matmul`].

@@ -1,10 +1,10 @@
-//! Operators: what models are written in.
+//! Operators: the functions that models are written with.
 //!
-//! One file a family, in which stand together the function that models call with its contract, the composed reference,
-//! the CPU's form, and the gradient. Matrices are `[rows, columns]` with rows = images x tokens. Every operator records its
-//! gradient on the tape that it is given, for those of its inputs that take one; two inputs may be one tensor. A device
-//! that has no form of an operator runs the CPU's: inputs are copied to the host and outputs back, gradients likewise, and
-//! [`Context::fallbacks`] counts it. Errors are the device's: out of memory.
+//! There is one file for each group of operators. It holds the function that models call with its contract, the composed
+//! reference, the CPU form, and the gradient. Matrices are `[rows, columns]` with rows = images x tokens. Every operator
+//! records its gradient on the tape that it is given, for those of its inputs that take one; two inputs may be the same
+//! tensor. Where a device has no form of an operator, the CPU form runs: inputs are copied to the host and outputs back, and
+//! so are gradients; [`Context::fallbacks`] counts these. Errors are those of the device: out of memory.
 //!
 //! ```
 //! # use maskalign_engine::{Context, Device, Error, Tape, ops};
@@ -63,10 +63,10 @@ use crate::{
     tensor::{Place, Tensor},
 };
 
-/// Values that one task of the pool handles: 64 KiB, a share of the second cache.
+/// Values that one task of the pool handles: 64 KiB, a share of the L2 cache.
 const CHUNK: usize = 16 * 1024;
 
-/// Runs an operator by its composed form, on a graph of its own whose temporaries die with it.
+/// Runs the composed form of an operator, on a graph of its own that is dropped with its temporaries.
 pub(crate) fn composed(
     cx: &Context,
     tape: &mut Tape,
@@ -130,7 +130,7 @@ pub(crate) fn composed_one(
     only(composed(cx, tape, inputs, |graph, inputs| Ok(vec![f(graph, inputs)?])))
 }
 
-/// Runs an operator on the host for a device that has no form of it: inputs are copied there, outputs and gradients back.
+/// Runs an operator on the host for a device that has no form of it: copies inputs there, and outputs and gradients back.
 pub(crate) fn through_host(
     cx: &Context,
     tape: &mut Tape,
@@ -193,19 +193,19 @@ fn on_host_values(gradient: Gradient) -> Vec<f32> {
     }
 }
 
-/// The output of an operator on the CPU, and where its gradient will lie.
+/// The output of an operator on the CPU, tracked if the operator records its gradient.
 fn made_on_cpu(values: Vec<f32>, rows: usize, columns: usize, records: bool) -> Result<Tensor> {
     Ok(Tensor::new(&Device::Cpu, values, rows, columns)?.tracked_if(records))
 }
 
-/// Adds `more` to the gradient of a tensor that takes one, on the pool's threads; the first comer's buffer is kept.
+/// Adds `more` to the gradient of a tensor that takes one, on the pool's threads, in the gradient's own buffer.
 fn add_gradient(g: &mut Gradients, pool: &maskalign_kernels::Pool, slot: Option<&Slot>, more: &[f32]) {
     if let Some(slot) = slot {
         maskalign_kernels::elementwise::axpy(pool, 1.0, more, g.cpu_mut(slot));
     }
 }
 
-/// As [`add_gradient`], of values that nobody else needs: the first comer moves in.
+/// As [`add_gradient`], for values that nothing else needs: the first addend becomes the buffer.
 fn move_gradient(g: &mut Gradients, pool: &maskalign_kernels::Pool, slot: Option<&Slot>, more: Vec<f32>) -> Result<()> {
     let Some(slot) = slot else { return Ok(()) };
     match g.take_cpu(slot) {
@@ -217,7 +217,7 @@ fn move_gradient(g: &mut Gradients, pool: &maskalign_kernels::Pool, slot: Option
     }
 }
 
-/// Copies of the tensors that a struct of weights holds, to put others in their place.
+/// Copies of the tensors in a struct of weights, to be replaced by others.
 pub(crate) struct Replaced<'a>(std::slice::Iter<'a, Tensor>);
 
 impl<'a> Replaced<'a> {

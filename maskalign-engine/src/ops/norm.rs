@@ -17,7 +17,7 @@ use crate::{
 /// What a LayerNorm multiplies by and adds.
 #[derive(Clone)]
 pub struct NormWeights {
-    /// Scale and shift, `[1, columns]` each; `None` only whitens.
+    /// Scale and shift, `[1, columns]` each; `None` for a norm without affine parameters.
     pub affine: Option<(Tensor, Tensor)>,
     /// Added to the variance.
     pub eps: f64,
@@ -41,12 +41,12 @@ impl NormWeights {
     }
 }
 
-/// How rows that take no gradient are normalised.
+/// How values that take no gradient are normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standardize {
-    /// Each row to length 1 (eps 1e-12, PyTorch's `F.normalize`).
+    /// Each row to unit length (eps 1e-12, PyTorch's `F.normalize`).
     Length,
-    /// Each row by its mean and unbiased variance, eps 1e-6.
+    /// Each row by its own mean and unbiased variance, eps 1e-6.
     Rows,
     /// All values by one mean and one unbiased variance, eps 1e-6.
     All,

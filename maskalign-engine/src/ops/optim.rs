@@ -10,25 +10,25 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Everything an AdamW step needs to know besides the tensors.
+/// The settings of an AdamW update.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamStep {
     /// Learning rate.
     pub lr: f64,
-    /// Decay rates of the moments.
+    /// Decay rates of the moments (`betas`).
     pub betas: (f64, f64),
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
     /// The number of this update, from 1.
     pub step: u64,
-    /// What gradients are multiplied by first (clipping).
+    /// The factor of all gradients (clipping).
     pub gradient_scale: f32,
 }
 
 /// One AdamW update of a parameter and its two moments, in PyTorch's order of operations. A parameter that no loss reached
-/// stays as it is: no decay either, as in PyTorch, whose gradient is `None` then.
+/// is unchanged, and does not decay either, as in PyTorch, where its gradient is `None`.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -76,21 +76,21 @@ pub fn adamw(
     }
 }
 
-/// Everything a step of gradient descent with momentum needs to know besides the tensors.
+/// The settings of an update of gradient descent with momentum.
 #[derive(Clone, Copy, Debug)]
 pub struct SgdStep {
     /// Learning rate.
     pub lr: f64,
-    /// What is kept of the former direction.
+    /// Momentum: how much is kept of the momentum buffer.
     pub momentum: f64,
-    /// Added to the gradient, times the parameter.
+    /// Weight decay: the parameter times this is added to the gradient.
     pub weight_decay: f64,
-    /// What gradients are multiplied by first (clipping).
+    /// The factor of all gradients (clipping).
     pub gradient_scale: f32,
 }
 
-/// One update of a parameter and its direction, which is zeros at first, as `torch.optim.SGD` does:
-/// `d = g + weight_decay p; mu = momentum mu + d; p -= lr mu`. A parameter that no loss reached stays as it is.
+/// One update of a parameter and its momentum buffer, initially zeros, as `torch.optim.SGD` does:
+/// `d = g + weight_decay p; mu = momentum mu + d; p -= lr mu`. A parameter that no loss reached is unchanged.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -98,24 +98,25 @@ pub fn sgd(cx: &Context, parameter: &mut Tensor, mu: &mut Tensor, gradients: &Gr
     with_momentum(cx, "sgd", parameter, mu, gradients, s, None)
 }
 
-/// Everything a step of LARS needs to know besides the tensors.
+/// The settings of a LARS update.
 #[derive(Clone, Copy, Debug)]
 pub struct LarsStep {
     /// Learning rate.
     pub lr: f64,
-    /// What is kept of the former direction: 0.9.
+    /// Momentum: how much is kept of the momentum buffer; 0.9 in MAE's linear probe.
     pub momentum: f64,
-    /// Added to the gradient, times the parameter, where there is a trust coefficient.
+    /// Weight decay: the parameter times this is added to the gradient, where there is a trust coefficient.
     pub weight_decay: f64,
-    /// 0.001 for parameters of more than one dimension; `None` for biases and norms, which neither decay nor scale.
+    /// Trust coefficient: 0.001 for parameters of more than one dimension; `None` for biases and norms, which neither decay
+    /// nor adapt.
     pub trust: Option<f64>,
-    /// What gradients are multiplied by first (clipping).
+    /// The factor of all gradients (clipping).
     pub gradient_scale: f32,
 }
 
-/// One LARS update (You et al., arXiv 1708.03888) of a parameter and its direction, which is zeros at first, as MAE's
-/// linear probe does: `d = g + weight_decay p; d *= trust |p| / |d|; mu = momentum mu + d; p -= lr mu`, where a length of 0
-/// scales nothing. A parameter that no loss reached stays as it is.
+/// One LARS update (You et al., arXiv 1708.03888) of a parameter and its momentum buffer, initially zeros, as MAE's linear
+/// probe does: `d = g + weight_decay p; d *= trust |p| / |d|; mu = momentum mu + d; p -= lr mu`, where a norm of 0
+/// means no scaling. A parameter that no loss reached is unchanged.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -183,8 +184,8 @@ fn with_momentum(
     }
 }
 
-/// Moves a running mean towards its source in place: `moving = momentum moving + (1 - momentum) source`, in the order of
-/// PyTorch's `moving.mul_(momentum).add_(source, alpha=1 - momentum)`.
+/// Moves a moving average (EMA) towards its source, in place: `moving = momentum moving + (1 - momentum) source`, in the
+/// order of PyTorch's `moving.mul_(momentum).add_(source, alpha=1 - momentum)`.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -224,10 +225,10 @@ fn zip_parts<const N: usize>(
     });
 }
 
-/// One update of a parameter by a rule for each of its values: `rule(value, gradient, state)` gives the new value and
-/// changes the value's state, one number from each of `state`. A parameter that no loss reached stays as it is.
+/// One update of a parameter by a rule for each of its values: `rule(value, gradient, state)` returns the new value and
+/// changes the value's state, one number from each tensor of `state`. A parameter that no loss reached is unchanged.
 ///
-/// It runs on the host, whatever the device: for optimizers of plugins and as the reference of the others.
+/// It runs on the host, whatever the device: for optimizers of plugins, and as the reference for the others.
 ///
 /// # Errors
 /// Out of memory on the device.
@@ -315,7 +316,7 @@ mod tests {
 
     type Update<'a> = &'a dyn Fn(&Context, &mut Tensor, &mut [Tensor; 2], &Gradients, u64) -> Result<()>;
 
-    /// Three updates: all contexts agree, threads change no bit, and what no loss reached stays.
+    /// Three updates: all contexts agree, the number of threads changes no bit, and what no loss reached is unchanged.
     fn updates(op: &'static str, f: Update) -> Vec<f32> {
         let mut first = Vec::new();
         for len in [7, 1003, 70_001] {

@@ -1,6 +1,6 @@
-//! Operators on single values: what losses of one's own are written from, with those of `reduce` and `matrix`.
+//! Element-wise operators: together with those of `reduce` and `matrix`, what plugins write losses with.
 //!
-//! What is to take no gradient is given as [`Tensor::detached`].
+//! Pass [`Tensor::detached`] where an input should take no gradient.
 //!
 //! ```
 //! use maskalign_engine::{Context, Device, Tape, ops};
@@ -37,7 +37,7 @@ use crate::{
 /// The result of operators of dfdx's on a matrix.
 pub(super) type Pass = Result<Taped<(usize, usize), f32>, CpuError>;
 
-/// Sum of two matrices of equal shape.
+/// The sum of two matrices of equal shape.
 ///
 /// # Errors
 /// Out of memory on the device, here and below.
@@ -88,7 +88,7 @@ fn add_on_gpu(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<T
     Ok(sum)
 }
 
-/// Difference of two matrices of equal shape.
+/// The difference of two matrices of equal shape.
 ///
 /// # Errors
 /// As [`add`].
@@ -96,7 +96,7 @@ pub fn sub(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
     binary(cx, tape, "sub", [x, y], |x, y| x.try_sub(y), |x, y| x - y, |_, _| (1.0, -1.0))
 }
 
-/// Product of two matrices, value by value.
+/// The element-wise product of two matrices.
 ///
 /// # Errors
 /// As [`add`].
@@ -104,7 +104,7 @@ pub fn mul(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
     binary(cx, tape, "mul", [x, y], |x, y| x.try_mul(y), |x, y| x * y, |x, y| (y, x))
 }
 
-/// Quotient of two matrices, value by value.
+/// The element-wise quotient of two matrices.
 ///
 /// # Errors
 /// As [`add`].
@@ -112,7 +112,7 @@ pub fn div(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
     binary(cx, tape, "div", [x, y], |x, y| x.try_div(y), |x, y| x / y, |x, y| (1.0 / y, -x / (y * y)))
 }
 
-/// The larger of two matrices' values; where they are equal, both take half of the gradient.
+/// The element-wise maximum of two matrices; where they are equal, each takes half of the gradient.
 ///
 /// # Errors
 /// As [`add`].
@@ -120,7 +120,7 @@ pub fn maximum(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<
     binary(cx, tape, "maximum", [x, y], |x, y| x.try_maximum(y), |x, y| x.max(y), |x, y| halves(x > y, x < y))
 }
 
-/// The smaller of two matrices' values; where they are equal, both take half of the gradient.
+/// The element-wise minimum of two matrices; where they are equal, each takes half of the gradient.
 ///
 /// # Errors
 /// As [`add`].
@@ -144,7 +144,7 @@ pub fn add_scalar(cx: &Context, tape: &mut Tape, x: &Tensor, term: f32) -> Resul
     unary(cx, tape, "add_scalar", x, |x| x.try_add(term), move |x| x + term, move |_, _| 1.0)
 }
 
-/// Every value with the other sign.
+/// Every value negated.
 ///
 /// # Errors
 /// As [`add`].
@@ -152,7 +152,7 @@ pub fn neg(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "neg", x, |x| x.try_negate(), |x| -x, |_, _| -1.0)
 }
 
-/// Every value's square.
+/// The square of every value.
 ///
 /// # Errors
 /// As [`add`].
@@ -160,7 +160,7 @@ pub fn square(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "square", x, |x| x.try_square(), |x| x * x, |x, _| 2.0 * x)
 }
 
-/// Every value's root.
+/// The square root of every value.
 ///
 /// # Errors
 /// As [`add`].
@@ -168,7 +168,7 @@ pub fn sqrt(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "sqrt", x, |x| x.try_sqrt(), |x| x.sqrt(), |_, y| 0.5 / y)
 }
 
-/// Every value's magnitude; the slope at 0 is 0.
+/// The absolute value of every value; the derivative at 0 is 0.
 ///
 /// # Errors
 /// As [`add`].
@@ -176,7 +176,7 @@ pub fn abs(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "abs", x, |x| x.try_abs(), |x| x.abs(), |x, _| sign(x))
 }
 
-/// Every value's exponential.
+/// The exponential of every value.
 ///
 /// # Errors
 /// As [`add`].
@@ -184,7 +184,7 @@ pub fn exp(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "exp", x, |x| x.try_exp(), |x| x.exp(), |_, y| y)
 }
 
-/// Every value's natural logarithm.
+/// The natural logarithm of every value.
 ///
 /// # Errors
 /// As [`add`].
@@ -192,7 +192,7 @@ pub fn ln(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "ln", x, |x| x.try_ln(), |x| x.ln(), |x, _| 1.0 / x)
 }
 
-/// Every value to a power; the base is positive where `exponent` is no whole number.
+/// Every value to a power; values must be positive if `exponent` is not a whole number.
 ///
 /// # Errors
 /// As [`add`].
@@ -208,7 +208,7 @@ pub fn powf(cx: &Context, tape: &mut Tape, x: &Tensor, exponent: f32) -> Result<
     )
 }
 
-/// Every value, moved into `min..=max`; the slope is 1 there and 0 outside.
+/// Every value clamped to `min..=max`; the derivative is 1 inside the range and 0 outside.
 ///
 /// # Errors
 /// As [`add`].
@@ -224,7 +224,7 @@ pub fn clamp(cx: &Context, tape: &mut Tape, x: &Tensor, min: f32, max: f32) -> R
     )
 }
 
-/// Every value, or 0 for those below; the slope at 0 is 0.
+/// ReLU: every value, or 0 where it is negative; the derivative at 0 is 0.
 ///
 /// # Errors
 /// As [`add`].
@@ -240,7 +240,7 @@ pub fn sigmoid(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "sigmoid", x, |x| x.try_sigmoid(), |x| 1.0 / (1.0 + (-x).exp()), |_, y| y * (1.0 - y))
 }
 
-/// Every value's hyperbolic tangent.
+/// The hyperbolic tangent of every value.
 ///
 /// # Errors
 /// As [`add`].
@@ -248,7 +248,7 @@ pub fn tanh(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     unary(cx, tape, "tanh", x, |x| x.try_tanh(), |x| x.tanh(), |_, y| 1.0 - y * y)
 }
 
-/// `sum_i weights[i] x[i]` of matrices of equal shape; takes no gradient.
+/// `sum_i weights[i] x[i]` of matrices of equal shape, without a gradient.
 ///
 /// # Errors
 /// As [`add`].
@@ -286,13 +286,13 @@ fn sign(x: f32) -> f32 {
     f32::from(x > 0.0) - f32::from(x < 0.0)
 }
 
-/// The slopes of the first and the second of two values, of which one was taken.
+/// The derivatives with respect to the first and the second of two values, of which one was chosen.
 fn halves(first: bool, second: bool) -> (f32, f32) {
     let slope = |mine: bool, other: bool| 0.5 * (1.0 + f32::from(mine) - f32::from(other));
     (slope(first, second), slope(second, first))
 }
 
-/// An operator on single values: its composed form, its value at `x`, and its slope there, from `x` and the value.
+/// An element-wise operator: its composed form, its value at `x`, and its derivative there, from `x` and the value.
 fn unary(
     cx: &Context,
     tape: &mut Tape,
@@ -342,7 +342,7 @@ fn unary_on_cpu(
     Ok(y)
 }
 
-/// As [`unary`], for two matrices of equal shape: `slopes` has one for each.
+/// As [`unary`], for two matrices of equal shape: `slopes` gives the derivative with respect to each.
 fn binary(
     cx: &Context,
     tape: &mut Tape,
@@ -414,7 +414,7 @@ mod tests {
     type Unary = fn(&Context, &mut Tape, &Tensor) -> Result<Tensor>;
     type Binary = fn(&Context, &mut Tape, &Tensor, &Tensor) -> Result<Tensor>;
 
-    /// Values that no kink is near to.
+    /// Values that are not near a kink.
     fn away_from_zero(key: &str, rows: usize, columns: usize) -> Input {
         input(key, rows, columns).map(|v| v + 0.1f32.copysign(v))
     }

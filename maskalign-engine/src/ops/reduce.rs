@@ -1,4 +1,4 @@
-//! Sums, means and maxima of rows and columns, softmax, and rows and columns repeated.
+//! Sums, means and maxima of rows and columns, softmax, and broadcasts of rows and columns.
 
 use dfdx::prelude::{Axis, BroadcastTo, HasShape, MaxTo, MeanTo, ReshapeTo, SumTo, TryMul};
 use maskalign_kernels::{Pool, for_parts};
@@ -15,7 +15,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Softmax of each row.
+/// The softmax of each row.
 ///
 /// # Errors
 /// Out of memory on the device, here and below.
@@ -36,7 +36,7 @@ pub fn softmax(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     by_rows(cx, tape, x, operator)
 }
 
-/// Logarithm of the softmax of each row.
+/// The logarithm of the softmax of each row.
 ///
 /// # Errors
 /// As [`softmax`].
@@ -57,7 +57,7 @@ pub fn log_softmax(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> 
     by_rows(cx, tape, x, operator)
 }
 
-/// Each row at length 1 (PyTorch's `F.normalize`): divided by its length, or by 1e-12 where that is larger.
+/// Each row scaled to unit length (PyTorch's `F.normalize`): divided by its L2 norm, or by 1e-12 if that is larger.
 ///
 /// # Errors
 /// As [`softmax`].
@@ -119,7 +119,8 @@ pub fn row_mean(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     by_rows(cx, tape, x, operator)
 }
 
-/// Each row's largest value: `[rows, columns] -> [rows, 1]`. Each of several equal ones takes the whole gradient.
+/// Each row's largest value: `[rows, columns] -> [rows, 1]`. Where several values are equal, each takes the
+/// whole gradient.
 ///
 /// # Errors
 /// As [`softmax`].
@@ -139,13 +140,13 @@ pub fn row_max(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
     by_rows(cx, tape, x, operator)
 }
 
-/// A column repeated: `[rows, 1] -> [rows, columns]`.
+/// A column, broadcast: `[rows, 1] -> [rows, columns]`.
 ///
 /// # Errors
 /// As [`softmax`].
 ///
 /// # Panics
-/// `x` is wider.
+/// `x` has more than one column.
 pub fn broadcast_column(cx: &Context, tape: &mut Tape, x: &Tensor, columns: usize) -> Result<Tensor> {
     assert_eq!(x.columns(), 1, "a column is one value wide");
     let operator = ByRows {
@@ -161,13 +162,13 @@ pub fn broadcast_column(cx: &Context, tape: &mut Tape, x: &Tensor, columns: usiz
     by_rows(cx, tape, x, operator)
 }
 
-/// A row repeated: `[1, columns] -> [rows, columns]`.
+/// A row, broadcast: `[1, columns] -> [rows, columns]`.
 ///
 /// # Errors
 /// As [`softmax`].
 ///
 /// # Panics
-/// `x` is higher.
+/// `x` has more than one row.
 pub fn broadcast_row(cx: &Context, tape: &mut Tape, x: &Tensor, rows: usize) -> Result<Tensor> {
     assert_eq!(x.rows(), 1, "a row is one value high");
     let op = "broadcast_row";
@@ -255,7 +256,7 @@ fn of_columns(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, facto
     }
 }
 
-/// All values' sum times `factor`.
+/// The sum of all values, times `factor`.
 fn of_all(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, factor: f32) -> Result<Tensor> {
     match cx.form(op, &[x])? {
         Form::Composed => composed_one(cx, tape, &[x], |g, m| {
@@ -288,7 +289,7 @@ fn of_all(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, factor: f
     }
 }
 
-/// The sum of some terms, in double precision and in an order that vectorises.
+/// The sum of terms, in double precision and in an order that vectorises.
 fn total(len: usize, term: impl Fn(usize) -> f32) -> f64 {
     const LANES: usize = 8;
     let mut lanes = [0.0f64; LANES];
@@ -328,14 +329,14 @@ fn log_sum_exp(x: &[f32]) -> f32 {
     largest + total(x.len(), |i| (x[i] - largest).exp()).ln() as f32
 }
 
-/// An operator that makes each row of the output, `width` values, from the same row of the input.
+/// An operator that computes each row of the output, `width` values wide, from the same row of the input.
 struct ByRows<C, V, G> {
     op: &'static str,
     width: usize,
     composed: C,
     /// `value(x, y)` writes to the output's row.
     value: V,
-    /// `gradient(x, y, dy, dx)` writes to the gradient of the input's row, which comes with zeros.
+    /// `gradient(x, y, dy, dx)` writes to the gradient of the input's row, which is zeros before.
     gradient: G,
 }
 

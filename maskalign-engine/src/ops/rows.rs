@@ -1,4 +1,4 @@
-//! Rows chosen, averaged and mixed.
+//! Selection, averages and mixtures of rows.
 
 use dfdx::prelude::{
     Axis, Cpu, Device, GatherTo, HasShape, MeanTo, OwnedTape, PutTape, ReshapeTo, TensorFromVec, TryConcatAlong,
@@ -16,13 +16,14 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Indices into `[batch * tokens]` of the given token indices of each image (`rows` holds `rows.len() / batch` each).
+/// Indices into `[batch * tokens]` from token indices within each image, of which `rows` holds `rows.len() / batch` for
+/// each.
 pub fn flat_rows(rows: &[u32], batch: usize, tokens: usize) -> Vec<u32> {
     let each = rows.len() / batch;
     rows.iter().enumerate().map(|(i, &row)| ((i / each.max(1)) * tokens) as u32 + row).collect()
 }
 
-/// Rows of several matrices of equal width, by index into their concatenation; a row may be taken many times.
+/// Gathers rows of several matrices of equal width, by index into their concatenation; a row may be taken many times.
 ///
 /// # Errors
 /// Out of memory on the device.

@@ -1,4 +1,4 @@
-//! The epilogue: what happens to sums on their way to `C`. The tiles have added the bias by then.
+//! The epilogue: what is applied to the sums before they are stored in `C`. The tiles have already added the bias.
 
 use super::Act;
 use super::kernel::{Direct, Output};
@@ -40,7 +40,7 @@ impl Finish<'_> {
             && !(self.accumulate && self.residual.is_some())
     }
 
-    /// The epilogue from `(i0, j0)`, where [`in_registers`](Self::in_registers).
+    /// The epilogue from `(i0, j0)`, if [`in_registers`](Self::in_registers).
     pub(super) fn direct(&self, i0: usize, j0: usize) -> Direct {
         let c = self.c.0.wrapping_add(i0 * self.ldc + j0);
         let (add, add_stride) = match self.residual {
@@ -143,7 +143,7 @@ unsafe fn finish_body<const NR: usize, const FMA: bool, const FULL: bool>(
             }
         }
     };
-    // Several passes over rows that stay in the first cache: a simple loop vectorises best.
+    // Several passes over rows that stay in the L1 cache: a simple loop vectorises best.
     let rows = tile.as_chunks_mut::<NR>().0;
     if let Some(pre) = finish.pre {
         for (i, row) in rows.iter().enumerate() {

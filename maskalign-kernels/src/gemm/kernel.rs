@@ -17,7 +17,7 @@ pub(super) enum ALayout {
     Columns { stride: usize },
 }
 
-/// The same at compile time.
+/// The layouts as constants, for const generics.
 #[cfg(target_arch = "x86_64")]
 const ROWS: u8 = 0;
 #[cfg(target_arch = "x86_64")]
@@ -35,11 +35,11 @@ pub(super) struct Panel {
     pub layout: ALayout,
     /// Distance between strips of `mr` rows, in elements.
     pub a_strip: usize,
-    /// Whether the strips are not in the second cache yet.
+    /// Whether the strips are not in the L2 cache yet.
     pub a_far: bool,
     /// `kc` by `nr` elements, row-major.
     pub b: *const f32,
-    /// What follows `b`, as long: brought into the second cache meanwhile.
+    /// The elements that follow `b`, as many as it has: prefetched into the L2 cache meanwhile.
     pub b_next: *const f32,
     /// Rows in use, at least 1.
     pub rows: usize,
@@ -61,10 +61,10 @@ pub(super) struct Panel {
 pub(super) enum Output {
     /// They stay in `acc`.
     Sums,
-    /// They stay in `acc` for now; rows of `nr` elements `ldc` apart at `c`, and the like at `add`
-    /// unless it is null, are wanted next.
+    /// They stay in `acc` for now; rows of `nr` elements `ldc` apart at `c`, and the same at `add`
+    /// unless it is null, are needed next and prefetched.
     Soon { c: *const f32, ldc: usize, add: *const f32, add_stride: usize },
-    /// They go to `C` at once.
+    /// They go directly to `C`.
     Direct(Direct),
 }
 
@@ -73,7 +73,7 @@ pub(super) enum Output {
 pub(super) struct Direct {
     pub c: *mut f32,
     pub ldc: usize,
-    /// Rows as long, or null.
+    /// Rows of the same length, or null.
     pub add: *const f32,
     pub add_stride: usize,
 }
@@ -85,7 +85,7 @@ pub(super) struct Kernel {
     pub mr: usize,
     /// Columns of a full tile.
     pub nr: usize,
-    /// Greatest depth of a panel, such that `kc * nr` elements of `B` stay in the first cache.
+    /// Greatest depth of a panel, such that `kc * nr` elements of `B` stay in the L1 cache.
     pub kc: usize,
     /// Computes a panel.
     ///
@@ -117,12 +117,12 @@ struct Strip {
     a: *const f32,
     /// The first row, from that of the panel.
     row: usize,
-    /// What to bring in meanwhile: `ahead_step` elements on every 4 of depth.
+    /// What to prefetch meanwhile: `ahead_step` elements for every 4 of depth.
     ahead: *const f32,
     ahead_step: usize,
 }
 
-/// Runs `tile(strip, rows)` for each strip of a panel, asking for what will be needed.
+/// Runs `tile(strip, rows)` for each strip of a panel, and prefetches what will be needed.
 #[inline(always)]
 fn for_each_strip(p: &Panel, mr: usize, nr: usize, mut tile: impl FnMut(Strip, usize)) {
     let ahead = (p.kc * nr).div_ceil(p.rows.div_ceil(mr));
@@ -160,7 +160,7 @@ fn for_each_strip(p: &Panel, mr: usize, nr: usize, mut tile: impl FnMut(Strip, u
     }
 }
 
-/// Asks for `len` elements of each of `rows` rows.
+/// Prefetches `len` elements of each of `rows` rows.
 #[inline(always)]
 fn prefetch_rows(data: *const f32, stride: usize, len: usize, first: usize, rows: usize) {
     // Up to 16 elements from the beginning of a line lie in that line.
@@ -403,7 +403,7 @@ unsafe fn portable_tile<const M: usize, const NR: usize, const FMA: bool>(p: &Pa
     }
 }
 
-/// Asks for the cache line at `p` to be in the second cache ahead of its use; any address is allowed.
+/// Prefetches the cache line at `p` into the L2 cache; any address is allowed.
 #[inline(always)]
 pub(super) fn prefetch_far(p: *const f32) {
     #[cfg(target_arch = "x86_64")]
@@ -415,7 +415,7 @@ pub(super) fn prefetch_far(p: *const f32) {
     let _ = p;
 }
 
-/// Asks for the cache line at `p` to be in the first cache ahead of its use; any address is allowed.
+/// Prefetches the cache line at `p` into the L1 cache; any address is allowed.
 #[inline(always)]
 pub(super) fn prefetch(p: *const f32) {
     #[cfg(target_arch = "x86_64")]

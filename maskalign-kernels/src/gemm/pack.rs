@@ -14,7 +14,7 @@ struct Line {
 }
 
 impl Buffer {
-    /// At least `len` elements of unspecified content.
+    /// At least `len` elements with unspecified contents.
     pub(super) fn get(&mut self, len: usize) -> &mut [f32] {
         let lines = len.div_ceil(16);
         if self.0.len() < lines {
@@ -45,8 +45,8 @@ pub(super) struct Part {
 }
 
 /// Copies a part of `b` into row-major panels of `width` columns one after another: element `(p, j)`
-/// of the part goes to `dst[j / width * count * width + p * width + j % width]`. Columns that fill
-/// up the last panel are zero.
+/// of the part goes to `dst[j / width * count * width + p * width + j % width]`. The last
+/// panel is padded with columns of zeros.
 ///
 /// # Safety
 /// The part lies inside `b`, no other thread uses the elements of `dst` named above, and the machine
@@ -128,7 +128,7 @@ fn columns(isa: Isa, src: &[f32], stride: usize, width: usize, kc: usize, live: 
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = isa;
-    // A few columns at a time, so that the lines read stay in the first cache.
+    // A few columns at a time, so that the lines read stay in the L1 cache.
     while done < live {
         let group = (live - done).min(4);
         for p in 0..kc {

@@ -27,8 +27,8 @@ impl Small {
         super::packed_len(k, super::padded(super::padded(n, LANES), self.kernel.nr))
     }
 
-    /// Packs `b` `[k, n]` into the first [`packed_len`](Self::packed_len) elements of `to`; its columns are
-    /// filled up with zeros.
+    /// Packs `b` `[k, n]` into the first [`packed_len`](Self::packed_len) elements of `to`, padded with
+    /// columns of zeros.
     ///
     /// # Panics
     /// If an element of `b` lies outside its data, or `to` is too short.
