@@ -1,4 +1,4 @@
-//! How a verb ends when it does not end well.
+//! How a verb ends when it fails.
 
 use std::{fmt::Write as _, io, process::ExitCode};
 
@@ -8,31 +8,31 @@ use serde_json::{Value, json};
 
 use crate::{output, render};
 
-/// Why a verb ended early, with all there is to tell about it.
+/// Why a verb ended early, with everything that the user is told about it.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// Mistakes in a recipe, each at its place. Exit code 2.
     Recipe(Report),
-    /// One line, the ways out, and the exit code.
+    /// One line, ways to fix it, and the exit code.
     Message { message: String, help: Vec<String>, code: u8 },
-    /// All is told already.
+    /// Everything has been printed already.
     Told(u8),
-    /// Nobody reads the results any more: no failure.
+    /// Nobody reads the results any more, as with a closed pipe: not a failure.
     Closed,
 }
 
 impl Failure {
-    /// The user can put it right: exit code 2.
+    /// A failure that the user can fix: exit code 2.
     pub(crate) fn mistake(message: impl Into<String>) -> Failure {
         Failure::Message { message: message.into(), help: Vec::new(), code: 2 }
     }
 
-    /// Something failed: exit code 1.
+    /// A failure of something else: exit code 1.
     pub(crate) fn failed(message: impl Into<String>) -> Failure {
         Failure::Message { message: message.into(), help: Vec::new(), code: 1 }
     }
 
-    /// Adds a way out.
+    /// Adds a way to fix it.
     #[must_use]
     pub(crate) fn help(mut self, text: impl Into<String>) -> Failure {
         if let Failure::Message { help, .. } = &mut self {
@@ -41,7 +41,7 @@ impl Failure {
         self
     }
 
-    /// Puts a refusal that came after the recipe was accepted at its place in it.
+    /// Shows a refusal at its place in the recipe, when it came after the recipe was accepted.
     pub(crate) fn located(error: Error, loaded: &Loaded) -> Failure {
         match error {
             Error::Refused(refusal) => Failure::Recipe(loaded.locate_all([&refusal])),
@@ -58,7 +58,7 @@ impl Failure {
         }
     }
 
-    /// What is left to tell, in colour.
+    /// What remains to be printed, in colour.
     pub(crate) fn text(&self) -> String {
         match self {
             Failure::Recipe(report) => render::report(report),
@@ -73,7 +73,7 @@ impl Failure {
         }
     }
 
-    /// What is left to tell, for programs.
+    /// What remains to be printed, for programs.
     pub(crate) fn to_json(&self) -> Value {
         match self {
             Failure::Recipe(report) => report.to_json(),
@@ -82,7 +82,7 @@ impl Failure {
         }
     }
 
-    /// Tells the user and gives the exit code.
+    /// Tells the user and returns the exit code.
     pub(crate) fn tell(self) -> ExitCode {
         let text = self.text();
         if !text.is_empty() {
@@ -115,7 +115,7 @@ impl From<WeightsError> for Failure {
     }
 }
 
-/// An error of writing results.
+/// An error in writing results.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Failure {
         match error.kind() {

@@ -1,8 +1,8 @@
 //! The command line of MaskAlign, as a library: the binary of a crate with plugins of its own is
 //! `fn main() -> std::process::ExitCode { maskalign_cli::main() }`, and every verb then knows those plugins.
 //!
-//! Results go to stdout; logs, progress and errors to stderr. Exit codes: 0 success, 1 a failure, 2 a mistake of the
-//! user's, 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM with the state saved.
+//! Results go to stdout; logs, progress and errors to stderr. Exit codes: 0 success; 1 a failure; 2 a mistake of the
+//! user's; 129, 130 and 143 stopped by SIGHUP, Ctrl-C and SIGTERM, with the state saved.
 
 mod failure;
 mod logging;

@@ -32,7 +32,7 @@ pub(crate) struct Verbosity {
     pub verbose: u8,
 }
 
-/// The trace that was asked for, if any. It must live as long as the trace is written.
+/// The trace that was requested, if any. It must live as long as the trace is written.
 pub(crate) struct Trace {
     begun: Arc<AtomicBool>,
     #[expect(dead_code, reason = "flushes the trace when dropped")]
@@ -40,13 +40,13 @@ pub(crate) struct Trace {
 }
 
 impl Trace {
-    /// Lets the file be made: what is asked for is accepted. A mistake in a recipe leaves no trace file.
+    /// Allows the file to be made, once the request is accepted. A mistake in a recipe therefore leaves no trace file.
     pub(crate) fn begin(&self) {
         self.begun.store(true, Ordering::Release);
     }
 }
 
-/// Sends logs to stderr and spans to the trace file, where there is to be one. `usual` is the level without any flag.
+/// Sends logs to stderr and spans to the trace file, if one was requested. `usual` is the level without any flag.
 ///
 /// # Errors
 /// `RUST_LOG` cannot be understood; the trace file is not empty or cannot be made.
@@ -81,7 +81,7 @@ pub(crate) fn start(
     Ok(Trace { begun, guard })
 }
 
-/// Refuses a place where no trace can be written, and a file that holds something: it may be a recipe.
+/// Refuses a place where no trace can be written, and a file that is not empty: it may be a recipe.
 fn check_trace(path: &Path) -> Result<(), Failure> {
     let refuse = |why: &str| {
         let message = format!("cannot write the trace {}: {why}", path.display());
@@ -118,7 +118,7 @@ enum TraceFile {
 }
 
 impl TraceFile {
-    /// Makes the file with what was held back for it, if it may be made by now.
+    /// Makes the file, with what was held back for it, if that is allowed by now.
     fn open(&mut self) -> io::Result<()> {
         if let TraceFile::Waiting { path, held, begun } = self
             && begun.load(Ordering::Acquire)

@@ -1,4 +1,4 @@
-//! The two streams: results to stdout, all else to stderr.
+//! The two streams: results go to stdout, everything else to stderr.
 
 use std::io::{self, Write};
 

@@ -1,4 +1,4 @@
-//! What happens in a run: a bar on a terminal, a line every ten seconds elsewhere.
+//! The progress of a run: a bar on a terminal, a line every ten seconds elsewhere.
 
 use std::{
     fmt::Write as _,
@@ -49,7 +49,7 @@ impl Screen {
     }
 }
 
-/// Draws a run.
+/// Draws the progress of a run.
 pub(crate) struct Reporter {
     screen: Screen,
     style: Style,
@@ -84,7 +84,7 @@ impl Meter {
         self.seconds_per_image += NEWEST * (1.0 / report.images_per_s - self.seconds_per_image);
     }
 
-    /// Seconds to the end of the stage; unknown after its first step, which warms up, and nothing to say after the last.
+    /// Seconds to the end of the stage; unknown after its first step, which warms up, and absent after the last.
     fn left(&self, report: &StepReport) -> Option<f64> {
         let done = report.step - self.first_step;
         let remaining = report.steps.saturating_sub(report.step + 1);
@@ -111,7 +111,7 @@ impl Reporter {
         }
     }
 
-    /// Takes the bar off the screen.
+    /// Removes the bar from the screen.
     pub(crate) fn clear(&mut self) {
         self.bar.finish_and_clear();
     }

@@ -39,10 +39,10 @@ pub(crate) fn load(registry: &Registry, recipe: &Path, sets: &[String]) -> Resul
     Recipe::load(&request(recipe, sets), registry)
 }
 
-/// As [`load`], for what does not look at data and weights: a variable that is not set may be anything.
+/// As [`load`], for verbs that do not look at data and weights: a variable that is not set may have any value.
 ///
 /// # Errors
-/// As there.
+/// As [`load`].
 pub(crate) fn load_anywhere(registry: &Registry, recipe: &Path, sets: &[String]) -> Result<Loaded, Report> {
     Recipe::load_without_environment(&request(recipe, sets), registry)
 }

@@ -20,6 +20,6 @@ pub(crate) struct Session<'a> {
     pub trace: &'a Trace,
     /// The command line as given, the binary's name first.
     pub arguments: &'a [OsString],
-    /// The command line as it may be given, for what completes it.
+    /// The definition of the command line, for shell completion.
     pub command: fn() -> clap::Command,
 }

@@ -1,6 +1,6 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the first asks the run to save its state and end, a second one ends the process at once.
 //!
-//! A run that waits for images does not look at the request; if none come for [`PATIENCE`], the process ends without it.
+//! A run that waits for images cannot see the request; if no images come for [`PATIENCE`], the process ends without saving.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ fn first(stop: &StopFlag, why: Stop) {
 /// How long a run that was asked to end may wait for images: a file system that does not answer may never.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Ends the process where a run that was asked to end waits for the same images all the time.
+/// Ends the process if a run that was asked to end is still waiting for the same images.
 #[cfg(unix)]
 fn end_if_stuck(stop: &StopFlag, why: Stop) -> std::io::Result<()> {
     let stop = stop.clone();
@@ -78,7 +78,7 @@ pub(crate) fn watch(stop: &StopFlag) -> std::io::Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(watcher).map(drop)
 }
 
-/// Whether this process was started with a signal ignored, where the system tells.
+/// Whether this process was started with a signal ignored, where the system reports it.
 #[cfg(unix)]
 fn ignores(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -12,7 +12,7 @@ impl Table {
         self.rows.push(cells.into_iter().map(Into::into).collect());
     }
 
-    /// The rows, each behind `indent` spaces and ended by a newline.
+    /// The rows, each after `indent` spaces and ended by a newline.
     pub(crate) fn render(&self, indent: usize) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let cells = |column: usize| self.rows.iter().filter_map(move |row| row.get(column));
@@ -34,7 +34,7 @@ impl Table {
     }
 }
 
-/// A count with its thousands apart: `85,798,656`.
+/// A count with thousands separators: `85,798,656`.
 pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
@@ -47,7 +47,7 @@ pub(crate) fn count(number: u64) -> String {
     out
 }
 
-/// A size of memory: `812 MiB`, `5.4 GiB`.
+/// An amount of memory: `812 MiB`, `5.4 GiB`.
 pub(crate) fn bytes(bytes: u64) -> String {
     let mib = bytes as f64 / f64::from(1 << 20);
     match mib {

@@ -122,7 +122,7 @@ impl Registry {
         self.schemas.get_or_init(|| Schemas::build(&self.entries))
     }
 
-    /// The options of a component, for people, in the order of its struct.
+    /// The options of a component as people read them, in the order of its struct.
     pub fn options(&self, entry: &Entry) -> Vec<OptionDoc> {
         schema::option_docs(self.schemas(), entry)
     }

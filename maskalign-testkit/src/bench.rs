@@ -1,4 +1,4 @@
-//! Timings of the stages' own steps on synthetic images.
+//! Benchmarks of the stages' own steps on synthetic images.
 
 use std::{collections::BTreeMap, time::Instant};
 
@@ -36,14 +36,14 @@ pub enum Job {
     Features,
 }
 
-/// How long it is timed.
+/// What is timed, and for how many steps.
 #[derive(Clone, Copy, Debug)]
 pub struct BenchOptions {
     /// What is timed.
     pub job: Job,
-    /// Steps that count; one more comes first.
+    /// Steps that are timed, after one that warms up.
     pub steps: usize,
-    /// Images of a step; the recipe's micro-batch where absent.
+    /// Images of a step; `None` for the recipe's micro-batch.
     pub batch: Option<usize>,
 }
 
@@ -58,20 +58,20 @@ pub struct BenchReport {
     pub batch: usize,
     /// Threads.
     pub threads: usize,
-    /// The operators and their instruction set.
+    /// The forms of the operators, and their instruction set.
     pub kernels: String,
     /// Mean seconds of a step by phase.
     pub phases: BTreeMap<&'static str, f64>,
-    /// Arithmetic of an image in GFLOP (multiply and add count as two), dense: every teacher row, forward and twice
-    /// that backward.
+    /// Arithmetic of an image in GFLOP (a multiply-add counts as two), as if dense: every teacher row, the student's forward
+    /// pass, and twice that for its backward pass.
     pub gflop_per_image: f64,
-    /// Arithmetic per second at the median step.
+    /// GFLOP/s of the median step.
     pub gflops: f64,
     /// The machine's measured peak of fused multiply-adds, where the kernels can tell.
     pub peak_gflops: Option<f64>,
-    /// Peak memory of the process in MiB, where the system tells.
+    /// Peak memory of the process in MiB, where the system reports it.
     pub peak_mib: Option<f64>,
-    /// The losses, the first step's included.
+    /// The losses, including that of the first step.
     pub losses: Vec<f32>,
 }
 
@@ -81,7 +81,7 @@ pub type Source<'a> = &'a mut dyn FnMut(usize) -> Result<MicroBatch>;
 /// Times steps of the recipe's first pre-training stage, with random weights where the real ones cannot be found.
 ///
 /// # Errors
-/// A recipe without such a stage, or whose components refuse it.
+/// A recipe without such a stage, or one that its components refuse.
 pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<BenchReport> {
     let batch = Stages::new(recipe, cx, options.batch)?.planned;
     let (size, batch) = (batch.training().data.size, batch.training().batch.effective);
@@ -92,7 +92,7 @@ pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<Ben
 /// As [`bench()`], on given images.
 ///
 /// # Errors
-/// As there.
+/// As [`bench()`].
 pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: Source) -> Result<BenchReport> {
     let Stages { name, options: slot, planned } = Stages::new(recipe, cx, options.batch)?;
     let batch = planned.training().batch.effective;
@@ -171,7 +171,7 @@ impl<'a> Stages<'a> {
     }
 }
 
-/// Timings depend on no file.
+/// A context for planning that needs no files: timings do not depend on them.
 fn context<'a>(
     name: &'a str,
     recipe: &Recipe,
@@ -192,7 +192,7 @@ fn located(refusal: Refusal, stage: &str) -> Error {
     Error::Refused(refusal.under(stage).under("stages"))
 }
 
-/// Multiplications and additions of an alignment's linear outputs for one image of so many tokens.
+/// Multiplications and additions of an alignment's linear outputs for one image of `tokens` tokens.
 fn head_flop(objective: &PlannedObjective, student: &TowerShape, tokens: usize) -> f64 {
     2.0 * (tokens * student.arch.dim * objective.target.width * objective.level_weights.len()) as f64
 }
@@ -210,7 +210,7 @@ fn synthetic(step: usize, batch: usize, size: usize) -> MicroBatch {
     }
 }
 
-/// Multiplications and additions of one image's forward pass over so many tokens.
+/// Multiplications and additions of one image's forward pass over `tokens` tokens.
 fn tower_flop(tower: &TowerShape, tokens: usize) -> f64 {
     let Arch { dim, depth, mlp, patch, .. } = tower.arch;
     let (tokens, dim, mlp) = (tokens as f64, dim as f64, mlp as f64);

@@ -1,4 +1,4 @@
-//! Replaying steps that another implementation recorded.
+//! Replays steps that were recorded from another implementation.
 //!
 //! A case file (`maskalign-case-v1`, safetensors) holds images, masks, learning rates, starting weights and what the
 //! other implementation computed from them. [`Case::recipe`] says the same as a recipe; [`Case::replay`] runs the
@@ -42,7 +42,7 @@ pub struct Case {
     expected: TensorMap,
 }
 
-/// The other implementation's settings under its own names; a name that is not among them is no case of this format.
+/// The other implementation's settings under its own names; a case with any other name is refused.
 #[derive(Deserialize)]
 struct Config {
     method: Method,
@@ -100,17 +100,17 @@ enum MaskKind {
     Random,
 }
 
-/// Which of the teacher's levels count, and how much.
+/// The weights of the teacher's levels in the loss.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 enum LossWeights {
-    /// The last so many, each as much as the others.
+    /// The last levels, this many, with equal weights.
     Top(usize),
-    /// One block alone.
+    /// The level of one block alone.
     Mid(usize),
-    /// All, later ones more.
+    /// All levels, with larger weights for later ones.
     LinearDecay,
-    /// All, each as much as the others.
+    /// All levels, with equal weights.
     Mean,
 }
 
@@ -160,11 +160,11 @@ struct OptimizerConfig {
 pub struct Quantity {
     /// What was compared: `attention`, `teacher hidden`, `student hidden`, `loss`, `gradients`, `parameters`.
     pub name: &'static str,
-    /// Norm of the difference over norm of the reference, of the worst tensor.
+    /// The norm of the difference over the norm of the reference, for the worst tensor.
     pub error: f64,
-    /// That tensor.
+    /// The name of that tensor.
     pub worst: String,
-    /// How many were compared.
+    /// The number of tensors that were compared.
     pub tensors: usize,
 }
 
@@ -337,7 +337,7 @@ impl Case {
     /// Replays the steps with the stage of `recipe`, in its micro-batches, and compares.
     ///
     /// # Errors
-    /// A recipe of another batch or another number of visible patches than the case; whatever ends a step early.
+    /// A recipe whose batch or number of visible patches differs from the case's; any error of a step.
     pub fn replay(&self, cx: &Context, recipe: &Recipe) -> Result<CaseReport> {
         let (name, slot) = recipe.stages.first().ok_or_else(|| Error::Usage("the recipe has no stage".into()))?;
         let located = |error| match error {
@@ -479,7 +479,7 @@ impl Case {
         }
     }
 
-    /// Compares tensors of one prefix; one that only one side has is an infinite error.
+    /// Compares tensors with one prefix; a tensor that only one side has is an infinite error.
     fn compare_by_name(
         &self,
         compared: &mut Compared,
@@ -511,7 +511,7 @@ struct Inspection {
     student_hidden: BTreeMap<usize, Vec<f32>>,
 }
 
-/// The masks of each step, which stands for the epoch.
+/// The masks of each step. The step takes the place of the epoch.
 struct RecordedMasks(Vec<Masks>);
 
 impl PlannedMasker for RecordedMasks {
@@ -525,8 +525,8 @@ impl PlannedMasker for RecordedMasks {
     }
 }
 
-/// Softmax ignores a constant: the gradient of a key's bias is zero in theory, and AdamW turns its round-off into whole
-/// steps.
+/// Softmax is invariant to a constant, so the gradient of the keys' bias is zero in theory, and AdamW turns its round-off
+/// into updates of full size.
 fn without_key_bias(name: &str, values: &[f32]) -> Vec<f32> {
     let third = values.len() / 3;
     match name.ends_with("attn.qkv.bias") {

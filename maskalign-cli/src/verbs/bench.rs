@@ -99,7 +99,7 @@ impl Args {
     }
 }
 
-/// What was reached of the machine's peak, where that is known.
+/// The share of the machine's peak that was reached, where the peak is known.
 fn peak_share(report: &BenchReport) -> Option<f64> {
     report.peak_gflops.map(|peak| report.gflops / peak)
 }

@@ -1,4 +1,4 @@
-//! `maskalign doctor`: what this binary and this machine have.
+//! `maskalign doctor`: what this binary and this machine support, and which data and weights are there.
 
 use std::{collections::BTreeSet, path::Path};
 

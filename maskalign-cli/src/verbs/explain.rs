@@ -127,7 +127,7 @@ fn text(entry: &Entry, options: &[OptionDoc]) -> String {
     out
 }
 
-/// The key under which a component of a kind stands.
+/// The key that holds a component of a kind in a recipe.
 fn place_in_recipe(kind: Kind) -> &'static str {
     match kind {
         Kind::Stage => "NAME",

@@ -1,4 +1,4 @@
-//! `maskalign export`: a trained student under the names that other programs use.
+//! `maskalign export`: writes a trained student with the names that other programs use.
 
 use std::path::{Path, PathBuf};
 
@@ -86,7 +86,7 @@ impl Args {
         Ok(output::print(&format!("wrote {tensors} tensors, {values} parameters, to {out}\n"))?)
     }
 
-    /// Refuses a file that cannot or should not be written, before anything is read.
+    /// Refuses a file that cannot or must not be written, before anything is read.
     fn check_out(&self) -> Result<(), Failure> {
         let out = self.out.display();
         let another = |message: String| Err(Failure::mistake(message).help("name another file with `--out`"));
@@ -141,7 +141,7 @@ impl Args {
     }
 }
 
-/// Whether all that was trained beside a student is a classifier's.
+/// Whether everything that was trained beside a student is a classifier's.
 fn is_classifier(beside: &TensorMap) -> bool {
     !beside.is_empty() && beside.keys().all(|name| name.starts_with("head.") || name.starts_with("fc_norm."))
 }

@@ -1,4 +1,4 @@
-//! `maskalign list`: what there is to name.
+//! `maskalign list`: the recipes and components that can be named.
 
 use maskalign_core::embedded;
 use maskalign_registry::{Entry, Kind, plugin::nearest};

@@ -1,4 +1,4 @@
-//! What changes how fast a run is and how much memory it takes, and not its results.
+//! Flags that change how fast a run is and how much memory it takes, but not its results.
 
 use std::{num::NonZeroUsize, str::FromStr};
 
@@ -30,7 +30,7 @@ impl Machine {
         self.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
     }
 
-    /// What is kept for the backward pass.
+    /// What blocks keep for the backward pass.
     pub(super) fn recompute(&self) -> Recompute {
         if self.recompute { Recompute::Blocks } else { Recompute::Never }
     }
@@ -38,7 +38,7 @@ impl Machine {
     /// Opens the device, with these threads.
     ///
     /// # Errors
-    /// It was asked for by name and is not there, or not in this binary.
+    /// It was requested by name, and this machine or this binary does not have it.
     pub(super) fn open(&self) -> Result<Context, Failure> {
         // The allocator is the process's: a library leaves it alone, a program may set it.
         maskalign_core::keep_freed_memory();

@@ -40,7 +40,7 @@ pub(crate) enum Verb {
 }
 
 impl Verb {
-    /// What is logged without any flag: what goes on in a run, and of the short verbs only what is wrong.
+    /// The log level without any flag: a run logs what it does, short verbs only what is wrong.
     pub(crate) fn log_level(&self) -> LevelFilter {
         match self {
             Verb::Run(_) => LevelFilter::INFO,
@@ -48,7 +48,7 @@ impl Verb {
         }
     }
 
-    /// The trace file that was asked for.
+    /// The trace file that was requested.
     pub(crate) fn trace(&self) -> Option<&Path> {
         match self {
             Verb::Run(args) => args.trace.as_deref(),
@@ -57,10 +57,10 @@ impl Verb {
         }
     }
 
-    /// Does what was asked.
+    /// Runs the verb.
     ///
     /// # Errors
-    /// Why it could not be done; nothing has been told about it yet.
+    /// Why it failed; nothing has been printed about it yet.
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Verb::Run(args) => args.run(session),

@@ -123,7 +123,7 @@ impl Args {
         Ok(())
     }
 
-    /// All that is needed before the run directory: the recipe, what is known of its stages, and the device.
+    /// Everything that is needed before the run directory is made: the recipe, the plan of its stages, and the device.
     fn prepare(&self, session: &Session, resumed: Option<&RunDir>) -> Result<(Loaded, Plan, Context), Failure> {
         let loaded = match (resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
@@ -146,7 +146,7 @@ impl Args {
         Ok((loaded, plan, cx))
     }
 
-    /// The recipe of a resumed run: the one given, which must mean what the run's own means, or else the run's own.
+    /// The recipe of a resumed run: the run's own, or the one given, which must mean the same.
     fn resumed_recipe(&self, session: &Session, dir: &RunDir) -> Result<Loaded, Failure> {
         let own = match dir.read_recipe()? {
             None => None,
@@ -181,7 +181,7 @@ impl Args {
     }
 }
 
-/// Says where a run was started, if that is not here: its recipe's relative paths start from there.
+/// Says where a run was started, if that is another folder: its recipe's relative paths start from there.
 fn elsewhere(dir: &RunDir) -> Option<String> {
     let started = dir.read_manifest().ok()??.working_directory?;
     let here = std::env::current_dir().ok()?;
@@ -229,7 +229,7 @@ fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
     out
 }
 
-/// A stage's results: named rows of the same numbers side by side, all else one number a line.
+/// A stage's results: named rows of the same numbers as a table, everything else with one number on each line.
 fn table_of(result: &Value) -> String {
     let Value::Object(entries) = result else {
         return String::new();

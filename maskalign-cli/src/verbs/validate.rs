@@ -1,4 +1,4 @@
-//! `maskalign validate`: everything that can be known of recipes before the first step.
+//! `maskalign validate`: everything that can be known about recipes before the first step.
 
 use std::path::PathBuf;
 
@@ -107,7 +107,7 @@ struct Sound {
     /// Every stage, as written.
     order: Vec<String>,
     plan: Plan,
-    /// Stages that follow from variables that are not set, and those variables.
+    /// Stages that depend on variables that are not set, and those variables.
     unplanned: Vec<(String, Report)>,
 }
 

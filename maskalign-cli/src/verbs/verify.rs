@@ -1,4 +1,4 @@
-//! `maskalign verify`: the numbers of another implementation, computed again.
+//! `maskalign verify`: computes the numbers of another implementation again, and compares.
 
 use std::path::{Path, PathBuf};
 

@@ -1,3 +1,5 @@
+//! Times as the manifest and the names of run directories hold them.
+
 use std::time::SystemTime;
 
 use jiff::Timestamp;

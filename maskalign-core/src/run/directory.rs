@@ -1,3 +1,5 @@
+//! The run directory: its files, its lock, and what is kept or removed when a run starts or resumes.
+
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};

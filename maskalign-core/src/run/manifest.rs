@@ -1,3 +1,5 @@
+//! `manifest.json`: the record of how a run was made.
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

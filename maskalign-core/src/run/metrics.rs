@@ -1,3 +1,5 @@
+//! The writer of `metrics.jsonl`.
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};

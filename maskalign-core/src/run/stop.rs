@@ -1,3 +1,5 @@
+//! Requests to end a run early, raised by signal handlers.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 

@@ -1,3 +1,5 @@
+//! The number formats of weights files, decoded to `f32`.
+
 use half::{bf16, f16};
 
 /// The number formats that files hold; all become `f32`.

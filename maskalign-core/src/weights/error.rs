@@ -1,3 +1,5 @@
+//! Errors of weights.
+
 use std::io;
 use std::path::{Path, PathBuf};
 

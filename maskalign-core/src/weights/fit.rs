@@ -1,3 +1,5 @@
+//! Checks tensors against those that a model needs.
+
 use std::collections::BTreeMap;
 
 use super::{Mismatch, TensorMap, WeightsError};

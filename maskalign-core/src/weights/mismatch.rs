@@ -1,3 +1,5 @@
+//! What keeps tensors from fitting a model: missing, extra, misshapen and non-finite ones.
+
 use std::fmt;
 
 use super::HostTensor;

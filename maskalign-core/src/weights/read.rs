@@ -1,3 +1,5 @@
+//! Reading weights files of every format, with or without their values.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Read;

@@ -1,3 +1,5 @@
+//! The safetensors format, read and written.
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;

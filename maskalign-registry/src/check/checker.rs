@@ -12,7 +12,7 @@ use crate::{
     yaml::{Mapping, Node, Origin},
 };
 
-/// How a variable without a value is treated.
+/// How to treat a variable without a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unset {
     /// As a mistake.

@@ -11,7 +11,7 @@ use crate::{
 /// Fills in the defaults of a component and of everything in it.
 ///
 /// # Errors
-/// The path and message of a refusal: only a component that is itself a default can still be refused.
+/// The path and message of a refusal. Only a component that is itself a default can still be refused here.
 pub(crate) fn fill(
     registry: &Registry,
     kind: Kind,

@@ -20,7 +20,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Looks a teacher up in the enclosing stage. Always true: its value is known either way.
+    /// Looks up a teacher in the enclosing stage. Always true: the value is known even if there is no such teacher.
     pub(super) fn teacher(&mut self, node: &Node, name: &str) -> bool {
         let has_teachers =
             |frame: &&Frame<'a>| frame.schema.get("properties").is_some_and(|known| known.get("teachers").is_some());
@@ -43,7 +43,7 @@ impl<'a> Checker<'a> {
         true
     }
 
-    /// Looks a stage up among the earlier ones. False if it is one that is left out.
+    /// Looks up a stage among the earlier ones. False if that stage is left out.
     pub(super) fn stage(&mut self, node: &Node, name: &str) -> bool {
         let stages = self.frames.first().and_then(|root| root.map.get("stages")?.value.as_map());
         let (Some(stages), Some(own)) = (stages, self.path.get(1)) else {

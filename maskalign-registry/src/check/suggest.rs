@@ -76,7 +76,7 @@ impl<'a> Checker<'a> {
             .is_some()
     }
 
-    /// In a mapping of named entries, another entry that the one being checked was probably meant to be part of.
+    /// In a mapping of named entries, the other entry that the checked one was probably meant to be part of.
     pub(super) fn sibling(&self, holder: &Frame<'a>) -> Option<&'a str> {
         let named = holder.schema.get("additionalProperties").is_some_and(Value::is_object);
         let name = self.path.get(holder.depth).filter(|_| named)?;

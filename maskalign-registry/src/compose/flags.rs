@@ -160,7 +160,7 @@ fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<D
     }
 }
 
-/// Appends an empty item if a segment names the one after the last of a list.
+/// Appends an empty item if a segment names the index after the last item of a list.
 fn make_room(node: &mut Node, segment: &Segment) {
     if let Content::Seq(items) = &mut node.content
         && segment.name == items.len().to_string()

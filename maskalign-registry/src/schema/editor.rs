@@ -280,7 +280,7 @@ fn types_of(object: &Map<String, Value>) -> Vec<String> {
     }
 }
 
-/// Editors escape `description`, so one with Markdown is given as Markdown too.
+/// Editors escape `description`, so a description with Markdown is also given as `markdownDescription`.
 fn add_markdown(schema: &mut Value) {
     if let Value::Object(object) = schema
         && let Some(description) = object.get("description").and_then(Value::as_str)

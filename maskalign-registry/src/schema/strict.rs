@@ -212,7 +212,7 @@ fn bound_by_format(object: &mut Map<String, Value>, format: &Value) {
     }
 }
 
-/// Doc comments are wrapped by hand: joins the lines of each paragraph. What they end in, an example in Rust, is left out.
+/// Joins the lines of each paragraph, since doc comments are wrapped by hand, and leaves out the Rust example at their end.
 fn unwrap_lines(text: &str) -> String {
     let text = text.split("\n```").next().unwrap_or_default().trim_end();
     let paragraphs: Vec<String> =

@@ -69,7 +69,7 @@ pub(super) fn too_deep() -> String {
     format!("nested deeper than {MAX_DEPTH} levels")
 }
 
-/// Why a line, or a key, that looks like `key: value` is not: where, and how to fix it.
+/// Why a line or a key that looks like `key: value` is not one: where, and how to fix it.
 pub(crate) fn mistyped_key(text: &str) -> Option<(Range<usize>, String)> {
     let comment = text.find(" #").unwrap_or(text.len());
     let text = &text[..comment];

@@ -94,7 +94,7 @@ fn yaml_flow(value: &Value) -> String {
     }
 }
 
-/// What a scalar stands in.
+/// Where a scalar is written.
 #[derive(Clone, Copy, PartialEq)]
 enum Within {
     /// The rest of a line, or its beginning up to a colon.
@@ -103,7 +103,7 @@ enum Within {
     Brackets,
 }
 
-/// A value that is text. A single dollar could begin a variable.
+/// A value that is text, with dollars escaped: a single one could begin a variable.
 fn string(text: &str, within: Within) -> String {
     yaml_text(&text.replace('$', "$$"), within)
 }
@@ -124,7 +124,7 @@ fn yaml_text(text: &str, within: Within) -> String {
     if misread || text.contains(breaks) { double_quoted(text) } else { written.to_owned() }
 }
 
-/// Text in double quotes: JSON's are YAML's too, once what YAML has no place for is escaped.
+/// Text in double quotes: JSON's escapes are valid in YAML, once the characters that YAML does not allow are escaped.
 fn double_quoted(text: &str) -> String {
     let json = Value::from(text).to_string();
     let escaped = |c: char| match c {

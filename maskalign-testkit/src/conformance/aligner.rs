@@ -22,12 +22,12 @@ use maskalign_core::{
     nn::{Arch, FinalNorm, Grid, Init, MaskedPatches, Statistics},
 };
 
-/// How the names of a vision transformer's parameters begin: those of an alignment stand beside them in checkpoints.
+/// Prefixes of a vision transformer's parameter names. An alignment's parameters are stored beside them in checkpoints.
 const TOWER: [&str; 6] = ["cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "norm_pre."];
 const BATCH: usize = 3;
 const COUNTS: Counts = Counts { visible: 7, masked: 11 };
 
-/// What stages ask of aligners, in odd sizes. An aligner may refuse some of it, but not all.
+/// What stages ask of aligners, at odd sizes. An aligner may refuse some of it, but not all.
 fn plans() -> Vec<AlignPlan> {
     let tokens = |cls, visible, masked| Tokens { cls, visible, masked };
     let grid = Grid { rows: 5, columns: 5 };
@@ -168,7 +168,7 @@ impl Trial {
         Ok(outputs.iter().flat_map(|output| output.to_vec()).collect())
     }
 
-    /// The squared distance of all outputs from their targets, and its gradients by parameter and by level.
+    /// The squared distance of all outputs from their targets, and its gradients with respect to parameters and levels.
     fn gradients(
         &self,
         cx: &Context,
@@ -273,7 +273,7 @@ fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> R
     slopes(&cx, &mut *aligner, trial, &parameters, &levels, &here, faults)
 }
 
-/// The gradient against a finite difference along itself, over all parameters and inputs at once.
+/// Checks the gradient against a finite difference along its own direction, over all parameters and inputs at once.
 fn slopes(
     cx: &Context,
     aligner: &mut dyn AlignerModel,

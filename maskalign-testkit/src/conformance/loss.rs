@@ -1,4 +1,4 @@
-//! Losses: finite, lowest at the target, right gradients, the same on every table of operators.
+//! Losses: finite, lowest at the target, correct gradients, the same in every form of the operators.
 
 use maskalign_engine::{Context, Tape};
 use maskalign_registry::LossTag;
@@ -8,7 +8,7 @@ use maskalign_core::{components::losses::Loss, error::Result};
 
 /// Rows and channels, odd ones among them.
 const SHAPES: [(usize, usize); 4] = [(1, 2), (5, 7), (3, 16), (2, 33)];
-/// Half the distance of a finite difference; large, because values are single precision.
+/// Half the step of a central difference; large, because values are in single precision.
 const STEP: f32 = 1e-2;
 
 pub(super) fn check(text: &str, faults: &mut Faults) {

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Each check goes through the registry, as a recipe does: the component is named by kind and name, its example is
-//! decoded, and what the constructor gives is tried on odd sizes. A check returns every fault it finds as a sentence.
+//! decoded, and what the constructor returns is tested at odd sizes. A check returns every fault it finds as a sentence.
 
 mod aligner;
 mod host;
@@ -47,9 +47,9 @@ pub fn check(kind: Kind, name: &str) -> Result<(), Vec<String>> {
 
 /// Checks a component as configured by `text`, YAML such as `{ type: decoder, dim: 8, attention: masked_queries }`.
 ///
-/// A dataset that reads files is opened here, and a stage runs, whereas [`check`] does not need the files that an example
-/// names: a stage without them is planned alone. Wherever a stage names an earlier one, as `{stage: NAME}`, it is given a
-/// small student with a class token, for images of 28 pixels; of the embedded images it is given a few.
+/// A dataset that reads files is opened here, and a stage runs. [`check`] does not need the files that an example names: a
+/// stage without them is only planned. Wherever a stage names an earlier one, as `{stage: NAME}`, it is given a small
+/// student with a class token, for images of 28 pixels; of the embedded images it is given a few.
 ///
 /// # Errors
 /// Every fault, one sentence each.
@@ -142,12 +142,12 @@ fn fused() -> Context {
     Context::new(Device::Cpu, 1)
 }
 
-/// The operators built from dfdx's own, which a component must agree with to run on CUDA.
+/// The composed forms of the operators, which a component must agree with.
 fn composed() -> Context {
     Context::new(Device::Cpu, 1).with_forms(Forms::Composed)
 }
 
-/// Normal values, keyed by what they are for.
+/// Normally distributed values, keyed by their purpose.
 fn normal(purpose: &str, len: usize) -> Vec<f32> {
     let mut stream = Stream::new(0, &format!("conformance {purpose}"), 0, 0);
     (0..len).map(|_| stream.normal() as f32).collect()
@@ -157,7 +157,7 @@ fn matrix(rows: usize, columns: usize, values: Vec<f32>) -> Tensor {
     Tensor::new(&Device::Cpu, values, rows, columns).expect("memory")
 }
 
-/// Largest difference over the largest magnitude of either.
+/// The largest difference, divided by the largest magnitude in either.
 fn relative_difference(a: &[f32], b: &[f32]) -> f64 {
     let largest = |values: &mut dyn Iterator<Item = f64>| {
         values.fold(0.0, |m: f64, v| if v.is_nan() { f64::INFINITY } else { m.max(v) })
@@ -167,11 +167,11 @@ fn relative_difference(a: &[f32], b: &[f32]) -> f64 {
     if difference == 0.0 { 0.0 } else { difference / scale.max(1e-6) }
 }
 
-/// Largest relative difference between the CPU's operators and the composed ones that passes for round-off.
+/// The largest relative difference between CPU and composed forms that counts as round-off.
 const ROUND_OFF: f64 = 1e-4;
 
-/// How far a gradient of length `norm` is from finite differences, relatively: `loss_at(t)` is the loss where every value
-/// has moved by `t` along the gradient's direction.
+/// The relative error of a gradient of length `norm` against finite differences: `loss_at(t)` is the loss after all values
+/// have moved by `t` along the gradient's direction.
 fn slope_error(norm: f64, mut loss_at: impl FnMut(f64) -> Result<f32>) -> Result<f64> {
     let mut least = f64::INFINITY;
     // Single precision favours long steps and curvature short ones: one of them has to agree.
@@ -192,11 +192,11 @@ fn square_sum(values: &[f32]) -> f64 {
     values.iter().map(|v| f64::from(*v).powi(2)).sum()
 }
 
-/// Parameters of a component that takes seconds to build: an example may be as large as a paper's, and what takes many
-/// passes is left to [`check_as`] at small sizes.
+/// Parameters of a component that takes seconds to build: an example may be as large as a paper's. Checks that take many
+/// passes are left to [`check_as`] at small sizes.
 const LARGE: usize = 1_000_000;
 
-/// How many values the parameters have.
+/// The number of values in the parameters.
 fn count(shapes: &[(String, Vec<usize>)]) -> usize {
     shapes.iter().map(|(_, dims)| dims.iter().product::<usize>()).sum()
 }

@@ -1,4 +1,4 @@
-//! Optimizers: a step moves a parameter downhill, and the same way each time.
+//! Optimizers: an update moves a parameter downhill, and always in the same way.
 
 use maskalign_engine::{
     Context, Role, Tape, Tensor,
@@ -65,7 +65,7 @@ struct Trained {
     last: f32,
 }
 
-/// Pulls a parameter to a target by its mean squared distance.
+/// Trains a parameter towards a target by the mean squared error.
 fn train(optimizer: &dyn Optimizer, cx: &Context, steps: u64) -> Result<Trained> {
     let mut run = Pull::new(optimizer, cx)?;
     let before = run.parameter.to_host().data;
@@ -76,7 +76,7 @@ fn train(optimizer: &dyn Optimizer, cx: &Context, steps: u64) -> Result<Trained>
     Ok(Trained { before, values: run.parameter.to_host().data, first, last: run.loss(cx)? })
 }
 
-/// Four steps, with the parameter and the state taken to the host and back after two.
+/// Four updates; after two, the parameter and the state are copied to the host and back.
 fn resumed(optimizer: &dyn Optimizer, cx: &Context) -> Result<Vec<f32>> {
     let mut run = Pull::new(optimizer, cx)?;
     for step in 1..=2 {
@@ -93,7 +93,7 @@ fn resumed(optimizer: &dyn Optimizer, cx: &Context) -> Result<Vec<f32>> {
     Ok(again.parameter.to_host().data)
 }
 
-/// A parameter that is pulled to a target.
+/// A parameter that is trained towards a target.
 struct Pull {
     parameter: Param,
     target: Tensor,

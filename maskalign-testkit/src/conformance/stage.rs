@@ -24,10 +24,10 @@ use maskalign_core::{
     stages::{PlannedStage, Stage, StageContext, StageRun},
 };
 
-/// Embedded images that stay of a dataset.
+/// Embedded images that a dataset is reduced to.
 const IMAGES: usize = 64;
 
-/// The side in pixels of the embedded images, for which the student of every stage is that an example names.
+/// The side of the embedded images in pixels. The students of the stages that an example names are made for it.
 const SIZE: usize = 28;
 
 pub(super) fn check(text: &str, files: Environment, faults: &mut Faults) {
@@ -48,7 +48,7 @@ pub(super) fn check(text: &str, files: Environment, faults: &mut Faults) {
     }
 }
 
-/// Leaves a few of the embedded images, and notes the stages that are named.
+/// Reduces datasets to a few of the embedded images, and notes the stages that are named.
 fn shrink(options: &mut Value, named: &mut BTreeSet<String>) {
     match options {
         Value::Array(items) => items.iter_mut().for_each(|item| shrink(item, named)),
@@ -66,7 +66,7 @@ fn shrink(options: &mut Value, named: &mut BTreeSet<String>) {
     }
 }
 
-/// The stages that came before, as far as a later one can tell.
+/// The earlier stages, as far as a later one can tell.
 struct Earlier {
     students: BTreeMap<String, StudentPlan>,
     trained: TrainedStudents,
@@ -102,7 +102,7 @@ impl Earlier {
     }
 }
 
-/// The stage as it runs where the files that it names are there or have to be, else as it is planned without them.
+/// The planned stage: as it runs, if the files that it names are or must be there; otherwise as planned without them.
 fn plan(
     stage: &dyn Stage,
     earlier: &Earlier,
@@ -131,7 +131,7 @@ fn plan(
 /// What a stage leaves: its results, and its student's parameters.
 type Left = (Value, Option<Vec<f32>>);
 
-/// Two steps, twice in one go and once with a stop between them.
+/// Runs two steps: twice without a break, and once with a stop between them.
 fn run(planned: &dyn PlannedStage, earlier: &Earlier, faults: &mut Faults) -> Result<()> {
     let folder = tempfile::tempdir().map_err(|error| maskalign_core::error::Error::Usage(error.to_string()))?;
     let leaves =

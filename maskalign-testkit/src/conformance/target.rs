@@ -1,4 +1,4 @@
-//! Targets: shapes, determinism, agreement of both tables of operators.
+//! Targets: shapes, determinism, agreement of CPU and composed forms.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use maskalign_core::{
     nn::{Arch, Bias, FinalNorm, Init, MaskedPatches, Statistics, Vit, VitConfig},
 };
 
-/// A tower small enough to run at once and deep enough for what papers take from one.
+/// A tower small enough to run quickly, and deep enough for the levels that papers use.
 fn config() -> VitConfig {
     VitConfig {
         arch: Arch { dim: 12, depth: 12, heads: 3, mlp: 20, patch: 2 },

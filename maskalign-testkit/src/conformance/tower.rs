@@ -1,4 +1,4 @@
-//! Students and teachers: shapes, determinism, gradients, saving, agreement of both tables of operators.
+//! Students and teachers: shapes, determinism, gradients, saving, agreement of CPU and composed forms.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,7 +28,7 @@ use maskalign_core::{
     plugin::Build,
 };
 
-/// Sides of images in pixels, of which a tower has to take one.
+/// Sides of images in pixels; a tower must accept one of them.
 const SIZES: [usize; 5] = [28, 32, 42, 224, 256];
 
 pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
@@ -37,7 +37,7 @@ pub(super) fn images(batch: usize, size: usize) -> ImageBatch {
     ImageBatch { pixels, batch, size }
 }
 
-/// What a tower is planned with that stands alone: images of this size, no machine, no weights.
+/// The context to plan a tower by itself: images of this size, no environment, no weights.
 fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> PlanContext<'_> {
     PlanContext {
         data_size,
@@ -48,7 +48,7 @@ fn plan_alone(data_size: usize, students: &BTreeMap<String, StudentPlan>) -> Pla
     }
 }
 
-/// The first size that a tower plans.
+/// The first size that a tower accepts.
 fn fitting_size(plan: impl Fn(usize) -> Result<TowerShape, Refusal>, faults: &mut Faults) -> Option<usize> {
     let size = SIZES.into_iter().find(|&size| plan(size).is_ok());
     if size.is_none() {
@@ -136,7 +136,7 @@ impl Trial<'_> {
         Ok(student.norm(cx, off, &features.last)?.to_vec())
     }
 
-    /// The squared distance of those from fixed values, and its gradient by every parameter that is trained.
+    /// The squared distance of those from fixed values, and its gradient with respect to every trained parameter.
     fn gradients(&self, cx: &Context, student: &mut dyn StudentModel) -> Result<(f32, Vec<(String, Vec<f32>)>)> {
         let mut tape = Tape::training();
         let features = student.forward(cx, &mut tape, self.images, Some(self.seen), None, &|_| false)?;
@@ -155,7 +155,7 @@ impl Trial<'_> {
     }
 }
 
-/// A student that is to run its first block alone gives what that block gives in the whole tower.
+/// A student that runs only its first block gives the same as that block in the whole tower.
 fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
     let first = |student: &dyn StudentModel| -> Result<Vec<f32>> {
         let off = &mut Tape::inference();
@@ -177,7 +177,7 @@ fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faul
     Ok(())
 }
 
-/// Every parameter that is trained has a gradient, and together they agree with finite differences.
+/// Every trained parameter has a gradient, and together the gradients agree with finite differences.
 fn check_gradients(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faults: &mut Faults) -> Result<()> {
     let (_, slopes) = trial.gradients(cx, student)?;
     for (name, slope) in &slopes {
@@ -232,7 +232,7 @@ struct Taught {
     compared: Vec<f32>,
 }
 
-/// A student that other components are tried beside, for images of `size` pixels; it has a class token.
+/// A student for tests of other components, for images of `size` pixels; it has a class token.
 pub(super) fn small_student(size: usize) -> Arc<dyn PlannedStudent> {
     let patch = if size.is_multiple_of(7) { 7 } else { 8 };
     let text = format!("{{ type: vit, arch: {{ dim: 12, depth: 2, heads: 3, patch: {patch} }} }}");
@@ -314,7 +314,7 @@ fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -
     check_movement(&build, student(1)?, student(2)?, faults)
 }
 
-/// The rows of the class token and of the visible patches among those of every token.
+/// The rows of the class token and the visible patches, out of the rows of all tokens.
 fn compared_rows(whole: &[f32], masks: &Masks, shape: &TowerShape) -> Vec<f32> {
     let (width, tokens) = (shape.arch.dim, Tokens { cls: shape.cls_token, visible: true, masked: false });
     let rows = masks.rows(tokens, shape.cls_token);
@@ -326,7 +326,7 @@ fn compared_rows(whole: &[f32], masks: &Masks, shape: &TowerShape) -> Vec<f32> {
     rows.iter().enumerate().flat_map(row).collect()
 }
 
-/// What changes after an update has the role of what changes, and holds all of the teacher's state.
+/// The parameters that change after an update have the role `Moving`, and hold all of the teacher's state.
 fn check_movement(
     build: &dyn Fn(&mut dyn StudentModel) -> Result<Box<dyn TeacherModel>>,
     mut before: Box<dyn StudentModel>,

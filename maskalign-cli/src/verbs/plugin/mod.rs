@@ -28,8 +28,8 @@ enum What {
 
 /// Write a crate with a masker, a test, a recipe that trains with it, and a binary with every verb
 ///
-/// The crate depends on maskalign-core and maskalign-cli, and for its tests on maskalign-testkit. Its binary has every verb of this command and knows the
-/// new component in `list`, `explain`, `schema` and error messages.
+/// The crate depends on maskalign-core and maskalign-cli, and for its tests on maskalign-testkit. Its binary has every verb
+/// of this command and knows the new component in `list`, `explain`, `schema` and error messages.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 struct Plugin {
@@ -91,7 +91,7 @@ impl Plugin {
         ))?)
     }
 
-    /// The dependencies as lines of TOML: of the crate, and of its tests.
+    /// The dependencies of the crate and of its tests, as lines of TOML.
     fn dependencies(&self) -> Result<[String; 3], Failure> {
         // Beside an installed crate of this binary there is none: cargo keeps each under its version.
         let built_in = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
