@@ -1,5 +1,5 @@
 //! Steps of data2vec for images, recorded from PyTorch by `tests/fixtures/stages/make_data2vec.py`: a student with mask
-//! tokens, and a teacher that is its running mean.
+//! tokens, and a teacher that is its moving average.
 
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ fn replay(cx: &Context, mut recorded: TensorMap) {
     let ours = of_role(&mut model, &[Role::Student, Role::Head]);
     assert_close(&ours, &part(&mut recorded, "expect.param."), "parameters", 1e-4);
     let ema = part(&mut of_role(&mut model, &[Role::Moving]), "teachers.ema.");
-    assert_close(&ema, &part(&mut recorded, "expect.ema."), "the running mean", 1e-4);
+    assert_close(&ema, &part(&mut recorded, "expect.ema."), "the moving average", 1e-4);
 }
 
 /// It shares the student's values until one of the two changes.

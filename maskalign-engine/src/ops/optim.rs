@@ -193,12 +193,12 @@ fn with_momentum(
 /// # Panics
 /// The shapes differ.
 pub fn ema(cx: &Context, moving: &mut Tensor, source: &Tensor, momentum: f64) -> Result<()> {
-    assert_eq!(moving.shape(), source.shape(), "a running mean has its source's shape");
+    assert_eq!(moving.shape(), source.shape(), "a moving average has its source's shape");
     let form = cx.form("ema", &[moving, source])?;
     let (keep, take) = (momentum as f32, (1.0 - momentum) as f32);
     let rule = |moving: f32, source: f32| moving * keep + source * take;
     if form == Form::Cpu {
-        // The source may be what the running mean began as: a clone, which `cpu_mut` copies first.
+        // The source may be what the moving average began as: a clone, which `cpu_mut` copies first.
         kernel::ema_update(cx.pool(), moving.cpu_mut()?, source.cpu(), momentum);
         return Ok(());
     }
@@ -414,7 +414,7 @@ mod tests {
             let (keep, take) = (0.996f64 as f32, (1.0 - 0.996f64) as f32);
             let expected: Vec<f32> =
                 start.values().iter().zip(&*source.values()).map(|(m, s)| m * keep + s * take).collect();
-            near("running mean", &moving.to_vec(), &expected, 1e-6);
+            near("moving average", &moving.to_vec(), &expected, 1e-6);
             assert_eq!(start.to_vec(), floats("moving", 70_001), "a clone keeps its values");
             assert_eq!(moving.id(), start.id(), "it is still the same tensor");
             let mut same = source.clone();

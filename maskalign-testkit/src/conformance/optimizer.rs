@@ -52,7 +52,10 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
         if let Some(many) = faults.expect("20 steps", train(&*optimizer, &cx, 20)) {
             faults.unless(
                 many.last < many.first,
-                format_args!("20 steps at a rate of 0.01 take a square from {} to {} ({name})", many.first, many.last),
+                format_args!(
+                    "20 steps at a learning rate of 0.01 take a square from {} to {} ({name})",
+                    many.first, many.last
+                ),
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The student's own running mean.
+//! The student's own moving average.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -18,7 +18,7 @@ use crate::{
     register,
 };
 
-/// A running mean of the student's parameters: it starts as the student, and after each update
+/// A moving average of the student's parameters: it starts as the student, and after each update
 /// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec). It sees every patch, without stochastic
 /// depth, and takes no gradient. Checkpoints hold it; later stages and exports take the student.
 #[component]
@@ -59,7 +59,7 @@ impl PlannedTeacher for PlannedEma {
 
     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
         let Some((planned, student)) = &mut build.student else {
-            return Err(Error::Usage("a running mean is built beside the student that it follows".into()));
+            return Err(Error::Usage("a moving average is built beside the student that it follows".into()));
         };
         let init = Init::blank(build.cx.device()).of_role(Role::Moving);
         let mut tower = planned.build(&init, build.trained)?;
@@ -138,6 +138,6 @@ impl TeacherModel for MovingTeacher {
     }
 }
 
-register!(teacher "ema" => Ema, "a running mean of the student",
+register!(teacher "ema" => Ema, "a moving average of the student",
     example: "{ type: ema, momentum: { from: 0.996, to: 1.0, shape: cosine } }",
     paper: "BYOL, arXiv 2006.07733; data2vec, arXiv 2202.03555");

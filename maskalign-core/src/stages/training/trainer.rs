@@ -93,7 +93,7 @@ pub trait Task {
     /// # Errors
     /// Out of memory on the device, or data that does not fit.
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor>;
-    /// Called after each update: for running means of parameters. `progress` is the update's own, the share of the stage
+    /// Called after each update: for moving averages of parameters. `progress` is the update's own, the share of the stage
     /// that was done before it, in 0..1.
     ///
     /// # Errors
