@@ -11,7 +11,7 @@ use maskalign_registry::{Kind, Recipe, Refusal};
 use crate::{
     components::towers::{Environment, MissingWeights, TrainedStudents},
     error::{Error, Result},
-    events::{Event, Events},
+    events::{Event, Events, Mark},
     plugin::Build,
     run::{
         CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, as_text,
@@ -112,12 +112,20 @@ pub fn run(
     dir: &RunDir,
     mut options: RunOptions,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
-    let mut manifest = manifest(cx, recipe, &plan, dir.read_manifest()?, &options)?;
+    let earlier = dir.read_manifest()?;
+    if earlier.is_none() && dir.is_trained()? {
+        return Err(Error::Usage(format!(
+            "{} is gone, so that what the run began with is not known: put back a copy of it, or start a new run",
+            dir.manifest_path().display()
+        )));
+    }
+    let mut manifest = manifest(cx, recipe, &plan, earlier, &options)?;
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
     let names: Vec<String> = plan.stages.iter().map(|(name, _)| name.clone()).collect();
     let mut trained = TrainedStudents::default();
     let mut results = serde_json::Map::new();
+    let mut passed_over = None;
     for (place, (name, stage)) in plan.stages.into_iter().enumerate() {
         let summary = stage.summary();
         let finished = dir.finished_stage(&name)?;
@@ -126,13 +134,20 @@ pub fn run(
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
         if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
+            dir.check_metrics(finished.metrics_records)?;
             tracing::info!("stage `{name}` is finished already");
             options.events.pass_over(finished.metrics_records);
             if summary.student.is_some() {
                 trained.insert(&name, Arc::new(left.into_student()));
             }
-            results.insert(name, finished.results);
+            results.insert(name.clone(), finished.results);
+            passed_over = Some((name, finished.metrics_records, finished.step));
             continue;
+        }
+        passed_over = None;
+        if dir.is_finished(&name)? {
+            // Nothing is taken away before it is known what to go on from.
+            dir.latest_checkpoint(&name)?;
         }
         // `--steps` may have ended it early; what came after it built on less.
         dir.reopen_stage(&name)?;
@@ -158,6 +173,7 @@ pub fn run(
             other => other,
         })?;
         if !dir.is_finished(&name)? {
+            options.events.sync()?;
             let header = CheckpointHeader {
                 stage: name.clone(),
                 step: 0,
@@ -174,6 +190,10 @@ pub fn run(
             trained.insert(&name, student);
         }
         results.insert(name, outcome.results);
+    }
+    if let Some((stage, records, step)) = passed_over {
+        // Nothing was left to do: what follows the last stage's records is none of the run's.
+        options.events.rewind(Mark { records, stage: &stage, step })?;
     }
     options.events.sync()?;
     manifest.ended = Some(this_moment());
@@ -238,6 +258,7 @@ fn manifest(
         commit: options.commit.clone(),
         command_line: options.command_line.clone(),
         working_directory: std::env::current_dir().ok().map(|folder| as_text(&folder)),
+        fingerprint: options.fingerprint.to_string(),
         seed: recipe.seed,
         device: cx.device().name(),
         threads: cx.threads(),
@@ -256,6 +277,13 @@ fn manifest(
         resumed: Vec::new(),
     };
     let Some(earlier) = earlier else { return Ok(begun) };
+    if earlier.fingerprint != begun.fingerprint {
+        return Err(Error::Usage(
+            "the recipe is not the one that the run's manifest.json names: put back `recipe.resolved.yaml`, name the recipe \
+             that the run began with, or start a new run"
+                .into(),
+        ));
+    }
     let differences = earlier.differences(&begun);
     if !differences.is_empty() {
         return Err(Error::Usage(format!(

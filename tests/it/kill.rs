@@ -40,7 +40,8 @@ fn places() -> Vec<String> {
     let mut all = Vec::new();
     // How often each kind of file is written: 3 stages; checkpoints of two of them after steps 2, 4, 6 of 8; the
     // manifest at the beginning and at the end.
-    for (what, times) in [("recipe", 1), ("manifest", 2), ("checkpoint", 4), ("final", 3), ("done", 3), ("summary", 3)]
+    for (what, times) in
+        [("recipe", 1), ("manifest", 2), ("checkpoint", 4), ("final", 3), ("done", 3), ("summary", 3), ("marks", 3)]
     {
         for moment in ["write", "sync", "rename", "renamed"] {
             all.extend((1..=times).map(|time| format!("{what}.{moment}:{time}")));

@@ -16,4 +16,5 @@ mod recipes;
 mod reference;
 mod robustness;
 mod runs;
+mod state;
 mod support;

@@ -59,7 +59,7 @@ impl Args {
         if !path.is_file() {
             return Err(Failure::mistake(format!("there is no checkpoint {}", path.display())));
         }
-        let checkpoint = Checkpoint::load(&path).map_err(|error| match error {
+        let checkpoint = Checkpoint::load_parameters(&path).map_err(|error| match error {
             RunError::Damaged { .. } => Failure::mistake(error.to_string())
                 .help("expected a run directory, or a file of its `checkpoints` such as STAGE/final.safetensors"),
             other => other.into(),

@@ -10,6 +10,7 @@ mod list;
 mod machine;
 mod plugin;
 mod run;
+mod runs;
 mod schema;
 mod show;
 mod validate;
@@ -25,6 +26,7 @@ use crate::{failure::Failure, session::Session};
 #[derive(Subcommand)]
 pub(crate) enum Verb {
     Run(run::Args),
+    Runs(runs::Args),
     Validate(validate::Args),
     Show(show::Args),
     List(list::Args),
@@ -64,6 +66,7 @@ impl Verb {
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Verb::Run(args) => args.run(session),
+            Verb::Runs(args) => args.run(session),
             Verb::Validate(args) => args.run(session),
             Verb::Show(args) => args.run(session),
             Verb::List(args) => args.run(session),

@@ -47,6 +47,9 @@ impl Sink for MetricsFile<'_> {
     }
 
     fn sync(&mut self) -> Result<()> {
-        Ok(self.file.as_ref().map_or(Ok(()), Metrics::sync)?)
+        match &self.file {
+            Some(file) => Ok(self.dir.mark_metrics(file.sync()?)?),
+            None => Ok(()),
+        }
     }
 }

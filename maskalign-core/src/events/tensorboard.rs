@@ -322,7 +322,9 @@ mod tests {
         let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
         let mut events = stream(&dir);
         events.rewind(BEGINNING).unwrap();
-        (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        (0..3).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        events.sync().unwrap();
+        (3..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
         drop(events);
         let mut torn = OpenOptions::new().append(true).open(dir.tensorboard_path()).unwrap();
         torn.write_all(&framed(b"half of it")[..13]).unwrap();
@@ -340,7 +342,9 @@ mod tests {
         let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
         let mut events = Events::new(vec![Box::new(MetricsFile::new(&dir))]);
         events.rewind(BEGINNING).unwrap();
-        (0..5).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        (0..4).for_each(|step| events.send(Event::Step(&report(step))).unwrap());
+        events.sync().unwrap();
+        events.send(Event::Step(&report(4))).unwrap();
         drop(events);
         let mut events = stream(&dir);
         events.rewind(Mark { records: 4, stage: "pretrain", step: 4 }).unwrap();

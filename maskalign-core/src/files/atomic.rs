@@ -1,12 +1,13 @@
 //! Files that are there whole or not at all.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use super::error::RunError;
 use super::fail_point::{fail_point, fail_point_after};
+use super::plain::sync_parent;
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -37,7 +38,7 @@ fn write_and_rename<T>(
     what: &str,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<T>,
 ) -> io::Result<T> {
-    let mut writer = BufWriter::with_capacity(BUFFER_BYTES, File::create(temporary)?);
+    let mut writer = BufWriter::with_capacity(BUFFER_BYTES, create_temporary(temporary)?);
     let value = write(&mut writer)?;
     writer.flush()?;
     let file = writer.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -51,8 +52,16 @@ fn write_and_rename<T>(
     fail_point(what, "rename");
     fs::rename(temporary, path)?;
     fail_point(what, "renamed");
-    sync_folder(path)?;
+    sync_parent(path)?;
     Ok(value)
+}
+
+/// Makes the temporary file in place of one that a kill left. What is there may be a link: it is not followed.
+fn create_temporary(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => OpenOptions::new().write(true).create_new(true).open(path),
+    }
 }
 
 /// `DIR/NAME` -> `DIR/.NAME.tmp`.
@@ -66,22 +75,6 @@ pub(crate) fn temporary_path(path: &Path) -> Option<PathBuf> {
 /// The name that a temporary file was to take, if it is one.
 pub(crate) fn target_of_temporary(name: &str) -> Option<&str> {
     name.strip_prefix('.')?.strip_suffix(".tmp")
-}
-
-/// Makes a rename in the folder of `path` last.
-#[cfg(unix)]
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    File::open(folder)?.sync_all()
-}
-
-/// Folders cannot be opened and synced here.
-#[cfg(not(unix))]
-fn sync_folder(_path: &Path) -> io::Result<()> {
-    Ok(())
 }
 
 #[cfg(test)]
@@ -120,6 +113,22 @@ mod tests {
         atomic_write(&path, "manifest", |file| file.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(names(folder.path()), ["manifest.json"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_in_the_place_of_the_file_or_of_the_temporary_one_is_replaced_and_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let mine = folder.path().join("mine");
+        fs::write(&mine, "mine").unwrap();
+        let path = folder.path().join("manifest.json");
+        for link in [&path, &temporary_path(&path).unwrap()] {
+            std::os::unix::fs::symlink(&mine, link).unwrap();
+            atomic_write(&path, "manifest", |file| file.write_all(b"new")).unwrap();
+            assert_eq!(fs::read(&mine).unwrap(), b"mine");
+            assert_eq!(fs::read(&path).unwrap(), b"new");
+            assert_eq!(names(folder.path()), ["manifest.json", "mine"]);
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::plain::NotPlain;
+
 /// Why a run's directory cannot be used, read or written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -61,6 +63,22 @@ pub enum RunError {
         /// The file.
         path: PathBuf,
     },
+    /// A link, or something else, is where a run has a file or a folder of its own.
+    #[error("{path} is {found}, and not the run's own {expected}: nothing is read, written or deleted through it; move it away, or put the {expected} itself there", path = .path.display())]
+    NotPlain {
+        /// The place.
+        path: PathBuf,
+        /// What is there, as in "a link".
+        found: &'static str,
+        /// What should be there: `file` or `folder`.
+        expected: &'static str,
+    },
+    /// A file of a run that an earlier version made.
+    #[error("{path} is of an earlier version of MaskAlign, whose runs are not known by their checksums to be whole: finish the run with that version, or start a new one; `export` and `weights` still take what its stages left", path = .path.display())]
+    Outdated {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another failure of the operating system.
     #[error("cannot {action} {path}: {source}", path = .path.display())]
     Io {
@@ -90,17 +108,37 @@ impl RunError {
             | RunError::NothingToResume { .. }
             | RunError::NotAFolder { .. }
             | RunError::InUse { .. }
-            | RunError::Name { .. } => true,
-            RunError::DiskFull { .. } | RunError::Io { .. } | RunError::Damaged { .. } => false,
+            | RunError::Name { .. }
+            | RunError::NotPlain { .. }
+            | RunError::Outdated { .. }
+            | RunError::Damaged { .. } => true,
+            RunError::DiskFull { .. } | RunError::Io { .. } => false,
         }
     }
 
-    /// Whether what a file held is lost: it is gone, or not as it was written.
+    /// Whether what a file held is lost: it is gone, cannot be read, or is not as it was written. A link is none: what it
+    /// leads to may be whole.
     pub(crate) fn is_lost_content(&self) -> bool {
         match self {
-            RunError::Damaged { .. } => true,
-            RunError::Io { source, .. } => source.kind() == io::ErrorKind::NotFound,
+            RunError::Damaged { .. } | RunError::Io { .. } => true,
+            RunError::NotPlain { found, .. } => *found != "a link",
             _ => false,
+        }
+    }
+
+    /// The file that is damaged.
+    pub(crate) fn damaged_path(&self) -> Option<&Path> {
+        match self {
+            RunError::Damaged { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Adds the way out to what is wrong with a file.
+    pub(crate) fn advised(self, remedy: &str) -> RunError {
+        match self {
+            RunError::Damaged { path, reason } => RunError::Damaged { path, reason: format!("{reason}; {remedy}") },
+            other => other,
         }
     }
 
@@ -109,12 +147,28 @@ impl RunError {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 RunError::DiskFull { what: what.to_owned(), path: path.to_owned() }
             }
-            _ => RunError::Io { action: format!("write the {what}"), path: path.to_owned(), source },
+            _ => RunError::io(format!("write the {what}"), path, source),
         }
     }
 
     pub(crate) fn reading(what: &str, path: &Path, source: io::Error) -> RunError {
-        RunError::Io { action: format!("read the {what}"), path: path.to_owned(), source }
+        RunError::io(format!("read the {what}"), path, source)
+    }
+
+    /// What a folder of a run's own turned out to be.
+    pub(crate) fn folder(path: &Path, source: io::Error) -> RunError {
+        match RunError::io("use the folder".into(), path, source) {
+            RunError::NotPlain { path, found, .. } => RunError::NotPlain { path, found, expected: "folder" },
+            other => other,
+        }
+    }
+
+    fn io(action: String, path: &Path, source: io::Error) -> RunError {
+        let path = path.to_owned();
+        match NotPlain::of(&source) {
+            Some(NotPlain(found)) => RunError::NotPlain { path, found, expected: "file" },
+            None => RunError::Io { action, path, source },
+        }
     }
 
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> RunError {

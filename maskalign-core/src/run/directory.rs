@@ -12,8 +12,9 @@ use serde_json::{Map, Value};
 
 use super::clock::utc;
 use super::manifest::Manifest;
-use super::metrics::Metrics;
-use crate::files::{RunError, atomic_write, target_of_temporary};
+use super::metrics::{self, Marks, Metrics, MetricsMark, Tail};
+use super::seal::{Broken, seal, unseal};
+use crate::files::{RunError, atomic_write, open_plain, sync_parent, target_of_temporary};
 use crate::weights::TensorRef;
 use crate::weights::{Checkpoint, CheckpointHeader, Retention};
 
@@ -22,13 +23,18 @@ const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made b
 const RECIPE: &str = "recipe.resolved.yaml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
+const MARKS: &str = "metrics.marks.json";
 const SUMMARY: &str = "summary.json";
 const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final.safetensors";
 const DONE: &str = "done.json";
 const TENSORBOARD: &str = "tensorboard";
+/// Behind the name of a checkpoint that cannot be gone on from.
+const SET_ASIDE: &str = ".set-aside";
 /// TensorBoard finds files by the middle of their names.
 const EVENTS: &str = "events.out.tfevents.0.maskalign";
+
+const RESTORE_METRICS: &str = "put back copies of `metrics.jsonl` and `metrics.marks.json`, or start a new run";
 
 /// What to do with what a run's directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +134,23 @@ impl RunDir {
         Ok(run)
     }
 
+    /// A run's directory to read from: it is not locked, and nothing in it is changed.
+    pub(super) fn look_at(path: &Path) -> Result<RunDir, RunError> {
+        let marker = open_plain(&path.join(MARKER), OpenOptions::new().read(true));
+        let marker = marker.map_err(|_| RunError::NotARun { path: path.to_owned(), marker: MARKER })?;
+        Ok(RunDir { path: path.to_owned(), marker, found: Found::Run })
+    }
+
+    /// Whether a stage has left a checkpoint or its record.
+    pub(crate) fn is_trained(&self) -> Result<bool, RunError> {
+        for folder in self.stage_folders()? {
+            if file_names(&folder)?.iter().any(|name| is_stages(name)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Leaves the place as it was found where nothing was trained yet: a run that is refused is no run. What an earlier
     /// run left is not touched.
     pub fn withdraw(mut self) -> Result<(), RunError> {
@@ -214,12 +237,62 @@ impl RunDir {
 
     /// Reads `manifest.json`; `None` if the run was killed before it was written.
     pub fn read_manifest(&self) -> Result<Option<Manifest>, RunError> {
-        read_json(&self.manifest_path(), "manifest")
+        let manifest = read_json(&self.manifest_path(), "manifest");
+        manifest.map_err(|error| error.advised("put back a copy of it, or start a new run"))
     }
 
     /// Opens `metrics.jsonl` and keeps its first `records` records: those of the checkpoint that the run goes on from.
+    ///
+    /// # Errors
+    /// These records are not as they were written; the file is left as it is.
     pub fn metrics(&self, records: u64) -> Result<Metrics, RunError> {
-        Metrics::open(&self.metrics_path(), records)
+        let mut marks = self.marks()?;
+        let metrics = Metrics::open(&self.metrics_path(), &self.mark_at(&marks, records)?, &marks);
+        let metrics = metrics.map_err(|error| error.advised(RESTORE_METRICS))?;
+        let known = marks.marks.len();
+        marks.marks.retain(|mark| mark.records <= records);
+        if marks.marks.len() < known {
+            write_json(&self.marks_path(), "marks", &marks)?;
+        }
+        Ok(metrics)
+    }
+
+    /// Notes where `metrics.jsonl` stands, before a checkpoint that counts its records is written.
+    pub fn mark_metrics(&self, mark: MetricsMark) -> Result<(), RunError> {
+        let mut marks = self.marks()?;
+        if mark.records == 0 || marks.marks.last() == Some(&mark) {
+            return Ok(());
+        }
+        marks.marks.retain(|earlier| earlier.records < mark.records);
+        marks.marks.push(mark);
+        write_json(&self.marks_path(), "marks", &marks)
+    }
+
+    /// Checks that the first `records` records of `metrics.jsonl` are as they were written.
+    pub(crate) fn check_metrics(&self, records: u64) -> Result<(), RunError> {
+        let marks = self.marks()?;
+        let checked = metrics::check(&self.metrics_path(), &self.mark_at(&marks, records)?, &marks);
+        checked.map(drop).map_err(|error| error.advised(RESTORE_METRICS))
+    }
+
+    fn marks_path(&self) -> PathBuf {
+        self.path.join(MARKS)
+    }
+
+    fn marks(&self) -> Result<Marks, RunError> {
+        let marks = read_json(&self.marks_path(), "marks");
+        Ok(marks.map_err(|error| error.advised(RESTORE_METRICS))?.unwrap_or_default())
+    }
+
+    fn mark_at(&self, marks: &Marks, records: u64) -> Result<MetricsMark, RunError> {
+        marks.at(records).ok_or_else(|| {
+            let path = self.marks_path();
+            let reason = match path.exists() {
+                true => format!("it has no checksum of the first {records} records of {METRICS}"),
+                false => "it is gone".into(),
+            };
+            RunError::damaged(&path, reason).advised(RESTORE_METRICS)
+        })
     }
 
     /// Writes a checkpoint of `header.stage` at `header.step` and returns its path.
@@ -239,18 +312,58 @@ impl RunDir {
         Ok(found)
     }
 
-    /// The newest checkpoint of a stage that can be read. Damaged ones are passed over and logged.
+    /// The newest checkpoint of a stage that is whole, and that `metrics.jsonl` agrees with. Others are passed over, set
+    /// aside under another name, and logged.
+    ///
+    /// # Errors
+    /// There are checkpoints, and none is whole; or one is of an earlier version, or a link.
     pub fn latest_checkpoint(&self, stage: &str) -> Result<Option<Checkpoint>, RunError> {
-        for (_, path) in self.checkpoints(stage)?.into_iter().rev() {
-            match Checkpoint::load(&path) {
-                Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error @ RunError::Damaged { .. }) => {
-                    tracing::warn!("{error}: going back to the checkpoint before it");
+        let mut passed_over: Vec<(PathBuf, RunError)> = Vec::new();
+        for (step, path) in self.checkpoints(stage)?.into_iter().rev() {
+            match self.read_checkpoint(stage, step) {
+                Ok(checkpoint) => {
+                    if passed_over.iter().any(|(_, error)| error.damaged_path() == Some(&self.metrics_path())) {
+                        self.keep_damaged_metrics()?;
+                    }
+                    for (path, error) in passed_over {
+                        let aside = set_aside(&path)?;
+                        let (path, aside) = (path.display(), aside.display());
+                        tracing::warn!(
+                            "{error}: {path} is passed over for the checkpoint before it, and is now {aside}"
+                        );
+                    }
+                    return Ok(Some(checkpoint));
                 }
+                Err(error) if error.is_lost_content() => passed_over.push((path, error)),
                 Err(error) => return Err(error),
             }
         }
-        Ok(None)
+        match passed_over.into_iter().next() {
+            None => Ok(None),
+            Some((path, error)) => {
+                let folder = path.parent().unwrap_or(&self.path).display();
+                let remedy = format!(
+                    "put back a copy, or move what is in {folder} away to train stage `{stage}` from its start"
+                );
+                let unusable = "no checkpoint of the stage can be gone on from";
+                Err(match error.damaged_path() {
+                    Some(damaged) if damaged == path => error.advised(unusable).advised(&remedy),
+                    Some(_) => error.advised(unusable),
+                    None => RunError::damaged(&path, error.to_string()).advised(unusable).advised(&remedy),
+                })
+            }
+        }
+    }
+
+    /// Copies `metrics.jsonl` before what is wrong in it, and what is not behind that, is cut off and made again.
+    fn keep_damaged_metrics(&self) -> Result<(), RunError> {
+        let path = self.metrics_path();
+        if path.exists() {
+            let aside = free_name(&path);
+            fs::copy(&path, &aside).map_err(|source| RunError::writing("copy of the metrics", &aside, source))?;
+            tracing::warn!("{} is kept as {}", path.display(), aside.display());
+        }
+        Ok(())
     }
 
     /// Deletes the checkpoints of a stage that need not stay.
@@ -284,14 +397,22 @@ impl RunDir {
     /// if its weights are gone or damaged.
     ///
     /// Completes `summary.json` if a kill came between the two.
+    ///
+    /// # Errors
+    /// The record is damaged or of an earlier version; or the weights are lost and so are the checkpoints to make them from.
     pub fn finished_stage(&self, stage: &str) -> Result<Option<(FinishedStage, Checkpoint)>, RunError> {
         let folder = self.stage_folder(stage)?;
-        let Some(finished) = read_json::<FinishedStage>(&folder.join(DONE), "record of a finished stage")? else {
+        let Some(finished) = self.read_done(stage)? else {
             return Ok(None);
         };
-        let left = match Checkpoint::load(&folder.join(FINAL)) {
+        let left = match self.read_final(stage, &finished) {
             Ok(left) => left,
             Err(error) if error.is_lost_content() => {
+                if finished.step > 0 && self.checkpoints(stage)?.is_empty() {
+                    let remedy = format!("put back a copy, or move {} away to train the stage again", folder.display());
+                    let reason = format!("{error}; there is no checkpoint to make it from");
+                    return Err(RunError::damaged(&folder, reason).advised(&remedy));
+                }
                 tracing::warn!("{error}: stage `{stage}` goes on from its last checkpoint");
                 return Ok(None);
             }
@@ -299,6 +420,54 @@ impl RunDir {
         };
         self.add_to_summary(stage, &finished.results)?;
         Ok(Some((finished, left)))
+    }
+
+    /// `final.safetensors` of a stage, which must agree with its record.
+    pub(super) fn read_final(&self, stage: &str, finished: &FinishedStage) -> Result<Checkpoint, RunError> {
+        let path = self.final_path(stage)?;
+        let left = load(&path)?;
+        agrees(&path, &left.header, stage, finished.step)?;
+        let differs = |what| Err(RunError::damaged(&path, format!("its {what} is not the one of {DONE} beside it")));
+        match &left.header {
+            header if header.fingerprint != finished.fingerprint => differs("recipe"),
+            header if header.metrics_records != finished.metrics_records => differs("number of records"),
+            _ => Ok(left),
+        }
+    }
+
+    /// A checkpoint that is whole, and that the metrics agree with.
+    pub(super) fn read_checkpoint(&self, stage: &str, step: u64) -> Result<Checkpoint, RunError> {
+        let path = self.checkpoint_path(stage, step)?;
+        let checkpoint = load(&path)?;
+        agrees(&path, &checkpoint.header, stage, step)?;
+        self.check_metrics(checkpoint.header.metrics_records)?;
+        Ok(checkpoint)
+    }
+
+    /// The number of marks, the records up to the last, and what follows it.
+    pub(super) fn whole_metrics(&self) -> Result<(usize, u64, Tail), RunError> {
+        let marks = self.marks()?;
+        let last = marks.marks.last().cloned().unwrap_or_else(MetricsMark::begin);
+        let tail = metrics::check(&self.metrics_path(), &last, &marks)?;
+        Ok((marks.marks.len(), last.records, tail))
+    }
+
+    /// The stages that have left something, sorted.
+    pub(super) fn stages(&self) -> Result<Vec<String>, RunError> {
+        let folders = self.stage_folders()?.into_iter();
+        let mut names: Vec<String> =
+            folders.filter_map(|folder| folder.file_name()?.to_str().map(str::to_owned)).collect();
+        names.retain(|name| self.stage_folder(name).is_ok());
+        names.sort();
+        Ok(names)
+    }
+
+    /// `done.json` of a stage; `None` if it is not finished.
+    pub(crate) fn read_done(&self, stage: &str) -> Result<Option<FinishedStage>, RunError> {
+        let finished = read_json(&self.stage_folder(stage)?.join(DONE), "record of a finished stage");
+        finished.map_err(|error| {
+            error.advised("put back a copy, or move it away to finish the stage again from its last checkpoint")
+        })
     }
 
     /// Whether a stage has left its record.
@@ -312,9 +481,9 @@ impl RunDir {
         // Without its record a stage is unfinished, whatever else is there.
         delete(&folder.join(DONE))?;
         delete(&folder.join(FINAL))?;
-        let mut summary = self.read_summary()?;
+        let mut summary = self.summary_or_anew()?;
         if summary.shift_remove(stage).is_some() {
-            write_json(&self.summary_path(), "summary", &summary)?;
+            self.write_summary(&summary)?;
         }
         Ok(())
     }
@@ -327,16 +496,38 @@ impl RunDir {
 
     /// `summary.json`: each finished stage's results under its name, in the order they finished.
     pub fn read_summary(&self) -> Result<Map<String, Value>, RunError> {
-        Ok(read_json(&self.summary_path(), "summary")?.unwrap_or_default())
+        let path = self.summary_path();
+        let Some(text) = read_if_there(&path, "summary")? else {
+            return Ok(Map::new());
+        };
+        serde_json::from_str(&text).map_err(|error| RunError::damaged(&path, format!("it does not parse: {error}")))
     }
 
     fn add_to_summary(&self, stage: &str, results: &Value) -> Result<(), RunError> {
-        let mut summary = self.read_summary()?;
+        let mut summary = self.summary_or_anew()?;
         if summary.get(stage) != Some(results) {
             summary.insert(stage.to_owned(), results.clone());
-            write_json(&self.summary_path(), "summary", &summary)?;
+            self.write_summary(&summary)?;
         }
         Ok(())
+    }
+
+    /// The summary; an empty one where it is damaged: stages have their results in their own records too.
+    fn summary_or_anew(&self) -> Result<Map<String, Value>, RunError> {
+        match self.read_summary() {
+            Err(error @ RunError::Damaged { .. }) => {
+                tracing::warn!("{error}; it is made again from the stages' own records");
+                Ok(Map::new())
+            }
+            read => read,
+        }
+    }
+
+    fn write_summary(&self, summary: &Map<String, Value>) -> Result<(), RunError> {
+        atomic_write(&self.summary_path(), "summary", |file| {
+            serde_json::to_writer_pretty(&mut *file, summary)?;
+            file.write_all(b"\n")
+        })
     }
 
     fn stage_folder(&self, stage: &str) -> Result<PathBuf, RunError> {
@@ -375,7 +566,10 @@ impl RunDir {
             .and_then(|()| self.marker.read_to_string(&mut recorded))
             .map_err(|source| RunError::reading("run directory's marker", &path, source))?;
         self.delete_leftovers()?;
-        for name in [RECIPE, MANIFEST, METRICS, SUMMARY] {
+        for name in [RECIPE, MANIFEST, METRICS, MARKS, SUMMARY] {
+            delete(&self.path.join(name))?;
+        }
+        for name in file_names(&self.path)?.iter().filter(|name| aside_of(name) == Some(METRICS)) {
             delete(&self.path.join(name))?;
         }
         for line in recorded.lines().skip(1).filter(|line| is_inside(line)) {
@@ -385,7 +579,7 @@ impl RunDir {
         }
         for folder in self.stage_folders()? {
             for name in file_names(&folder)? {
-                if name == FINAL || name == DONE || step_of(&name).is_some() {
+                if is_stages(&name) || aside_of(&name).is_some_and(is_stages) {
                     delete(&folder.join(name))?;
                 }
             }
@@ -411,9 +605,9 @@ impl RunDir {
             }
             Ok::<_, RunError>(())
         };
-        delete_in(&self.path, &|name| [RECIPE, MANIFEST, SUMMARY].contains(&name))?;
+        delete_in(&self.path, &|name| [RECIPE, MANIFEST, MARKS, SUMMARY].contains(&name))?;
         for folder in self.stage_folders()? {
-            delete_in(&folder, &|name| name == FINAL || name == DONE || step_of(name).is_some())?;
+            delete_in(&folder, &is_stages)?;
         }
         Ok(())
     }
@@ -464,6 +658,16 @@ fn open_marker(folder: &Path) -> Result<File, RunError> {
     }
 }
 
+/// Whether a stage leaves a file of this name.
+fn is_stages(name: &str) -> bool {
+    name == FINAL || name == DONE || step_of(name).is_some()
+}
+
+/// The name of what was set aside under another, if it is one.
+fn aside_of(name: &str) -> Option<&str> {
+    Some(name.split_once(SET_ASIDE)?.0)
+}
+
 /// `step-00001234.safetensors` -> 1234.
 fn step_of(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("step-")?.strip_suffix(".safetensors")?;
@@ -510,7 +714,11 @@ fn file_names(folder: &Path) -> Result<BTreeSet<String>, RunError> {
     Ok(names)
 }
 
+/// Deletes a file. A folder of its name is somebody else's: it gets another name.
 fn delete(path: &Path) -> Result<(), RunError> {
+    if is_plain_folder(path) {
+        return set_aside(path).map(drop);
+    }
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
             Err(RunError::Io { action: "delete".into(), path: path.to_owned(), source })
@@ -519,28 +727,72 @@ fn delete(path: &Path) -> Result<(), RunError> {
     }
 }
 
+/// Writes a value with a checksum.
 fn write_json(path: &Path, what: &str, value: &impl Serialize) -> Result<(), RunError> {
-    atomic_write(path, what, |file| {
-        serde_json::to_writer_pretty(&mut *file, value)?;
-        file.write_all(b"\n")
-    })
+    let text = seal(value).map_err(|error| RunError::writing(what, path, error.into()))?;
+    atomic_write(path, what, |file| file.write_all(text.as_bytes()))
 }
 
 fn read_if_there(path: &Path, what: &str) -> Result<Option<String>, RunError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
+    let mut text = String::new();
+    let read = open_plain(path, OpenOptions::new().read(true)).and_then(|mut file| file.read_to_string(&mut text));
+    match read {
+        Ok(_) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(RunError::damaged(path, "it is not UTF-8")),
         Err(error) => Err(RunError::reading(what, path, error)),
     }
 }
 
+/// Reads a value that was written with a checksum.
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, what: &str) -> Result<Option<T>, RunError> {
     let Some(text) = read_if_there(path, what)? else {
         return Ok(None);
     };
-    serde_json::from_str(&text)
-        .map(Some)
-        .map_err(|error| RunError::damaged(path, format!("the {what} does not parse: {error}")))
+    match unseal(&text) {
+        Ok(value) => Ok(Some(value)),
+        Err(Broken::Unsealed) => Err(RunError::Outdated { path: path.to_owned() }),
+        Err(Broken::Damaged(reason)) => Err(RunError::damaged(path, reason)),
+    }
+}
+
+/// Reads a checkpoint of a run's own.
+fn load(path: &Path) -> Result<Checkpoint, RunError> {
+    let file = open_plain(path, OpenOptions::new().read(true));
+    Checkpoint::of(path, file.map_err(|error| RunError::reading("checkpoint", path, error))?)
+}
+
+/// Checks that a checkpoint is the one that its place says.
+fn agrees(path: &Path, header: &CheckpointHeader, stage: &str, step: u64) -> Result<(), RunError> {
+    if header.stage == stage && header.step == step {
+        return Ok(());
+    }
+    let reason = format!("it is of step {} of stage `{}`, and not of its place", header.step, header.stage);
+    Err(RunError::damaged(path, reason))
+}
+
+/// A name beside a file that is none of a run's, and nobody's yet.
+fn free_name(path: &Path) -> PathBuf {
+    let named = |end: &str| {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(SET_ASIDE);
+        name.push(end);
+        path.with_file_name(name)
+    };
+    let is_free = |path: &PathBuf| path.symlink_metadata().is_err();
+    let numbered = (2..).map(|count| named(&format!("-{count}")));
+    std::iter::once(named("")).chain(numbered).find(is_free).unwrap_or_else(|| named(""))
+}
+
+/// Gives what is no checkpoint to go on from another name.
+fn set_aside(path: &Path) -> Result<PathBuf, RunError> {
+    let aside = free_name(path);
+    fs::rename(path, &aside).and_then(|()| sync_parent(&aside)).map_err(|source| RunError::Io {
+        action: "set aside".into(),
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(aside)
 }
 
 #[cfg(test)]
@@ -557,13 +809,20 @@ mod tests {
             stage: stage.into(),
             step,
             fingerprint: "f".into(),
-            metrics_records: step,
+            metrics_records: step.min(16),
             student: Vec::new(),
             meta: Value::Null,
         }
     }
 
+    /// Saves a checkpoint after so many records, each of them new.
     fn save(run: &RunDir, stage: &str, step: u64) -> PathBuf {
+        let records = run.marks().unwrap().marks.last().map_or(0, |mark| mark.records);
+        let mut metrics = run.metrics(records).unwrap();
+        for step in records..step.min(16) {
+            metrics.append(&json!({ "stage": stage, "step": step, "loss": 1.0 })).unwrap();
+        }
+        run.mark_metrics(metrics.sync().unwrap()).unwrap();
         let data = [step as f32];
         let tensors = [TensorRef { name: "model.w".into(), shape: vec![1], data: TensorData::Host(&data) }];
         run.save_checkpoint(&header(stage, step), &tensors).unwrap()
@@ -668,6 +927,91 @@ mod tests {
         let checkpoint = run.latest_checkpoint("pretrain").unwrap().unwrap();
         assert_eq!(checkpoint.header, header("pretrain", 10));
         assert_eq!(checkpoint.tensors["model.w"].data, [10.0]);
+        let steps: Vec<u64> = run.checkpoints("pretrain").unwrap().into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [9, 10], "it does not count among those that are kept");
+    }
+
+    /// Whatever cannot be read in the place of the newest checkpoint.
+    #[test]
+    fn a_newest_checkpoint_that_is_none_falls_back_to_the_one_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let whole = fs::read(save(&run, "pretrain", 4)).unwrap();
+        let other = fs::read(save(&run, "probe", 6)).unwrap();
+        let path = run.checkpoint_path("pretrain", 6).unwrap();
+        let spoil: [(&str, &dyn Fn()); 5] = [
+            ("empty", &|| fs::write(&path, "").unwrap()),
+            ("a folder", &|| fs::create_dir_all(path.join("inside")).unwrap()),
+            ("an older one under its name", &|| fs::write(&path, &whole).unwrap()),
+            ("another stage's", &|| fs::write(&path, &other).unwrap()),
+            ("text", &|| fs::write(&path, "no checkpoint at all").unwrap()),
+        ];
+        for (what, spoil) in spoil {
+            spoil();
+            let checkpoint = run.latest_checkpoint("pretrain").unwrap().unwrap();
+            assert_eq!(checkpoint.header, header("pretrain", 4), "{what}");
+            assert!(!path.exists(), "{what}: its place is free for the one that will be made again");
+        }
+        fs::rename(run.checkpoint_path("pretrain", 4).unwrap(), &path).unwrap();
+        let error = run.latest_checkpoint("pretrain").unwrap_err();
+        let says =
+            "it is of step 4 of stage `pretrain`, and not of its place; no checkpoint of the stage can be gone on";
+        assert!(error.is_user_mistake() && error.to_string().contains(says), "{error}");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn metrics_that_a_checkpoint_does_not_agree_with_send_back_to_an_older_one_or_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        for step in [2, 4, 6] {
+            save(&run, "pretrain", step);
+        }
+        let path = run.metrics_path();
+        let whole = fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = whole.split_inclusive('\n').collect();
+        let damaged = [&lines[..4], &lines[5..]].concat().concat();
+        fs::write(&path, &damaged).unwrap();
+        assert_eq!(run.latest_checkpoint("pretrain").unwrap().unwrap().header.step, 4);
+        let kept = folder.path().join("metrics.jsonl.set-aside");
+        assert_eq!(fs::read_to_string(kept).unwrap(), damaged);
+        run.metrics(4).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), lines[..4].concat());
+
+        fs::write(&path, lines[1..4].concat()).unwrap();
+        let error = run.latest_checkpoint("pretrain").unwrap_err();
+        assert!(error.is_user_mistake() && error.to_string().contains("metrics.jsonl is damaged"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), lines[1..4].concat());
+        fs::write(&path, lines[..4].concat()).unwrap();
+        fs::remove_file(run.marks_path()).unwrap();
+        let error = run.latest_checkpoint("pretrain").unwrap_err().to_string();
+        assert!(error.contains("metrics.marks.json is damaged: it is gone"), "{error}");
+    }
+
+    #[test]
+    fn a_record_that_is_damaged_or_of_an_earlier_version_is_answered() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        run.finish_stage(&header("pretrain", 4), &[], json!({ "loss": 0.5 })).unwrap();
+        run.write_manifest(&Manifest::default()).unwrap();
+        let done = folder.path().join("checkpoints/pretrain/done.json");
+        for (path, read) in [
+            (done, &(|| run.finished_stage("pretrain").map(drop)) as &dyn Fn() -> Result<(), RunError>),
+            (run.manifest_path(), &|| run.read_manifest().map(drop)),
+        ] {
+            let whole = fs::read_to_string(&path).unwrap();
+            read().unwrap();
+            let mut entries: Map<String, Value> = serde_json::from_str(&whole).unwrap();
+            entries.shift_remove("blake3");
+            fs::write(&path, Value::Object(entries).to_string()).unwrap();
+            assert!(matches!(read(), Err(RunError::Outdated { .. })));
+            for damaged in [whole.replace('4', "5"), String::new(), whole[..whole.len() / 2].to_owned()] {
+                fs::write(&path, damaged).unwrap();
+                let error = read().unwrap_err();
+                assert!(error.is_user_mistake() && error.to_string().contains("; put back a copy"), "{error}");
+            }
+            fs::write(&path, whole).unwrap();
+        }
     }
 
     #[test]
@@ -717,12 +1061,16 @@ mod tests {
         assert!(run.finished_stage("pretrain").unwrap().is_some());
         let mut flipped = whole.clone();
         *flipped.last_mut().unwrap() ^= 1;
+        let checkpoint = save(&run, "pretrain", 4);
         for damaged in [&whole[..whole.len() - 1], &flipped] {
             fs::write(&path, damaged).unwrap();
             assert_eq!(run.finished_stage("pretrain").unwrap(), None);
         }
         fs::remove_file(&path).unwrap();
         assert_eq!(run.finished_stage("pretrain").unwrap(), None);
+        fs::remove_file(checkpoint).unwrap();
+        let error = run.finished_stage("pretrain").unwrap_err();
+        assert!(error.is_user_mistake(), "it would be trained from its start: {error}");
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub struct Manifest {
     /// The folder that relative paths of the recipe start from: that of the process which began the run. Of a name that is
     /// not Unicode what can be shown.
     pub working_directory: Option<PathBuf>,
+    /// The recipe's fingerprint.
+    pub fingerprint: String,
     /// The recipe's seed.
     pub seed: u64,
     /// The device in words, as in `cpu` or `cuda:0`.

@@ -1,46 +1,107 @@
 //! The writer of `metrics.jsonl`.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::files::RunError;
-use crate::files::fail_point_after;
+use crate::files::{RunError, fail_point_after, open_plain, sync_parent};
+
+/// How far `metrics.jsonl` was when a checkpoint was about to be written.
+///
+/// The checkpoint itself counts records alone: they hold timings, so that their bytes differ between equal runs, and equal
+/// states must give equal checkpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetricsMark {
+    /// Records so far, as the checkpoint counts them.
+    pub records: u64,
+    /// The length of the file.
+    pub bytes: u64,
+    /// BLAKE3 of that beginning of the file, in hexadecimal.
+    pub blake3: String,
+}
+
+impl MetricsMark {
+    /// Where the file has no record yet.
+    pub fn begin() -> MetricsMark {
+        MetricsMark::of(0, 0, &blake3::Hasher::new())
+    }
+
+    fn of(records: u64, bytes: u64, hasher: &blake3::Hasher) -> MetricsMark {
+        MetricsMark { records, bytes, blake3: hasher.finalize().to_hex().to_string() }
+    }
+
+    /// Reads on to the mark; whether all is as it was written.
+    fn is_reached(&self, reader: &mut impl Read, hasher: &mut blake3::Hasher) -> io::Result<bool> {
+        let missing = self.bytes.saturating_sub(hasher.count());
+        hasher.update_reader(reader.take(missing))?;
+        Ok(hasher.count() == self.bytes && hasher.finalize().to_hex().as_str() == self.blake3)
+    }
+}
+
+/// What `metrics.marks.json` holds: a mark for each checkpoint, in ascending order.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub(super) struct Marks {
+    pub(super) marks: Vec<MetricsMark>,
+}
+
+impl Marks {
+    /// The mark of so many records.
+    pub(super) fn at(&self, records: u64) -> Option<MetricsMark> {
+        match records {
+            0 => Some(MetricsMark::begin()),
+            records => self.marks.iter().find(|mark| mark.records == records).cloned(),
+        }
+    }
+
+    /// The last mark up to which the file is as it was written, and the first beyond which it is not.
+    fn split(&self, file: &mut File) -> io::Result<(MetricsMark, Option<&MetricsMark>)> {
+        file.rewind()?;
+        let mut hasher = blake3::Hasher::new();
+        let mut good = MetricsMark::begin();
+        for mark in &self.marks {
+            if !mark.is_reached(file, &mut hasher)? {
+                return Ok((good, Some(mark)));
+            }
+            good = mark.clone();
+        }
+        Ok((good, None))
+    }
+}
 
 /// The writer of `metrics.jsonl`: whole lines only, one JSON record each.
 ///
-/// A checkpoint stores [`Metrics::records`], and a resumed run opens the file with that number: a torn last line and
-/// records past the checkpoint are cut off, and will be written again. A number of records, not of bytes: records hold
-/// timings, so bytes differ between equal runs, and equal states must give equal checkpoints.
+/// A resumed run opens the file at the mark of its checkpoint: a torn last line and records past the checkpoint are cut off,
+/// and will be written again. A file that is not as it was written up to there is refused, and nothing of it is lost.
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
     file: File,
-    bytes: u64,
     records: u64,
+    hasher: blake3::Hasher,
 }
 
 impl Metrics {
-    /// Opens or creates the file and keeps its first `records` records.
-    ///
-    /// Where the file holds fewer whole records (lost in a power failure, or edited), all of them are kept and a warning
-    /// is logged.
-    pub fn open(path: &Path, records: u64) -> Result<Metrics, RunError> {
+    /// Opens or creates the file and cuts off what is after the mark.
+    pub(super) fn open(path: &Path, at: &MetricsMark, marks: &Marks) -> Result<Metrics, RunError> {
+        let reading = |source| RunError::reading("metrics", path, source);
         let writing = |source| RunError::writing("metrics", path, source);
-        let (kept, bytes) = match File::open(path) {
-            Ok(file) => whole_records(file, records).map_err(|e| RunError::reading("metrics", path, e))?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => (0, 0),
-            Err(error) => return Err(RunError::reading("metrics", path, error)),
-        };
-        if kept < records {
-            tracing::warn!("{} holds {kept} whole records where {records} were expected", path.display());
+        let is_new = !path.exists();
+        let mut options = OpenOptions::new();
+        let opened = open_plain(path, options.read(true).append(true).create(at.bytes == 0));
+        let mut file = opened.map_err(|error| gone(path, error))?;
+        let mut hasher = blake3::Hasher::new();
+        if !at.is_reached(&mut file, &mut hasher).map_err(reading)? {
+            return Err(fault(path, &mut file, at.records, marks));
         }
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(writing)?;
-        file.set_len(bytes).map_err(writing)?;
-        Ok(Metrics { path: path.to_owned(), file, bytes, records: kept })
+        Tail::of(&file).map_err(reading)?.log(path);
+        file.set_len(at.bytes).map_err(writing)?;
+        if is_new {
+            sync_parent(path).map_err(writing)?;
+        }
+        Ok(Metrics { path: path.to_owned(), file, records: at.records, hasher })
     }
 
     /// Appends one record as one line.
@@ -53,17 +114,17 @@ impl Metrics {
                 let _ = self.file.write_all(&line[..line.len() / 2]);
             });
             self.file.write_all(&line)?;
-            Ok(line.len() as u64)
+            Ok(line)
         });
         match written {
-            Ok(length) => {
-                self.bytes += length;
+            Ok(line) => {
+                self.hasher.update(&line);
                 self.records += 1;
                 Ok(())
             }
             Err(source) => {
                 // The first error is the one to report.
-                let _ = self.file.set_len(self.bytes);
+                let _ = self.file.set_len(self.hasher.count());
                 Err(RunError::writing("metrics", &self.path, source))
             }
         }
@@ -74,27 +135,129 @@ impl Metrics {
         self.records
     }
 
-    /// Makes the records so far last; call it before a checkpoint that counts them is written.
-    pub fn sync(&self) -> Result<(), RunError> {
-        self.file.sync_data().map_err(|source| RunError::writing("metrics", &self.path, source))
+    /// Makes the records so far last, and says where the file is with them; call it before a checkpoint that counts them
+    /// is written, and hand the mark to [`RunDir::mark_metrics`](super::RunDir::mark_metrics).
+    pub fn sync(&self) -> Result<MetricsMark, RunError> {
+        self.file.sync_data().map_err(|source| RunError::writing("metrics", &self.path, source))?;
+        Ok(MetricsMark::of(self.records, self.hasher.count(), &self.hasher))
     }
 }
 
-/// The number and the length in bytes of the leading whole records, at most `limit`.
-fn whole_records(file: File, limit: u64) -> io::Result<(u64, u64)> {
-    let mut reader = BufReader::new(file);
-    let (mut records, mut bytes) = (0, 0);
-    let mut line = Vec::new();
-    while records < limit {
-        line.clear();
-        let length = reader.read_until(b'\n', &mut line)?;
-        if line.last() != Some(&b'\n') || serde_json::from_slice::<IgnoredAny>(&line).is_err() {
-            break;
-        }
-        records += 1;
-        bytes += length as u64;
+/// Checks that the file is as it was written up to a mark. Gives what is after it.
+pub(super) fn check(path: &Path, at: &MetricsMark, marks: &Marks) -> Result<Tail, RunError> {
+    let reading = |source| RunError::reading("metrics", path, source);
+    if at.bytes == 0 && !path.exists() {
+        return Ok(Tail::default());
     }
-    Ok((records, bytes))
+    let mut file = open_plain(path, OpenOptions::new().read(true)).map_err(|error| gone(path, error))?;
+    match at.is_reached(&mut file, &mut blake3::Hasher::new()).map_err(reading)? {
+        true => Tail::of(&file).map_err(reading),
+        false => Err(fault(path, &mut file, at.records, marks)),
+    }
+}
+
+/// What is after a mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Tail {
+    /// Whole records.
+    pub(super) records: u64,
+    /// Whether something that is no record follows, or is among them.
+    pub(super) torn: bool,
+}
+
+impl Tail {
+    /// Of a file that was read up to the mark.
+    fn of(file: &File) -> io::Result<Tail> {
+        let mut tail = Tail::default();
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            match reader.read_until(b'\n', &mut line)? {
+                0 => return Ok(tail),
+                _ if record(&line).is_some() => tail.records += 1,
+                _ => tail.torn = true,
+            }
+        }
+    }
+
+    fn log(self, path: &Path) {
+        let path = path.display();
+        match self {
+            Tail { records: 0, torn: false } => {}
+            Tail { records, torn: false } => {
+                tracing::info!(
+                    "{path}: {records} records after the last checkpoint are cut off, and will be made again"
+                );
+            }
+            Tail { records: 0, torn: true } => tracing::warn!("{path}: a torn line at its end is cut off"),
+            Tail { records, torn: true } => tracing::warn!(
+                "{path}: what follows the last checkpoint is cut off: {records} records, which will be made again, and a \
+                 torn line"
+            ),
+        }
+    }
+}
+
+/// A line as a record.
+fn record(line: &[u8]) -> Option<Value> {
+    let value = serde_json::from_slice(line.strip_suffix(b"\n")?).ok()?;
+    matches!(value, Value::Object(_)).then_some(value)
+}
+
+fn gone(path: &Path, error: io::Error) -> RunError {
+    match error.kind() {
+        io::ErrorKind::NotFound => RunError::damaged(path, "it is gone"),
+        _ => RunError::reading("metrics", path, error),
+    }
+}
+
+/// What is wrong with a file that is not as it was written up to so many records.
+fn fault(path: &Path, file: &mut File, records: u64, marks: &Marks) -> RunError {
+    match first_fault(file, records, marks) {
+        Ok(reason) => RunError::damaged(path, reason),
+        Err(error) => RunError::reading("metrics", path, error),
+    }
+}
+
+fn first_fault(file: &mut File, records: u64, marks: &Marks) -> io::Result<String> {
+    let (good, bad) = marks.split(file)?;
+    file.rewind()?;
+    let mut reader = BufReader::new(file);
+    let (mut line, mut before) = (Vec::new(), Vec::new());
+    let mut update: Option<(String, u64)> = None;
+    for number in 1..=records {
+        std::mem::swap(&mut line, &mut before);
+        line.clear();
+        if reader.read_until(b'\n', &mut line)? == 0 {
+            return Ok(format!("it has {} records, and the checkpoint was made after {records}", number - 1));
+        }
+        let Some(now) = record(&line) else {
+            return Ok(format!("line {number} is no record"));
+        };
+        if number > good.records && line == before {
+            return Ok(format!("line {number} is line {} again", number - 1));
+        }
+        let Some((stage, step)) = step_of(&now) else { continue };
+        match &update {
+            _ if number <= good.records => {}
+            Some((same, before)) if *same == stage && step != before + 1 => {
+                return Ok(format!("in line {number}, step {step} follows step {before}"));
+            }
+            Some((same, _)) if *same == stage => {}
+            _ if step > 0 => return Ok(format!("in line {number}, stage `{stage}` begins with step {step}")),
+            _ => {}
+        }
+        update = Some((stage, step));
+    }
+    let last = bad.map_or(records, |bad| bad.records);
+    Ok(format!("something in lines {} to {last} is not as it was written", good.records + 1))
+}
+
+/// The stage and the step of an update's record.
+fn step_of(record: &Value) -> Option<(String, u64)> {
+    record.get("loss")?;
+    Some((record.get("stage")?.as_str()?.to_owned(), record.get("step")?.as_u64()?))
 }
 
 #[cfg(test)]
@@ -105,29 +268,46 @@ mod tests {
 
     use super::*;
 
+    fn line(step: u64) -> Value {
+        json!({ "stage": "train", "step": step, "loss": 0.5 })
+    }
+
+    fn text(steps: impl IntoIterator<Item = u64>) -> String {
+        steps.into_iter().map(|step| format!("{}\n", line(step))).collect::<Vec<_>>().concat()
+    }
+
+    /// A file of steps, with a mark after each second one.
+    fn written(path: &Path, steps: u64) -> Marks {
+        let mut marks = Marks::default();
+        let mut metrics = Metrics::open(path, &MetricsMark::begin(), &marks).unwrap();
+        for step in 0..steps {
+            metrics.append(&line(step)).unwrap();
+            if step % 2 == 1 {
+                marks.marks.push(metrics.sync().unwrap());
+            }
+        }
+        marks
+    }
+
     #[test]
     fn a_resumed_file_has_no_torn_and_no_doubled_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut metrics = Metrics::open(&path, 0).unwrap();
-        for step in 0..3 {
-            metrics.append(&json!({ "step": step })).unwrap();
-        }
-        let at_checkpoint = metrics.records();
-        metrics.append(&json!({ "step": 3 })).unwrap();
-        metrics.sync().unwrap();
-        drop(metrics);
+        let marks = written(&path, 3);
         let mut torn = fs::read(&path).unwrap();
         torn.extend_from_slice(b"{\"step\":4,\"lo");
         fs::write(&path, torn).unwrap();
+        let at = marks.at(2).unwrap();
+        assert_eq!(check(&path, &at, &marks).unwrap(), Tail { records: 1, torn: true });
 
-        let mut metrics = Metrics::open(&path, at_checkpoint).unwrap();
-        for step in 3..5 {
-            metrics.append(&json!({ "step": step })).unwrap();
+        let mut metrics = Metrics::open(&path, &at, &marks).unwrap();
+        for step in 2..5 {
+            metrics.append(&line(step)).unwrap();
         }
         assert_eq!(metrics.records(), 5);
-        let expected: Vec<String> = (0..5).map(|step| format!("{{\"step\":{step}}}\n")).collect();
-        assert_eq!(fs::read_to_string(&path).unwrap(), expected.concat());
+        assert_eq!(fs::read_to_string(&path).unwrap(), text(0..5));
+        let again = metrics.sync().unwrap();
+        assert_eq!(check(&path, &again, &marks).unwrap(), Tail::default());
     }
 
     #[test]
@@ -135,16 +315,52 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":0}\n{\"st").unwrap();
-        assert_eq!(Metrics::open(&path, 0).unwrap().records(), 0);
+        assert_eq!(Metrics::open(&path, &MetricsMark::begin(), &Marks::default()).unwrap().records(), 0);
         assert_eq!(fs::read(&path).unwrap(), b"");
     }
 
+    /// The place is named, and the file is left as it is: what is valid in it is kept.
     #[test]
-    fn fewer_records_than_the_checkpoint_counted_are_all_kept() {
+    fn a_line_that_is_deleted_doubled_or_changed_is_noticed_and_nothing_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        fs::write(&path, "{\"step\":0}\n\0\0\0\n{\"step\":2}\n").unwrap();
-        assert_eq!(Metrics::open(&path, 3).unwrap().records(), 1);
-        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":0}\n");
+        let marks = written(&path, 8);
+        let whole = fs::read_to_string(&path).unwrap();
+        let nul = whole.replacen("\"step\":4", "\"step\u{0}:4", 1);
+        for (changed, says) in [
+            (text([0, 1, 3, 4, 5, 6, 7]), "in line 3, step 3 follows step 1"),
+            (text([1, 2, 3, 4, 5, 6, 7]), "in line 1, stage `train` begins with step 1"),
+            (text([0, 1, 2, 2, 3, 4, 5, 6, 7]), "line 4 is line 3 again"),
+            (text([0, 1, 3, 2, 4, 5, 6, 7]), "in line 3, step 3 follows step 1"),
+            (text([0, 1, 2, 3, 4]), "it has 5 records, and the checkpoint was made after 8"),
+            (nul, "line 5 is no record"),
+            (whole.replacen("\"step\":4", "\"step\":4 ", 1), "something in lines 5 to 6"),
+            (whole.replacen("0.5", "0.6", 1), "something in lines 1 to 2"),
+            (whole.replacen('\n', "\n\n", 1), "line 2 is no record"),
+            (whole.replacen('\n', "", 1), "line 1 is no record"),
+            (whole.replace('\n', "\r\n"), "something in lines 1 to 2"),
+            (String::new(), "it has 0 records"),
+        ] {
+            fs::write(&path, &changed).unwrap();
+            let at = marks.at(8).unwrap();
+            for error in [Metrics::open(&path, &at, &marks).map(drop), check(&path, &at, &marks).map(drop)] {
+                let error = error.unwrap_err();
+                assert!(error.is_user_mistake() && error.to_string().contains(says), "{says}: {error}");
+            }
+            assert_eq!(fs::read_to_string(&path).unwrap(), changed);
+        }
+        fs::remove_file(&path).unwrap();
+        let error = Metrics::open(&path, &marks.at(8).unwrap(), &marks).unwrap_err().to_string();
+        assert!(error.contains("it is gone") && !path.exists(), "{error}");
+    }
+
+    #[test]
+    fn what_is_damaged_after_a_mark_does_not_count_up_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let marks = written(&path, 8);
+        fs::write(&path, text([0, 1, 2, 3, 4, 6, 7])).unwrap();
+        assert!(check(&path, &marks.at(6).unwrap(), &marks).is_err());
+        assert_eq!(check(&path, &marks.at(4).unwrap(), &marks).unwrap(), Tail { records: 3, torn: false });
     }
 }

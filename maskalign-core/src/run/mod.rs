@@ -6,6 +6,7 @@
 //!   recipe.resolved.yaml                   the recipe with every default
 //!   manifest.json                          where, when and with what the run was made
 //!   metrics.jsonl                          one record a line, appended
+//!   metrics.marks.json                     how far that was at each checkpoint, and its checksum up to there
 //!   tensorboard/                           the same for TensorBoard, where that is asked for
 //!   summary.json                           each finished stage's results under its name
 //!   checkpoints/STAGE/step-00001234.safetensors
@@ -15,19 +16,23 @@
 //!
 //! Every file but `metrics.jsonl` and TensorBoard's appears whole or not at all ([`atomic_write`]); those two are cut back
 //! to the checkpoint's position on resume. So a process may be killed at any moment, and the run goes on from its last
-//! checkpoint. Nothing here knows tensors of a device: weights pass as `f32` slices.
+//! checkpoint. What steers it then is under a checksum: checkpoints whole, the manifest, `done.json`, the marks, and by them
+//! the metrics; what is not as it was written is passed over for an older checkpoint, or refused. Nothing here knows tensors of a device: weights pass as `f32` slices.
 
+mod check;
 mod clock;
 mod directory;
 mod manifest;
 mod metrics;
+mod seal;
 mod stop;
 
+pub use check::{Findings, Item, check};
 pub(crate) use clock::this_moment;
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
-pub use metrics::Metrics;
+pub use metrics::{Metrics, MetricsMark};
 pub use stop::{Stop, StopFlag};
 
 pub use crate::{

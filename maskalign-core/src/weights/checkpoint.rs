@@ -1,7 +1,7 @@
 //! A stage's state at a step, as a safetensors file with a header.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -12,8 +12,11 @@ use super::tensor_file::{TensorFile, TensorRef, digest, write_tensors};
 use super::{TensorMap, WeightsError};
 use crate::files::{RunError, atomic_write};
 
-/// The one metadata key of a checkpoint's safetensors file; one, so that equal states give equal bytes.
-const METADATA_KEY: &str = "maskalign-checkpoint-v1";
+/// The one metadata key of a checkpoint's safetensors file; one, so that equal states give equal bytes. It holds a BLAKE3 in
+/// hexadecimal, a space, and the header as JSON; the checksum is over that JSON, and over names, shapes and values.
+const METADATA_KEY: &str = "maskalign-checkpoint-v2";
+/// The key of earlier versions: a JSON object of header and checksum, which was over the tensors alone.
+const FIRST_METADATA_KEY: &str = "maskalign-checkpoint-v1";
 
 /// All of a checkpoint but its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,13 +42,14 @@ impl CheckpointHeader {
     /// Where the file cannot be read or is no checkpoint.
     pub fn read(path: &Path) -> Result<CheckpointHeader, RunError> {
         let file = TensorFile::open(path).map_err(|error| damaged(path, error))?;
-        Ok(stored(path, &file)?.header.into_owned())
+        Ok(Stored::of(path, &file)?.header)
     }
 
     /// The header of a file that may be a checkpoint; `None` where it is another safetensors file.
     pub(crate) fn of(path: &Path, file: &TensorFile) -> Result<Option<CheckpointHeader>, RunError> {
-        match file.metadata().contains_key(METADATA_KEY) {
-            true => Ok(Some(stored(path, file)?.header.into_owned())),
+        let metadata = file.metadata();
+        match [METADATA_KEY, FIRST_METADATA_KEY].iter().any(|key| metadata.contains_key(*key)) {
+            true => Ok(Some(Stored::of(path, file)?.header)),
             false => Ok(None),
         }
     }
@@ -62,12 +66,51 @@ pub struct Checkpoint {
     pub tensors: TensorMap,
 }
 
-/// What the metadata key holds.
-#[derive(Serialize, Deserialize)]
-struct Stored<'a> {
-    header: Cow<'a, CheckpointHeader>,
-    /// BLAKE3 over names, shapes and values: a damaged file is known as such.
+/// What a file's metadata holds.
+struct Stored {
+    header: CheckpointHeader,
+    /// What the checksum is over besides the tensors; `None` for earlier versions, whose checksum was over the tensors alone.
+    text: Option<String>,
+    /// In hexadecimal.
     blake3: String,
+}
+
+impl Stored {
+    fn of(path: &Path, file: &TensorFile) -> Result<Stored, RunError> {
+        /// What the key of earlier versions held.
+        #[derive(Deserialize)]
+        struct First {
+            header: CheckpointHeader,
+            blake3: String,
+        }
+        let unread =
+            |error: serde_json::Error| RunError::damaged(path, format!("its metadata does not parse: {error}"));
+        let mut metadata = file.metadata();
+        if let Some(text) = metadata.remove(METADATA_KEY) {
+            let Some((blake3, text)) = text.split_once(' ') else {
+                return Err(RunError::damaged(path, "its metadata is no checksum and header"));
+            };
+            let header = serde_json::from_str(text).map_err(unread)?;
+            return Ok(Stored { header, text: Some(text.to_owned()), blake3: blake3.to_owned() });
+        }
+        let Some(text) = metadata.remove(FIRST_METADATA_KEY) else {
+            let reason = format!("it is not a checkpoint: no metadata `{METADATA_KEY}`");
+            return Err(RunError::damaged(path, reason));
+        };
+        let First { header, blake3 } = serde_json::from_str(&text).map_err(unread)?;
+        Ok(Stored { header, text: None, blake3 })
+    }
+
+    /// Reads the tensors and checks that every byte is as it was written.
+    fn with_tensors(self, path: &Path, file: TensorFile) -> Result<Checkpoint, RunError> {
+        let Stored { header, text, blake3 } = self;
+        let tensors = file.read_all().map_err(|error| damaged(path, error))?;
+        let text = text.unwrap_or_default();
+        if digest(text.as_bytes(), &TensorRef::all_of(&tensors)).to_string() != blake3 {
+            return Err(RunError::damaged(path, "its content differs from its checksum"));
+        }
+        Ok(Checkpoint { header, tensors })
+    }
 }
 
 impl Checkpoint {
@@ -75,25 +118,40 @@ impl Checkpoint {
     ///
     /// `what` names the kind of file in errors.
     pub fn save(path: &Path, what: &str, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
-        let blake3 = digest(tensors).to_string();
-        let stored = serde_json::to_string(&Stored { header: Cow::Borrowed(header), blake3 })
-            .map_err(|error| RunError::writing(what, path, error.into()))?;
+        let header = serde_json::to_string(header).map_err(|error| RunError::writing(what, path, error.into()))?;
+        let stored = format!("{} {header}", digest(header.as_bytes(), tensors));
         atomic_write(path, what, |file| {
             write_tensors(file, tensors, Some((METADATA_KEY, &stored)))?;
             file.flush()
         })
     }
 
-    /// Reads a checkpoint and checks that every byte is as it was written.
+    /// Reads a checkpoint to go on from and checks that every byte is as it was written.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is damaged, or is of an earlier version, in which not all was under the checksum.
     pub fn load(path: &Path) -> Result<Checkpoint, RunError> {
-        let file = TensorFile::open(path).map_err(|error| damaged(path, error))?;
-        let Stored { header, blake3 } = stored(path, &file)?;
-        let header = header.into_owned();
-        let tensors = file.read_all().map_err(|error| damaged(path, error))?;
-        if digest(&TensorRef::all_of(&tensors)).to_string() != blake3 {
-            return Err(RunError::damaged(path, "its content differs from its checksum"));
+        let file = File::open(path).map_err(|error| RunError::reading("checkpoint", path, error))?;
+        Checkpoint::of(path, file)
+    }
+
+    /// As [`Checkpoint::load`], of a file that is open.
+    pub(crate) fn of(path: &Path, file: File) -> Result<Checkpoint, RunError> {
+        let file = TensorFile::of(path, file).map_err(|error| damaged(path, error))?;
+        let stored = Stored::of(path, &file)?;
+        match stored.text {
+            Some(_) => stored.with_tensors(path, file),
+            None => Err(RunError::Outdated { path: path.to_owned() }),
         }
-        Ok(Checkpoint { header, tensors })
+    }
+
+    /// Reads a checkpoint for its parameters alone, which those of earlier versions have too.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is damaged.
+    pub fn load_parameters(path: &Path) -> Result<Checkpoint, RunError> {
+        let file = TensorFile::open(path).map_err(|error| damaged(path, error))?;
+        Stored::of(path, &file)?.with_tensors(path, file)
     }
 
     /// The student's parameters under their own names.
@@ -116,14 +174,6 @@ impl Checkpoint {
             })
             .partition(|(name, _)| student.contains(name))
     }
-}
-
-fn stored(path: &Path, file: &TensorFile) -> Result<Stored<'static>, RunError> {
-    let metadata = file.metadata();
-    let text = metadata
-        .get(METADATA_KEY)
-        .ok_or_else(|| RunError::damaged(path, format!("it is not a checkpoint: no metadata `{METADATA_KEY}`")))?;
-    serde_json::from_str(text).map_err(|error| RunError::damaged(path, format!("its metadata does not parse: {error}")))
 }
 
 fn damaged(path: &Path, error: WeightsError) -> RunError {
@@ -229,18 +279,66 @@ mod tests {
         let path = folder.path().join("c.safetensors");
         Checkpoint::save(&path, "checkpoint", &header(12), &tensors(&WEIGHT, &AVERAGE)).unwrap();
         let whole = fs::read(&path).unwrap();
-        let data_starts = whole.len() - 2 * 6 * 4;
         for length in 0..whole.len() {
             fs::write(&path, &whole[..length]).unwrap();
             assert!(matches!(Checkpoint::load(&path), Err(RunError::Damaged { .. })), "length {length}");
         }
-        for byte in data_starts..whole.len() {
-            let mut damaged = whole.clone();
-            damaged[byte] ^= 1;
-            fs::write(&path, damaged).unwrap();
-            let error = Checkpoint::load(&path).unwrap_err().to_string();
-            assert!(error.contains("checksum"), "{error}");
+        for byte in 0..whole.len() {
+            for bit in 0..8 {
+                let mut damaged = whole.clone();
+                damaged[byte] ^= 1 << bit;
+                fs::write(&path, &damaged).unwrap();
+                let read = Checkpoint::load(&path);
+                assert!(matches!(read, Err(RunError::Damaged { .. })), "byte {byte}, bit {bit}: {read:?}");
+            }
         }
+    }
+
+    /// What steers a run that goes on: the step, the recipe, the count of records, what is the student's, the notes.
+    #[test]
+    fn a_header_that_is_valid_and_another_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.safetensors");
+        Checkpoint::save(&path, "checkpoint", &header(24), &tensors(&WEIGHT, &AVERAGE)).unwrap();
+        let whole = fs::read(&path).unwrap();
+        for (from, to) in [
+            (r#"\"step\":24"#, r#"\"step\":25"#),
+            (r#"\"stage\":\"pretrain\""#, r#"\"stage\":\"pretrains\""#),
+            ("f00d", "f00e"),
+            (r#"\"metrics_records\":7"#, r#"\"metrics_records\":8"#),
+            (r#"\"student\":[\"w\"]"#, r#"\"student\":[]   "#),
+            ("0.25", "0.75"),
+            (r#"\"step\":24"#, r#"\"step\":99,\"step\":24"#),
+        ] {
+            let header_length = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+            let text = std::str::from_utf8(&whole[8..8 + header_length]).unwrap();
+            let changed = text.replacen(from, to, 1);
+            assert_ne!(changed, text, "{from}");
+            let mut bytes = (changed.len() as u64).to_le_bytes().to_vec();
+            bytes.extend_from_slice(changed.as_bytes());
+            bytes.extend_from_slice(&whole[8 + header_length..]);
+            fs::write(&path, bytes).unwrap();
+            let error = Checkpoint::load(&path).unwrap_err();
+            assert!(matches!(error, RunError::Damaged { .. }) && error.is_user_mistake(), "{from}: {error}");
+        }
+    }
+
+    /// A file that the version before this one wrote.
+    #[test]
+    fn a_checkpoint_of_an_earlier_version_is_answered_and_its_parameters_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.safetensors");
+        let blake3 = digest(b"", &tensors(&WEIGHT, &AVERAGE)).to_string();
+        let stored = json!({ "header": header(12), "blake3": blake3 }).to_string();
+        let mut bytes = Vec::new();
+        write_tensors(&mut bytes, &tensors(&WEIGHT, &AVERAGE), Some((FIRST_METADATA_KEY, &stored))).unwrap();
+        fs::write(&path, &bytes).unwrap();
+        let error = Checkpoint::load(&path).unwrap_err();
+        assert!(matches!(error, RunError::Outdated { .. }) && error.is_user_mistake(), "{error}");
+        assert_eq!(Checkpoint::load_parameters(&path).unwrap().header, header(12));
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        assert!(matches!(Checkpoint::load_parameters(&path), Err(RunError::Damaged { .. })));
     }
 
     #[test]

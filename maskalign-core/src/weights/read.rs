@@ -42,7 +42,7 @@ pub fn read_part(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsErr
         let file = TensorFile::open(path)?;
         match checkpoint_header(path, &file)? {
             None => chosen(path, key, file.read_all()?),
-            Some(_) => student(path, Checkpoint::load(path).map_err(|error| not_read(path, error))?),
+            Some(_) => student(path, Checkpoint::load_parameters(path).map_err(|error| not_read(path, error))?),
         }
     };
     read_with(path, &of_safetensors, &|path| torch_file::read(path, key))

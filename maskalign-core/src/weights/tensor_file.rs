@@ -34,9 +34,14 @@ pub struct TensorFile {
 impl TensorFile {
     /// Reads and checks the header alone.
     pub fn open(path: &Path) -> Result<TensorFile, WeightsError> {
+        let file = File::open(path).map_err(|source| WeightsError::io(path, source))?;
+        TensorFile::of(path, file)
+    }
+
+    /// As [`TensorFile::open`], of a file that is open.
+    pub(crate) fn of(path: &Path, mut file: File) -> Result<TensorFile, WeightsError> {
         let format = |reason: String| WeightsError::format(path, reason);
         let io = |source| WeightsError::io(path, source);
-        let mut file = File::open(path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
         let mut header_bytes = [0; 8];
         file.read_exact(&mut header_bytes).map_err(io)?;
@@ -224,9 +229,10 @@ pub(crate) fn write_tensors(
     Ok(())
 }
 
-/// BLAKE3 over names, shapes and values, tensors sorted by name.
-pub(crate) fn digest(tensors: &[TensorRef<'_>]) -> blake3::Hash {
+/// BLAKE3 over what stands before the tensors and over their names, shapes and values, sorted by name.
+pub(crate) fn digest(before: &[u8], tensors: &[TensorRef<'_>]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
+    hasher.update(before);
     for tensor in sorted(tensors) {
         hasher.update(&(tensor.name.len() as u64).to_le_bytes());
         hasher.update(tensor.name.as_bytes());

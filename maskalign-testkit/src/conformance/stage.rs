@@ -17,7 +17,7 @@ use super::{Faults, LARGE, fused, tower::small_student};
 use maskalign_core::{
     components::towers::{Environment, MissingWeights, StudentPlan, TrainedStudents},
     error::Result,
-    events::{Events, StageSummary},
+    events::{Events, MetricsFile, StageSummary},
     nn::{Init, Reach},
     plugin::Build,
     run::{Mode, RunDir, StopFlag},
@@ -166,7 +166,7 @@ fn leave(planned: &dyn PlannedStage, earlier: &Earlier, dir: &Path, mode: Mode, 
         dir: &dir,
         fingerprint: "example",
         stop: &StopFlag::new(),
-        events: &mut Events::new(Vec::new()),
+        events: &mut Events::new(vec![Box::new(MetricsFile::new(&dir))]),
         step_limit: Some(steps),
         workers: 0,
     })?;

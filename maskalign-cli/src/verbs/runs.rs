@@ -1,0 +1,99 @@
+//! `maskalign runs`: what run directories hold.
+
+use std::path::PathBuf;
+
+use maskalign_core::run::{Findings, Item, check};
+use serde_json::json;
+
+use super::Format;
+use crate::{
+    failure::Failure,
+    output, recipes,
+    render::{self, paint},
+    session::Session,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign runs check runs/mine-20230618-093000
+  maskalign runs check runs/mine-20230618-093000 --format json";
+
+/// Look at run directories: whether one is whole
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    Check(Check),
+}
+
+/// Check that every file of a run is as it was written, and that they agree with each other
+///
+/// Reads all that the run would go on from: recipe, manifest, metrics, checkpoints, what its stages left. Changes nothing.
+/// Exit code 1 where something is not whole.
+#[derive(clap::Args)]
+struct Check {
+    /// The run directory
+    run: PathBuf,
+    /// How the findings are written
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Args {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
+        let What::Check(check) = self.what;
+        check.run(session)
+    }
+}
+
+impl Check {
+    fn run(self, session: &Session) -> Result<(), Failure> {
+        let Findings { mut items, fingerprint } = check(&self.run)?;
+        let recipe = items.iter_mut().find(|item| item.name == "recipe.resolved.yaml" && item.whole);
+        if let (Some(recipe), Some(wanted)) = (recipe, fingerprint) {
+            *recipe = self.recipe(session, &recipe.name, &wanted);
+        }
+        let broken = items.iter().filter(|item| !item.whole).count();
+        match self.format {
+            Format::Json => output::print_json(&json!({ "whole": broken == 0, "items": items }))?,
+            Format::Text => output::print(&text(&items))?,
+        }
+        match broken {
+            0 => Ok(()),
+            count => Err(Failure::failed(format!(
+                "the run in {} is not whole: {count} of {} items are not as they should be",
+                self.run.display(),
+                items.len()
+            ))),
+        }
+    }
+
+    /// The recipe, held against the manifest's fingerprint.
+    fn recipe(&self, session: &Session, name: &str, wanted: &str) -> Item {
+        match recipes::load_anywhere(session.registry, &self.run.join(name), &[]) {
+            Ok(loaded) if loaded.fingerprint() == wanted => Item::whole(name, "as the manifest names it"),
+            Ok(_) => Item::broken(name, "it is not the recipe that the manifest names; put back a copy of it"),
+            Err(report) => {
+                let first = report.0.first().map_or(String::new(), |diagnostic| diagnostic.message.clone());
+                Item::broken(name, format!("this command does not read it: {first}"))
+            }
+        }
+    }
+}
+
+fn text(items: &[Item]) -> String {
+    let width = items.iter().map(|item| item.name.chars().count()).max().unwrap_or(0);
+    let lines = items.iter().map(|item| {
+        let state = match item.whole {
+            true => "whole  ".into(),
+            false => paint(render::ERROR, "damaged"),
+        };
+        format!("{state}  {:<width$}  {}\n", item.name, item.says)
+    });
+    lines.collect::<Vec<_>>().concat()
+}

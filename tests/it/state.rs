@@ -1,0 +1,198 @@
+//! Run directories that are no longer as the run wrote them: what is damaged is named, repaired where that is exact, and
+//! refused where it is not.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Output,
+};
+
+use crate::support::{RunRecord, Sandbox, run_record};
+
+fn ends(output: &Output, code: i32, says: &[&str]) {
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{says:?}: {err}");
+    assert!(!err.contains("panicked"), "{err}");
+    for part in says {
+        assert!(err.contains(part), "expected `{part}` in: {err}");
+    }
+}
+
+/// A sandbox with a whole run of `tiny.yaml` in `whole`, and one in `run` whose stages ended after four of eight steps.
+fn sandbox() -> (Sandbox, RunRecord, PathBuf) {
+    let sandbox = Sandbox::new();
+    ends(&sandbox.run(["run", "tiny.yaml", "--out", "whole", "-q"]), 0, &[]);
+    ends(&sandbox.run(["run", "tiny.yaml", "--out", "run", "-q", "--steps", "4"]), 0, &[]);
+    let (whole, run) = (run_record(&sandbox.work().join("whole")), sandbox.work().join("run"));
+    copy(&run, &sandbox.work().join("backup"));
+    (sandbox, whole, run)
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a folder").flatten() {
+        match entry.path().is_dir() {
+            true => copy(&entry.path(), &to.join(entry.file_name())),
+            false => drop(fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy")),
+        }
+    }
+}
+
+fn restore(sandbox: &Sandbox) {
+    let run = sandbox.work().join("run");
+    fs::remove_dir_all(&run).expect("removed");
+    copy(&sandbox.work().join("backup"), &run);
+}
+
+/// Every file below a folder by its name inside it, sorted.
+fn files(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in fs::read_dir(&next).expect("a folder").flatten() {
+            match entry.path().is_dir() {
+                true => open.push(entry.path()),
+                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn edit(path: &Path, from: &str, to: &str) {
+    let bytes = fs::read(path).expect("a file");
+    let at = bytes.windows(from.len()).position(|part| part == from.as_bytes()).expect("what is to be replaced");
+    fs::write(path, [&bytes[..at], to.as_bytes(), &bytes[at + from.len()..]].concat()).expect("written");
+}
+
+#[test]
+fn a_header_that_was_edited_is_passed_over_or_refused_and_never_gone_on_from() {
+    let (sandbox, whole, run) = sandbox();
+    let newest = run.join("checkpoints/pretrain/step-00000004.safetensors");
+    edit(&newest, r#"\"step\":4"#, r#"\"step\":5"#);
+    let output = sandbox.run(["run", "--resume", "run"]);
+    ends(&output, 0, &["step-00000004.safetensors is damaged", "checksum", "goes on from step 2", ".set-aside"]);
+    whole.assert_same(&run_record(&run), "an older checkpoint");
+    ends(&sandbox.run(["runs", "check", "run"]), 0, &[]);
+
+    for spoil in [
+        &(|| fs::rename(&newest, newest.with_file_name("step-00000006.safetensors")).expect("renamed")) as &dyn Fn(),
+        &|| edit(&newest, r#"\"metrics_records\":5"#, r#"\"metrics_records\":4"#),
+        &|| fs::write(&newest, "").expect("written"),
+    ] {
+        restore(&sandbox);
+        fs::remove_file(newest.with_file_name("step-00000002.safetensors")).expect("removed");
+        spoil();
+        let before = files(&run);
+        let refused = sandbox.run(["run", "--resume", "run", "-q"]);
+        ends(&refused, 2, &["no checkpoint of the stage can be gone on from", "put back a copy"]);
+        assert_eq!(files(&run), before);
+    }
+}
+
+#[test]
+fn metrics_that_were_edited_are_made_again_or_refused() {
+    let (sandbox, whole, run) = sandbox();
+    let metrics = run.join("metrics.jsonl");
+    let text = fs::read_to_string(&metrics).expect("metrics");
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    // Past the last record, what is there is nobody's.
+    fs::write(&metrics, format!("{text}{{\"stage\":\"pre")).expect("written");
+    ends(&sandbox.run(["runs", "check", "run"]), 1, &["not whole: 1 of"]);
+    ends(&sandbox.run(["run", "--resume", "run", "--steps", "4"]), 0, &["a torn line"]);
+    assert_eq!(fs::read_to_string(&metrics).expect("metrics"), text);
+    ends(&sandbox.run(["runs", "check", "run"]), 0, &[]);
+
+    // Steps 0 to 3 and an evaluation are `pretrain`'s. Line 3 is made after the checkpoint of step 2.
+    let spoiled = [
+        ("deleted", [&lines[..2], &lines[3..]].concat().concat(), "in line 3, step 3 follows step 1"),
+        ("doubled", [&lines[..3], &lines[2..]].concat().concat(), "line 4 is line 3 again"),
+        ("garbled", text.replacen(lines[2], "garbled\n", 1), "line 3 is no record"),
+    ];
+    for (what, spoiled, says) in spoiled {
+        restore(&sandbox);
+        fs::write(&metrics, &spoiled).expect("written");
+        // The stages that built on it are known to be finished by records that are lost: nothing is done.
+        ends(&sandbox.run(["runs", "check", "run"]), 1, &["not whole"]);
+        ends(&sandbox.run(["run", "--resume", "run", "-q", "--steps", "4"]), 2, &[says, "put back copies"]);
+        assert_eq!(fs::read_to_string(&metrics).expect("metrics"), spoiled, "{what}");
+        // A stage that goes on does so from a checkpoint before it.
+        let output = sandbox.run(["run", "--resume", "run"]);
+        ends(&output, 0, &[says, "goes on from step 2", "metrics.jsonl.set-aside"]);
+        whole.assert_same(&run_record(&run), what);
+        assert_eq!(fs::read_to_string(run.join("metrics.jsonl.set-aside")).expect("kept"), spoiled, "{what}");
+    }
+    restore(&sandbox);
+    fs::write(&metrics, lines[1..].concat()).expect("written");
+    ends(
+        &sandbox.run(["run", "--resume", "run", "-q"]),
+        2,
+        &["metrics.jsonl is damaged: in line 1", "put back copies"],
+    );
+    assert_eq!(fs::read_to_string(&metrics).expect("metrics"), lines[1..].concat());
+}
+
+#[test]
+fn a_check_names_every_file_that_is_damaged_or_gone() {
+    let (sandbox, _, run) = sandbox();
+    let check = |code: i32| {
+        let output = sandbox.run(["runs", "check", "run", "--format", "json"]);
+        assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(found["whole"], code == 0);
+        let items = found["items"].as_array().expect("items").iter();
+        items
+            .filter(|item| item["whole"] == false)
+            .map(|item| item["name"].as_str().expect("a name").to_owned())
+            .collect()
+    };
+    let broken: Vec<String> = check(0);
+    assert!(broken.is_empty(), "{broken:?}");
+    let all = files(&run);
+    for name in all.iter().filter(|name| *name != ".maskalign-run") {
+        let path = run.join(name);
+        let whole = fs::read(&path).expect("a file");
+        match name.as_str() {
+            "recipe.resolved.yaml" => edit(&path, "seed: 5", "seed: 6"),
+            "summary.json" => edit(&path, "accuracy", "accuracv"),
+            _ => {
+                let mut changed = whole.clone();
+                let at = changed.len() / 2;
+                changed[at] ^= 1;
+                fs::write(&path, changed).expect("written");
+            }
+        }
+        let broken: Vec<String> = check(1);
+        let steered = name == "metrics.jsonl" || name == "metrics.marks.json";
+        assert!(broken.contains(name) && (steered || broken.len() == 1), "{name}: {broken:?}");
+        // Old checkpoints are deleted in the course of a run; all else stays.
+        if !name.contains("step-") {
+            fs::remove_file(&path).expect("removed");
+            assert!(!check(1).is_empty(), "{name} is gone");
+        }
+        fs::write(&path, whole).expect("written");
+    }
+    assert!(check(0).is_empty());
+    ends(&sandbox.run(["runs", "check", "tiny.yaml"]), 2, &["not a run directory"]);
+    ends(&sandbox.run(["runs", "check", "nowhere"]), 2, &["not a run directory"]);
+}
+
+/// As the version before checksums left one.
+#[test]
+fn a_run_of_an_earlier_version_is_answered() {
+    let (sandbox, _, run) = sandbox();
+    for name in files(&run).iter().filter(|name| name.ends_with(".json") && !name.starts_with("summary")) {
+        let path = run.join(name);
+        let text = fs::read_to_string(&path).expect("a file");
+        let mut entries: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        entries.as_object_mut().expect("an object").shift_remove("blake3");
+        fs::write(&path, entries.to_string()).expect("written");
+    }
+    let before = files(&run);
+    let output = sandbox.run(["run", "--resume", "run", "-q"]);
+    ends(&output, 2, &["is of an earlier version of MaskAlign", "start a new one"]);
+    assert_eq!(files(&run), before);
+    ends(&sandbox.run(["runs", "check", "run"]), 1, &["not whole"]);
+    ends(&sandbox.run(["export", "run", "--stage", "pretrain", "--out", "student"]), 0, &[]);
+}
