@@ -196,9 +196,11 @@ pub fn run(
         options.events.rewind(Mark { records, stage: &stage, step })?;
     }
     options.events.sync()?;
+    dir.still_has(names.iter())?;
     manifest.ended = Some(this_moment());
     manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
+    dir.still_there()?;
     Ok(results)
 }
 

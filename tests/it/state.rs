@@ -196,3 +196,129 @@ fn a_run_of_an_earlier_version_is_answered() {
     ends(&sandbox.run(["runs", "check", "run"]), 1, &["not whole"]);
     ends(&sandbox.run(["export", "run", "--stage", "pretrain", "--out", "student"]), 0, &[]);
 }
+
+#[cfg(unix)]
+mod places {
+    use std::{
+        os::unix::fs::symlink,
+        process::{Child, Command, Stdio},
+        thread::sleep,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    #[test]
+    fn links_in_a_run_directory_are_refused_and_what_they_lead_to_stays() {
+        let (sandbox, _, run) = sandbox();
+        let mine = sandbox.work().join("mine");
+        for place in ["metrics.jsonl", "checkpoints/pretrain", "checkpoints", "checkpoints/pretrain/done.json"] {
+            restore(&sandbox);
+            let path = run.join(place);
+            let _ = fs::remove_dir_all(&mine);
+            fs::create_dir(&mine).expect("a folder");
+            fs::rename(&path, mine.join("moved")).expect("moved");
+            symlink(mine.join("moved"), &path).expect("a link");
+            copy(&mine, &sandbox.work().join("before"));
+            let resumed = sandbox.run(["run", "--resume", "run", "-q"]);
+            ends(&resumed, 2, &["is a link, and not the run's own", place.rsplit('/').next().expect("a name")]);
+            ends(&sandbox.run(["runs", "check", "run"]), 2, &["is a link"]);
+            if mine.join("moved").is_dir() {
+                ends(&sandbox.run(["run", "tiny.yaml", "--out", "run", "--force", "-q"]), 2, &["is a link"]);
+            }
+            for name in files(&mine) {
+                let before = fs::read(sandbox.work().join("before").join(&name)).expect("a file");
+                assert_eq!(fs::read(mine.join(&name)).expect("a file"), before, "{place}: {name}");
+            }
+            fs::remove_dir_all(sandbox.work().join("before")).expect("removed");
+        }
+        // The directory itself may be reached by a link.
+        restore(&sandbox);
+        symlink(&run, sandbox.work().join("latest")).expect("a link");
+        ends(&sandbox.run(["run", "--resume", "latest", "-q"]), 0, &[]);
+    }
+
+    #[test]
+    fn a_newest_checkpoint_that_is_a_folder_is_passed_over() {
+        let (sandbox, whole, run) = sandbox();
+        let newest = run.join("checkpoints/pretrain/step-00000006.safetensors");
+        fs::create_dir(&newest).expect("a folder");
+        fs::write(newest.join("mine"), "mine").expect("written");
+        ends(&sandbox.run(["run", "--resume", "run"]), 0, &["is a folder", "goes on from step 4"]);
+        whole.assert_same(&run_record(&run), "a folder");
+        assert!(run.join("checkpoints/pretrain/step-00000006.safetensors.set-aside/mine").is_file());
+    }
+
+    /// A run that would go on for hours, after its first checkpoint.
+    fn long_run(sandbox: &Sandbox) -> Child {
+        let long = ["run", "tiny.yaml", "--set", "stages.pretrain.epochs=10000", "--set", "~stages.pretrain.knn"];
+        let mut command = sandbox.command(long.iter().chain(&["--out", "run", "--threads", "1", "-q"]));
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let limit = Instant::now() + Duration::from_secs(120);
+        let metrics = sandbox.work().join("run/metrics.jsonl");
+        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
+            assert!(Instant::now() < limit, "no step was made");
+            sleep(Duration::from_millis(5));
+        }
+        child
+    }
+
+    #[test]
+    fn a_run_whose_directory_is_taken_away_ends_and_writes_nothing_in_its_place() {
+        let taken: [(&str, &dyn Fn(&Path)); 5] = [
+            ("renamed", &|run| fs::rename(run, run.with_file_name("elsewhere")).expect("renamed")),
+            ("removed", &|run| {
+                while run.exists() {
+                    // It goes on writing meanwhile.
+                    let _ = fs::remove_dir_all(run);
+                }
+            }),
+            ("replaced", &|run| {
+                fs::rename(run, run.with_file_name("elsewhere")).expect("renamed");
+                copy(&run.with_file_name("elsewhere"), run);
+            }),
+            ("without its metrics", &|run| fs::remove_file(run.join("metrics.jsonl")).expect("removed")),
+            ("with others", &|run| {
+                let metrics = run.join("metrics.jsonl");
+                fs::copy(&metrics, run.join("copy")).expect("a copy");
+                fs::rename(run.join("copy"), metrics).expect("renamed");
+            }),
+        ];
+        for (what, take) in taken {
+            let sandbox = Sandbox::new();
+            let run = sandbox.work().join("run");
+            let child = long_run(&sandbox);
+            take(&run);
+            let left = if run.exists() { files(&run) } else { Vec::new() };
+            let output = child.wait_with_output().expect("it ends by itself");
+            ends(&output, 1, &["removed, renamed or replaced while the run went on"]);
+            match what {
+                "renamed" | "removed" => assert!(!run.exists(), "{what}"),
+                "replaced" => assert_eq!(files(&run), left),
+                _ => {}
+            }
+            if what == "renamed" {
+                fs::rename(run.with_file_name("elsewhere"), &run).expect("renamed");
+                let steps = ["run", "--resume", "run", "-q", "--steps", "4"];
+                ends(&sandbox.run(steps), 0, &[]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_replacement_that_failed_half_way_is_not_gone_on_with() {
+        let (sandbox, whole, run) = sandbox();
+        // What cannot be deleted: no file may be, in a folder that is a mount, immutable or read-only; here the disk is as
+        // it would be left.
+        let marker = run.join(".maskalign-run");
+        let text = fs::read_to_string(&marker).expect("a marker");
+        fs::write(&marker, format!("{text}/ is being replaced\n")).expect("written");
+        fs::remove_file(run.join("metrics.jsonl")).expect("removed");
+        ends(&sandbox.run(["run", "--resume", "run", "-q"]), 2, &["was being replaced", "--force"]);
+        ends(&sandbox.run(["runs", "check", "run"]), 2, &["was being replaced"]);
+        ends(&sandbox.run(["run", "tiny.yaml", "--out", "run", "--force", "-q"]), 0, &[]);
+        whole.assert_same(&run_record(&run), "replaced");
+        let leftover = Command::new("find").arg(&run).args(["-name", "*.tmp"]).output().expect("find");
+        assert!(leftover.stdout.is_empty());
+    }
+}

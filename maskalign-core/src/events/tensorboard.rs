@@ -9,8 +9,8 @@
 //! steps, forgets them in every stage, and other readers of the format do not know it.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Write},
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::{Evaluation, Event, Mark, Sink};
 use crate::{
     error::Result,
+    files::{atomic_write, create_folders, is_plain_folder, is_shared, open_plain, sync_parent},
     run::{RunDir, RunError},
 };
 
@@ -77,7 +78,7 @@ impl Sink for TensorBoardFile<'_> {
 /// The first lines of `metrics.jsonl`; fewer where it has fewer.
 fn first_lines(path: &Path, count: u64) -> Result<Vec<Value>, RunError> {
     let reading = |error| RunError::reading("metrics", path, error);
-    let file = match File::open(path) {
+    let file = match open_plain(path, OpenOptions::new().read(true)) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(reading(error)),
@@ -98,14 +99,22 @@ impl EventFile {
     /// stay, a torn one and those beyond go, and missing ones are added.
     fn open(path: &Path, lines: &[Value]) -> Result<EventFile, RunError> {
         let writing = |source| RunError::writing("TensorBoard file", path, source);
-        fs::create_dir_all(path.parent().expect("a file in a folder")).map_err(writing)?;
-        let found = match fs::read(path) {
-            Ok(found) => found,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(RunError::reading("TensorBoard file", path, error)),
-        };
+        let reading = |source| RunError::reading("TensorBoard file", path, source);
+        let folder = path.parent().expect("a file in a folder");
+        if !is_plain_folder(folder).map_err(|error| RunError::folder(folder, error))? {
+            create_folders(folder).map_err(writing)?;
+        }
+        let mut options = OpenOptions::new();
+        let mut file = open_plain(path, options.create(true).read(true).append(true)).map_err(writing)?;
+        let mut found = Vec::new();
+        file.read_to_end(&mut found).map_err(reading)?;
         let (records, bytes) = whole_records(&found, 1 + lines.len());
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(writing)?;
+        if is_shared(&file).map_err(reading)? {
+            // Such as a copy of the directory that is made of links to the same files.
+            atomic_write(path, "TensorBoard file", |out| out.write_all(&found[..bytes]))?;
+            file = open_plain(path, OpenOptions::new().append(true)).map_err(writing)?;
+        }
+        sync_parent(path).map_err(writing)?;
         file.set_len(bytes as u64).map_err(writing)?;
         let mut file = EventFile { path: path.to_owned(), file, bytes: bytes as u64 };
         if records == 0 {
@@ -247,6 +256,8 @@ fn whole_record(bytes: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::{
         events::{Events, MetricsFile, StepReport},

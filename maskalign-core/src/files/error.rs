@@ -73,6 +73,18 @@ pub enum RunError {
         /// What should be there: `file` or `folder`.
         expected: &'static str,
     },
+    /// `--force` did not come to its end.
+    #[error("the run in {path} was being replaced, and part of it is deleted: replace it with `--force`, or choose another directory with `--out`", path = .path.display())]
+    HalfReplaced {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// What a run works in is another, or nothing.
+    #[error("{path} is not where the run made it: it was removed, renamed or replaced while the run went on, which writes nothing more; put it back and go on with `--resume`", path = .path.display())]
+    Removed {
+        /// The run's directory, or a file in it.
+        path: PathBuf,
+    },
     /// A file of a run that an earlier version made.
     #[error("{path} is of an earlier version of MaskAlign, whose runs are not known by their checksums to be whole: finish the run with that version, or start a new one; `export` and `weights` still take what its stages left", path = .path.display())]
     Outdated {
@@ -110,9 +122,10 @@ impl RunError {
             | RunError::InUse { .. }
             | RunError::Name { .. }
             | RunError::NotPlain { .. }
+            | RunError::HalfReplaced { .. }
             | RunError::Outdated { .. }
             | RunError::Damaged { .. } => true,
-            RunError::DiskFull { .. } | RunError::Io { .. } => false,
+            RunError::DiskFull { .. } | RunError::Io { .. } | RunError::Removed { .. } => false,
         }
     }
 

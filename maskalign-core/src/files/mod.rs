@@ -10,7 +10,7 @@ pub(crate) use atomic::target_of_temporary;
 pub use error::RunError;
 pub use fail_point::fail_point;
 pub(crate) use fail_point::fail_point_after;
-pub(crate) use plain::{open_plain, sync_parent};
+pub(crate) use plain::{create_folders, is_at, is_plain_folder, is_shared, open_folder, open_plain, sync_parent};
 
 /// Whether another path would help: what was named is not there, is of another kind or may not be used.
 pub(crate) fn is_wrong_path(error: &std::io::Error) -> bool {

@@ -51,6 +51,43 @@ pub(crate) fn is_plain_folder(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// Opens a folder, to tell it from another in its place; `None` on systems where folders cannot be opened, and cannot be
+/// renamed while files in them are open.
+pub(crate) fn open_folder(path: &Path) -> io::Result<Option<File>> {
+    match cfg!(unix) {
+        true => File::open(path).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// Whether a path still leads to what was opened there: it was not removed, renamed or replaced.
+///
+/// What is open keeps its number, so that nothing else can have it. Where the system has no such numbers, something has to
+/// be there.
+pub(crate) fn is_at(opened: &File, path: &Path) -> io::Result<bool> {
+    match fs::metadata(path) {
+        #[cfg(unix)]
+        Ok(found) => {
+            use std::os::unix::fs::MetadataExt;
+            let own = opened.metadata()?;
+            Ok((own.dev(), own.ino()) == (found.dev(), found.ino()))
+        }
+        #[cfg(not(unix))]
+        Ok(_) => opened.metadata().map(|_| true),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a file has other names than the one it was opened by: to change it in place would change it under these too.
+pub(crate) fn is_shared(file: &File) -> io::Result<bool> {
+    #[cfg(unix)]
+    let names = std::os::unix::fs::MetadataExt::nlink(&file.metadata()?);
+    #[cfg(not(unix))]
+    let names = file.metadata().map(|_| 1)?;
+    Ok(names > 1)
+}
+
 /// Makes a folder and those above it that are missing, each of them to last.
 pub(crate) fn create_folders(path: &Path) -> io::Result<()> {
     let missing: Vec<&Path> =

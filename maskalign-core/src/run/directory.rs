@@ -14,12 +14,17 @@ use super::clock::utc;
 use super::manifest::Manifest;
 use super::metrics::{self, Marks, Metrics, MetricsMark, Tail};
 use super::seal::{Broken, seal, unseal};
-use crate::files::{RunError, atomic_write, open_plain, sync_parent, target_of_temporary};
+use crate::files::{
+    RunError, atomic_write, create_folders, is_at, is_plain_folder, open_folder, open_plain, sync_parent,
+    target_of_temporary,
+};
 use crate::weights::TensorRef;
 use crate::weights::{Checkpoint, CheckpointHeader, Retention};
 
 const MARKER: &str = ".maskalign-run";
 const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made besides the usual ones.\n";
+/// Ends the marker of a run of which a part may be deleted. It can name no file of the run.
+const REPLACED_LINE: &str = "/ is being replaced";
 const RECIPE: &str = "recipe.resolved.yaml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
@@ -51,6 +56,8 @@ pub enum Mode {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
+    /// Open as long as the run goes on, so that another in its place can be told from it.
+    folder: Option<File>,
     marker: File,
     found: Found,
 }
@@ -97,7 +104,8 @@ impl RunDir {
 
     /// Opens a directory for a run, creating it unless it is to be resumed.
     ///
-    /// A directory that is neither empty nor a run's is refused in every mode. An empty one may be resumed: a run may
+    /// A directory that is neither empty nor a run's is refused in every mode, and so are links where a run has files and
+    /// folders of its own. An empty one may be resumed: a run may
     /// have been killed before it wrote anything.
     pub fn create(path: impl Into<PathBuf>, mode: Mode) -> Result<RunDir, RunError> {
         let path = path.into();
@@ -105,7 +113,7 @@ impl RunDir {
             return Err(RunError::NothingToResume { path });
         }
         let is_new = !path.exists();
-        fs::create_dir_all(&path).map_err(|source| match source.kind() {
+        create_folders(&path).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => RunError::NotAFolder { path: path.clone() },
             _ => RunError::Io { action: "create the run directory".into(), path: path.clone(), source },
         })?;
@@ -117,17 +125,19 @@ impl RunDir {
             Mode::Force | Mode::Resume if !marked => {
                 return Err(RunError::NotARun { path, marker: MARKER });
             }
-            Mode::Force | Mode::Resume => {}
+            Mode::Force | Mode::Resume => refuse_links(&path, mode)?,
         }
         let found = match (is_new, empty) {
             (true, _) => Found::Nothing,
             (false, true) => Found::EmptyFolder,
             (false, false) => Found::Run,
         };
-        let mut run = RunDir { marker: open_marker(&path)?, path, found };
+        let folder = open_folder(&path).map_err(|source| RunError::reading("run directory", &path, source))?;
+        let mut run = RunDir { folder, marker: open_marker(&path)?, path, found };
         match mode {
             Mode::Fresh => {}
             Mode::Force => run.delete_previous_run()?,
+            Mode::Resume if run.is_half_replaced()? => return Err(RunError::HalfReplaced { path: run.path }),
             Mode::Resume => run.delete_leftovers()?,
         }
         run.begin_marker()?;
@@ -138,7 +148,13 @@ impl RunDir {
     pub(super) fn look_at(path: &Path) -> Result<RunDir, RunError> {
         let marker = open_plain(&path.join(MARKER), OpenOptions::new().read(true));
         let marker = marker.map_err(|_| RunError::NotARun { path: path.to_owned(), marker: MARKER })?;
-        Ok(RunDir { path: path.to_owned(), marker, found: Found::Run })
+        let folder = open_folder(path).map_err(|source| RunError::reading("run directory", path, source))?;
+        refuse_links(path, Mode::Resume)?;
+        let mut run = RunDir { folder, marker, path: path.to_owned(), found: Found::Run };
+        match run.is_half_replaced()? {
+            true => Err(RunError::HalfReplaced { path: run.path }),
+            false => Ok(run),
+        }
     }
 
     /// Whether a stage has left a checkpoint or its record.
@@ -151,9 +167,58 @@ impl RunDir {
         Ok(false)
     }
 
+    /// Checks that the path still leads to the directory that was opened. Every write asks.
+    ///
+    /// # Errors
+    /// It was removed, renamed or replaced in the meantime.
+    pub(crate) fn still_there(&self) -> Result<(), RunError> {
+        let folder = self.folder.iter().map(|folder| (folder, self.path.clone()));
+        for (opened, path) in folder.chain([(&self.marker, self.path.join(MARKER))]) {
+            if !is_at(opened, &path).map_err(|source| RunError::reading("run directory", &path, source))? {
+                return Err(RunError::Removed { path });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes in the directory, where it is still there. What is missing of it then was taken away.
+    fn writing<T>(&self, write: impl FnOnce() -> Result<T, RunError>) -> Result<T, RunError> {
+        self.still_there()?;
+        match write() {
+            Err(RunError::Io { path, source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Err(RunError::Removed { path })
+            }
+            written => {
+                if written.is_err() {
+                    self.still_there()?;
+                }
+                written
+            }
+        }
+    }
+
+    /// Checks that what stages left in the course of this run is still there.
+    ///
+    /// # Errors
+    /// Something was removed.
+    pub(crate) fn still_has<'a>(&self, stages: impl Iterator<Item = &'a String>) -> Result<(), RunError> {
+        self.still_there()?;
+        for stage in stages {
+            let folder = self.stage_folder(stage)?;
+            if let Some(name) = [DONE, FINAL].into_iter().find(|name| !is_plain_file(&folder.join(name))) {
+                return Err(RunError::Removed { path: folder.join(name) });
+            }
+        }
+        Ok(())
+    }
+
     /// Leaves the place as it was found where nothing was trained yet: a run that is refused is no run. What an earlier
     /// run left is not touched.
     pub fn withdraw(mut self) -> Result<(), RunError> {
+        if self.still_there().is_err() {
+            // What is there now is not this run's.
+            return Ok(());
+        }
         let trained = fs::metadata(self.metrics_path()).is_ok_and(|metrics| metrics.len() > 0);
         if self.found == Found::Run || trained || !self.stage_folders()?.is_empty() {
             return Ok(());
@@ -214,6 +279,7 @@ impl RunDir {
             return Err(RunError::Name { what: "file of a run", name: inside.to_owned() });
         }
         let path = self.path.join(MARKER);
+        self.still_there()?;
         self.marker
             .write_all(format!("{inside}\n").as_bytes())
             .and_then(|()| self.marker.sync_data())
@@ -222,7 +288,7 @@ impl RunDir {
 
     /// Writes `recipe.resolved.yaml`.
     pub fn write_recipe(&self, text: &str) -> Result<(), RunError> {
-        atomic_write(&self.recipe_path(), "recipe", |file| file.write_all(text.as_bytes()))
+        self.writing(|| atomic_write(&self.recipe_path(), "recipe", |file| file.write_all(text.as_bytes())))
     }
 
     /// Reads `recipe.resolved.yaml`; `None` if the run was killed before it was written.
@@ -232,7 +298,7 @@ impl RunDir {
 
     /// Writes `manifest.json`.
     pub fn write_manifest(&self, manifest: &Manifest) -> Result<(), RunError> {
-        write_json(&self.manifest_path(), "manifest", manifest)
+        self.writing(|| write_json(&self.manifest_path(), "manifest", manifest))
     }
 
     /// Reads `manifest.json`; `None` if the run was killed before it was written.
@@ -246,26 +312,28 @@ impl RunDir {
     /// # Errors
     /// These records are not as they were written; the file is left as it is.
     pub fn metrics(&self, records: u64) -> Result<Metrics, RunError> {
+        self.still_there()?;
         let mut marks = self.marks()?;
         let metrics = Metrics::open(&self.metrics_path(), &self.mark_at(&marks, records)?, &marks);
         let metrics = metrics.map_err(|error| error.advised(RESTORE_METRICS))?;
         let known = marks.marks.len();
         marks.marks.retain(|mark| mark.records <= records);
         if marks.marks.len() < known {
-            write_json(&self.marks_path(), "marks", &marks)?;
+            self.writing(|| write_json(&self.marks_path(), "marks", &marks))?;
         }
         Ok(metrics)
     }
 
     /// Notes where `metrics.jsonl` stands, before a checkpoint that counts its records is written.
     pub fn mark_metrics(&self, mark: MetricsMark) -> Result<(), RunError> {
+        self.still_there()?;
         let mut marks = self.marks()?;
         if mark.records == 0 || marks.marks.last() == Some(&mark) {
             return Ok(());
         }
         marks.marks.retain(|earlier| earlier.records < mark.records);
         marks.marks.push(mark);
-        write_json(&self.marks_path(), "marks", &marks)
+        self.writing(|| write_json(&self.marks_path(), "marks", &marks))
     }
 
     /// Checks that the first `records` records of `metrics.jsonl` are as they were written.
@@ -299,7 +367,7 @@ impl RunDir {
     pub fn save_checkpoint(&self, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<PathBuf, RunError> {
         let path = self.checkpoint_path(&header.stage, header.step)?;
         self.create_stage_folder(&header.stage)?;
-        Checkpoint::save(&path, "checkpoint", header, tensors)?;
+        self.writing(|| Checkpoint::save(&path, "checkpoint", header, tensors))?;
         Ok(path)
     }
 
@@ -369,6 +437,7 @@ impl RunDir {
     /// Deletes the checkpoints of a stage that need not stay.
     pub fn prune_checkpoints(&self, stage: &str, retention: Retention) -> Result<(), RunError> {
         let checkpoints = self.checkpoints(stage)?;
+        self.still_there()?;
         retention.to_delete(&checkpoints).try_for_each(delete)
     }
 
@@ -382,14 +451,14 @@ impl RunDir {
         results: Value,
     ) -> Result<(), RunError> {
         let folder = self.create_stage_folder(&header.stage)?;
-        Checkpoint::save(&folder.join(FINAL), "final", header, tensors)?;
+        self.writing(|| Checkpoint::save(&folder.join(FINAL), "final", header, tensors))?;
         let finished = FinishedStage {
             step: header.step,
             fingerprint: header.fingerprint.clone(),
             metrics_records: header.metrics_records,
             results,
         };
-        write_json(&folder.join(DONE), "done", &finished)?;
+        self.writing(|| write_json(&folder.join(DONE), "done", &finished))?;
         self.add_to_summary(&header.stage, &finished.results)
     }
 
@@ -478,6 +547,7 @@ impl RunDir {
     /// Makes a stage unfinished again, so that it goes on from its last checkpoint.
     pub fn reopen_stage(&self, stage: &str) -> Result<(), RunError> {
         let folder = self.stage_folder(stage)?;
+        self.still_there()?;
         // Without its record a stage is unfinished, whatever else is there.
         delete(&folder.join(DONE))?;
         delete(&folder.join(FINAL))?;
@@ -524,9 +594,11 @@ impl RunDir {
     }
 
     fn write_summary(&self, summary: &Map<String, Value>) -> Result<(), RunError> {
-        atomic_write(&self.summary_path(), "summary", |file| {
-            serde_json::to_writer_pretty(&mut *file, summary)?;
-            file.write_all(b"\n")
+        self.writing(|| {
+            atomic_write(&self.summary_path(), "summary", |file| {
+                serde_json::to_writer_pretty(&mut *file, summary)?;
+                file.write_all(b"\n")
+            })
         })
     }
 
@@ -535,12 +607,17 @@ impl RunDir {
         if stage.is_empty() || stage.starts_with('.') || !stage.chars().all(plain) {
             return Err(RunError::Name { what: "stage", name: stage.to_owned() });
         }
-        Ok(self.path.join(CHECKPOINTS).join(stage))
+        let all = self.path.join(CHECKPOINTS);
+        let folder = all.join(stage);
+        for own in [&all, &folder] {
+            is_plain_folder(own).map_err(|error| RunError::folder(own, error))?;
+        }
+        Ok(folder)
     }
 
     fn create_stage_folder(&self, stage: &str) -> Result<PathBuf, RunError> {
         let folder = self.stage_folder(stage)?;
-        fs::create_dir_all(&folder).map_err(|source| RunError::writing("folder", &folder, source))?;
+        self.writing(|| create_folders(&folder).map_err(|source| RunError::writing("folder", &folder, source)))?;
         Ok(folder)
     }
 
@@ -557,16 +634,42 @@ impl RunDir {
         begin().map_err(|source| RunError::writing("run directory's marker", &path, source))
     }
 
-    /// Deletes every file that a run is known to make or has noted, then the folders that are empty.
+    /// Whether an earlier process began to delete the run.
+    fn is_half_replaced(&mut self) -> Result<bool, RunError> {
+        Ok(self.read_marker()?.lines().any(|line| line == REPLACED_LINE))
+    }
+
+    fn read_marker(&mut self) -> Result<String, RunError> {
+        let mut text = String::new();
+        match self.marker.rewind().and_then(|()| self.marker.read_to_string(&mut text)) {
+            Ok(_) => Ok(text),
+            Err(source) => Err(RunError::reading("run directory's marker", &self.path.join(MARKER), source)),
+        }
+    }
+
+    /// Deletes every file that a run is known to make or has noted, then the folders that are empty. What a failure leaves
+    /// of it is marked as no run to go on with.
     fn delete_previous_run(&mut self) -> Result<(), RunError> {
         let path = self.path.join(MARKER);
-        let mut recorded = String::new();
-        self.marker
-            .rewind()
-            .and_then(|()| self.marker.read_to_string(&mut recorded))
-            .map_err(|source| RunError::reading("run directory's marker", &path, source))?;
+        let writing = |source| RunError::writing("run directory's marker", &path, source);
+        let recorded = self.read_marker()?;
+        self.marker.write_all(format!("{REPLACED_LINE}\n").as_bytes()).map_err(writing)?;
+        self.marker.sync_all().map_err(writing)?;
         self.delete_leftovers()?;
-        for name in [RECIPE, MANIFEST, METRICS, MARKS, SUMMARY] {
+        for folder in self.stage_folders()? {
+            let names = file_names(&folder)?;
+            // A stage is unfinished from the first file on.
+            let (records, others): (Vec<&String>, Vec<&String>) = names.iter().partition(|name| *name == DONE);
+            for name in records.into_iter().chain(others) {
+                if is_stages(name) || aside_of(name).is_some_and(is_stages) {
+                    delete(&folder.join(name))?;
+                }
+            }
+            // A folder that holds something else stays.
+            let _ = fs::remove_dir(&folder);
+        }
+        let _ = fs::remove_dir(self.path.join(CHECKPOINTS));
+        for name in [SUMMARY, MARKS, METRICS, MANIFEST, RECIPE] {
             delete(&self.path.join(name))?;
         }
         for name in file_names(&self.path)?.iter().filter(|name| aside_of(name) == Some(METRICS)) {
@@ -577,22 +680,12 @@ impl RunDir {
                 delete(&self.path.join(line))?;
             }
         }
-        for folder in self.stage_folders()? {
-            for name in file_names(&folder)? {
-                if is_stages(&name) || aside_of(&name).is_some_and(is_stages) {
-                    delete(&folder.join(name))?;
-                }
-            }
-            // A folder that holds something else stays.
-            let _ = fs::remove_dir(&folder);
-        }
-        let _ = fs::remove_dir(self.path.join(CHECKPOINTS));
         let tensorboard = self.path.join(TENSORBOARD);
-        if is_plain_folder(&tensorboard) {
+        if is_folder(&tensorboard) {
             delete(&tensorboard.join(EVENTS))?;
             let _ = fs::remove_dir(&tensorboard);
         }
-        self.marker.set_len(0).map_err(|source| RunError::writing("run directory's marker", &path, source))
+        self.marker.set_len(0).map_err(writing)
     }
 
     /// Deletes temporary files that a kill left.
@@ -615,14 +708,14 @@ impl RunDir {
     /// The folders in `checkpoints/`; links are not followed, lest files elsewhere be deleted.
     fn stage_folders(&self) -> Result<Vec<PathBuf>, RunError> {
         let folder = self.path.join(CHECKPOINTS);
-        if !is_plain_folder(&folder) {
+        if !is_folder(&folder) {
             return Ok(Vec::new());
         }
         let entries = fs::read_dir(&folder).map_err(|e| RunError::reading("folder", &folder, e))?;
         let mut found = Vec::new();
         for entry in entries {
             let path = entry.map_err(|e| RunError::reading("folder", &folder, e))?.path();
-            if is_plain_folder(&path) {
+            if is_folder(&path) {
                 found.push(path);
             }
         }
@@ -630,14 +723,39 @@ impl RunDir {
     }
 }
 
+/// Refuses links where a run has folders of its own, and files that it would read.
+fn refuse_links(path: &Path, mode: Mode) -> Result<(), RunError> {
+    let checkpoints = path.join(CHECKPOINTS);
+    let mut files: Vec<PathBuf> = Vec::new();
+    for folder in [&checkpoints, &path.join(TENSORBOARD)] {
+        is_plain_folder(folder).map_err(|error| RunError::folder(folder, error))?;
+    }
+    for name in file_names(&checkpoints)? {
+        let folder = checkpoints.join(name);
+        if folder.is_symlink() {
+            return Err(RunError::NotPlain { path: folder, found: "a link", expected: "folder" });
+        }
+        if is_folder(&folder) {
+            files.extend(file_names(&folder)?.iter().filter(|name| is_stages(name)).map(|name| folder.join(name)));
+        }
+    }
+    files.extend([RECIPE, MANIFEST, METRICS, MARKS, SUMMARY].map(|name| path.join(name)));
+    files.push(path.join(TENSORBOARD).join(EVENTS));
+    match files.into_iter().find(|file| file.is_symlink()) {
+        // To delete a link leaves what it leads to.
+        Some(path) if mode == Mode::Resume => Err(RunError::NotPlain { path, found: "a link", expected: "file" }),
+        _ => Ok(()),
+    }
+}
+
 fn open_marker(folder: &Path) -> Result<File, RunError> {
     let path = folder.join(MARKER);
-    let marker = OpenOptions::new()
-        .create(true)
-        .read(true)
-        .append(true)
-        .open(&path)
-        .map_err(|source| RunError::writing("run directory's marker", &path, source))?;
+    let writing = |source| RunError::writing("run directory's marker", &path, source);
+    let is_new = !path.exists();
+    let marker = open_plain(&path, OpenOptions::new().create(true).read(true).append(true)).map_err(writing)?;
+    if is_new {
+        sync_parent(&path).map_err(writing)?;
+    }
     // A process that was killed a moment ago may still be on its way out with the lock.
     let mut locked = marker.try_lock();
     for _ in 0..20 {
@@ -688,10 +806,10 @@ fn is_inside(path: &str) -> bool {
 /// Whether no folder on the way from `root` to `root/inside` is a link.
 fn has_plain_folders(root: &Path, inside: &str) -> bool {
     let mut folders = Path::new(inside).ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
-    folders.all(|folder| is_plain_folder(&root.join(folder)))
+    folders.all(|folder| is_folder(&root.join(folder)))
 }
 
-fn is_plain_folder(path: &Path) -> bool {
+fn is_folder(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir())
 }
 
@@ -716,7 +834,7 @@ fn file_names(folder: &Path) -> Result<BTreeSet<String>, RunError> {
 
 /// Deletes a file. A folder of its name is somebody else's: it gets another name.
 fn delete(path: &Path) -> Result<(), RunError> {
-    if is_plain_folder(path) {
+    if is_folder(path) {
         return set_aside(path).map(drop);
     }
     match fs::remove_file(path) {
@@ -891,20 +1009,119 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn force_follows_no_links() {
+    fn links_are_neither_followed_nor_deleted_through() {
+        use std::os::unix::fs::symlink;
         let folder = tempfile::tempdir().unwrap();
         let elsewhere = folder.path().join("elsewhere");
-        fs::create_dir(&elsewhere).unwrap();
-        fs::write(elsewhere.join("final.safetensors"), "keep").unwrap();
         let path = folder.path().join("run");
+        let contents = || {
+            let names = file_names(&elsewhere).unwrap();
+            names.iter().map(|name| fs::read(elsewhere.join(name)).unwrap()).collect::<Vec<_>>()
+        };
         let mut run = RunDir::create(&path, Mode::Fresh).unwrap();
+        run.write_recipe("seed: 1\n").unwrap();
+        run.write_manifest(&Manifest::default()).unwrap();
         run.record("link/final.safetensors").unwrap();
+        save(&run, "pretrain", 2);
+        run.finish_stage(&header("pretrain", 2), &[], json!({})).unwrap();
         drop(run);
+        fs::create_dir(path.join(TENSORBOARD)).unwrap();
+        fs::write(path.join(TENSORBOARD).join(EVENTS), "events").unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        symlink(&elsewhere, path.join("link")).unwrap();
+        let step = "checkpoints/pretrain/step-00000002.safetensors";
+        let files = [RECIPE, MANIFEST, METRICS, MARKS, SUMMARY, step].map(|name| path.join(name)).into_iter();
+        let folders = ["checkpoints", "checkpoints/pretrain", TENSORBOARD].map(|name| path.join(name)).into_iter();
+        for (place, is_folder) in files.zip(std::iter::repeat(false)).chain(folders.zip(std::iter::repeat(true))) {
+            let moved = elsewhere.join("moved");
+            fs::rename(&place, &moved).unwrap();
+            symlink(&moved, &place).unwrap();
+            let there = if is_folder { Vec::new() } else { contents() };
+            let error = RunDir::create(&path, Mode::Resume).unwrap_err();
+            assert!(matches!(&error, RunError::NotPlain { path, .. } if *path == place), "{error}");
+            assert!(error.is_user_mistake());
+            if is_folder {
+                assert!(matches!(RunDir::create(&path, Mode::Force), Err(RunError::NotPlain { .. })));
+                assert!(path.join(RECIPE).exists(), "nothing is deleted before all is known");
+            } else {
+                assert_eq!(contents(), there);
+            }
+            fs::remove_file(&place).unwrap();
+            fs::rename(&moved, &place).unwrap();
+        }
+        // A link to a file is deleted; what it leads to stays.
+        fs::rename(path.join(METRICS), elsewhere.join("moved")).unwrap();
+        symlink(elsewhere.join("moved"), path.join(METRICS)).unwrap();
+        fs::write(elsewhere.join("final.safetensors"), "keep").unwrap();
+        let there = contents();
+        let run = RunDir::create(&path, Mode::Force).unwrap();
+        assert_eq!(contents(), there);
+        // One that appears later.
         fs::create_dir(path.join(CHECKPOINTS)).unwrap();
-        std::os::unix::fs::symlink(&elsewhere, path.join("checkpoints/pretrain")).unwrap();
-        std::os::unix::fs::symlink(&elsewhere, path.join("link")).unwrap();
-        RunDir::create(&path, Mode::Force).unwrap();
-        assert!(elsewhere.join("final.safetensors").exists());
+        symlink(&elsewhere, path.join("checkpoints/pretrain")).unwrap();
+        let error = run.finish_stage(&header("pretrain", 2), &[], json!({})).unwrap_err();
+        assert!(matches!(error, RunError::NotPlain { .. }), "{error}");
+        let all = Retention { keep_last: 1, keep_every: None };
+        assert!(run.prune_checkpoints("pretrain", all).is_err() && run.discard_stage("pretrain").is_err());
+        assert_eq!(contents(), there);
+    }
+
+    /// A failure half-way, such as a folder that may not be changed.
+    #[test]
+    fn a_run_that_is_half_deleted_is_not_gone_on_with() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        run.write_recipe("seed: 1\n").unwrap();
+        let checkpoint = save(&run, "pretrain", 2);
+        run.record("export.bin").unwrap();
+        fs::write(folder.path().join("export.bin"), "e").unwrap();
+        // A file cannot be inside a file: this is not deleted, and not because it is gone.
+        run.record("recipe.resolved.yaml/inside").unwrap();
+        drop(run);
+        fs::write(checkpoint.with_file_name(".final.safetensors.tmp"), "torn").unwrap();
+        fs::write(folder.path().join(MARKER), format!("{MARKER_LINE}export.bin\n{REPLACED_LINE}\n")).unwrap();
+        let error = RunDir::create(folder.path(), Mode::Resume).unwrap_err();
+        assert!(matches!(error, RunError::HalfReplaced { .. }) && error.is_user_mistake(), "{error}");
+        assert!(checkpoint.exists());
+        let run = RunDir::create(folder.path(), Mode::Force).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the marker");
+        drop(run);
+        RunDir::create(folder.path(), Mode::Resume).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_directory_that_is_removed_renamed_or_replaced_is_written_to_no_more() {
+        for replaced in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let (path, moved) = (folder.path().join("run"), folder.path().join("moved"));
+            let run = RunDir::create(&path, Mode::Fresh).unwrap();
+            save(&run, "pretrain", 1);
+            fs::rename(&path, &moved).unwrap();
+            if replaced {
+                drop(RunDir::create(&path, Mode::Fresh).unwrap());
+            }
+            let tensors = [];
+            let writes: [&dyn Fn() -> Result<(), RunError>; 7] = [
+                &|| run.save_checkpoint(&header("pretrain", 2), &tensors).map(drop),
+                &|| run.finish_stage(&header("pretrain", 2), &tensors, json!({})),
+                &|| run.write_manifest(&Manifest::default()),
+                &|| run.write_recipe("seed: 1\n"),
+                &|| run.metrics(0).map(drop),
+                &|| run.discard_stage("pretrain"),
+                &|| run.still_has(std::iter::empty()),
+            ];
+            for write in writes {
+                let error = write().unwrap_err();
+                assert!(matches!(error, RunError::Removed { .. }) && !error.is_user_mistake(), "{error}");
+            }
+            run.withdraw().unwrap();
+            match replaced {
+                true => assert_eq!(file_names(&path).unwrap().len(), 1, "the other's marker"),
+                false => assert!(!path.exists()),
+            }
+            assert!(moved.join("checkpoints/pretrain/step-00000001.safetensors").exists());
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::files::{RunError, fail_point_after, open_plain, sync_parent};
+use crate::files::{RunError, atomic_write, fail_point_after, is_at, is_shared, open_plain, sync_parent};
 
 /// How far `metrics.jsonl` was when a checkpoint was about to be written.
 ///
@@ -97,6 +97,12 @@ impl Metrics {
             return Err(fault(path, &mut file, at.records, marks));
         }
         Tail::of(&file).map_err(reading)?.log(path);
+        if is_shared(&file).map_err(reading)? {
+            // Such as a copy of the directory that is made of links to the same files.
+            file.rewind().map_err(reading)?;
+            atomic_write(path, "metrics", |out| io::copy(&mut (&file).take(at.bytes), out))?;
+            file = open_plain(path, OpenOptions::new().append(true)).map_err(writing)?;
+        }
         file.set_len(at.bytes).map_err(writing)?;
         if is_new {
             sync_parent(path).map_err(writing)?;
@@ -137,7 +143,13 @@ impl Metrics {
 
     /// Makes the records so far last, and says where the file is with them; call it before a checkpoint that counts them
     /// is written, and hand the mark to [`RunDir::mark_metrics`](super::RunDir::mark_metrics).
+    ///
+    /// # Errors
+    /// It cannot be written, or is not the file at its path any more.
     pub fn sync(&self) -> Result<MetricsMark, RunError> {
+        if !is_at(&self.file, &self.path).map_err(|source| RunError::reading("metrics", &self.path, source))? {
+            return Err(RunError::Removed { path: self.path.clone() });
+        }
         self.file.sync_data().map_err(|source| RunError::writing("metrics", &self.path, source))?;
         Ok(MetricsMark::of(self.records, self.hasher.count(), &self.hasher))
     }
@@ -352,6 +364,38 @@ mod tests {
         fs::remove_file(&path).unwrap();
         let error = Metrics::open(&path, &marks.at(8).unwrap(), &marks).unwrap_err().to_string();
         assert!(error.contains("it is gone") && !path.exists(), "{error}");
+    }
+
+    /// As `cp -al` makes a copy of a directory.
+    #[cfg(unix)]
+    #[test]
+    fn a_file_with_a_second_name_is_not_changed_under_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, copy) = (folder.path().join("metrics.jsonl"), folder.path().join("copy"));
+        let marks = written(&path, 4);
+        fs::hard_link(&path, &copy).unwrap();
+        let mut metrics = Metrics::open(&path, &marks.at(2).unwrap(), &marks).unwrap();
+        metrics.append(&line(2)).unwrap();
+        metrics.sync().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), text(0..3));
+        assert_eq!(fs::read_to_string(&copy).unwrap(), text(0..4));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_is_removed_or_replaced_meanwhile_is_not_relied_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        for replaced in [false, true] {
+            let _ = fs::remove_file(&path);
+            let mut metrics = Metrics::open(&path, &MetricsMark::begin(), &Marks::default()).unwrap();
+            metrics.append(&line(0)).unwrap();
+            fs::remove_file(&path).unwrap();
+            if replaced {
+                fs::write(&path, text([0])).unwrap();
+            }
+            assert!(matches!(metrics.sync(), Err(RunError::Removed { .. })));
+        }
     }
 
     #[test]
