@@ -65,6 +65,30 @@ fn fine_tuning() {
 }
 
 #[test]
+fn a_linear_probe() {
+    let sample = [
+        "~stages.probe.eval",
+        "stages.probe.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.probe.student={type: vit, arch: {dim: 192, depth: 6, heads: 3, patch: 4}}",
+        "stages.probe.batch={effective: 1024}",
+    ];
+    compare("linear_probe_vitb", &sample, &[]);
+}
+
+#[test]
+fn a_moving_average_as_the_teacher() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student={type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, masked_patches: mask_token}",
+        "stages.pretrain.masker={type: block, masked: 30, min_block: 4}",
+        "stages.pretrain.schedule.min_lr=0",
+        "stages.pretrain.schedule.warmup_lr=0",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("data2vec_vitb", &sample, &[]);
+}
+
+#[test]
 fn nearest_neighbours() {
     let stages = "stages={knn: {type: knn, train: {dataset: {type: sample, split: train}}, \
                   test: {dataset: {type: sample, split: test}}, baselines: [pixels]}}";

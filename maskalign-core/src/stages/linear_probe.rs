@@ -29,6 +29,9 @@ use crate::{
     register,
 };
 
+/// Images that go through the student together.
+const AT_A_TIME: usize = 64;
+
 /// The official probe's: added to the variances of features.
 const EPS: f64 = 1e-6;
 
@@ -87,10 +90,21 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// `[batch, width]`.
+    /// `[batch, width]`. The student sees some images at a time, as it does in other evaluations: what passes through it
+    /// needs no more room for a large batch, whose statistics are those of all its features.
     fn features(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
-        let view = View { pooling: self.pooling, tap: self.tap, batch: images.batch };
-        Tower::Student(&*self.student).features(cx, images.clone(), view)
+        let view = View { pooling: self.pooling, tap: self.tap, batch: AT_A_TIME };
+        let each = images.pixels.len() / images.batch;
+        let parts: Vec<Tensor> = images
+            .pixels
+            .chunks(AT_A_TIME * each)
+            .map(|pixels| {
+                let part = ImageBatch { pixels: pixels.to_vec(), batch: pixels.len() / each, size: images.size };
+                Tower::Student(&*self.student).features(cx, part, view)
+            })
+            .collect::<Result<_>>()?;
+        let rows: Vec<u32> = (0..images.batch as u32).collect();
+        Ok(ops::gather_rows(cx, &mut Tape::inference(), &parts.iter().collect::<Vec<_>>(), &rows)?)
     }
 }
 
@@ -167,7 +181,7 @@ impl LinearProbe {
         let summary = &mut planned.summary;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
-        summary.memory += memory::probe(summary, &shape, batch.micro(), planned.training.data.size);
+        summary.memory += memory::probe(summary, &shape, [batch.micro(), AT_A_TIME], planned.training.data.size);
         Ok(planned)
     }
 }

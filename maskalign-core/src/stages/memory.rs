@@ -48,15 +48,12 @@ pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
 }
 
-/// Bytes for training on the features of a frozen tower that runs again at each step: its weights and pass, and what is
-/// trained with its gradient and one moment.
-pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, images: usize, image_size: usize) -> u64 {
-    FLOAT
-        * (plan.parameters as u64
-            + 2 * plan.trainable as u64
-            + BATCHES * batch(images, image_size)
-            + pass(tower, images, 1))
-        + BASE
+/// Bytes for training on the features of a frozen tower that runs again at each step, on a micro-batch of images some at a
+/// time: its weights and pass, and what is trained with its gradient and one moment.
+pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]: [usize; 2], image_size: usize) -> u64 {
+    let (trained, images) = (2 * plan.trainable as u64, BATCHES * batch(micro, image_size));
+    let features = (micro * tower.arch.dim) as u64;
+    FLOAT * (plan.parameters as u64 + trained + images + 4 * features + pass(tower, micro.min(at_a_time), 1)) + BASE
 }
 
 /// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
