@@ -24,7 +24,7 @@ pub mod weights;
 
 pub use maskalign_engine::{
     Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor,
-    images::resize_images_bicubic, keep_freed_memory, ops, random,
+    images::resize_images_bicubic, instruction_sets, keep_freed_memory, ops, random,
 };
 /// What a component reads from a recipe is a struct with this attribute; what it does is the trait of its kind.
 ///

@@ -81,6 +81,16 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>>
     }
 }
 
+/// What becomes of a run that would go on with other kernels than it was computed with: an instruction set with other last
+/// bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherKernels {
+    /// It is refused.
+    Refused,
+    /// It goes on, and the manifest says so.
+    Accepted,
+}
+
 /// What a run is told besides its recipe.
 pub struct RunOptions<'a> {
     /// The recipe with every default, as YAML, for the run directory.
@@ -89,6 +99,8 @@ pub struct RunOptions<'a> {
     pub fingerprint: &'a str,
     /// Ends each training stage after this many steps.
     pub step_limit: Option<u64>,
+    /// What becomes of a resumed run on another instruction set.
+    pub other_kernels: OtherKernels,
     /// Threads that read images.
     pub workers: usize,
     /// For the manifest.
@@ -119,7 +131,19 @@ pub fn run(
             dir.manifest_path().display()
         )));
     }
+    // A run of which nothing is left to do shows its results anywhere.
+    let mut computed_on = earlier.as_ref().map(|earlier| earlier.computed_on().to_string());
+    let mut idle = earlier.is_some();
+    for (name, summary) in plan.summaries() {
+        idle = idle && dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, &options));
+    }
+    if !idle {
+        same_kernels(cx, computed_on.take(), &options)?;
+    }
     let mut manifest = manifest(cx, recipe, &plan, earlier, &options)?;
+    if let (false, Some(resumption)) = (idle, manifest.resumed.last_mut()) {
+        resumption.isa = Some(cx.operators());
+    }
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
     let names: Vec<String> = plan.stages.iter().map(|(name, _)| name.clone()).collect();
@@ -129,7 +153,7 @@ pub fn run(
     for (place, (name, stage)) in plan.stages.into_iter().enumerate() {
         let summary = stage.summary();
         let finished = dir.finished_stage(&name)?;
-        let wanted = summary.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)));
+        let wanted = wanted_steps(summary, &options);
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
@@ -145,6 +169,12 @@ pub fn run(
             continue;
         }
         passed_over = None;
+        if let (Some(then), Some(resumption)) = (computed_on.take(), manifest.resumed.last_mut()) {
+            // What a stage left is damaged, and it is made again.
+            same_kernels(cx, Some(then), &options)?;
+            resumption.isa = Some(cx.operators());
+            dir.write_manifest(&manifest)?;
+        }
         if dir.is_finished(&name)? {
             // Nothing is taken away before it is known what to go on from.
             dir.latest_checkpoint(&name)?;
@@ -202,6 +232,30 @@ pub fn run(
     dir.write_manifest(&manifest)?;
     dir.still_there()?;
     Ok(results)
+}
+
+/// The steps that a stage is to make, 0 for one that makes none.
+fn wanted_steps(summary: &StageSummary, options: &RunOptions) -> u64 {
+    summary.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)))
+}
+
+/// Refuses to go on with other kernels, unless that is accepted.
+fn same_kernels(cx: &Context, then: Option<String>, options: &RunOptions) -> Result<()> {
+    let now = cx.operators();
+    match then.filter(|then| *then != now) {
+        None => Ok(()),
+        Some(then) if options.other_kernels == OtherKernels::Accepted => {
+            tracing::warn!(
+                "the run was computed with kernels `{then}` and goes on with `{now}`: it will not end with the bits of one \
+                 that was not interrupted"
+            );
+            Ok(())
+        }
+        Some(then) => Err(Error::Usage(format!(
+            "the run was computed with kernels `{then}`, and would go on with `{now}`, whose last bits differ: choose those \
+             with `MASKALIGN_ISA`, resume it on a machine that has them, or accept other bits with `--accept-other-kernels`"
+        ))),
+    }
 }
 
 /// Says before the first step that a stage will not fit: the allocator ends the process without a word of advice.
@@ -293,11 +347,12 @@ fn manifest(
             differences.join("\n  ")
         )));
     }
-    let resumption = Resumption { at: now, command_line: begun.command_line };
+    let resumption = Resumption { at: now, command_line: begun.command_line, isa: None };
     Ok(Manifest {
         command_line: earlier.command_line,
         working_directory: earlier.working_directory,
         started: earlier.started,
+        isa: earlier.isa,
         resumed: earlier.resumed.into_iter().chain([resumption]).collect(),
         ..begun
     })

@@ -56,8 +56,10 @@ impl DeviceChoice {
     /// Opens the device. `Auto` takes a GPU if one works, and silently falls back to the CPU.
     ///
     /// # Errors
-    /// A GPU was asked for by name, and this binary or this machine has none.
+    /// A GPU was asked for by name, and this binary or this machine has none; or `MASKALIGN_ISA` names an instruction set
+    /// that the machine lacks.
     pub fn open(self) -> Result<Device> {
+        maskalign_kernels::requested().map_err(|error| crate::Error::NoDevice(error.to_string()))?;
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Auto => match Gpu::open(0) {
@@ -73,6 +75,15 @@ impl DeviceChoice {
             DeviceChoice::Cuda(ordinal) => Ok(Device::Gpu(Gpu::open(ordinal)?)),
         }
     }
+}
+
+/// The instruction sets that this machine has kernels for, as `MASKALIGN_ISA` names them, the best first.
+///
+/// ```
+/// assert_eq!(maskalign_engine::instruction_sets().last(), Some(&"scalar"));
+/// ```
+pub fn instruction_sets() -> Vec<&'static str> {
+    maskalign_kernels::Isa::all_available().map(maskalign_kernels::Isa::name).collect()
 }
 
 #[cfg(test)]

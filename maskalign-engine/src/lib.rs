@@ -21,7 +21,7 @@ pub mod tape;
 pub mod tensor;
 
 pub use context::{Context, Forms};
-pub use device::{Device, DeviceChoice};
+pub use device::{Device, DeviceChoice, instruction_sets};
 pub use error::{Error, Result};
 pub use graph::{Graph, Matrix, Taped};
 pub use images::ImageBatch;

@@ -52,16 +52,66 @@ impl Isa {
     }
 }
 
-/// The set in use: the best available one, detected once. The environment variable
-/// `MASKALIGN_ISA` (`scalar`, `neon`, `avx2`, `avx512`) can choose another available one, so that
-/// tests reach every path; a value that is unknown or not available here is ignored.
+/// `MASKALIGN_ISA` names a set that this machine, or this version, does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoSuchIsa {
+    wanted: String,
+}
+
+impl std::error::Error for NoSuchIsa {}
+
+impl std::fmt::Display for NoSuchIsa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let known: Vec<&str> = Isa::all_available().map(Isa::name).collect();
+        let (wanted, known) = (&self.wanted, known.join(", "));
+        write!(
+            f,
+            "`MASKALIGN_ISA={wanted}` names no instruction set of this machine: it has {known}; name one of these, or none"
+        )
+    }
+}
+
+/// The set that the environment variable `MASKALIGN_ISA` (`scalar`, `neon`, `avx2`, `avx512`) names, so that tests reach
+/// every path and a run can go on as it began; the best one where it names none.
+///
+/// # Errors
+/// It names one that is unknown or not available.
+pub fn requested() -> Result<Isa, NoSuchIsa> {
+    let wanted = std::env::var_os("MASKALIGN_ISA").filter(|wanted| !wanted.is_empty());
+    named(wanted.map(|wanted| wanted.to_string_lossy().into_owned()))
+}
+
+fn named(wanted: Option<String>) -> Result<Isa, NoSuchIsa> {
+    match wanted {
+        None => Ok(Isa::all_available().next().unwrap_or(Isa::Scalar)),
+        Some(wanted) => Isa::all_available().find(|isa| isa.name() == wanted).ok_or(NoSuchIsa { wanted }),
+    }
+}
+
+/// The set in use, chosen once: the one that was [`requested`]. One that is not there is for whoever opens a device to
+/// refuse; here it is the best one.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
-    *ISA.get_or_init(|| {
-        let wanted = std::env::var("MASKALIGN_ISA").ok();
-        Isa::all_available()
-            .find(|isa| wanted.as_deref() == Some(isa.name()))
-            .or_else(|| Isa::all_available().next())
-            .unwrap_or(Isa::Scalar)
-    })
+    *ISA.get_or_init(|| requested().or_else(|_| named(None)).unwrap_or(Isa::Scalar))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tests that are told to run on a set run on it.
+    #[test]
+    fn the_set_that_was_asked_for_is_the_one_in_use() {
+        assert_eq!(requested(), Ok(isa()));
+    }
+
+    #[test]
+    fn a_set_that_is_not_there_is_refused_with_those_that_are() {
+        for wanted in ["sse9", "AVX2", if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" }] {
+            let refusal = named(Some(wanted.into())).unwrap_err().to_string();
+            assert!(refusal.contains(wanted) && refusal.contains("scalar"), "{refusal}");
+        }
+        assert_eq!(named(Some("scalar".into())), Ok(Isa::Scalar));
+        assert_eq!(named(None).ok(), Isa::all_available().next());
+    }
 }

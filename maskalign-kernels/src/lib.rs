@@ -29,7 +29,7 @@ mod sync;
 mod testing;
 pub mod vmath;
 
-pub use arch::{Isa, isa};
+pub use arch::{Isa, NoSuchIsa, isa, requested};
 pub use arena::{Arena, Buf};
 pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm};
 pub use memory::{available_memory_mib, keep_freed_memory, peak_memory_mib};

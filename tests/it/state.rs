@@ -279,6 +279,10 @@ mod places {
             ("replaced", &|run| {
                 fs::rename(run, run.with_file_name("elsewhere")).expect("renamed");
                 copy(&run.with_file_name("elsewhere"), run);
+                // What is half written is under its own name where it was made.
+                for name in files(run).iter().filter(|name| name.ends_with(".tmp")) {
+                    fs::remove_file(run.join(name)).expect("removed");
+                }
             }),
             ("without its metrics", &|run| fs::remove_file(run.join("metrics.jsonl")).expect("removed")),
             ("with others", &|run| {
@@ -325,5 +329,53 @@ mod places {
         whole.assert_same(&run_record(&run), "replaced");
         let leftover = Command::new("find").arg(&run).args(["-name", "*.tmp"]).output().expect("find");
         assert!(leftover.stdout.is_empty());
+    }
+}
+
+/// The sets of this machine, the best first, as `doctor` names them.
+fn instruction_sets(sandbox: &Sandbox) -> Vec<String> {
+    let output = sandbox.run(["doctor"]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.strip_prefix("instruction sets")).expect("a line");
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn other_kernels_are_refused_or_accepted_for_good() {
+    let (sandbox, whole, run) = sandbox();
+    let sets = instruction_sets(&sandbox);
+    let (best, portable) = (&sets[0], sets.last().expect("a set"));
+    assert_eq!(portable, "scalar");
+    let on = |isa: &str, arguments: &[&str]| {
+        let resume = ["run", "--resume", "run", "-q"];
+        sandbox.command(resume.iter().chain(arguments)).env("MASKALIGN_ISA", isa).output().expect("it starts")
+    };
+    let before = files(&run);
+    // Nothing is left to compute: results are shown anywhere.
+    ends(&on(portable, &["--steps", "4"]), 0, &[]);
+    if best != portable {
+        let says = [format!("`fused, {best}`"), "`fused, scalar`".into(), "--accept-other-kernels".into()];
+        ends(&on(portable, &[]), 2, &says.each_ref().map(String::as_str));
+        assert_eq!(files(&run), before);
+        ends(&on(portable, &["--accept-other-kernels"]), 0, &["goes on with `fused, scalar`"]);
+        let manifest = fs::read_to_string(run.join("manifest.json")).expect("a manifest");
+        let manifest: serde_json::Value = serde_json::from_str(&manifest).expect("JSON");
+        let went_on: Vec<&serde_json::Value> =
+            manifest["resumed"].as_array().expect("a list").iter().map(|resumed| &resumed["isa"]).collect();
+        assert_eq!(manifest["isa"], format!("fused, {best}"));
+        assert_eq!(went_on, [&serde_json::Value::Null, &"fused, scalar".into()]);
+        restore(&sandbox);
+        ends(&on(best, &[]), 0, &[]);
+        whole.assert_same(&run_record(&run), "as it began");
+    }
+    let missing = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
+    for isa in [missing, "sse9"] {
+        let says =
+            [format!("`MASKALIGN_ISA={isa}` names no instruction set of this machine: it has {}", sets.join(", "))];
+        let new = sandbox.command(["run", "tiny.yaml", "--out", "new"]).env("MASKALIGN_ISA", isa).output();
+        for output in [new.expect("it starts"), on(isa, &[])] {
+            ends(&output, 2, &says.each_ref().map(String::as_str));
+        }
+        assert!(!sandbox.work().join("new").exists());
     }
 }

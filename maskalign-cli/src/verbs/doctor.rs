@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use maskalign_core::{Context, Device, DeviceChoice, embedded, weights::HubCache};
+use maskalign_core::{Context, Device, DeviceChoice, embedded, instruction_sets, weights::HubCache};
 use serde_json::Value;
 
 use crate::{
@@ -25,6 +25,7 @@ impl Args {
             ("version", env!("CARGO_PKG_VERSION").to_string()),
             ("commit", COMMIT.unwrap_or("unknown").to_string()),
             ("cpu", cpu()),
+            ("instruction sets", instruction_sets().join(" ")),
             ("gpu", gpu()),
             ("components", session.registry.entries().count().to_string()),
         ];
@@ -42,13 +43,16 @@ impl Args {
             };
             lines.push(("weights", found));
         }
-        let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<15}{value}\n")).collect();
+        let text: Vec<String> = lines.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();
         Ok(output::print(&text.concat())?)
     }
 }
 
 fn cpu() -> String {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if let Err(error) = DeviceChoice::Cpu.open() {
+        return error.to_string();
+    }
     let cx = Context::new(Device::Cpu, threads);
     format!("{} kernels, {} threads", cx.operators(), cx.threads())
 }

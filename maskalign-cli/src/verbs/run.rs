@@ -13,7 +13,7 @@ use maskalign_core::{
     components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
     events::{Events, MetricsFile, Sink, TensorBoardFile},
-    pipeline::{self, Plan, PlanOptions, RunOptions},
+    pipeline::{self, OtherKernels, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
@@ -57,9 +57,12 @@ pub(crate) struct Args {
     out: Option<PathBuf>,
     /// Go on with the run in this directory, from its last checkpoint
     ///
-    /// The recipe must be the one of that run; threads, device and the other flags may differ.
+    /// The recipe must be the one of that run, and so must the instruction set; threads and the other flags may differ.
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
+    /// Go on where another instruction set computes: the last bits differ, and manifest.json says so
+    #[arg(long, requires = "resume", help_heading = "Machine")]
+    accept_other_kernels: bool,
     /// Replace the run that is in the run directory; deletes only files that a run made
     #[arg(long, conflicts_with = "resume", requires = "out")]
     force: bool,
@@ -210,6 +213,10 @@ impl Job<'_> {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
             step_limit: self.args.steps.map(NonZeroU64::get),
+            other_kernels: match self.args.accept_other_kernels {
+                true => OtherKernels::Accepted,
+                false => OtherKernels::Refused,
+            },
             workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),

@@ -19,7 +19,7 @@ use crate::files::{
     target_of_temporary,
 };
 use crate::weights::TensorRef;
-use crate::weights::{Checkpoint, CheckpointHeader, Retention};
+use crate::weights::{Checkpoint, CheckpointHeader, Retention, Sealed};
 
 const MARKER: &str = ".maskalign-run";
 const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made besides the usual ones.\n";
@@ -188,12 +188,7 @@ impl RunDir {
             Err(RunError::Io { path, source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 Err(RunError::Removed { path })
             }
-            written => {
-                if written.is_err() {
-                    self.still_there()?;
-                }
-                written
-            }
+            written => self.still_there().and(written),
         }
     }
 
@@ -367,7 +362,8 @@ impl RunDir {
     pub fn save_checkpoint(&self, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<PathBuf, RunError> {
         let path = self.checkpoint_path(&header.stage, header.step)?;
         self.create_stage_folder(&header.stage)?;
-        self.writing(|| Checkpoint::save(&path, "checkpoint", header, tensors))?;
+        let sealed = Sealed::of(&path, "checkpoint", header, tensors)?;
+        self.writing(|| sealed.write(&path, "checkpoint", tensors))?;
         Ok(path)
     }
 
@@ -451,7 +447,9 @@ impl RunDir {
         results: Value,
     ) -> Result<(), RunError> {
         let folder = self.create_stage_folder(&header.stage)?;
-        self.writing(|| Checkpoint::save(&folder.join(FINAL), "final", header, tensors))?;
+        let path = folder.join(FINAL);
+        let sealed = Sealed::of(&path, "final", header, tensors)?;
+        self.writing(|| sealed.write(&path, "final", tensors))?;
         let finished = FinishedStage {
             step: header.step,
             fingerprint: header.fingerprint.clone(),

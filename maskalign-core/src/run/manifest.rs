@@ -28,7 +28,7 @@ pub struct Manifest {
     pub device: String,
     /// Worker threads.
     pub threads: usize,
-    /// Instruction set of the CPU kernels, as in `avx2`.
+    /// The kernels that it began with, as in `fused, avx2`: with others, the last bits differ.
     pub isa: String,
     /// The weights that the recipe names.
     pub weights: Vec<FileRecord>,
@@ -46,6 +46,11 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// The kernels that the run was computed with last.
+    pub fn computed_on(&self) -> &str {
+        self.resumed.iter().rev().find_map(|resumption| resumption.isa.as_deref()).unwrap_or(&self.isa)
+    }
+
     /// What a resumed run reads otherwise than it did at first: it would not go on exactly.
     pub fn differences(&self, resumed: &Manifest) -> Vec<String> {
         let mut found = Vec::new();
@@ -67,12 +72,16 @@ impl Manifest {
 }
 
 /// A start of a run that went on.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resumption {
     /// When.
     pub at: String,
     /// The command line, one argument an entry.
     pub command_line: Vec<String>,
+    /// The kernels that it went on with, other ones than before among them where that was accepted; absent where nothing
+    /// was left to compute.
+    #[serde(default)]
+    pub isa: Option<String>,
 }
 
 /// A path as JSON can hold it.
@@ -151,6 +160,15 @@ mod tests {
         assert_eq!(first.differences(&renamed), ["data of `pretrain`: 8 images then, 8 now, another list"]);
         let other = Manifest { weights: vec![FileRecord::of_bytes("w", b"abd")], ..first.clone() };
         assert_eq!(first.differences(&other), ["w: its content has changed"]);
+    }
+
+    #[test]
+    fn the_kernels_that_computed_last_are_those_of_the_last_resumption_that_computed() {
+        let on = |isa: Option<&str>| Resumption { isa: isa.map(str::to_owned), ..Resumption::default() };
+        let mut manifest = Manifest { isa: "fused, avx512".into(), ..Manifest::default() };
+        assert_eq!(manifest.computed_on(), "fused, avx512");
+        manifest.resumed = vec![on(None), on(Some("fused, avx2")), on(None)];
+        assert_eq!(manifest.computed_on(), "fused, avx2");
     }
 
     #[test]

@@ -113,17 +113,34 @@ impl Stored {
     }
 }
 
+/// A header and the checksum over it and the tensors, ready to be written before them.
+pub(crate) struct Sealed(String);
+
+impl Sealed {
+    pub(crate) fn of(
+        path: &Path,
+        what: &str,
+        header: &CheckpointHeader,
+        tensors: &[TensorRef<'_>],
+    ) -> Result<Sealed, RunError> {
+        let header = serde_json::to_string(header).map_err(|error| RunError::writing(what, path, error.into()))?;
+        Ok(Sealed(format!("{} {header}", digest(header.as_bytes(), tensors))))
+    }
+
+    pub(crate) fn write(&self, path: &Path, what: &str, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
+        atomic_write(path, what, |file| {
+            write_tensors(file, tensors, Some((METADATA_KEY, &self.0)))?;
+            file.flush()
+        })
+    }
+}
+
 impl Checkpoint {
     /// Writes a checkpoint; what is copied is a small buffer and, from a device, one tensor at a time. Equal input gives equal bytes.
     ///
     /// `what` names the kind of file in errors.
     pub fn save(path: &Path, what: &str, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
-        let header = serde_json::to_string(header).map_err(|error| RunError::writing(what, path, error.into()))?;
-        let stored = format!("{} {header}", digest(header.as_bytes(), tensors));
-        atomic_write(path, what, |file| {
-            write_tensors(file, tensors, Some((METADATA_KEY, &stored)))?;
-            file.flush()
-        })
+        Sealed::of(path, what, header, tensors)?.write(path, what, tensors)
     }
 
     /// Reads a checkpoint to go on from and checks that every byte is as it was written.

@@ -21,6 +21,7 @@ mod read;
 mod tensor_file;
 mod torch_file;
 
+pub(crate) use checkpoint::Sealed;
 pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use error::WeightsError;
 pub use families::{Canonical, to_canonical, to_family};
