@@ -81,10 +81,9 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>>
     }
 }
 
-/// What becomes of a run that would go on with other kernels than it was computed with: an instruction set with other last
-/// bits.
+/// What becomes of a run that would not go on exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherKernels {
+pub enum Deviation {
     /// It is refused.
     Refused,
     /// It goes on, and the manifest says so.
@@ -99,8 +98,10 @@ pub struct RunOptions<'a> {
     pub fingerprint: &'a str,
     /// Ends each training stage after this many steps.
     pub step_limit: Option<u64>,
-    /// What becomes of a resumed run on another instruction set.
-    pub other_kernels: OtherKernels,
+    /// What becomes of a resumed run on another instruction set, whose last bits differ.
+    pub other_kernels: Deviation,
+    /// What becomes of a resumed run whose `metrics.jsonl` is damaged before its checkpoints.
+    pub lost_metrics: Deviation,
     /// Threads that read images.
     pub workers: usize,
     /// For the manifest.
@@ -141,8 +142,11 @@ pub fn run(
         same_kernels(cx, computed_on.take(), &options)?;
     }
     let mut manifest = manifest(cx, recipe, &plan, earlier, &options)?;
-    if let (false, Some(resumption)) = (idle, manifest.resumed.last_mut()) {
-        resumption.isa = Some(cx.operators());
+    if let Some(resumption) = manifest.resumed.last_mut() {
+        resumption.isa = (!idle).then(|| cx.operators());
+        if options.lost_metrics == Deviation::Accepted {
+            resumption.lost_metrics = dir.salvage_metrics()?;
+        }
     }
     dir.write_recipe(options.resolved)?;
     dir.write_manifest(&manifest)?;
@@ -244,7 +248,7 @@ fn same_kernels(cx: &Context, then: Option<String>, options: &RunOptions) -> Res
     let now = cx.operators();
     match then.filter(|then| *then != now) {
         None => Ok(()),
-        Some(then) if options.other_kernels == OtherKernels::Accepted => {
+        Some(then) if options.other_kernels == Deviation::Accepted => {
             tracing::warn!(
                 "the run was computed with kernels `{then}` and goes on with `{now}`: it will not end with the bits of one \
                  that was not interrupted"
@@ -347,7 +351,7 @@ fn manifest(
             differences.join("\n  ")
         )));
     }
-    let resumption = Resumption { at: now, command_line: begun.command_line, isa: None };
+    let resumption = Resumption { at: now, command_line: begun.command_line, isa: None, lost_metrics: None };
     Ok(Manifest {
         command_line: earlier.command_line,
         working_directory: earlier.working_directory,

@@ -125,12 +125,19 @@ fn metrics_that_were_edited_are_made_again_or_refused() {
     }
     restore(&sandbox);
     fs::write(&metrics, lines[1..].concat()).expect("written");
-    ends(
-        &sandbox.run(["run", "--resume", "run", "-q"]),
-        2,
-        &["metrics.jsonl is damaged: in line 1", "put back copies"],
-    );
+    let says = ["metrics.jsonl is damaged: in line 1", "put back copies", "--accept-lost-metrics"];
+    ends(&sandbox.run(["run", "--resume", "run", "-q"]), 2, &says);
     assert_eq!(fs::read_to_string(&metrics).expect("metrics"), lines[1..].concat());
+    // Without a copy, what is valid is kept, and only that is missing in the end.
+    let accepted = sandbox.run(["run", "--resume", "run", "--accept-lost-metrics"]);
+    ends(&accepted, 0, &["1 of its records are lost", "goes on from step 4"]);
+    let mut ended = run_record(&run);
+    ended.steps.insert(0, whole.steps[0].clone());
+    whole.assert_same(&ended, "but for a line");
+    ends(&sandbox.run(["runs", "check", "run"]), 0, &[]);
+    let manifest = fs::read_to_string(run.join("manifest.json")).expect("a manifest");
+    assert!(manifest.contains("\"lost_metrics\": 1"), "{manifest}");
+    ends(&sandbox.run(["run", "--resume", "run", "-q"]), 0, &[]);
 }
 
 #[test]

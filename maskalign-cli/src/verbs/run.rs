@@ -13,7 +13,7 @@ use maskalign_core::{
     components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
     events::{Events, MetricsFile, Sink, TensorBoardFile},
-    pipeline::{self, OtherKernels, Plan, PlanOptions, RunOptions},
+    pipeline::{self, Deviation, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
@@ -63,6 +63,9 @@ pub(crate) struct Args {
     /// Go on where another instruction set computes: the last bits differ, and manifest.json says so
     #[arg(long, requires = "resume", help_heading = "Machine")]
     accept_other_kernels: bool,
+    /// Go on where metrics.jsonl is damaged, with what is valid in it; manifest.json says how much is lost
+    #[arg(long, requires = "resume")]
+    accept_lost_metrics: bool,
     /// Replace the run that is in the run directory; deletes only files that a run made
     #[arg(long, conflicts_with = "resume", requires = "out")]
     force: bool,
@@ -213,10 +216,8 @@ impl Job<'_> {
             resolved: &self.loaded.resolved_yaml(ShowOrigin::No),
             fingerprint: &self.loaded.fingerprint(),
             step_limit: self.args.steps.map(NonZeroU64::get),
-            other_kernels: match self.args.accept_other_kernels {
-                true => OtherKernels::Accepted,
-                false => OtherKernels::Refused,
-            },
+            other_kernels: deviation(self.args.accept_other_kernels),
+            lost_metrics: deviation(self.args.accept_lost_metrics),
             workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
@@ -225,6 +226,10 @@ impl Job<'_> {
         };
         pipeline::run(cx, self.loaded.recipe(), plan, self.dir, options)
     }
+}
+
+fn deviation(accepted: bool) -> Deviation {
+    if accepted { Deviation::Accepted } else { Deviation::Refused }
 }
 
 fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {

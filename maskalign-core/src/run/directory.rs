@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::clock::utc;
 use super::manifest::Manifest;
-use super::metrics::{self, Marks, Metrics, MetricsMark, Tail};
+use super::metrics::{self, Marks, Metrics, MetricsMark, Salvaged, Stood, Tail};
 use super::seal::{Broken, seal, unseal};
 use crate::files::{
     RunError, atomic_write, create_folders, is_at, is_plain_folder, open_folder, open_plain, sync_parent,
@@ -39,7 +39,8 @@ const SET_ASIDE: &str = ".set-aside";
 /// TensorBoard finds files by the middle of their names.
 const EVENTS: &str = "events.out.tfevents.0.maskalign";
 
-const RESTORE_METRICS: &str = "put back copies of `metrics.jsonl` and `metrics.marks.json`, or start a new run";
+const RESTORE_METRICS: &str = "put back copies of `metrics.jsonl` and `metrics.marks.json`, or go on with what is valid in \
+                               them with `--accept-lost-metrics`";
 
 /// What to do with what a run's directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -336,6 +337,43 @@ impl RunDir {
         let marks = self.marks()?;
         let checked = metrics::check(&self.metrics_path(), &self.mark_at(&marks, records)?, &marks);
         checked.map(drop).map_err(|error| error.advised(RESTORE_METRICS))
+    }
+
+    /// Keeps what is valid in `metrics.jsonl` where it is damaged before a checkpoint, and a copy of the whole. Gives the
+    /// number of records that are lost; `None` where nothing is.
+    pub(crate) fn salvage_metrics(&self) -> Result<Option<u64>, RunError> {
+        let mut stood = Vec::new();
+        for stage in self.stages()? {
+            if let Some(done) = self.read_done(&stage)? {
+                stood.push(Stood { records: done.metrics_records, stage: stage.clone(), step: done.step });
+            }
+            for (step, path) in self.checkpoints(&stage)? {
+                match load(&path).and_then(|checkpoint| {
+                    agrees(&path, &checkpoint.header, &stage, step)?;
+                    Ok(checkpoint.header.metrics_records)
+                }) {
+                    Ok(records) => stood.push(Stood { records, stage: stage.clone(), step }),
+                    Err(error) if error.is_lost_content() => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        stood.retain(|at| at.records > 0);
+        // Of two at one record, the one that made steps tells which.
+        stood.sort_by_key(|at| (at.records, std::cmp::Reverse(at.step)));
+        stood.dedup_by_key(|at| at.records);
+        if stood.iter().all(|at| self.check_metrics(at.records).is_ok()) {
+            return Ok(None);
+        }
+        self.keep_damaged_metrics()?;
+        let path = self.metrics_path();
+        let Salvaged { text, marks, lost } = metrics::salvage(&path, &stood)?;
+        self.writing(|| {
+            atomic_write(&path, "metrics", |file| file.write_all(&text))?;
+            write_json(&self.marks_path(), "marks", &marks)
+        })?;
+        tracing::warn!("{} was damaged: {lost} of its records are lost, and the others are kept", path.display());
+        Ok(Some(lost))
     }
 
     fn marks_path(&self) -> PathBuf {

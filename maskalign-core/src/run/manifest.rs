@@ -82,6 +82,9 @@ pub struct Resumption {
     /// was left to compute.
     #[serde(default)]
     pub isa: Option<String>,
+    /// Records of `metrics.jsonl` that were found to be lost, where it was accepted to go on without them.
+    #[serde(default)]
+    pub lost_metrics: Option<u64>,
 }
 
 /// A path as JSON can hold it.

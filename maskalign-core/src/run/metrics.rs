@@ -1,5 +1,6 @@
 //! The writer of `metrics.jsonl`.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::path::{Path, PathBuf};
@@ -94,7 +95,7 @@ impl Metrics {
         let mut file = opened.map_err(|error| gone(path, error))?;
         let mut hasher = blake3::Hasher::new();
         if !at.is_reached(&mut file, &mut hasher).map_err(reading)? {
-            return Err(fault(path, &mut file, at.records, marks));
+            return Err(fault(path, &mut file, at, marks));
         }
         Tail::of(&file).map_err(reading)?.log(path);
         if is_shared(&file).map_err(reading)? {
@@ -164,7 +165,7 @@ pub(super) fn check(path: &Path, at: &MetricsMark, marks: &Marks) -> Result<Tail
     let mut file = open_plain(path, OpenOptions::new().read(true)).map_err(|error| gone(path, error))?;
     match at.is_reached(&mut file, &mut blake3::Hasher::new()).map_err(reading)? {
         true => Tail::of(&file).map_err(reading),
-        false => Err(fault(path, &mut file, at.records, marks)),
+        false => Err(fault(path, &mut file, at, marks)),
     }
 }
 
@@ -224,35 +225,43 @@ fn gone(path: &Path, error: io::Error) -> RunError {
     }
 }
 
-/// What is wrong with a file that is not as it was written up to so many records.
-fn fault(path: &Path, file: &mut File, records: u64, marks: &Marks) -> RunError {
-    match first_fault(file, records, marks) {
+/// What is wrong with a file that is not as it was written up to a mark.
+fn fault(path: &Path, file: &mut File, at: &MetricsMark, marks: &Marks) -> RunError {
+    match first_fault(file, at, marks) {
         Ok(reason) => RunError::damaged(path, reason),
         Err(error) => RunError::reading("metrics", path, error),
     }
 }
 
-fn first_fault(file: &mut File, records: u64, marks: &Marks) -> io::Result<String> {
+fn first_fault(file: &mut File, at: &MetricsMark, marks: &Marks) -> io::Result<String> {
     let (good, bad) = marks.split(file)?;
     file.rewind()?;
     let mut reader = BufReader::new(file);
     let (mut line, mut before) = (Vec::new(), Vec::new());
     let mut update: Option<(String, u64)> = None;
-    for number in 1..=records {
+    let (mut number, mut good_lines, mut bytes) = (0, 0, 0);
+    while bytes < at.bytes {
         std::mem::swap(&mut line, &mut before);
         line.clear();
-        if reader.read_until(b'\n', &mut line)? == 0 {
-            return Ok(format!("it has {} records, and the checkpoint was made after {records}", number - 1));
+        let length = reader.read_until(b'\n', &mut line)? as u64;
+        if length == 0 {
+            return Ok(format!(
+                "it ends after line {number}, and the checkpoint was made after {} records",
+                at.records
+            ));
         }
+        (number, bytes) = (number + 1, bytes + length);
+        let is_good = bytes <= good.bytes;
+        good_lines += u64::from(is_good);
         let Some(now) = record(&line) else {
             return Ok(format!("line {number} is no record"));
         };
-        if number > good.records && line == before {
+        if !is_good && line == before {
             return Ok(format!("line {number} is line {} again", number - 1));
         }
         let Some((stage, step)) = step_of(&now) else { continue };
         match &update {
-            _ if number <= good.records => {}
+            _ if is_good => {}
             Some((same, before)) if *same == stage && step != before + 1 => {
                 return Ok(format!("in line {number}, step {step} follows step {before}"));
             }
@@ -262,8 +271,66 @@ fn first_fault(file: &mut File, records: u64, marks: &Marks) -> io::Result<Strin
         }
         update = Some((stage, step));
     }
-    let last = bad.map_or(records, |bad| bad.records);
-    Ok(format!("something in lines {} to {last} is not as it was written", good.records + 1))
+    let last = bad.map_or(at.records, |bad| good_lines + bad.records - good.records);
+    Ok(format!("something in lines {} to {last} is not as it was written", good_lines + 1))
+}
+
+/// Where a run stood at a checkpoint, or at the end of a stage.
+pub(super) struct Stood {
+    pub(super) records: u64,
+    pub(super) stage: String,
+    pub(super) step: u64,
+}
+
+/// What is valid in a damaged file.
+pub(super) struct Salvaged {
+    /// Its lines.
+    pub(super) text: Vec<u8>,
+    /// How far these are at each of the places where the run stood.
+    pub(super) marks: Marks,
+    /// So many records are missing up to the last of them.
+    pub(super) lost: u64,
+}
+
+/// Takes from a damaged file the lines that are records, each once, and tells by their stages and steps where they belong.
+///
+/// `stood` is in ascending order of records.
+pub(super) fn salvage(path: &Path, stood: &[Stood]) -> Result<Salvaged, RunError> {
+    let reading = |source| RunError::reading("metrics", path, source);
+    let mut reader: Box<dyn BufRead> = match open_plain(path, OpenOptions::new().read(true)) {
+        Ok(file) => Box::new(BufReader::new(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Box::new(io::empty()),
+        Err(error) => return Err(reading(error)),
+    };
+    let mut text = Vec::new();
+    let mut kept: Vec<(String, u64, usize)> = Vec::new();
+    let mut known = BTreeSet::new();
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).map_err(reading)? > 0 {
+        if let Some(now) = record(&line)
+            && let (Some(stage), Some(step)) = (now["stage"].as_str(), now["step"].as_u64())
+        {
+            let is_update = now.get("loss").is_some();
+            let names: Vec<String> = now.as_object().into_iter().flat_map(|now| now.keys().cloned()).collect();
+            if known.insert((stage.to_owned(), step, names)) {
+                text.extend_from_slice(&line);
+                // What an update is counted by is the step before it; what is measured, the step after which it is.
+                kept.push((stage.to_owned(), step + u64::from(is_update), text.len()));
+            }
+        }
+        line.clear();
+    }
+    let (mut marks, mut lines) = (Marks::default(), 0);
+    for at in stood {
+        let last = kept.iter().rposition(|(stage, done, _)| *stage == at.stage && *done <= at.step);
+        lines = last.map_or(lines, |last| lines.max(last + 1));
+        let bytes = if lines == 0 { 0 } else { kept[lines - 1].2 };
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&text[..bytes]);
+        marks.marks.push(MetricsMark::of(at.records, bytes as u64, &hasher));
+    }
+    let lost = stood.last().map_or(0, |last| last.records.saturating_sub(lines as u64));
+    Ok(Salvaged { text, marks, lost })
 }
 
 /// The stage and the step of an update's record.
@@ -344,14 +411,14 @@ mod tests {
             (text([1, 2, 3, 4, 5, 6, 7]), "in line 1, stage `train` begins with step 1"),
             (text([0, 1, 2, 2, 3, 4, 5, 6, 7]), "line 4 is line 3 again"),
             (text([0, 1, 3, 2, 4, 5, 6, 7]), "in line 3, step 3 follows step 1"),
-            (text([0, 1, 2, 3, 4]), "it has 5 records, and the checkpoint was made after 8"),
+            (text([0, 1, 2, 3, 4]), "it ends after line 5, and the checkpoint was made after 8"),
             (nul, "line 5 is no record"),
             (whole.replacen("\"step\":4", "\"step\":4 ", 1), "something in lines 5 to 6"),
             (whole.replacen("0.5", "0.6", 1), "something in lines 1 to 2"),
             (whole.replacen('\n', "\n\n", 1), "line 2 is no record"),
             (whole.replacen('\n', "", 1), "line 1 is no record"),
             (whole.replace('\n', "\r\n"), "something in lines 1 to 2"),
-            (String::new(), "it has 0 records"),
+            (String::new(), "it ends after line 0"),
         ] {
             fs::write(&path, &changed).unwrap();
             let at = marks.at(8).unwrap();
@@ -396,6 +463,31 @@ mod tests {
             }
             assert!(matches!(metrics.sync(), Err(RunError::Removed { .. })));
         }
+    }
+
+    #[test]
+    fn what_is_valid_in_a_damaged_file_is_kept_once_and_where_it_belongs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let measured = "{\"stage\":\"train\",\"step\":4,\"knn\":{}}\n";
+        let other = "{\"stage\":\"tune\",\"step\":0,\"loss\":0.5}\n";
+        let damaged =
+            [&text([0, 0]), "garbled\n", &text([3]), measured, &text([4, 5]), other, "{\"stage\":\"tu"].concat();
+        fs::write(&path, damaged).unwrap();
+        let at = |records, stage: &str, step| Stood { records, stage: stage.into(), step };
+        let stood = [at(2, "train", 2), at(5, "train", 4), at(7, "train", 6), at(8, "tune", 1), at(8, "knn", 0)];
+        let Salvaged { text: kept, marks, lost } = salvage(&path, &stood).unwrap();
+        let expected = [&text([0, 3]), measured, &text([4, 5]), other].concat();
+        assert_eq!(String::from_utf8(kept).unwrap(), expected);
+        let lines: Vec<usize> =
+            marks.marks.iter().map(|mark| expected[..mark.bytes as usize].lines().count()).collect();
+        assert_eq!((lines, lost), (vec![1, 3, 5, 6, 6], 2));
+        fs::write(&path, &expected).unwrap();
+        for mark in &marks.marks {
+            check(&path, mark, &marks).unwrap();
+        }
+        let gone = salvage(&folder.path().join("gone"), &stood).unwrap();
+        assert_eq!((gone.text.len(), gone.lost), (0, 8));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use maskalign_core::{
     components::towers::{Environment, MissingWeights},
     data::Position,
     events::{Events, MetricsFile},
-    pipeline::{self, OtherKernels, PlanOptions, RunOptions},
+    pipeline::{self, Deviation, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
     stages::{MicroBatch, Pretrain, StageContext},
 };
@@ -66,7 +66,8 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         resolved: &loaded.resolved_yaml(ShowOrigin::No),
         fingerprint: &loaded.fingerprint(),
         step_limit: Some(STEPS as u64),
-        other_kernels: OtherKernels::Refused,
+        other_kernels: Deviation::Refused,
+        lost_metrics: Deviation::Refused,
         workers: 0,
         command_line: Vec::new(),
         commit: None,
