@@ -203,7 +203,10 @@ fn a_run_of_an_earlier_version_is_answered() {
     let output = sandbox.run(["run", "--resume", "run", "-q"]);
     ends(&output, 2, &["is of an earlier version of MaskAlign", "start a new one"]);
     assert_eq!(files(&run), before);
-    ends(&sandbox.run(["runs", "check", "run"]), 1, &["not whole"]);
+    let checked = sandbox.run(["runs", "check", "run"]);
+    ends(&checked, 1, &["not whole"]);
+    let found = String::from_utf8_lossy(&checked.stdout);
+    assert!(found.contains("an earlier version wrote it, without a checksum"), "{found}");
     ends(&sandbox.run(["export", "run", "--stage", "pretrain", "--out", "student"]), 0, &[]);
 }
 

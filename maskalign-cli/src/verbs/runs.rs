@@ -90,8 +90,8 @@ fn text(items: &[Item]) -> String {
     let width = items.iter().map(|item| item.name.chars().count()).max().unwrap_or(0);
     let lines = items.iter().map(|item| {
         let state = match item.whole {
-            true => "whole  ".into(),
-            false => paint(render::ERROR, "damaged"),
+            true => "whole    ".into(),
+            false => paint(render::ERROR, "not whole"),
         };
         format!("{state}  {:<width$}  {}\n", item.name, item.says)
     });

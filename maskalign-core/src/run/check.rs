@@ -34,6 +34,8 @@ impl Item {
         match read {
             Ok(value) => Item::whole(name, says(value)),
             Err(RunError::Damaged { reason, .. }) => Item::broken(name, reason),
+            Err(RunError::Outdated { .. }) => Item::broken(name, "an earlier version wrote it, without a checksum"),
+            Err(RunError::NotPlain { found, .. }) => Item::broken(name, format!("it is {found}")),
             Err(error) => Item::broken(name, error.to_string()),
         }
     }
@@ -56,7 +58,11 @@ pub struct Findings {
 /// The folder is no run's, or cannot be read at all.
 pub fn check(path: &Path) -> Result<Findings, RunError> {
     let run = RunDir::look_at(path)?;
-    let mut items = Vec::new();
+    let says = match run.is_in_use() {
+        true => "in use by another process: what it is writing now may look damaged",
+        false => "not in use",
+    };
+    let mut items = vec![Item::whole(".maskalign-run", says)];
     let manifest = run.read_manifest();
     let fingerprint = manifest.as_ref().ok().and_then(Option::as_ref).map(|manifest| manifest.fingerprint.clone());
     let ended = matches!(&manifest, Ok(Some(manifest)) if manifest.ended.is_some());
@@ -155,5 +161,25 @@ fn summary(run: &RunDir, finished: &[(String, Option<Value>)], ended: bool) -> I
     match summary.keys().find(|stage| finished.iter().all(|(known, _)| known != *stage)) {
         Some(stage) => Item::broken(name, format!("it has results of `{stage}`, which is not finished")),
         None => Item::whole(name, format!("results of {} stages", summary.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::{Manifest, Mode};
+
+    #[test]
+    fn a_run_that_goes_on_is_looked_at_without_its_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(matches!(check(folder.path()), Err(RunError::NotARun { .. })));
+        let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let first = || check(folder.path()).unwrap().items.remove(0);
+        assert!(first().whole && first().says.starts_with("in use"), "{:?}", first());
+        run.write_manifest(&Manifest::default()).unwrap();
+        assert!(check(folder.path()).unwrap().items.iter().all(|item| item.whole));
+        drop(run);
+        assert_eq!(first().says, "not in use");
+        RunDir::create(folder.path(), Mode::Resume).unwrap();
     }
 }

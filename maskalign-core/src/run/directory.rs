@@ -158,6 +158,13 @@ impl RunDir {
         }
     }
 
+    /// Whether another process has the lock. It is not kept, so that a run may begin.
+    pub(super) fn is_in_use(&self) -> bool {
+        let in_use = matches!(self.marker.try_lock_shared(), Err(TryLockError::WouldBlock));
+        let _ = self.marker.unlock();
+        in_use
+    }
+
     /// Whether a stage has left a checkpoint or its record.
     pub(crate) fn is_trained(&self) -> Result<bool, RunError> {
         for folder in self.stage_folders()? {
