@@ -225,7 +225,7 @@ pub fn run(
         }
         results.insert(name, outcome.results);
     }
-    if let Some((stage, records, step)) = passed_over {
+    if let Some((stage, records, step)) = passed_over.filter(|_| dir.metrics_path().exists()) {
         // Nothing was left to do: what follows the last stage's records is none of the run's.
         options.events.rewind(Mark { records, stage: &stage, step })?;
     }

@@ -443,6 +443,10 @@ impl RunDir {
                     }
                     return Ok(Some(checkpoint));
                 }
+                // Metrics that cannot be read at all say nothing about the checkpoint.
+                Err(RunError::NotPlain { path: at, found, expected }) if at != path => {
+                    return Err(RunError::NotPlain { path: at, found, expected });
+                }
                 Err(error) if error.is_lost_content() => passed_over.push((path, error)),
                 Err(error) => return Err(error),
             }
@@ -1242,6 +1246,11 @@ mod tests {
         let error = run.latest_checkpoint("pretrain").unwrap_err();
         assert!(error.is_user_mistake() && error.to_string().contains("metrics.jsonl is damaged"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), lines[1..4].concat());
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        let error = run.latest_checkpoint("pretrain").unwrap_err();
+        assert!(matches!(&error, RunError::NotPlain { path: at, .. } if *at == path), "{error}");
+        fs::remove_dir(&path).unwrap();
         fs::write(&path, lines[..4].concat()).unwrap();
         fs::remove_file(run.marks_path()).unwrap();
         let error = run.latest_checkpoint("pretrain").unwrap_err().to_string();
