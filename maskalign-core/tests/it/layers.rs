@@ -24,7 +24,7 @@ const LAYERS: &[&str] = &[
 
 /// The modules of its folders, the lowest first.
 const FOLDERS: &[(&str, &[&str])] = &[
-    ("files", &["error", "fail_point", "atomic"]),
+    ("files", &["plain", "error", "fail_point", "atomic"]),
     ("data", &["size", "image", "regular_file", "resample", "decode", "datasets", "transforms", "loader"]),
     (
         "weights",
@@ -45,7 +45,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "read",
         ],
     ),
-    ("run", &["clock", "stop", "metrics", "manifest", "directory"]),
+    ("run", &["clock", "stop", "seal", "metrics", "manifest", "directory", "check"]),
     (
         "components",
         &[
