@@ -2,7 +2,7 @@
 
 use maskalign_gpu::Gpu;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where tensors lie and operators run. Clones are the same device.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,7 +59,7 @@ impl DeviceChoice {
     /// A GPU was asked for by name, and this binary or this machine has none; or `MASKALIGN_ISA` names an instruction set
     /// that the machine lacks.
     pub fn open(self) -> Result<Device> {
-        maskalign_kernels::requested().map_err(|error| crate::Error::NoDevice(error.to_string()))?;
+        maskalign_kernels::requested().map_err(|error| Error::NoDevice(error.to_string()))?;
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Auto => match Gpu::open(0) {
