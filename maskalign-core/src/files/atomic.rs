@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::RunError;
 use super::fail_point::{fail_point, fail_point_after};
-use super::plain::sync_parent;
+use super::plain::{is_at, sync_parent};
 
 const BUFFER_BYTES: usize = 1 << 20;
 
@@ -25,7 +25,7 @@ pub fn atomic_write<T>(
     let temporary = temporary_path(path)
         .ok_or_else(|| RunError::writing(what, path, io::Error::from(io::ErrorKind::InvalidInput)))?;
     let written = write_and_rename(path, &temporary, what, write);
-    if written.is_err() {
+    if written.as_ref().is_err_and(|error| !is_replaced(error)) {
         // The first error is the one to report.
         let _ = fs::remove_file(&temporary);
     }
@@ -48,12 +48,25 @@ fn write_and_rename<T>(
     });
     fail_point(what, "sync");
     file.sync_all()?;
+    // In a copy of the folder that took its place, another file has the temporary one's name: it is left alone.
+    if !is_at(&file, temporary)? {
+        return Err(io::Error::new(io::ErrorKind::NotFound, Replaced));
+    }
     drop(file);
     fail_point(what, "rename");
     fs::rename(temporary, path)?;
     fail_point(what, "renamed");
     sync_parent(path)?;
     Ok(value)
+}
+
+/// The temporary file is not where it was made.
+#[derive(Debug, thiserror::Error)]
+#[error("the folder was removed, renamed or replaced while a file was written to it")]
+struct Replaced;
+
+fn is_replaced(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|error| error.is::<Replaced>())
 }
 
 /// Makes the temporary file in place of one that a kill left. What is there may be a link: it is not followed.
