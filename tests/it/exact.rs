@@ -1,13 +1,9 @@
 //! What must not change a run's result does not; and what a run may delete.
 
-use std::{
-    fs,
-    path::Path,
-    process::{Command, Stdio},
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, process::Command};
 
+#[cfg(unix)]
+use crate::support::after_records;
 use crate::support::{Sandbox, run_record};
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
@@ -121,25 +117,15 @@ fn stopped_runs_go_on_exactly() {
     run(&sandbox, &[&longer[..], &["--out", "whole"]].concat());
     let whole = run_record(&sandbox.work().join("whole"));
     for (name, code) in [("TERM", 143), ("INT", 130)] {
-        let child = sandbox
-            .command(["run", "tiny.yaml", "-q", "--out", name].iter().chain(&longer))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("it starts");
-        let metrics = sandbox.work().join(name).join("metrics.jsonl");
-        let limit = Instant::now() + Duration::from_secs(120);
-        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 3 {
-            assert!(Instant::now() < limit, "no step was made");
-            sleep(Duration::from_millis(5));
-        }
+        let command = sandbox.command(["run", "tiny.yaml", "-q", "--out", name].iter().chain(&longer));
+        let child = after_records(command, &sandbox.work().join(name), 3);
         let sent = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status().expect("kill");
         assert!(sent.success());
         let output = child.wait_with_output().expect("it ends");
         let err = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{err}");
         // Evaluations have lines of their own; a step's has a loss.
-        let metrics = fs::read_to_string(&metrics).expect("metrics");
+        let metrics = fs::read_to_string(sandbox.work().join(name).join("metrics.jsonl")).expect("metrics");
         let done = metrics.lines().filter(|line| line.contains("\"loss\"")).count();
         let saved = sandbox.work().join(name).join(format!("checkpoints/pretrain/step-{done:08}.safetensors"));
         assert!(saved.exists(), "the state after step {done} is saved");

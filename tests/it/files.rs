@@ -1,20 +1,10 @@
 //! Files that the command is given, or asked to write: cases, weights, exports, traces, run directories.
 
-use std::{fs, path::Path, process::Output};
+use std::{fs, path::Path};
 
-use crate::support::{Sandbox, files_in, here};
+use crate::support::{Sandbox, ends, files_in, here};
 use maskalign_core::weights;
 use serde_json::Value;
-
-/// Holds an end against what it should be.
-fn ends(output: &Output, code: i32, says: &[&str]) {
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{says:?}: {err}");
-    assert!(!err.contains("panicked"), "{err}");
-    for part in says {
-        assert!(err.contains(part), "expected `{part}` in: {err}");
-    }
-}
 
 /// A sandbox with a run of `tiny.yaml` in `run`: pre-training, fine-tuning, nearest neighbours.
 fn sandbox() -> Sandbox {

@@ -2,9 +2,9 @@
 //!
 //! Needs the feature `failpoints`: `cargo test -p maskalign-tests --features failpoints kill::`.
 
-use std::{fs, path::Path};
+use std::fs;
 
-use crate::support::{Sandbox, run_record};
+use crate::support::{Sandbox, files_below, run_record};
 
 /// Runs or resumes until a fail point ends the process.
 fn killed_at(sandbox: &Sandbox, arguments: &[&str], place: &str) {
@@ -18,22 +18,6 @@ fn finished(sandbox: &Sandbox, arguments: &[&str], what: &str) {
     let output = sandbox.run(arguments);
     let err = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{what}: {err}");
-}
-
-/// Names of all files below a folder, sorted.
-fn names(folder: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut open = vec![folder.to_owned()];
-    while let Some(next) = open.pop() {
-        for entry in fs::read_dir(&next).expect("a folder").flatten() {
-            match entry.path().is_dir() {
-                true => open.push(entry.path()),
-                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
-            }
-        }
-    }
-    found.sort();
-    found
 }
 
 fn places() -> Vec<String> {
@@ -62,13 +46,13 @@ fn a_killed_run_goes_on_exactly() {
     // 16 steps, and nearest neighbours after each of two epochs.
     assert_eq!(whole.steps.len(), 18);
     assert_eq!(whole.finals.len(), 3);
-    let files = names(&sandbox.work().join("whole"));
+    let files = files_below(&sandbox.work().join("whole"));
     for place in places() {
         let dir = sandbox.work().join("killed");
         killed_at(&sandbox, &["run", "tiny.yaml", "--out", "killed", "--threads", "1", "-q"], &place);
         finished(&sandbox, &["run", "tiny.yaml", "--resume", "killed", "--threads", "1", "-q"], &place);
         whole.assert_same(&run_record(&dir), &place);
-        assert_eq!(names(&dir), files, "{place}: other files are left");
+        assert_eq!(files_below(&dir), files, "{place}: other files are left");
         fs::remove_dir_all(&dir).expect("removed");
     }
 }

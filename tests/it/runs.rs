@@ -3,12 +3,14 @@
 use std::{
     fs,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use crate::support::Sandbox;
+#[cfg(unix)]
+use crate::support::after_records;
 use serde_json::Value;
 
 fn json(path: &Path) -> Value {
@@ -124,15 +126,8 @@ mod signals {
         after_two_steps(sandbox, sandbox.command(LONG))
     }
 
-    fn after_two_steps(sandbox: &Sandbox, mut command: Command) -> Child {
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
-        let metrics = sandbox.work().join("run/metrics.jsonl");
-        let limit = Instant::now() + Duration::from_secs(120);
-        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
-            assert!(Instant::now() < limit, "no step was made");
-            sleep(Duration::from_millis(20));
-        }
-        child
+    fn after_two_steps(sandbox: &Sandbox, command: Command) -> Child {
+        after_records(command, &sandbox.work().join("run"), 2)
     }
 
     #[test]

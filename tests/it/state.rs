@@ -4,19 +4,9 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Output,
 };
 
-use crate::support::{RunRecord, Sandbox, run_record};
-
-fn ends(output: &Output, code: i32, says: &[&str]) {
-    let err = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(code), "{says:?}: {err}");
-    assert!(!err.contains("panicked"), "{err}");
-    for part in says {
-        assert!(err.contains(part), "expected `{part}` in: {err}");
-    }
-}
+use crate::support::{RunRecord, Sandbox, ends, files_below, run_record};
 
 /// A sandbox with a whole run of `tiny.yaml` in `whole`, and one in `run` whose stages ended after four of eight steps.
 fn sandbox() -> (Sandbox, RunRecord, PathBuf) {
@@ -44,22 +34,6 @@ fn restore(sandbox: &Sandbox) {
     copy(&sandbox.work().join("backup"), &run);
 }
 
-/// Every file below a folder by its name inside it, sorted.
-fn files(folder: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut open = vec![folder.to_owned()];
-    while let Some(next) = open.pop() {
-        for entry in fs::read_dir(&next).expect("a folder").flatten() {
-            match entry.path().is_dir() {
-                true => open.push(entry.path()),
-                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
-            }
-        }
-    }
-    found.sort();
-    found
-}
-
 fn edit(path: &Path, from: &str, to: &str) {
     let bytes = fs::read(path).expect("a file");
     let at = bytes.windows(from.len()).position(|part| part == from.as_bytes()).expect("what is to be replaced");
@@ -84,10 +58,10 @@ fn a_header_that_was_edited_is_passed_over_or_refused_and_never_gone_on_from() {
         restore(&sandbox);
         fs::remove_file(newest.with_file_name("step-00000002.safetensors")).expect("removed");
         spoil();
-        let before = files(&run);
+        let before = files_below(&run);
         let refused = sandbox.run(["run", "--resume", "run", "-q"]);
         ends(&refused, 2, &["no checkpoint of the stage can be gone on from", "put back a copy"]);
-        assert_eq!(files(&run), before);
+        assert_eq!(files_below(&run), before);
     }
 }
 
@@ -156,7 +130,7 @@ fn a_check_names_every_file_that_is_damaged_or_gone() {
     };
     let broken: Vec<String> = check(0);
     assert!(broken.is_empty(), "{broken:?}");
-    let all = files(&run);
+    let all = files_below(&run);
     for name in all.iter().filter(|name| *name != ".maskalign-run") {
         let path = run.join(name);
         let whole = fs::read(&path).expect("a file");
@@ -189,7 +163,7 @@ fn a_check_names_every_file_that_is_damaged_or_gone() {
 #[test]
 fn a_run_of_an_earlier_version_is_answered() {
     let (sandbox, _, run) = sandbox();
-    for name in files(&run)
+    for name in files_below(&run)
         .iter()
         .filter(|name| Path::new(name).extension() == Some("json".as_ref()) && *name != "summary.json")
     {
@@ -199,10 +173,10 @@ fn a_run_of_an_earlier_version_is_answered() {
         entries.as_object_mut().expect("an object").shift_remove("blake3");
         fs::write(&path, entries.to_string()).expect("written");
     }
-    let before = files(&run);
+    let before = files_below(&run);
     let output = sandbox.run(["run", "--resume", "run", "-q"]);
     ends(&output, 2, &["is of an earlier version of MaskAlign", "start a new one"]);
-    assert_eq!(files(&run), before);
+    assert_eq!(files_below(&run), before);
     let checked = sandbox.run(["runs", "check", "run"]);
     ends(&checked, 1, &["not whole"]);
     let found = String::from_utf8_lossy(&checked.stdout);
@@ -214,12 +188,11 @@ fn a_run_of_an_earlier_version_is_answered() {
 mod places {
     use std::{
         os::unix::fs::symlink,
-        process::{Child, Command, Stdio},
-        thread::sleep,
-        time::{Duration, Instant},
+        process::{Child, Command},
     };
 
     use super::*;
+    use crate::support::after_records;
 
     #[test]
     fn links_in_a_run_directory_are_refused_and_what_they_lead_to_stays() {
@@ -239,7 +212,7 @@ mod places {
             if mine.join("moved").is_dir() {
                 ends(&sandbox.run(["run", "tiny.yaml", "--out", "run", "--force", "-q"]), 2, &["is a link"]);
             }
-            for name in files(&mine) {
+            for name in files_below(&mine) {
                 let before = fs::read(sandbox.work().join("before").join(&name)).expect("a file");
                 assert_eq!(fs::read(mine.join(&name)).expect("a file"), before, "{place}: {name}");
             }
@@ -265,15 +238,8 @@ mod places {
     /// A run that would go on for hours, after its first checkpoint.
     fn long_run(sandbox: &Sandbox) -> Child {
         let long = ["run", "tiny.yaml", "--set", "stages.pretrain.epochs=10000", "--set", "~stages.pretrain.knn"];
-        let mut command = sandbox.command(long.iter().chain(&["--out", "run", "--threads", "1", "-q"]));
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
-        let limit = Instant::now() + Duration::from_secs(120);
-        let metrics = sandbox.work().join("run/metrics.jsonl");
-        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 4 {
-            assert!(Instant::now() < limit, "no step was made");
-            sleep(Duration::from_millis(5));
-        }
-        child
+        let command = sandbox.command(long.iter().chain(&["--out", "run", "--threads", "1", "-q"]));
+        after_records(command, &sandbox.work().join("run"), 4)
     }
 
     #[test]
@@ -304,7 +270,7 @@ mod places {
             take(&run);
             // A file that was being written when it was copied is nobody's.
             let whole = |run: &Path| {
-                files(run)
+                files_below(run)
                     .into_iter()
                     .filter(|name| Path::new(name).extension() != Some("tmp".as_ref()))
                     .collect::<Vec<_>>()
@@ -361,13 +327,13 @@ fn other_kernels_are_refused_or_accepted_for_good() {
         let resume = ["run", "--resume", "run", "-q"];
         sandbox.command(resume.iter().chain(arguments)).env("MASKALIGN_ISA", isa).output().expect("it starts")
     };
-    let before = files(&run);
+    let before = files_below(&run);
     // Nothing is left to compute: results are shown anywhere.
     ends(&on(portable, &["--steps", "4"]), 0, &[]);
     if best != portable {
         let says = [format!("`fused, {best}`"), "`fused, scalar`".into(), "--accept-other-kernels".into()];
         ends(&on(portable, &[]), 2, &says.each_ref().map(String::as_str));
-        assert_eq!(files(&run), before);
+        assert_eq!(files_below(&run), before);
         ends(&on(portable, &["--accept-other-kernels"]), 0, &["goes on with `fused, scalar`"]);
         let manifest = fs::read_to_string(run.join("manifest.json")).expect("a manifest");
         let manifest: serde_json::Value = serde_json::from_str(&manifest).expect("JSON");

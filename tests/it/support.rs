@@ -6,6 +6,12 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
 };
+#[cfg(unix)]
+use std::{
+    process::{Child, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 use snapbox::{
@@ -166,4 +172,52 @@ pub(crate) fn assert_committed(file: &Path, text: String) {
     if let Err(stale) = compare(file, text) {
         panic!("{stale}");
     }
+}
+
+/// Holds an end against what it should be.
+///
+/// # Panics
+/// It is another, or the command panicked.
+#[track_caller]
+pub(crate) fn ends(output: &Output, code: i32, says: &[&str]) {
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{says:?}: {err}");
+    assert!(!err.contains("panicked"), "{err}");
+    for part in says {
+        assert!(err.contains(part), "expected `{part}` in: {err}");
+    }
+}
+
+/// The names of all files below a folder, as paths inside it, sorted.
+///
+/// # Panics
+/// A folder cannot be read.
+pub(crate) fn files_below(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in fs::read_dir(&next).expect("a folder").flatten() {
+            match entry.path().is_dir() {
+                true => open.push(entry.path()),
+                false => found.push(entry.path().strip_prefix(folder).expect("inside").display().to_string()),
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Starts the command, which writes a run to `run`, and waits until so many records are in its metrics.
+///
+/// # Panics
+/// It does not start, or writes none for two minutes.
+#[cfg(unix)]
+pub(crate) fn after_records(mut command: Command, run: &Path, records: usize) -> Child {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let limit = Instant::now() + Duration::from_secs(120);
+    while fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count()) < records {
+        assert!(Instant::now() < limit, "no step was made");
+        sleep(Duration::from_millis(5));
+    }
+    child
 }

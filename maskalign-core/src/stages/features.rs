@@ -100,7 +100,7 @@ pub struct View {
 /// # let cx = Context::new(Device::Cpu, 1);
 /// let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: 2 };
 /// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
-/// assert_eq!(Tower::Pixels.features(&cx, images, view)?.shape(), (2, 192));
+/// assert_eq!(Tower::Pixels.features(&cx, &images, view)?.shape(), (2, 192));
 /// # Ok::<(), Error>(())
 /// ```
 pub enum Tower<'a> {
@@ -113,27 +113,38 @@ pub enum Tower<'a> {
 }
 
 impl Tower<'_> {
-    /// One feature an image, `[batch, width]`.
+    /// One feature an image, `[batch, width]`. More images than [`View::batch`] go through the tower one part after another:
+    /// the room that a pass needs does not grow with the batch.
     ///
     /// # Errors
     /// Out of memory on the device.
-    pub fn features(&self, cx: &Context, images: ImageBatch, view: View) -> Result<Tensor> {
+    pub fn features(&self, cx: &Context, images: &ImageBatch, view: View) -> Result<Tensor> {
         let batch = images.batch;
         let off = &mut Tape::inference();
+        if batch > view.batch {
+            let each = images.pixels.len() / batch;
+            let part = |pixels: &[f32]| {
+                let part = ImageBatch { pixels: pixels.to_vec(), batch: pixels.len() / each, size: images.size };
+                self.features(cx, &part, view)
+            };
+            let parts: Vec<Tensor> = images.pixels.chunks(view.batch * each).map(part).collect::<Result<_>>()?;
+            let rows: Vec<u32> = (0..batch as u32).collect();
+            return Ok(ops::gather_rows(cx, off, &parts.iter().collect::<Vec<_>>(), &rows)?);
+        }
         let normed = view.tap == FeatureTap::Norm;
         let (x, shape): (Tensor, TowerShape) = match self {
             Tower::Pixels => {
                 let width = images.pixels.len() / batch;
-                return Ok(cx.tensor(images.pixels, batch, width)?);
+                return Ok(cx.tensor(images.pixels.clone(), batch, width)?);
             }
             Tower::Student(student) => {
-                let last = student.forward(cx, off, &images, None, None, &|_| false)?.last;
+                let last = student.forward(cx, off, images, None, None, &|_| false)?.last;
                 (if normed { student.norm(cx, off, &last)? } else { last }, student.shape())
             }
             Tower::Teacher(teacher) => {
                 let last = teacher.shape().arch.depth - 1;
                 let wants = Wants { levels: [last].into(), whole: true, ..Wants::default() };
-                let pass = teacher.begin(cx, &images, &wants)?;
+                let pass = teacher.begin(cx, images, &wants)?;
                 let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
                 let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
                 let x = levels.remove(&last).ok_or_else(|| Error::Usage("a teacher gave no last level".into()))?.x;
@@ -192,7 +203,7 @@ pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -
             let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
             bank.labels.push(label);
         }
-        let x = tower.features(run.cx, image_batch(&mut batch), view)?;
+        let x = tower.features(run.cx, &image_batch(&mut batch), view)?;
         bank.width = x.columns();
         bank.features.extend(x.to_vec());
         run.events.send(Event::Progress { what: "features", done: bank.labels.len() as u64, all })?;

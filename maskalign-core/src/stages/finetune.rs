@@ -13,17 +13,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Data, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
-    StageSummary, Task, Training, TrainingStep, branch_scales, finish, keep, memory,
-    supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, class_targets},
-    train,
+    Data, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary,
+    Task, Training, TrainingStep, branch_scales, keep, memory,
+    supervised::{Classify, Labelled, PlannedSupervised, class_targets},
     training::count_parameters,
     under,
 };
 use crate::{
     component,
     components::{
-        students::{PlannedStudent, StudentModel},
+        students::StudentModel,
         towers::{StudentPlan, TowerShape, TrainedStudents},
     },
     error::Result,
@@ -232,9 +231,7 @@ impl Classify for Classifier {
 /// Fine-tuning whose options fit.
 pub struct PlannedFinetune {
     summary: StageSummary,
-    training: PlannedTraining,
-    classes: PlannedClasses,
-    student: Arc<dyn PlannedStudent>,
+    supervised: PlannedSupervised,
     options: FinetuneOptions,
     seed: u64,
     scope: String,
@@ -260,21 +257,15 @@ impl Finetune {
         }
         let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
-        let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };
+        let Some(supervised) = planned else { return Err(refusals) };
+        let student = Arc::clone(&supervised.student);
         let shape = student.shape();
         keep(&mut refusals, own.pooling.check("the student", &shape));
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        let mut planned = PlannedFinetune {
-            summary,
-            training,
-            classes,
-            student: Arc::clone(&student),
-            options: own.clone(),
-            seed: cx.seed,
-            scope: cx.name.to_string(),
-        };
+        let mut planned =
+            PlannedFinetune { summary, supervised, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
         planned.summarize(cx.recompute).map_err(|error| vec![error.into_refusal()])?;
         planned.summary.student =
             Some(StudentPlan { reach: planned.reach(&shape), tower: student, init_scope: cx.name.to_string() });
@@ -287,15 +278,15 @@ impl PlannedFinetune {
     fn summarize(&mut self, recompute: Recompute) -> Result<()> {
         let mut model = self.model(&Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
-        let (shape, micro) = (self.student.shape(), self.training.batch.micro());
+        let (shape, micro) = (self.supervised.student.shape(), self.supervised.training.batch.micro());
         self.summary.tokens = Some((shape.tokens(), shape.tokens()));
         let step = TrainingStep {
             student: &shape,
             images: micro,
-            image_size: self.training.data.size,
+            image_size: self.supervised.training.data.size,
             tokens: shape.tokens(),
             frozen: Vec::new(),
-            compared: micro * self.classes.classes,
+            compared: micro * self.supervised.classes.classes,
             aligned: 0,
             recompute,
         };
@@ -310,7 +301,7 @@ impl PlannedFinetune {
 
     /// Data, optimizer and length.
     pub fn training(&self) -> &PlannedTraining {
-        &self.training
+        &self.supervised.training
     }
 
     /// The model at its beginning.
@@ -318,12 +309,15 @@ impl PlannedFinetune {
     /// # Errors
     /// Weights that have gone or changed since they were planned; out of memory.
     pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {
-        let mut student = self.student.build(init, trained).map_err(|e| under(e, "student"))?;
+        let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let shape = student.shape();
         student.set_reach(self.reach(&shape));
         let init = &init.of_role(Role::Head);
-        let weight =
-            init.truncated_normal("head.weight", &[self.classes.classes, shape.arch.dim], self.options.head_std)?;
+        let weight = init.truncated_normal(
+            "head.weight",
+            &[self.supervised.classes.classes, shape.arch.dim],
+            self.options.head_std,
+        )?;
         let mean = self.options.pooling == Pooling::Mean;
         Ok(Classifier {
             norm: mean.then(|| Norm::new(init, "fc_norm", shape.arch.dim, 1e-6)).transpose()?,
@@ -355,12 +349,7 @@ impl PlannedStage for PlannedFinetune {
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let mut model = self.model(&self.init(run.cx), run.trained)?;
-        let mut trainer = self.training.trainer();
-        let plan = Loop { training: &self.training, evaluation: None };
-        let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
-        self.classes.evaluate(&mut run, &model, self.training.batch.micro(), &mut trained.results)?;
-        let weights = finish(&run, &mut model, trainer, &trained)?;
-        Ok(Outcome { results: trained.results, student: Some(weights) })
+        self.supervised.train(&mut run, &mut model)
     }
 }
 

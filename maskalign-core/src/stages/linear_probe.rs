@@ -1,7 +1,5 @@
 //! Linear probing: a linear classifier is trained on the features of a frozen student.
 
-use std::sync::Arc;
-
 use maskalign_engine::{
     Context, ImageBatch, Role, Tape, Tensor,
     ops::{self, Act},
@@ -11,17 +9,16 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Data, FeatureTap, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
-    StageSummary, Task, Tower, Training, View, finish, keep, memory,
-    supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, class_targets},
-    train,
+    Data, FeatureTap, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
+    StageSummary, Task, Tower, Training, View, keep, memory,
+    supervised::{Classify, Labelled, PlannedSupervised, class_targets},
     training::count_parameters,
     under,
 };
 use crate::{
     component,
     components::{
-        students::{PlannedStudent, StudentModel},
+        students::StudentModel,
         towers::{Tap, TrainedStudents},
     },
     error::Result,
@@ -90,21 +87,10 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// `[batch, width]`. The student sees some images at a time, as it does in other evaluations: what passes through it
-    /// needs no more room for a large batch, whose statistics are those of all its features.
+    /// `[batch, width]`.
     fn features(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
         let view = View { pooling: self.pooling, tap: self.tap, batch: AT_A_TIME };
-        let each = images.pixels.len() / images.batch;
-        let parts: Vec<Tensor> = images
-            .pixels
-            .chunks(AT_A_TIME * each)
-            .map(|pixels| {
-                let part = ImageBatch { pixels: pixels.to_vec(), batch: pixels.len() / each, size: images.size };
-                Tower::Student(&*self.student).features(cx, part, view)
-            })
-            .collect::<Result<_>>()?;
-        let rows: Vec<u32> = (0..images.batch as u32).collect();
-        Ok(ops::gather_rows(cx, &mut Tape::inference(), &parts.iter().collect::<Vec<_>>(), &rows)?)
+        Tower::Student(&*self.student).features(cx, images, view)
     }
 }
 
@@ -140,9 +126,7 @@ impl Classify for Probe {
 /// A linear probe whose options fit.
 pub struct PlannedLinearProbe {
     summary: StageSummary,
-    training: PlannedTraining,
-    classes: PlannedClasses,
-    student: Arc<dyn PlannedStudent>,
+    supervised: PlannedSupervised,
     options: LinearProbeOptions,
 }
 
@@ -163,8 +147,8 @@ impl LinearProbe {
         }
         let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
-        let Some(PlannedSupervised { training, classes, student }) = planned else { return Err(refusals) };
-        let shape = student.shape();
+        let Some(supervised) = planned else { return Err(refusals) };
+        let shape = supervised.student.shape();
         keep(&mut refusals, own.pooling.check("the student", &shape));
         if own.tap == FeatureTap::Norm {
             keep(&mut refusals, shape.check_tap("the student", Tap::Norm));
@@ -172,16 +156,17 @@ impl LinearProbe {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        if student.is_drawn() {
+        if supervised.student.is_drawn() {
             summary.warnings.push("the student has no `weights`: what is probed is its random initialisation".into());
         }
-        let mut planned = PlannedLinearProbe { summary, training, classes, student, options: own.clone() };
+        let mut planned = PlannedLinearProbe { summary, supervised, options: own.clone() };
         let model = planned.model(&Init::shapes(), &TrainedStudents::default());
         let mut model = model.map_err(|error| vec![error.into_refusal()])?;
         let summary = &mut planned.summary;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
-        summary.memory += memory::probe(summary, &shape, [batch.micro(), AT_A_TIME], planned.training.data.size);
+        summary.memory +=
+            memory::probe(summary, &shape, [batch.micro(), AT_A_TIME], planned.supervised.training.data.size);
         Ok(planned)
     }
 }
@@ -189,7 +174,7 @@ impl LinearProbe {
 impl PlannedLinearProbe {
     /// Data, optimizer and length.
     pub fn training(&self) -> &PlannedTraining {
-        &self.training
+        &self.supervised.training
     }
 
     /// The model at its beginning.
@@ -198,12 +183,12 @@ impl PlannedLinearProbe {
     /// Weights that have gone or changed since they were planned; out of memory.
     pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Probe> {
         let LinearProbeOptions { pooling, tap, head_std, .. } = self.options;
-        let mut student = self.student.build(init, trained).map_err(|e| under(e, "student"))?;
+        let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let arch = student.shape().arch;
         student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm });
         student.set_role(Role::Frozen);
         let init = &init.of_role(Role::Head);
-        let weight = init.truncated_normal("head.1.weight", &[self.classes.classes, arch.dim], head_std)?;
+        let weight = init.truncated_normal("head.1.weight", &[self.supervised.classes.classes, arch.dim], head_std)?;
         Ok(Probe {
             student,
             pooling,
@@ -228,12 +213,8 @@ impl PlannedStage for PlannedLinearProbe {
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let init = Init::new(run.cx.device(), run.seed, run.name);
         let mut model = self.model(&init, run.trained)?;
-        let mut trainer = self.training.trainer();
-        let plan = Loop { training: &self.training, evaluation: None };
-        let mut trained = train(&mut run, &mut model, &mut trainer, plan)?;
-        self.classes.evaluate(&mut run, &model, self.training.batch.micro(), &mut trained.results)?;
-        finish(&run, &mut model, trainer, &trained)?;
-        Ok(Outcome { results: trained.results, student: None })
+        // The student is what it was: later stages have it from where this one does.
+        Ok(Outcome { student: None, ..self.supervised.train(&mut run, &mut model)? })
     }
 }
 

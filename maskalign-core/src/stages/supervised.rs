@@ -6,8 +6,8 @@ use maskalign_engine::{Context, ImageBatch, Tensor};
 use maskalign_registry::{Refusal, Slot, StudentTag};
 
 use super::{
-    Data, MicroBatch, OpenData, PlannedData, PlannedTraining, StageContext, StageRun, StageSummary, Training,
-    image_batch, keep,
+    Data, Loop, MicroBatch, OpenData, Outcome, PlannedData, PlannedTraining, StageContext, StageRun, StageSummary,
+    Task, Training, finish, image_batch, keep, train,
 };
 use crate::{
     components::students::PlannedStudent,
@@ -48,6 +48,19 @@ impl PlannedSupervised {
         let student = Build::build(labelled.student).and_then(|student| student.plan(&towers));
         let student = keep(refusals, student.map_err(|refusal| refusal.under("student")))?;
         Some(PlannedSupervised { training, classes, student })
+    }
+
+    /// Trains `model` to its end, measures its accuracy, and writes what it leaves.
+    ///
+    /// # Errors
+    /// Whatever ends a run early.
+    pub fn train<T: Task + Classify>(&self, run: &mut StageRun, model: &mut T) -> Result<Outcome> {
+        let training = &self.training;
+        let mut trainer = training.trainer();
+        let mut trained = train(run, model, &mut trainer, Loop { training, evaluation: None })?;
+        self.classes.evaluate(run, model, training.batch.micro(), &mut trained.results)?;
+        let weights = finish(run, model, trainer, &trained)?;
+        Ok(Outcome { results: trained.results, student: Some(weights) })
     }
 }
 

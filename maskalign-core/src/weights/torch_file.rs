@@ -78,8 +78,14 @@ impl Described {
             )));
         }
         let pickle = Pickle::parse(&bytes).map_err(format)?;
-        let tensors = named_tensors(&pickle, key).map_err(format)?;
-        let passed = if key.is_some() { Vec::new() } else { state_dictionary(&pickle).1 };
+        let (start, passed) = match key {
+            Some(_) => (pickle.root(), Vec::new()),
+            None => state_dictionary(&pickle),
+        };
+        let mut tensors = named_tensors(&pickle, start).map_err(format)?;
+        if let Some(key) = key {
+            tensors = under(key, tensors).map_err(format)?;
+        }
         if tensors.is_empty() {
             return Err(format("it holds no tensors".into()));
         }
@@ -106,11 +112,10 @@ fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>, Strin
     Ok(bytes)
 }
 
-/// The tensors of the state dictionary, or of all where one `key` is to be chosen, by their dotted names.
-fn named_tensors(pickle: &Pickle, key: Option<&str>) -> Result<BTreeMap<String, Tensor>, String> {
+/// The tensors below a dictionary, by their dotted names.
+fn named_tensors(pickle: &Pickle, start: Id) -> Result<BTreeMap<String, Tensor>, String> {
     let mut found = BTreeMap::new();
     let mut visits = 0;
-    let start = if key.is_some() { pickle.root() } else { state_dictionary(pickle).0 };
     let mut waiting = vec![(String::new(), start, 0)];
     while let Some((prefix, id, depth)) = waiting.pop() {
         match pickle.node(id) {
@@ -141,10 +146,7 @@ fn named_tensors(pickle: &Pickle, key: Option<&str>) -> Result<BTreeMap<String, 
             _ => {}
         }
     }
-    match key {
-        Some(key) => under(key, found),
-        None => Ok(found),
-    }
+    Ok(found)
 }
 
 /// Unwraps what training scripts put around the weights. The names of dictionaries of tensors that are passed over come with
@@ -308,7 +310,7 @@ mod tests {
                 continue;
             };
             parsed += 1;
-            let Ok(tensors) = named_tensors(&pickle, None) else {
+            let Ok(tensors) = named_tensors(&pickle, state_dictionary(&pickle).0) else {
                 continue;
             };
             let Ok(tensors) = load(&mut archive, "views/", tensors, file_bytes) else {
@@ -334,7 +336,7 @@ mod tests {
         }
         bytes.push(b'.');
         let pickle = Pickle::parse(&bytes).unwrap();
-        assert!(named_tensors(&pickle, None).unwrap_err().contains("nested too deeply"));
+        assert!(named_tensors(&pickle, state_dictionary(&pickle).0).unwrap_err().contains("nested too deeply"));
         // An object that takes over the same attributes again and again.
         let mut bytes = b"\x80\x02}(".to_vec();
         for key in 0..200u8 {
