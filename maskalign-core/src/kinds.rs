@@ -61,7 +61,9 @@ macro_rules! kinds {
 for_each_kind!(kinds);
 
 /// Registers a component: `register!(masker "lattice" => Lattice, "keeps one patch of every square",
-/// example: "{ type: lattice, cell: 2 }", paper: "arXiv ...");` (`paper` may be left out).
+/// example: "{ type: lattice, cell: 2 }", paper: "arXiv ...", sidecar: beside);`. `paper` may be left out, and so may
+/// `sidecar`: a function that reads what stands beside the files that the options name, such as the `config.json` of weights
+/// (see [`Beside`](crate::components::beside::Beside)).
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -83,10 +85,10 @@ for_each_kind!(kinds);
 /// ```
 #[macro_export]
 macro_rules! register {
-    ($kind:ident $name:literal => $options:ty, $summary:literal, example: $example:literal $(,)?) => {
-        $crate::register!($kind $name => $options, $summary, example: $example, paper: "");
-    };
-    ($kind:ident $name:literal => $options:ty, $summary:literal, example: $example:literal, paper: $paper:literal $(,)?) => {
+    (
+        $kind:ident $name:literal => $options:ty, $summary:literal, example: $example:literal
+        $(, paper: $paper:literal)? $(, sidecar: $sidecar:path)? $(,)?
+    ) => {
         const _: () = {
             type Tag = $crate::__private::tag_named::$kind;
             static CONSTRUCTOR: $crate::plugin::Constructor<Tag> = $crate::kinds::constructors::$kind::<$options>();
@@ -96,7 +98,8 @@ macro_rules! register {
                 )
                 .summary($summary)
                 .example($example)
-                .paper($paper)
+                $(.paper($paper))?
+                $(.sidecar($sidecar))?
                 .package(env!("CARGO_PKG_NAME"))
             }
         };

@@ -74,6 +74,7 @@ pub mod prelude {
     pub use crate::{
         Value,
         components::{
+            beside::Beside,
             aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner},
             losses::Loss,
             maskers::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split},
@@ -112,7 +113,7 @@ pub mod prelude {
         random::Stream,
     };
     pub use maskalign_macros::component;
-    pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp, Weights};
+    pub use maskalign_registry::{LevelRef, Levels, Refusal, Scalar as Ramp, Weights, plugin::sidecar::Sidecar};
 }
 
 /// What the macros expand to; not for use by hand.

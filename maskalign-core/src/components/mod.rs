@@ -3,6 +3,7 @@
 //! A built-in has no privilege: it registers with the same macro as a plugin of somebody else's crate.
 
 pub mod aligners;
+pub mod beside;
 pub mod losses;
 pub mod maskers;
 pub mod optimizers;

@@ -51,6 +51,8 @@ pub struct TowerShape {
     pub projection: Option<usize>,
     /// What the tower's input is normalised by.
     pub statistics: Statistics,
+    /// Added to the variance in its LayerNorms.
+    pub eps: f64,
 }
 
 impl From<&VitConfig> for TowerShape {
@@ -66,6 +68,7 @@ impl From<&VitConfig> for TowerShape {
             final_norm: config.final_norm,
             projection: config.projection,
             statistics: config.input.statistics,
+            eps: config.eps,
         }
     }
 }
@@ -425,7 +428,7 @@ impl TowerOptions<'_> {
             (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape().arch,
             (None, _) => {
                 return Err(Refusal::new("arch", "the sizes of the tower are not known")
-                    .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}"));
+                    .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}; no configuration beside the weights says it"));
             }
         };
         arch.check()?;

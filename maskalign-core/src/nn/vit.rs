@@ -11,7 +11,7 @@ use maskalign_registry::Refusal;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions};
+use super::{Bias, Block, BlockConfig, Init, Linear, Module, Norm, Param, sincos_positions, statistics::Statistics};
 use crate::component;
 
 /// Sizes of a tower: a name such as `base_16` or the numbers themselves.
@@ -190,29 +190,6 @@ impl std::fmt::Display for Grid {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}x{}", self.rows, self.columns)
     }
-}
-
-/// Mean and standard deviation of each colour channel, for values in [0, 1].
-///
-/// ```
-/// # use maskalign_core::prelude::*;
-/// let grey = Statistics { mean: [0.5; 3], std: [0.5; 3] };
-/// assert_ne!(grey, Statistics::IMAGENET);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Statistics {
-    /// Red, green, blue.
-    pub mean: [f32; 3],
-    /// Red, green, blue.
-    pub std: [f32; 3],
-}
-
-impl Statistics {
-    /// Of ImageNet, used by DINO, MAE and every student.
-    pub const IMAGENET: Self = Statistics { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] };
-    /// Of CLIP's training images.
-    pub const CLIP: Self =
-        Statistics { mean: [0.48145466, 0.4578275, 0.40821073], std: [0.26862954, 0.261_302_6, 0.275_777_1] };
 }
 
 /// What a tower makes of an image before it sees it.

@@ -6,6 +6,7 @@
 //! left out by a rule that has a name, or an error that names it. [`read_shapes`] in place of [`read`] checks names and
 //! shapes alone, before the first step.
 
+mod beside;
 mod checkpoint;
 mod element;
 mod error;
@@ -19,8 +20,10 @@ mod pickle;
 mod positions;
 mod read;
 mod tensor_file;
+mod timm_names;
 mod torch_file;
 
+pub use beside::{Description, Said, describe};
 pub(crate) use checkpoint::Sealed;
 pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use error::WeightsError;
@@ -32,5 +35,6 @@ pub use naming::{Change, Family, Naming, Row, Writes, naming, namings};
 pub use positions::{resize_positions, with_class_row};
 pub use read::{files_of, read, read_part, read_part_shapes, read_shapes};
 pub use tensor_file::{TensorData, TensorFile, TensorRef, write_safetensors};
+pub use timm_names::{SaidActivation, TimmName, timm_name};
 
 pub use maskalign_engine::{HostTensor, TensorMap};

@@ -43,6 +43,7 @@ fn plan() -> AlignPlan {
             final_norm: FinalNorm::Own,
             projection: None,
             statistics: Statistics::IMAGENET,
+            eps: 1e-6,
         },
         counts: COUNTS,
         tokens: Tokens { masked: true, ..Tokens::default() },

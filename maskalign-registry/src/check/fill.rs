@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::slots::each_slot;
 use crate::{
     catalog::Registry,
     plugin::Kind,
@@ -33,69 +34,10 @@ pub(crate) fn fill(
         path.extend(refusal.path);
         (path, refusal.message)
     })?;
-    if let Some(schema) = registry.schemas().component(kind, entry.name) {
-        fill_slots(registry, schema, &mut options, path)?;
-    }
+    each_slot(registry, entry, &mut options, path, &mut |kind, value, path| fill(registry, kind, value, path))?;
     object.insert("type".to_owned(), Value::String(name));
     if let Value::Object(options) = options {
         object.extend(options);
-    }
-    Ok(())
-}
-
-fn fill_slots(
-    registry: &Registry,
-    schema: &Value,
-    value: &mut Value,
-    path: &mut Vec<String>,
-) -> Result<(), (Vec<String>, String)> {
-    let schemas = registry.schemas();
-    if value.is_null() {
-        return Ok(());
-    }
-    if let Some(kind) = schemas.slot(schema) {
-        return fill(registry, kind, value, path);
-    }
-    let schema = schemas.without_null(schema);
-    for keyword in ["anyOf", "oneOf", "allOf"] {
-        if let Some(branches) = schema.get(keyword).and_then(Value::as_array) {
-            for branch in branches {
-                // Of several branches only mappings and lists can hold slots.
-                let is_slot = schemas.slot(branch).is_some();
-                if !is_slot || value.get("type").is_some() {
-                    fill_slots(registry, branch, value, path)?;
-                }
-            }
-            return Ok(());
-        }
-    }
-    match value {
-        Value::Object(object) => {
-            let properties = schema.get("properties").and_then(Value::as_object);
-            for (name, member) in object.iter_mut() {
-                let schema =
-                    properties.and_then(|properties| properties.get(name)).or(schema.get("additionalProperties"));
-                if let Some(schema) = schema {
-                    path.push(name.clone());
-                    fill_slots(registry, schema, member, path)?;
-                    path.pop();
-                }
-            }
-        }
-        Value::Array(items) => {
-            for (index, item) in items.iter_mut().enumerate() {
-                let schema = match schema.get("items") {
-                    Some(Value::Array(tuple)) => tuple.get(index),
-                    other => other,
-                };
-                if let Some(schema) = schema {
-                    path.push(index.to_string());
-                    fill_slots(registry, schema, item, path)?;
-                    path.pop();
-                }
-            }
-        }
-        _ => {}
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{Kind, Refusal, decode_options};
+use super::{Kind, Refusal, decode_options, sidecar::ReadSidecar};
 use crate::yaml::parse_value;
 
 /// One registered component. Submitted with `inventory::submit!`, built with [`Entry::of`].
@@ -27,6 +27,8 @@ pub struct Entry {
     pub schema: fn(&mut SchemaGenerator) -> Schema,
     /// Decodes options into the component's struct and serializes them again, which fills in defaults.
     pub normalize: fn(Value) -> Result<Value, Refusal>,
+    /// Reads what stands beside the files that the options name, where that says something of options.
+    pub sidecar: Option<ReadSidecar>,
     /// The typed constructors, whose type only the crate that defines the kind's trait knows.
     pub vtable: &'static (dyn Any + Send + Sync),
 }
@@ -46,6 +48,7 @@ impl Entry {
             package: "",
             schema: schema_of::<T>,
             normalize: normalize_as::<T>,
+            sidecar: None,
             vtable,
         }
     }
@@ -75,6 +78,13 @@ impl Entry {
     #[must_use]
     pub const fn package(mut self, package: &'static str) -> Entry {
         self.package = package;
+        self
+    }
+
+    /// Sets what reads the documents beside the files that the options name.
+    #[must_use]
+    pub const fn sidecar(mut self, read: ReadSidecar) -> Entry {
+        self.sidecar = Some(read);
         self
     }
 

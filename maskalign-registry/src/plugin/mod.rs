@@ -8,6 +8,7 @@ mod decode;
 mod entry;
 mod kind;
 mod refusal;
+pub mod sidecar;
 
 pub use decode::decode_options;
 pub(crate) use decode::decode_part;

@@ -25,7 +25,7 @@ pub enum ShowOrigin {
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub(super) root: Node,
-    /// Every text that was read, in the order in which reports list them: flags last.
+    /// Every text that was read, in the order in which reports list them: recipes, flags, and what stands beside files.
     pub(super) sources: Vec<Arc<Source>>,
     pub(super) fallback: Arc<Source>,
     /// References to teachers and stages that do not resolve, which planning refuses too.

@@ -1,5 +1,6 @@
 //! Recipes: from a request to stages with every default filled in.
 
+mod beside;
 mod component;
 mod diff;
 mod loaded;
@@ -62,8 +63,8 @@ impl Recipe {
     }
 
     fn load_as(request: &LoadRequest<'_>, registry: &Registry, unset: Unset) -> Result<Loaded, Report> {
-        let composed = compose(request);
-        let mut sources = composed.sources;
+        let mut composed = compose(request);
+        let mut sources = std::mem::take(&mut composed.sources);
         let fallback = match sources.first() {
             Some(source) => Arc::clone(source),
             None => {
@@ -92,6 +93,21 @@ impl Recipe {
             }
             resolved = checked.value;
             unplanned = checked.unknown;
+        }
+        // What stands beside files is read on the machine on which the recipe is to run.
+        if let (Unset::Mistake, true, Some(root), Some(value)) =
+            (unset, diagnostics.is_empty(), &mut composed.root, &resolved)
+        {
+            match beside::take_up(root, value, registry, &fallback, &mut sources) {
+                Ok(false) => {}
+                Ok(true) => {
+                    let checked = check(root, registry, &fallback, unset);
+                    diagnostics.extend(checked.diagnostics);
+                    references = checked.references;
+                    resolved = checked.value;
+                }
+                Err(contradictions) => diagnostics.extend(contradictions),
+            }
         }
         if !diagnostics.is_empty() {
             diagnostics.append(&mut references);

@@ -146,6 +146,35 @@ impl Node {
         }
     }
 
+    /// As [`Node::child`], to change it.
+    pub(crate) fn child_mut(&mut self, segment: &str) -> Option<&mut Node> {
+        match &mut self.content {
+            Content::Map(map) => map.get_mut(segment).map(|member| &mut member.value),
+            Content::Seq(items) => items.get_mut(segment.parse::<usize>().ok()?),
+            _ => None,
+        }
+    }
+
+    /// A value that was not written in a recipe, with one origin for all of it.
+    pub(crate) fn of_json(value: &Value, origin: &Origin) -> Node {
+        let content = match value {
+            Value::Null => Content::Null,
+            Value::Bool(value) => Content::Bool(*value),
+            Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+                (Some(whole), _) => Content::Int(whole.into()),
+                (None, Some(whole)) => Content::Int(whole.into()),
+                (None, None) => Content::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            Value::String(text) => Content::Str(text.clone()),
+            Value::Array(items) => Content::Seq(items.iter().map(|item| Node::of_json(item, origin)).collect()),
+            Value::Object(members) => {
+                let member = |value| Member { key: origin.clone(), value: Node::of_json(value, origin) };
+                Content::Map(members.iter().map(|(key, value)| (key.clone(), member(value))).collect())
+            }
+        };
+        Node { content, origin: origin.clone(), typing: Typing::Fixed }
+    }
+
     /// The value as JSON; numbers that JSON lacks and unset variables become null.
     pub fn to_json(&self) -> Value {
         match &self.content {

@@ -42,6 +42,7 @@ fn plans() -> Vec<AlignPlan> {
         final_norm: FinalNorm::Own,
         projection: None,
         statistics: Statistics::IMAGENET,
+        eps: 1e-6,
     };
     let plan = |cls_token, tokens, target_depth, target_levels: &[usize], wanted: &[usize]| AlignPlan {
         student: student(cls_token),

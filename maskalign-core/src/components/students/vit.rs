@@ -3,14 +3,21 @@
 use std::sync::Arc;
 
 use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor};
-use maskalign_registry::{Refusal, Weights};
+use maskalign_registry::{Refusal, Weights, plugin::sidecar::Sidecar};
+use serde_json::Value;
 
 use super::{PlannedStudent, Student, StudentModel};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents},
+    components::{
+        beside::Beside,
+        towers::{PlanContext, PlannedTower, TowerOptions, TowerShape, TrainedStudents, input},
+    },
     error::Error,
-    nn::{Arch, BranchScales, Features, Init, MaskedPatches, Module, Param, Reach, SeenPatches, Vit, VitConfig},
+    nn::{
+        Arch, BranchScales, Features, Init, MaskedPatches, Module, Param, Reach, SeenPatches, Statistics, Vit,
+        VitConfig,
+    },
     register,
     weights::Family,
 };
@@ -26,15 +33,12 @@ enum Positions {
     Learned,
 }
 
-fn eps() -> f64 {
-    1e-6
-}
-
-/// A vision transformer with exact GELU, ImageNet statistics and Xavier-uniform initialisation (MAE's and
+/// A vision transformer with exact GELU and Xavier-uniform initialisation (MAE's and
 /// MaskAlign's).
 #[component]
 struct VitStudent {
-    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
+    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`, or
+    /// of a configuration beside them.
     #[serde(default)]
     arch: Option<Arch>,
     /// Side in pixels of the image the tower runs at; absent: the data's.
@@ -47,7 +51,8 @@ struct VitStudent {
     /// Kind of positions. Absent: those of the stage's student in `weights`, else `sincos`.
     #[serde(default)]
     positions: Option<Positions>,
-    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, else `true`.
+    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, or as a
+    /// configuration beside them says, else `true`.
     #[serde(default)]
     cls_token: Option<bool>,
     /// What stands for masked patches. A mask token serves pre-training alone: later stages and exports leave it out.
@@ -62,10 +67,13 @@ struct VitStudent {
     #[serde(default)]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     drop_path: f64,
-    /// Added to the variance in LayerNorms.
-    #[serde(default = "eps")]
+    /// Added to the variance in LayerNorms. Absent: as for `cls_token`, else 1e-6.
+    #[serde(default)]
     #[schemars(range(min = 0.0))]
-    eps: f64,
+    eps: Option<f64>,
+    /// What the input is normalised by: a name, or the values. Absent: as for `cls_token`, else `imagenet`.
+    #[serde(default)]
+    statistics: Option<Statistics>,
 }
 
 impl VitStudent {
@@ -88,12 +96,14 @@ impl VitStudent {
         if !learned_positions && arch.dim % 4 != 0 {
             return Err(Refusal::new("arch", format!("sin-cos positions need a dim that 4 divides, not {}", arch.dim)));
         }
+        let statistics = self.statistics.or(earlier.map(|shape| shape.statistics)).unwrap_or(Statistics::IMAGENET);
         Ok(VitConfig {
+            input: input(image_size, statistics),
             cls_token,
             learned_positions,
             layer_scale: self.layer_scale.or(earlier.and_then(|shape| shape.layer_scale)),
             masked_patches: self.masked_patches,
-            eps: self.eps,
+            eps: self.eps.or(earlier.map(|shape| shape.eps)).unwrap_or(1e-6),
             ..VitConfig::plain(arch, image_size)
         })
     }
@@ -128,8 +138,14 @@ impl PlannedStudent for PlannedVit {
     }
 }
 
+/// A student sees what the data yields: fine-tuning at another size than that of pre-training is common.
+fn beside(options: &Value) -> Result<Sidecar, Refusal> {
+    Ok(Beside::tower(options)?.gelu().cls_token().finish())
+}
+
 register!(student "vit" => VitStudent, "a vision transformer",
-    example: "{ type: vit, arch: base_16, drop_path: 0.1 }", paper: "arXiv 2010.11929; MAE's initialisation");
+    example: "{ type: vit, arch: base_16, drop_path: 0.1 }", paper: "arXiv 2010.11929; MAE's initialisation",
+    sidecar: beside);
 
 struct Tower {
     vit: Vit,

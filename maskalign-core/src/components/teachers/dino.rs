@@ -1,12 +1,16 @@
 //! DINO's tower.
 
-use maskalign_registry::{Refusal, Weights};
+use maskalign_registry::{Refusal, Weights, plugin::sidecar::Sidecar};
+use serde_json::Value;
 
 use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions},
-    nn::{Arch, VitConfig},
+    components::{
+        beside::Beside,
+        towers::{PlanContext, PlannedTower, TowerOptions, input},
+    },
+    nn::{Arch, Statistics, VitConfig},
     register,
     weights::Family,
 };
@@ -18,11 +22,13 @@ fn eps() -> f64 {
 /// DINO's tower. Original files (arXiv 2104.14294), timm's and Hugging Face's, whose configuration has `eps` 1e-12.
 #[component]
 struct Dino {
-    /// Sizes: a name such as `base_16`, or the numbers.
-    arch: Arch,
+    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of a configuration beside the weights.
+    #[serde(default)]
+    arch: Option<Arch>,
     /// A file, or `hf://org/repo` in the local hub cache.
     weights: Weights,
-    /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
+    /// Side in pixels of the image the tower runs at. Absent: what a configuration beside the weights says, else the data's;
+    /// `null`: the data's. Positions are resized to it.
     #[serde(default)]
     #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
@@ -30,13 +36,21 @@ struct Dino {
     #[serde(default = "eps")]
     #[schemars(range(min = 0.0))]
     eps: f64,
+    /// What the input is normalised by: a name, or the values.
+    #[serde(default = "statistics")]
+    statistics: Statistics,
 }
 
 impl Dino {
     fn config(&self, cx: &PlanContext) -> Result<VitConfig, Refusal> {
-        let options = TowerOptions { arch: Some(self.arch), image_size: self.image_size, weights: Some(&self.weights) };
+        let options = TowerOptions { arch: self.arch, image_size: self.image_size, weights: Some(&self.weights) };
         let (arch, image_size) = options.resolve(cx)?;
-        Ok(VitConfig { learned_positions: true, eps: self.eps, ..VitConfig::plain(arch, image_size) })
+        Ok(VitConfig {
+            input: input(image_size, self.statistics),
+            learned_positions: true,
+            eps: self.eps,
+            ..VitConfig::plain(arch, image_size)
+        })
     }
 }
 
@@ -46,6 +60,15 @@ impl Teacher for Dino {
     }
 }
 
+fn statistics() -> Statistics {
+    Statistics::IMAGENET
+}
+
+fn beside(options: &Value) -> Result<Sidecar, Refusal> {
+    Ok(Beside::tower(options)?.image_size().gelu().class_token().finish())
+}
+
 register!(teacher "dino" => Dino, "DINO's tower",
     example: r#"{ type: dino, arch: base_16, weights: "hf://facebook/dino-vitb16", eps: 1.0e-12 }"#,
-    paper: "DINO, arXiv 2104.14294");
+    paper: "DINO, arXiv 2104.14294",
+    sidecar: beside);

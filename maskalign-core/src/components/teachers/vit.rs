@@ -1,39 +1,45 @@
 //! A plain vision transformer under timm's names.
 
-use maskalign_registry::{Refusal, Weights};
+use maskalign_registry::{Refusal, Weights, plugin::sidecar::Sidecar};
+use serde_json::Value;
 
 use super::{PlannedTeacher, Teacher};
 use crate::{
     component,
-    components::towers::{PlanContext, PlannedTower, TowerOptions},
-    nn::{Arch, VitConfig},
+    components::{
+        beside::Beside,
+        towers::{PlanContext, PlannedTower, TowerOptions, input},
+    },
+    nn::{Arch, Statistics, VitConfig},
     register,
     weights::Family,
 };
 
-fn eps() -> f64 {
-    1e-6
-}
-
 /// A plain vision transformer under timm's names. It may be the student of an earlier stage.
 #[component]
 struct VitTeacher {
-    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`.
+    /// Sizes: a name such as `base_16`, or the numbers. Absent: those of the stage's student in `weights`, or
+    /// of a configuration beside them.
     #[serde(default)]
     arch: Option<Arch>,
     /// A file, `hf://org/repo` in the local hub cache, `embedded://NAME`, or `{stage: NAME}`: an earlier stage's student.
     weights: Weights,
-    /// Side in pixels of the image the tower runs at; absent: the data's. Positions are resized to it.
+    /// Side in pixels of the image the tower runs at. Absent: what a configuration beside the weights says, else the data's;
+    /// `null`: the data's. Positions are resized to it.
     #[serde(default)]
     #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
-    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, else `true`.
+    /// Whether a class token leads the patches. Absent: as for the stage's student in `weights`, or as a
+    /// configuration beside them says, else `true`.
     #[serde(default)]
     cls_token: Option<bool>,
-    /// Added to the variance in LayerNorms.
-    #[serde(default = "eps")]
+    /// Added to the variance in LayerNorms. Absent: as for `cls_token`, else 1e-6.
+    #[serde(default)]
     #[schemars(range(min = 0.0))]
-    eps: f64,
+    eps: Option<f64>,
+    /// What the input is normalised by: a name, or the values. Absent: as for `cls_token`, else `imagenet`.
+    #[serde(default)]
+    statistics: Option<Statistics>,
 }
 
 impl VitTeacher {
@@ -44,11 +50,13 @@ impl VitTeacher {
             Weights::Stage(stage) => Some(cx.student(stage).map_err(|r| r.under("weights"))?.shape()),
             _ => None,
         };
+        let statistics = self.statistics.or(earlier.map(|shape| shape.statistics)).unwrap_or(Statistics::IMAGENET);
         Ok(VitConfig {
+            input: input(image_size, statistics),
             cls_token: self.cls_token.or(earlier.map(|shape| shape.cls_token)).unwrap_or(true),
             learned_positions: true,
             layer_scale: earlier.and_then(|shape| shape.layer_scale),
-            eps: self.eps,
+            eps: self.eps.or(earlier.map(|shape| shape.eps)).unwrap_or(1e-6),
             ..VitConfig::plain(arch, image_size)
         })
     }
@@ -60,6 +68,11 @@ impl Teacher for VitTeacher {
     }
 }
 
+fn beside(options: &Value) -> Result<Sidecar, Refusal> {
+    Ok(Beside::tower(options)?.image_size().gelu().cls_token().finish())
+}
+
 register!(teacher "vit" => VitTeacher, "a plain vision transformer, or an earlier stage's student",
     example: "{ type: vit, arch: small_16, weights: teacher.safetensors }",
-    paper: "arXiv 2010.11929");
+    paper: "arXiv 2010.11929",
+    sidecar: beside);
