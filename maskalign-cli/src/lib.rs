@@ -11,6 +11,7 @@ mod panics;
 mod progress;
 mod recipes;
 mod render;
+mod report;
 mod session;
 mod signals;
 mod table;

@@ -23,7 +23,7 @@ pub mod stages;
 pub mod weights;
 
 pub use maskalign_engine::{
-    Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor,
+    Context, Device, DeviceChoice, Forms, Gradients, ImageBatch, Pool, Recompute, Tape, Tensor, available_memory_mib,
     images::resize_images_bicubic, instruction_sets, keep_freed_memory, ops, random,
 };
 /// What a component reads from a recipe is a struct with this attribute; what it does is the trait of its kind.
@@ -74,8 +74,8 @@ pub mod prelude {
     pub use crate::{
         Value,
         components::{
-            beside::Beside,
             aligners::{AlignInput, AlignNeeds, AlignPlan, Aligner, AlignerModel, PlannedAligner},
+            beside::Beside,
             losses::Loss,
             maskers::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split},
             optimizers::{Optimizer, Update},

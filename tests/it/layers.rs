@@ -22,7 +22,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 
 /// The command line's modules, the lowest first.
 const CLI: &[&str] = &[
-    "output", "table", "render", "panics", "signals", "failure", "recipes", "progress", "logging", "session", "verbs",
+    "output", "table", "render", "panics", "signals", "failure", "recipes", "progress", "report", "logging", "session",
+    "verbs",
 ];
 
 fn workspace() -> PathBuf {

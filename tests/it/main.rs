@@ -6,6 +6,7 @@ mod corpus;
 mod docs;
 mod exact;
 mod files;
+mod init;
 #[cfg(feature = "failpoints")]
 mod kill;
 mod layers;
@@ -14,6 +15,7 @@ mod memory;
 mod papers;
 mod recipes;
 mod reference;
+mod report;
 mod robustness;
 mod runs;
 mod state;

@@ -29,7 +29,15 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
     assert!(!out.contains("step 2 of 2"), "progress is no result");
     let run = sandbox.work().join("run");
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
-    assert_eq!(metrics.lines().count(), 2);
+    let steps: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    assert_eq!(steps.len(), 2);
+    let effective = 8.0;
+    for step in &steps {
+        let phases = step["seconds"].as_object().expect("phases").values();
+        let all: f64 = phases.map(|seconds| seconds.as_f64().expect("a number")).sum();
+        let whole = effective / step["images_per_s"].as_f64().expect("a rate");
+        assert!(all > 0.0 && all <= whole, "the phases are parts of the step: {step}");
+    }
     let summary = json(&run.join("summary.json"));
     assert_eq!(summary["pretrain"]["steps"], 2);
     assert!(summary["knn"]["pixels"]["accuracy"].as_f64().expect("a share") > 0.2, "{summary}");
@@ -47,6 +55,38 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
     let other = sandbox.run(["run", "good.yaml", "--set", "seed=7", "--resume", "run"]);
     assert_eq!(other.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&other.stderr).contains("seed: 0 -> 7"));
+}
+
+/// Each objective's part of the loss is recorded, and each level's distance: what they are is known where the weights are.
+#[test]
+fn the_terms_of_a_loss_are_recorded() {
+    let sandbox = Sandbox::new();
+    let objective = |level: &str, weight: &str| {
+        format!(
+            "{{ target: {{ type: features, teacher: teacher, levels: {level} }}, tokens: [visible], aligner: {{ type: dynamic, fusion: sum }}, \
+             loss: {{ type: mse }}, weight: {weight} }}"
+        )
+    };
+    let recipe = format!(
+        "name: terms\nextends: quickstart\nstages:\n  pretrain:\n    epochs: 2\n    objectives:\n      align: {}\n      more: {}\n",
+        objective("{ last: 3 }", "0.5"),
+        objective("[0]", "3"),
+    );
+    fs::write(sandbox.work().join("terms.yaml"), recipe).expect("written");
+    let output = sandbox.run(["run", "terms.yaml", "--set", "~stages.knn", "--steps", "3", "--out", "run", "-q"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let metrics = fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).expect("metrics");
+    for line in metrics.lines() {
+        let line: Value = serde_json::from_str(line).expect("a record");
+        let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{line}"));
+        let (align, more, loss) = (&line["terms"]["align"], &line["terms"]["more"], &line["loss"]);
+        assert!((number(align) + number(more) - number(loss)).abs() < 1e-6 * number(loss), "{line}");
+        let levels = line["levels"]["align"].as_object().expect("several levels");
+        assert_eq!(levels.keys().collect::<Vec<_>>(), ["3", "4", "5"]);
+        let mean = levels.values().map(number).sum::<f64>() / 3.0;
+        assert!((0.5 * mean - number(align)).abs() < 1e-6 * number(align), "{line}");
+        assert!(line["levels"]["more"].is_null() && line["lr_groups"].is_null(), "{line}");
+    }
 }
 
 /// What is measured while a stage trains stands among the steps, once, also where the run was stopped in between.
@@ -77,7 +117,8 @@ fn evaluations_in_the_course_of_training_are_in_the_metrics() {
     run(&["--resume", "parts"]);
     let untimed = |lines: Vec<Value>| -> Vec<Value> {
         let untimed = |mut line: Value| {
-            line.as_object_mut().expect("an object").remove("images_per_s");
+            let fields = line.as_object_mut().expect("an object");
+            fields.retain(|name, _| name != "images_per_s" && name != "seconds");
             line
         };
         lines.into_iter().map(untimed).collect()

@@ -6,9 +6,11 @@ mod cp;
 mod doctor;
 mod explain;
 mod export;
+mod init;
 mod list;
 mod machine;
 mod plugin;
+mod report;
 mod run;
 mod runs;
 mod schema;
@@ -27,12 +29,14 @@ use crate::{failure::Failure, session::Session};
 pub(crate) enum Verb {
     Run(run::Args),
     Runs(runs::Args),
+    Report(report::Args),
     Validate(validate::Args),
     Show(show::Args),
     List(list::Args),
     Explain(explain::Args),
     Schema(schema::Args),
     Cp(cp::Args),
+    Init(init::Args),
     New(plugin::Args),
     Verify(verify::Args),
     Bench(bench::Args),
@@ -67,12 +71,14 @@ impl Verb {
         match self {
             Verb::Run(args) => args.run(session),
             Verb::Runs(args) => args.run(session),
+            Verb::Report(args) => args.run(),
             Verb::Validate(args) => args.run(session),
             Verb::Show(args) => args.run(session),
             Verb::List(args) => args.run(session),
             Verb::Explain(args) => args.run(session),
             Verb::Schema(args) => args.run(session),
             Verb::Cp(args) => args.run(),
+            Verb::Init(args) => args.run(session),
             Verb::New(args) => args.run(session),
             Verb::Verify(args) => args.run(session),
             Verb::Bench(args) => args.run(session),

@@ -12,7 +12,7 @@ use maskalign_core::{
     Context,
     components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
-    events::{Events, MetricsFile, Sink, TensorBoardFile},
+    events::{Events, MetricsFile, PicturesFolder, Sink, TensorBoardFile},
     pipeline::{self, Deviation, Plan, PlanOptions, RunOptions},
     run::{Mode, RunDir, StopFlag},
 };
@@ -26,6 +26,7 @@ use crate::{
     progress::{Reporter, number},
     recipes::{self, Sets},
     render::{self, paint},
+    report,
     session::{COMMIT, Session},
     signals,
     table::Table,
@@ -44,7 +45,8 @@ Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
 /// Run a recipe: train and evaluate what it says
 ///
 /// Checks the recipe, makes a run directory (recipe, manifest, metrics, checkpoints, summary), runs the stages in order
-/// and prints their results.
+/// and prints their results. What was
+/// measured is then in report.html, to look at.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES, group = ArgGroup::new("what").args(["recipe", "resume"]).multiple(true).required(true))]
 pub(crate) struct Args {
@@ -126,6 +128,12 @@ impl Args {
             }
         };
         output::print(&table_of_results(&results, dir.path()))?;
+        // The run is done, whatever becomes of its page.
+        let page = dir.report_path();
+        match report::write(&[dir.path()], &page) {
+            Ok(()) => output::print(&format!("report: {}\n", page.display()))?,
+            Err(failure) => tracing::warn!("no report was written: {}", failure.text().trim_end()),
+        }
         Ok(())
     }
 
@@ -207,7 +215,8 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn run_on(&self, cx: &Context, plan: Plan, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
-        let mut sinks: Vec<Box<dyn Sink + '_>> = vec![Box::new(MetricsFile::new(self.dir))];
+        let mut sinks: Vec<Box<dyn Sink + '_>> =
+            vec![Box::new(MetricsFile::new(self.dir)), Box::new(PicturesFolder::new(self.dir))];
         if self.args.tensorboard {
             sinks.push(Box::new(TensorBoardFile::new(self.dir)));
         }

@@ -16,6 +16,7 @@ pub mod image;
 pub mod loader;
 pub mod regular_file;
 pub mod resample;
+pub mod sheet;
 pub mod size;
 pub mod transforms;
 
@@ -25,6 +26,7 @@ mod tests;
 pub use self::image::{Crop, RgbImage};
 pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position};
 pub use self::resample::Interpolation;
+pub use self::sheet::{png, sheet};
 pub use self::size::Size;
 
 /// Where images come from: the options of a dataset component.

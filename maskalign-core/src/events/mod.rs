@@ -4,19 +4,21 @@
 //! missing for good. On resume every sink is rewound to where the checkpoint was made.
 
 mod metrics;
+mod pictures;
 mod summary;
 mod tensorboard;
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 pub use metrics::MetricsFile;
+pub use pictures::PicturesFolder;
 pub use summary::StageSummary;
 pub use tensorboard::TensorBoardFile;
 
-use crate::error::Result;
+use crate::{data::RgbImage, error::Result};
 
 /// Something that happened.
 ///
@@ -64,6 +66,8 @@ pub enum Event<'a> {
         /// Of so many.
         all: u64,
     },
+    /// A stage shows what it does.
+    Picture(&'a Picture),
     /// A checkpoint was written.
     Saved {
         /// The file.
@@ -92,8 +96,25 @@ impl Event<'_> {
     }
 }
 
+/// Where the time of a step went, in seconds.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct StepSeconds {
+    /// Waiting for images.
+    pub data: f64,
+    /// Teachers and targets.
+    pub teacher: f64,
+    /// Drawing masks.
+    pub mask: f64,
+    /// The student's forward pass, alignments and losses.
+    pub student: f64,
+    /// The backward pass.
+    pub backward: f64,
+    /// Gradient norm and update.
+    pub optimizer: f64,
+}
+
 /// One optimizer step, as metrics and progress bars show it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct StepReport {
     /// The stage.
     pub stage: String,
@@ -106,14 +127,42 @@ pub struct StepReport {
     pub epoch: f64,
     /// The loss, averaged over the effective batch.
     pub loss: f32,
+    /// What each of its terms adds to it; empty where none has a name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub terms: BTreeMap<String, f64>,
+    /// The distances that terms are made of, by term and level, where a term has several.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub levels: BTreeMap<String, BTreeMap<usize, f64>>,
     /// The learning rate.
     pub lr: f64,
+    /// The learning rates of groups of parameters, where they differ.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "as_mapping")]
+    pub lr_groups: Vec<(String, f64)>,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
+    /// Where the time went.
+    pub seconds: StepSeconds,
     /// Images of the effective batch per second.
     pub images_per_s: f64,
     /// Images that could not be read so far, where they are skipped.
     pub skipped: usize,
+}
+
+fn as_mapping<S: Serializer>(pairs: &[(String, f64)], s: S) -> std::result::Result<S::Ok, S::Error> {
+    s.collect_map(pairs.iter().map(|(name, value)| (name, value)))
+}
+
+/// A picture of what a stage does, for people. A later one of the same stage and name replaces it.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// The stage.
+    pub stage: String,
+    /// What it is called: letters, digits, `-` and `_`.
+    pub name: String,
+    /// What there is to see, in a sentence.
+    pub caption: String,
+    /// The picture.
+    pub image: RgbImage,
 }
 
 /// A result that a stage has while it trains.
@@ -185,6 +234,11 @@ pub trait Sink {
     /// What could not be kept; the run ends with it.
     fn handle(&mut self, event: &Event) -> Result<()>;
 
+    /// Whether it keeps pictures: where no sink does, none are made.
+    fn takes_pictures(&self) -> bool {
+        false
+    }
+
     /// Forgets what was recorded after the mark: the run goes on from there, and the same events come again.
     ///
     /// # Errors
@@ -246,6 +300,11 @@ impl<'a> Events<'a> {
         self.sinks.iter_mut().try_for_each(|sink| sink.handle(&event))
     }
 
+    /// Whether pictures are kept.
+    pub fn take_pictures(&self) -> bool {
+        self.sinks.iter().any(|sink| sink.takes_pictures())
+    }
+
     /// Passes over a stage that an earlier attempt finished: what it recorded stays.
     pub fn pass_over(&mut self, records: u64) {
         self.records = records;
@@ -302,17 +361,7 @@ mod tests {
 
     fn step(step: u64) -> StepReport {
         let stage = "train".to_string();
-        StepReport {
-            stage,
-            step,
-            steps: 9,
-            epoch: 0.0,
-            loss: 1.0,
-            lr: 0.1,
-            gradient_norm: 1.0,
-            images_per_s: 1.0,
-            skipped: 0,
-        }
+        StepReport { stage, step, steps: 9, epoch: 0.0, loss: 1.0, lr: 0.1, images_per_s: 1.0, ..StepReport::default() }
     }
 
     #[test]

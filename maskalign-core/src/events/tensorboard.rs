@@ -294,12 +294,11 @@ mod tests {
             stage,
             step,
             steps: 9,
-            epoch: 0.0,
             loss,
             lr: 0.5,
             gradient_norm: 1.0,
             images_per_s: 2.0,
-            skipped: 0,
+            ..StepReport::default()
         }
     }
 

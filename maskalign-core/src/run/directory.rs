@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use super::clock::utc;
 use super::manifest::Manifest;
 use super::metrics::{self, Marks, Metrics, MetricsMark, Salvaged, Stood, Tail};
+use super::pictures::{self, PICTURES, PictureRecord};
 use super::seal::{Broken, seal, unseal};
 use crate::files::{
     RunError, atomic_write, create_folders, is_at, is_plain_folder, open_folder, open_plain, sync_parent,
@@ -34,6 +35,7 @@ const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final.safetensors";
 const DONE: &str = "done.json";
 const TENSORBOARD: &str = "tensorboard";
+const REPORT: &str = "report.html";
 /// Behind the name of a checkpoint that cannot be gone on from.
 const SET_ASIDE: &str = ".set-aside";
 /// TensorBoard finds files by the middle of their names.
@@ -253,6 +255,11 @@ impl RunDir {
     /// `metrics.jsonl`.
     pub fn metrics_path(&self) -> PathBuf {
         self.path.join(METRICS)
+    }
+
+    /// `report.html`.
+    pub fn report_path(&self) -> PathBuf {
+        self.path.join(REPORT)
     }
 
     /// `tensorboard/events.out.tfevents.0.maskalign`.
@@ -591,6 +598,14 @@ impl RunDir {
         Ok(self.stage_folder(stage)?.join(DONE).is_file())
     }
 
+    /// Writes a picture, a PNG file, in place of an earlier one of the same stage and name.
+    ///
+    /// # Errors
+    /// Names that no file can have; a file that cannot be written; a link where the folder should be.
+    pub fn write_picture(&self, record: &PictureRecord, png: &[u8]) -> Result<(), RunError> {
+        self.writing(|| pictures::write(&self.path, record, png))
+    }
+
     /// Makes a stage unfinished again, so that it goes on from its last checkpoint.
     pub fn reopen_stage(&self, stage: &str) -> Result<(), RunError> {
         let folder = self.stage_folder(stage)?;
@@ -598,6 +613,7 @@ impl RunDir {
         // Without its record a stage is unfinished, whatever else is there.
         delete(&folder.join(DONE))?;
         delete(&folder.join(FINAL))?;
+        pictures::delete(&self.path, Some(stage))?;
         let mut summary = self.summary_or_anew()?;
         if summary.shift_remove(stage).is_some() {
             self.write_summary(&summary)?;
@@ -716,7 +732,7 @@ impl RunDir {
             let _ = fs::remove_dir(&folder);
         }
         let _ = fs::remove_dir(self.path.join(CHECKPOINTS));
-        for name in [SUMMARY, MARKS, METRICS, MANIFEST, RECIPE] {
+        for name in [REPORT, SUMMARY, MARKS, METRICS, MANIFEST, RECIPE] {
             delete(&self.path.join(name))?;
         }
         for name in file_names(&self.path)?.iter().filter(|name| aside_of(name) == Some(METRICS)) {
@@ -727,6 +743,7 @@ impl RunDir {
                 delete(&self.path.join(line))?;
             }
         }
+        pictures::delete(&self.path, None)?;
         let tensorboard = self.path.join(TENSORBOARD);
         if is_folder(&tensorboard) {
             delete(&tensorboard.join(EVENTS))?;
@@ -745,7 +762,7 @@ impl RunDir {
             }
             Ok::<_, RunError>(())
         };
-        delete_in(&self.path, &|name| [RECIPE, MANIFEST, MARKS, SUMMARY].contains(&name))?;
+        delete_in(&self.path, &|name| [RECIPE, MANIFEST, MARKS, SUMMARY, REPORT].contains(&name))?;
         for folder in self.stage_folders()? {
             delete_in(&folder, &is_stages)?;
         }
@@ -774,7 +791,7 @@ impl RunDir {
 fn refuse_links(path: &Path, mode: Mode) -> Result<(), RunError> {
     let checkpoints = path.join(CHECKPOINTS);
     let mut files: Vec<PathBuf> = Vec::new();
-    for folder in [&checkpoints, &path.join(TENSORBOARD)] {
+    for folder in [&checkpoints, &path.join(TENSORBOARD), &path.join(PICTURES)] {
         is_plain_folder(folder).map_err(|error| RunError::folder(folder, error))?;
     }
     for name in file_names(&checkpoints)? {
@@ -1031,6 +1048,7 @@ mod tests {
         run.finish_stage(&header("pretrain", 5), &[], json!({ "loss": 1 })).unwrap();
         fs::create_dir(path.join("tensorboard")).unwrap();
         fs::write(run.tensorboard_path(), "events").unwrap();
+        fs::write(run.report_path(), "page").unwrap();
         run.record("export/student.safetensors").unwrap();
         fs::create_dir(path.join("export")).unwrap();
         fs::write(path.join("export/student.safetensors"), "s").unwrap();
@@ -1047,6 +1065,7 @@ mod tests {
         assert!(run.checkpoints("pretrain").unwrap().is_empty());
         assert!(!path.join("checkpoints/probe").exists());
         assert!(!path.join("tensorboard").exists());
+        assert!(!path.join("report.html").exists());
         assert!(!path.join("export/student.safetensors").exists());
         assert_eq!(fs::read_to_string(path.join("notes.txt")).unwrap(), "mine");
         assert_eq!(fs::read_to_string(path.join("checkpoints/pretrain/copy.safetensors")).unwrap(), "mine");

@@ -9,6 +9,8 @@
 //!   metrics.marks.json                     how far that was at each checkpoint, and its checksum up to there
 //!   tensorboard/                           the same for TensorBoard, where that is asked for
 //!   summary.json                           each finished stage's results under its name
+//!   pictures/                              what stages show of a few images, and an index of it
+//!   report.html                            results and curves as a page, written when the run ends
 //!   checkpoints/STAGE/step-00001234.safetensors
 //!   checkpoints/STAGE/final.safetensors    the stage's outcome
 //!   checkpoints/STAGE/done.json            the stage is finished; its results
@@ -24,6 +26,7 @@ mod clock;
 mod directory;
 mod manifest;
 mod metrics;
+mod pictures;
 mod seal;
 mod stop;
 
@@ -33,6 +36,7 @@ pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::{Metrics, MetricsMark};
+pub use pictures::{PictureRecord, pictures};
 pub use stop::{Stop, StopFlag};
 
 pub use crate::{

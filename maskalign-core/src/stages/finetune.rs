@@ -206,15 +206,36 @@ impl Task for Classifier {
         Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
     }
 
-    /// BEiT's rule: the embedding is layer 0, block i is layer i + 1, the rest depth + 1.
     fn lr_scale(&self, parameter: &str) -> f64 {
+        self.layer_scale(self.layer(parameter))
+    }
+
+    fn lr_groups(&self) -> Vec<(String, f64)> {
         let depth = self.student.shape().arch.depth;
-        let layer = match parameter.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()) {
+        let name = |layer: usize| match layer {
+            0 => "embedding".to_owned(),
+            head if head > depth => "head".to_owned(),
+            block => format!("blocks.{}", block - 1),
+        };
+        let layers = 0..if self.layer_decay == 1.0 { 0 } else { depth + 2 };
+        layers.map(|layer| (name(layer), self.layer_scale(layer))).collect()
+    }
+}
+
+impl Classifier {
+    /// BEiT's rule: the embedding is layer 0, block i is layer i + 1, the rest depth + 1.
+    fn layer(&self, parameter: &str) -> usize {
+        let depth = self.student.shape().arch.depth;
+        match parameter.strip_prefix("blocks.").and_then(|rest| rest.split('.').next()) {
             Some(block) => block.parse::<usize>().expect("blocks are numbered") + 1,
             None if ["cls_token", "pos_embed", "patch_embed."].iter().any(|p| parameter.starts_with(p)) => 0,
             None => depth + 1,
-        };
-        self.layer_decay.powi((depth + 1 - layer) as i32)
+        }
+    }
+
+    /// What the learning rate of a layer's parameters is multiplied by.
+    fn layer_scale(&self, layer: usize) -> f64 {
+        self.layer_decay.powi((self.student.shape().arch.depth + 1 - layer) as i32)
     }
 }
 

@@ -29,7 +29,7 @@ pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, Pretr
 pub use supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, accuracy, class_targets, largest_label};
 pub use training::{
     BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
-    Precision, Step, Task, Trained, Trainer, Training, branch_scales, count_parameters, finish, train,
+    Precision, Step, Task, Term, Trained, Trainer, Training, branch_scales, count_parameters, finish, train,
 };
 
 pub use crate::events::StageSummary;

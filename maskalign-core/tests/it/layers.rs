@@ -25,7 +25,7 @@ const LAYERS: &[&str] = &[
 /// The modules of its folders, the lowest first.
 const FOLDERS: &[(&str, &[&str])] = &[
     ("files", &["plain", "error", "fail_point", "atomic"]),
-    ("data", &["size", "image", "regular_file", "resample", "decode", "datasets", "transforms", "loader"]),
+    ("data", &["size", "image", "sheet", "regular_file", "resample", "decode", "datasets", "transforms", "loader"]),
     (
         "weights",
         &[
@@ -47,7 +47,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "read",
         ],
     ),
-    ("run", &["clock", "stop", "seal", "metrics", "manifest", "directory", "check"]),
+    ("run", &["clock", "stop", "seal", "metrics", "manifest", "pictures", "directory", "check"]),
     (
         "components",
         &[
@@ -64,7 +64,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "targets",
         ],
     ),
-    ("events", &["summary", "metrics", "tensorboard"]),
+    ("events", &["summary", "metrics", "pictures", "tensorboard"]),
     (
         "stages",
         &["memory", "data", "training", "features", "supervised", "knn", "finetune", "linear_probe", "pretrain"],

@@ -2,6 +2,7 @@
 
 mod model;
 mod objective;
+mod pictures;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -18,8 +19,8 @@ pub use model::PretrainModel;
 pub use objective::{Objective, PlannedObjective};
 
 use super::{
-    EpochEvaluation, Loop, Outcome, PlannedStage, PlannedTraining, Stage, StageContext, StageRun, StageSummary,
-    Training, TrainingStep, finish, keep,
+    EpochEvaluation, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Stage, StageContext, StageRun,
+    StageSummary, Training, TrainingStep, finish, image_batch, keep,
     knn::{PeriodicKnn, PlannedKnn},
     memory, train,
     training::count_parameters,
@@ -33,7 +34,9 @@ use crate::{
         teachers::{PlannedTeacher, Wants},
         towers::{PlanContext, StudentPlan, Tap, TowerShape, TrainedStudents},
     },
+    data::Position,
     error::Result,
+    events::Event,
     nn::{Init, Reach},
     plugin::Build,
     register,
@@ -348,6 +351,30 @@ impl PlannedPretrain {
     }
 }
 
+impl PlannedPretrain {
+    /// Sends pictures of the first images of the first epoch, so that they are the same whenever they are made.
+    fn show(&self, run: &mut StageRun, model: &mut PretrainModel) -> Result<()> {
+        if !run.events.take_pictures() {
+            return Ok(());
+        }
+        let PlannedTraining { data, batch, .. } = &self.training;
+        let loader = data.open()?.training(run.seed, batch.effective, batch.micro(), 0)?;
+        let Some(first) = loader.batches(Position::default(), Some(1)).next() else { return Ok(()) };
+        let mut first = first?;
+        let batch = MicroBatch {
+            images: image_batch(&mut first),
+            labels: first.labels,
+            indices: first.indices,
+            epoch: first.at.epoch,
+            progress: 1.0,
+        };
+        for picture in model.pictures(run.cx, run.name, &batch)? {
+            run.events.send(Event::Picture(&picture))?;
+        }
+        Ok(())
+    }
+}
+
 impl Stage for Pretrain {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
         Ok(Box::new(self.plan_pretrain(cx)?))
@@ -372,6 +399,7 @@ impl PlannedStage for PlannedPretrain {
             measure: &mut measure,
         });
         let trained = train(&mut run, &mut model, &mut trainer, Loop { training: &self.training, evaluation })?;
+        self.show(&mut run, &mut model)?;
         let weights = finish(&run, &mut model, trainer, &trained)?;
         Ok(Outcome { results: trained.results, student: Some(weights) })
     }

@@ -21,7 +21,7 @@ use crate::{
     },
     error::{Error, Result},
     nn::{Features, Init, Param},
-    stages::{ForwardTimes, MicroBatch, Task, branch_scales, under},
+    stages::{ForwardTimes, MicroBatch, Task, Term, branch_scales, under},
 };
 
 /// The models of a pre-training stage, and its loss.
@@ -34,6 +34,8 @@ pub struct PretrainModel {
     seed: u64,
     kept: BTreeSet<usize>,
     times: ForwardTimes,
+    /// Of the losses since they were last asked for.
+    terms: Vec<Vec<Term>>,
 }
 
 impl PretrainModel {
@@ -72,6 +74,7 @@ impl PretrainModel {
             seed: plan.seed,
             kept: plan.kept(),
             times: ForwardTimes::default(),
+            terms: Vec::new(),
         };
         model.check_names()?;
         Ok(model)
@@ -103,6 +106,27 @@ impl PretrainModel {
         self.teachers.values().map(|(teacher, _)| &**teacher)
     }
 
+    /// The objectives, in order.
+    pub(super) fn objectives(&self) -> impl Iterator<Item = &PlannedObjective> {
+        self.objectives.iter().map(|(objective, _)| objective)
+    }
+
+    /// The blocks of the student that the objectives look at.
+    pub(super) fn kept(&self) -> &BTreeSet<usize> {
+        &self.kept
+    }
+
+    /// The teacher whose attention masks are drawn by.
+    pub(super) fn attended(&self) -> Option<&dyn TeacherModel> {
+        let name = self.masking.as_ref()?.teacher.as_ref()?;
+        self.teachers.get(name).map(|(teacher, _)| &**teacher)
+    }
+
+    /// The teachers, with what each is asked for.
+    pub(super) fn taught(&self) -> impl Iterator<Item = (&str, &dyn TeacherModel, &Wants)> {
+        self.teachers.iter().map(|(name, (teacher, wants))| (name.as_str(), &**teacher, wants))
+    }
+
     fn draw(&self, batch: &MicroBatch, passes: &mut BTreeMap<String, Pass>) -> Masks {
         let patches = self.student.shape().grid.patches();
         let Some(Masking { masker, teacher }) = &self.masking else {
@@ -119,7 +143,7 @@ impl PretrainModel {
     }
 
     /// What teachers and pixels give for a micro-batch: masks, and each objective's targets.
-    fn teach(&mut self, cx: &Context, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Tensor>>)> {
+    pub(super) fn teach(&mut self, cx: &Context, batch: &MicroBatch) -> Result<(Masks, Vec<Vec<Tensor>>)> {
         let images = &batch.images;
         let started = Instant::now();
         let mut passes = BTreeMap::new();
@@ -175,7 +199,13 @@ impl PretrainModel {
     }
 
     /// Each objective's predictions from the student's hidden states.
-    fn align(&self, cx: &Context, tape: &mut Tape, features: &Features, masks: &Masks) -> Result<Vec<Vec<Tensor>>> {
+    pub(super) fn align(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        features: &Features,
+        masks: &Masks,
+    ) -> Result<Vec<Vec<Tensor>>> {
         let held = self.student.shape().held();
         let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
@@ -215,6 +245,10 @@ impl Task for PretrainModel {
         std::mem::take(&mut self.times)
     }
 
+    fn take_terms(&mut self) -> Vec<Vec<Term>> {
+        std::mem::take(&mut self.terms)
+    }
+
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
         let (masks, targets) = self.teach(cx, batch)?;
         let _span = tracing::info_span!("student").entered();
@@ -222,16 +256,25 @@ impl Task for PretrainModel {
         let scales = branch_scales(self.student.drop_path(), depth, self.seed, batch.epoch, &batch.indices);
         let kept = |i: usize| self.kept.contains(&i);
         let features = self.student.forward(cx, tape, &batch.images, Some(masks.seen()), scales.as_ref(), &kept)?;
-        let mut terms = Vec::new();
-        let mut weights = Vec::new();
+        let (mut terms, mut weights, mut records) = (Vec::new(), Vec::new(), Vec::new());
         let predictions = self.align(cx, tape, &features, &masks)?;
         for ((objective, _), (predictions, targets)) in self.objectives.iter().zip(predictions.iter().zip(targets)) {
             let weight = objective.weight.at(batch.progress) as f32;
+            let first = terms.len();
             for ((prediction, target), level_weight) in predictions.iter().zip(&targets).zip(&objective.level_weights) {
                 terms.push(objective.loss.term(cx, tape, prediction, target)?);
                 weights.push(weight * level_weight);
             }
+            let distances: Vec<f64> = terms[first..].iter().map(|term| f64::from(term.value())).collect();
+            let levels = objective.levels.iter().copied().zip(distances.iter().copied());
+            records.push(Term {
+                name: objective.name.clone(),
+                value: distances.iter().zip(&weights[first..]).map(|(term, weight)| term * f64::from(*weight)).sum(),
+                // A target that is the mean of its levels has one distance.
+                levels: levels.filter(|_| distances.len() > 1).collect(),
+            });
         }
+        self.terms.push(records);
         Ok(ops::weighted_sum(cx, tape, &terms, &weights)?)
     }
 

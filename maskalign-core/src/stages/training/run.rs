@@ -9,7 +9,7 @@ use super::{MicroBatch, PlannedTraining, Step, Task, Trainer};
 use crate::{
     data::Batch,
     error::{Error, Result},
-    events::{Evaluation, Event, Mark, StepReport},
+    events::{Evaluation, Event, Mark, StepReport, StepSeconds},
     nn::Role,
     run::{Checkpoint, CheckpointHeader, Retention},
     stages::{StageRun, image_batch},
@@ -131,6 +131,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     let loader = data.training(run.seed, batch.effective, batch.micro(), run.workers)?;
     let mut batches = loader.batches(length.position(start), Some(end.saturating_sub(start)));
     let parts = batch.effective / batch.micro();
+    let groups = task.lr_groups();
     // A checkpoint is known to be good once a loss computed from it is finite.
     let mut last_good = None;
     while trainer.updates < end {
@@ -149,7 +150,9 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
                 progress,
             })
         });
-        let Step { loss, gradient_norm, lr, .. } = stepped.map_err(|error| advised(error, run, last_good))?;
+        let forward = task.take_times();
+        let Step { loss, terms, gradient_norm, lr, phases } =
+            stepped.map_err(|error| advised(error, run, last_good))?;
         last_good = last_saved;
         notes.loss = Some(loss);
         run.events.send(Event::Step(&StepReport {
@@ -158,8 +161,23 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
             steps: end,
             epoch: step as f64 / length.steps_per_epoch as f64,
             loss,
+            terms: terms.iter().map(|term| (term.name.clone(), term.value)).collect(),
+            levels: terms
+                .into_iter()
+                .filter(|term| !term.levels.is_empty())
+                .map(|term| (term.name, term.levels.into_iter().collect()))
+                .collect(),
             lr,
+            lr_groups: groups.iter().map(|(name, scale)| (name.clone(), lr * scale)).collect(),
             gradient_norm,
+            seconds: StepSeconds {
+                data: phases.data,
+                teacher: forward.teacher,
+                mask: forward.mask,
+                student: (phases.forward - forward.teacher - forward.mask).max(0.0),
+                backward: phases.backward,
+                optimizer: phases.optimizer,
+            },
             images_per_s: batch.effective as f64 / began.elapsed().as_secs_f64(),
             skipped: notes.skipped.len(),
         }))?;

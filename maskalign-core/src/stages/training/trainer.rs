@@ -33,6 +33,17 @@ pub struct ForwardTimes {
     pub mask: f64,
 }
 
+/// A term of a loss, for the records.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Term {
+    /// What it is called: an objective's name.
+    pub name: String,
+    /// What it adds to the loss. The terms of a loss sum to it.
+    pub value: f64,
+    /// The distances that it is made of, before they are weighted, by the level that is compared; empty where there is one.
+    pub levels: Vec<(usize, f64)>,
+}
+
 /// A micro-batch with what keys its random streams.
 ///
 /// ```
@@ -105,9 +116,19 @@ pub trait Task {
     fn take_times(&mut self) -> ForwardTimes {
         ForwardTimes::default()
     }
+    /// The terms of the losses since this was last asked, one list for each; empty where a loss has one term without a
+    /// name.
+    fn take_terms(&mut self) -> Vec<Vec<Term>> {
+        Vec::new()
+    }
     /// What the learning rate of a parameter is multiplied by (layer decay).
     fn lr_scale(&self, _parameter: &str) -> f64 {
         1.0
+    }
+    /// The groups of parameters whose learning rates differ, by name, with what theirs is multiplied by, for the records;
+    /// empty where all are updated at one rate.
+    fn lr_groups(&self) -> Vec<(String, f64)> {
+        Vec::new()
     }
 }
 
@@ -142,10 +163,12 @@ pub struct Trainer {
 }
 
 /// What one optimizer step answers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Step {
     /// The loss, averaged over the effective batch.
     pub loss: f32,
+    /// Its terms, averaged likewise; empty where the task names none.
+    pub terms: Vec<Term>,
     /// Norm of all gradients together, before clipping.
     pub gradient_norm: f64,
     /// The learning rate.
@@ -157,6 +180,8 @@ pub struct Step {
 /// Time spent in the phases of a step, in seconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Phases {
+    /// Waiting for images.
+    pub data: f64,
     /// Forward pass: student, alignments, losses; and the teacher and the mask.
     pub forward: f64,
     /// Backward pass.
@@ -213,7 +238,9 @@ impl Trainer {
         let mut gradients = Gradients::default();
         let (mut total, mut phases) = (0.0f64, Phases::default());
         for _ in 0..parts {
+            let waited = Instant::now();
             let batch = micro_batches()?;
+            phases.data += waited.elapsed().as_secs_f64();
             let started = Instant::now();
             let mut tape = Tape::onto(gradients);
             let loss = task.loss(cx, &mut tape, &batch)?;
@@ -245,7 +272,7 @@ impl Trainer {
         self.updates += 1;
         task.after_update(cx, progress)?;
         phases.optimizer = started.elapsed().as_secs_f64();
-        Ok(Step { loss: total as f32, gradient_norm, lr, phases })
+        Ok(Step { loss: total as f32, terms: mean_terms(task.take_terms()), gradient_norm, lr, phases })
     }
 
     fn not_finite(&self, what: &'static str, value: f64, lr: f64) -> Error {
@@ -370,6 +397,24 @@ impl Trainer {
         (self.state, self.updates, self.gradients) = (state, updates, None);
         Ok(())
     }
+}
+
+/// The means of the terms of several losses.
+fn mean_terms(losses: Vec<Vec<Term>>) -> Vec<Term> {
+    let share = 1.0 / losses.len() as f64;
+    let mut losses = losses.into_iter();
+    let mut mean = losses.next().unwrap_or_default();
+    for terms in losses {
+        for (mean, term) in mean.iter_mut().zip(terms) {
+            mean.value += term.value;
+            mean.levels.iter_mut().zip(term.levels).for_each(|((_, mean), (_, value))| *mean += value);
+        }
+    }
+    for term in &mut mean {
+        term.value *= share;
+        term.levels.iter_mut().for_each(|(_, value)| *value *= share);
+    }
+    mean
 }
 
 /// A tensor that is copied from its device when it is written.

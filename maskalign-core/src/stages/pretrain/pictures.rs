@@ -1,0 +1,380 @@
+//! What a pre-training stage looks like: masks, attention, features and reconstructions of a few images.
+
+use maskalign_engine::{Context, ImageBatch, Tape, Tensor, random::Stream};
+
+use super::model::PretrainModel;
+use crate::{
+    components::{targets::TargetSource, teachers::Wants, tokens::Masks},
+    data::{RgbImage, sheet},
+    error::Result,
+    events::Picture,
+    stages::{MicroBatch, Task},
+};
+
+/// Images that are shown.
+const IMAGES: usize = 6;
+/// What a masked patch keeps of its brightness, so that one sees what was hidden.
+const MASKED: f32 = 0.12;
+/// Passes of the power iteration; colours need no more.
+const PASSES: usize = 24;
+
+impl PretrainModel {
+    /// Pictures of the first images of a micro-batch: the mask, the attention that it was drawn by, the features of
+    /// student and teachers, and the reconstructions of objectives that predict pixels.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn pictures(&mut self, cx: &Context, stage: &str, batch: &MicroBatch) -> Result<Vec<Picture>> {
+        let count = batch.images.batch.min(IMAGES);
+        let size = batch.images.size;
+        let images = ImageBatch { pixels: batch.images.pixels[..count * 3 * size * size].to_vec(), batch: count, size };
+        let batch = MicroBatch {
+            images,
+            labels: batch.labels[..count].to_vec(),
+            indices: batch.indices[..count].to_vec(),
+            epoch: batch.epoch,
+            progress: batch.progress,
+        };
+        let shape = self.student().shape();
+        let grid = shape.grid;
+        if !size.is_multiple_of(grid.rows) {
+            // A student that runs at another size than the data's: its patches are no whole pixels here.
+            return Ok(Vec::new());
+        }
+        let shown = Shown {
+            originals: (0..count).map(|i| image_of(&batch.images, i)).collect(),
+            patch: size / grid.rows,
+            side: grid.rows,
+        };
+        let (masks, targets) = self.teach(cx, &batch)?;
+        let picture = |name: &str, caption: String, rows: &[Vec<RgbImage>]| Picture {
+            stage: stage.to_owned(),
+            name: name.to_owned(),
+            caption,
+            image: sheet(rows),
+        };
+        let mut pictures = Vec::new();
+        if masks.visible_each() < grid.patches() {
+            let visible: Vec<RgbImage> = (0..count).map(|i| shown.visible(i, masks.visible_of(i))).collect();
+            let caption =
+                format!("Images, and the {} of {} patches that the student sees", masks.visible_each(), grid.patches());
+            pictures.push(picture("masks", caption, &[shown.originals.clone(), visible]));
+        }
+        if let Some(teacher) = self.attended() {
+            let wants = Wants { attention: true, ..Wants::default() };
+            let attention = teacher.begin(cx, &batch.images, &wants)?.attention;
+            let rows = attention.chunks_exact(grid.patches()).enumerate();
+            let rows: Vec<RgbImage> = rows.map(|(i, weights)| shown.lit(i, weights)).collect();
+            let caption = "Images, and how much the class token of the teacher's last block attends to each patch, mean over \
+                           heads: masks are drawn by it";
+            pictures.push(picture("attention", caption.to_owned(), &[shown.originals.clone(), rows]));
+        }
+        pictures.push(self.features(cx, &batch.images, &shown, &picture)?);
+        self.reconstructions(cx, &batch, &masks, &targets, &shown, &mut |name, caption, rows| {
+            pictures.push(picture(name, caption, rows));
+        })?;
+        // They are none of the training's.
+        self.take_times();
+        self.take_terms();
+        Ok(pictures)
+    }
+
+    /// The patches' features of the student, and beside them those of each teacher that an objective matches.
+    fn features(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        shown: &Shown,
+        picture: &dyn Fn(&str, String, &[Vec<RgbImage>]) -> Picture,
+    ) -> Result<Picture> {
+        let student = self.student();
+        let shape = student.shape();
+        let features = student.forward(cx, &mut Tape::inference(), images, None, None, &|_| false)?;
+        let mut rows =
+            vec![shown.originals.clone(), shown.coloured(&features.last, usize::from(shape.cls_token), images.batch)];
+        let mut names = vec!["images".to_owned(), "the student's last block".to_owned()];
+        for (name, teacher, wants) in self.taught() {
+            let Some(level) = wants.levels.last() else { continue };
+            let wants = Wants { levels: [*level].into(), whole: true, ..Wants::default() };
+            let masks = Masks::all_visible(images.batch, shape.grid.patches());
+            let pass = teacher.begin(cx, images, &wants)?;
+            let levels = teacher.finish(cx, pass, &wants, &masks)?;
+            rows.push(shown.coloured(&levels[level].x, usize::from(teacher.shape().cls_token), images.batch));
+            names.push(format!("block {level} of teacher `{name}`"));
+        }
+        let caption = format!(
+            "From top to bottom: {}. Of the features of all patches, the three principal components are red, green and blue",
+            names.join(", ")
+        );
+        Ok(picture("features", caption, &rows))
+    }
+
+    /// What objectives that predict pixels make of the masked patches.
+    fn reconstructions(
+        &self,
+        cx: &Context,
+        batch: &MicroBatch,
+        masks: &Masks,
+        targets: &[Vec<Tensor>],
+        shown: &Shown,
+        draw: &mut dyn FnMut(&str, String, &[Vec<RgbImage>]),
+    ) -> Result<()> {
+        let shape = self.student().shape();
+        let is_pixels = |objective: &super::PlannedObjective| {
+            let tokens = objective.tokens;
+            matches!(objective.target.source, TargetSource::Images(_))
+                && tokens.masked
+                && !tokens.visible
+                && objective.target.width == 3 * shown.patch * shown.patch
+        };
+        if !self.objectives().any(is_pixels) || shape.image_size != batch.images.size {
+            return Ok(());
+        }
+        let tape = &mut Tape::inference();
+        let kept = |i: usize| self.kept().contains(&i);
+        let features = self.student().forward(cx, tape, &batch.images, Some(masks.seen()), None, &kept)?;
+        let predictions = self.align(cx, tape, &features, masks)?;
+        for ((objective, predictions), targets) in self.objectives().zip(&predictions).zip(targets) {
+            if !is_pixels(objective) {
+                continue;
+            }
+            let (predicted, target) = (predictions[0].to_vec(), targets[0].to_vec());
+            let rows = |i: usize| i * masks.masked_each() * objective.target.width;
+            let filled = (0..shown.originals.len()).map(|i| {
+                let range = rows(i)..rows(i + 1);
+                shown.filled(i, masks.masked_of(i), &predicted[range.clone()], &target[range])
+            });
+            let filled: Vec<RgbImage> = filled.collect();
+            let visible = (0..shown.originals.len()).map(|i| shown.visible(i, masks.visible_of(i))).collect();
+            let caption = format!(
+                "Images, what the student sees, and what objective `{}` makes of the masked patches",
+                objective.name
+            );
+            let name = format!("reconstructions-{}", objective.name);
+            draw(&name, caption, &[shown.originals.clone(), visible, filled]);
+        }
+        Ok(())
+    }
+}
+
+/// The images that are shown, cut into patches.
+struct Shown {
+    originals: Vec<RgbImage>,
+    /// Side of a patch in pixels.
+    patch: usize,
+    /// Patches along a side.
+    side: usize,
+}
+
+impl Shown {
+    /// Changes every pixel of a patch: `change` is given the pixel's place in the patch and its three values.
+    fn change(&self, image: &mut RgbImage, patch: usize, mut change: impl FnMut(usize, &mut [u8])) {
+        let (top, left) = (patch / self.side * self.patch, patch % self.side * self.patch);
+        for row in 0..self.patch {
+            for column in 0..self.patch {
+                let at = 3 * ((top + row) * image.width + left + column);
+                change(row * self.patch + column, &mut image.pixels[at..at + 3]);
+            }
+        }
+    }
+
+    /// An image with its masked patches darkened.
+    fn visible(&self, image: usize, visible: &[u32]) -> RgbImage {
+        let mut weights = vec![MASKED; self.side * self.side];
+        visible.iter().for_each(|&patch| weights[patch as usize] = 1.0);
+        self.weighted(image, &weights)
+    }
+
+    /// An image that is the brighter the higher the weight of the patch.
+    fn lit(&self, image: usize, weights: &[f32]) -> RgbImage {
+        let most = weights.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
+        let weights: Vec<f32> = weights.iter().map(|weight| MASKED + (1.0 - MASKED) * weight / most).collect();
+        self.weighted(image, &weights)
+    }
+
+    fn weighted(&self, image: usize, weights: &[f32]) -> RgbImage {
+        let mut picture = self.originals[image].clone();
+        for (patch, weight) in weights.iter().enumerate() {
+            self.change(&mut picture, patch, |_, pixel| {
+                pixel.iter_mut().for_each(|value| *value = (f32::from(*value) * weight).round() as u8);
+            });
+        }
+        picture
+    }
+
+    /// The patches' rows of a tower's states, coloured by their principal components over all images.
+    fn coloured(&self, states: &Tensor, before: usize, images: usize) -> Vec<RgbImage> {
+        let (patches, width) = (self.side * self.side, states.columns());
+        let values = states.to_vec();
+        let each = values.len() / images;
+        let rows: Vec<f32> =
+            (0..images).flat_map(|i| values[i * each + before * width..][..patches * width].iter().copied()).collect();
+        let colours = principal_colours(&rows, width);
+        let side = self.originals[0].width;
+        let paint = |image: usize| {
+            let mut picture = RgbImage::black(side, side);
+            for patch in 0..patches {
+                let colour = colours[image * patches + patch];
+                self.change(&mut picture, patch, |_, pixel| pixel.copy_from_slice(&colour));
+            }
+            picture
+        };
+        (0..images).map(paint).collect()
+    }
+
+    /// An image whose masked patches are what was predicted. Targets are pixels, normalised all alike or patch by patch: the
+    /// line that leads from targets back to pixels leads from the prediction to what it means.
+    fn filled(&self, image: usize, masked: &[u32], predicted: &[f32], target: &[f32]) -> RgbImage {
+        let width = 3 * self.patch * self.patch;
+        let mut picture = self.originals[image].clone();
+        let mut pixels = vec![0.0; target.len()];
+        for (row, &patch) in masked.iter().enumerate() {
+            self.change(&mut picture, patch as usize, |at, pixel| {
+                for (channel, value) in pixel.iter().enumerate() {
+                    pixels[row * width + 3 * at + channel] = f32::from(*value);
+                }
+            });
+        }
+        let alike: [Line; 3] = std::array::from_fn(|channel| Line::through(target, &pixels, channel));
+        let are_alike = alike.iter().enumerate().all(|(channel, line)| line.fits(target, &pixels, channel));
+        for (row, &patch) in masked.iter().enumerate() {
+            let range = row * width..(row + 1) * width;
+            let (predicted, target, pixels) = (&predicted[range.clone()], &target[range.clone()], &pixels[range]);
+            let lines = match are_alike {
+                true => alike,
+                false => std::array::from_fn(|channel| Line::through(target, pixels, channel)),
+            };
+            self.change(&mut picture, patch as usize, |at, pixel| {
+                for (channel, value) in pixel.iter_mut().enumerate() {
+                    *value = lines[channel].at(predicted[3 * at + channel]).round().clamp(0.0, 255.0) as u8;
+                }
+            });
+        }
+        picture
+    }
+}
+
+/// A line from normalised values of a channel to pixels.
+#[derive(Clone, Copy)]
+struct Line {
+    slope: f32,
+    offset: f32,
+}
+
+impl Line {
+    /// By least squares; level where the values are all the same.
+    fn through(from: &[f32], to: &[f32], channel: usize) -> Line {
+        let pairs = || from.iter().zip(to).skip(channel).step_by(3).map(|(x, y)| (f64::from(*x), f64::from(*y)));
+        let count = pairs().count() as f64;
+        let mean = pairs().fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0 / count, sum.1 + pair.1 / count));
+        let (mut above, mut below) = (0.0, 0.0);
+        for (x, y) in pairs() {
+            above += (x - mean.0) * (y - mean.1);
+            below += (x - mean.0) * (x - mean.0);
+        }
+        let slope = if below > 0.0 { above / below } else { 0.0 };
+        Line { slope: slope as f32, offset: (mean.1 - slope * mean.0) as f32 }
+    }
+
+    fn at(self, value: f32) -> f32 {
+        self.slope * value + self.offset
+    }
+
+    /// Whether all values lie on it, to half a level.
+    fn fits(self, from: &[f32], to: &[f32], channel: usize) -> bool {
+        from.iter().zip(to).skip(channel).step_by(3).all(|(x, y)| (self.at(*x) - y).abs() < 0.5)
+    }
+}
+
+/// The three principal components of rows, each from 0 to 255 over all of them.
+fn principal_colours(rows: &[f32], width: usize) -> Vec<[u8; 3]> {
+    let count = rows.len() / width;
+    let mut mean = vec![0.0f64; width];
+    for row in rows.chunks_exact(width) {
+        mean.iter_mut().zip(row).for_each(|(mean, value)| *mean += f64::from(*value) / count as f64);
+    }
+    let centred: Vec<f64> = rows
+        .chunks_exact(width)
+        .flat_map(|row| row.iter().zip(&mean).map(|(value, mean)| f64::from(*value) - mean))
+        .collect();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut stream = Stream::new(0, "principal components", 0, 0);
+    let mut found: Vec<Vec<f64>> = Vec::new();
+    let mut colours = vec![[0; 3]; count];
+    for component in 0..3 {
+        let mut axis: Vec<f64> = (0..width).map(|_| stream.uniform() - 0.5).collect();
+        for _ in 0..PASSES {
+            let mut next = vec![0.0; width];
+            for row in centred.chunks_exact(width) {
+                let along = dot(row, &axis);
+                next.iter_mut().zip(row).for_each(|(next, value)| *next += along * value);
+            }
+            for known in &found {
+                let along = dot(&next, known);
+                next.iter_mut().zip(known).for_each(|(next, value)| *next -= along * value);
+            }
+            let norm = dot(&next, &next).sqrt();
+            if norm == 0.0 {
+                break;
+            }
+            axis = next.into_iter().map(|value| value / norm).collect();
+        }
+        // Of the two directions the one in which the largest entry grows: colours do not flip from run to run.
+        let largest =
+            axis.iter().copied().fold(0.0f64, |most, value| if value.abs() > most.abs() { value } else { most });
+        let along: Vec<f64> = centred.chunks_exact(width).map(|row| dot(row, &axis) * largest.signum()).collect();
+        let (low, high) = along.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+        for (colour, value) in colours.iter_mut().zip(&along) {
+            let share = if high > low { (value - low) / (high - low) } else { 0.5 };
+            colour[component] = (255.0 * share).round() as u8;
+        }
+        found.push(axis);
+    }
+    colours
+}
+
+/// One image of a batch.
+fn image_of(images: &ImageBatch, image: usize) -> RgbImage {
+    let area = images.size * images.size;
+    let planes = &images.pixels[image * 3 * area..][..3 * area];
+    let value = |at: usize| (255.0 * planes[at]).round().clamp(0.0, 255.0) as u8;
+    let pixels = (0..area).flat_map(|i| [value(i), value(area + i), value(2 * area + i)]).collect();
+    RgbImage { width: images.size, height: images.size, pixels }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn principal_components_are_those_of_the_data() {
+        // Points on a line in the plane of the first two axes, and on the third a little that does not grow along it.
+        let third = [0.01, -0.01, -0.01, 0.01];
+        let rows: Vec<f32> =
+            (0..40u8).flat_map(|i| [f32::from(i), 2.0 * f32::from(i), third[usize::from(i % 4)], 7.0]).collect();
+        let colours = principal_colours(&rows, 4);
+        assert_eq!((colours[0][0], colours[39][0]), (0, 255), "the first grows along the line");
+        assert!(colours.windows(2).all(|pair| pair[0][0] < pair[1][0]));
+        let second: std::collections::BTreeSet<u8> = colours.iter().map(|colour| colour[1]).collect();
+        assert_eq!(second.into_iter().collect::<Vec<_>>(), [0, 255], "the second is the third axis");
+    }
+
+    #[test]
+    fn a_prediction_that_is_its_target_fills_in_the_image() {
+        let grey: Vec<u8> = (0..64u8).map(|i| i.wrapping_mul(37)).collect();
+        let shown = Shown { originals: vec![RgbImage::from_grey(8, 8, &grey)], patch: 4, side: 2 };
+        let mut target = vec![0.0; 2 * 48];
+        for (row, patch) in [1, 2].into_iter().enumerate() {
+            let mut copy = shown.originals[0].clone();
+            shown.change(&mut copy, patch, |at, pixel| {
+                for channel in 0..3 {
+                    // Each patch by its own statistics.
+                    target[row * 48 + 3 * at + channel] = (f32::from(pixel[channel]) - 100.0 - 9.0 * row as f32) / 31.0;
+                }
+            });
+        }
+        assert_eq!(shown.filled(0, &[1, 2], &target, &target), shown.originals[0]);
+        let dark = shown.filled(0, &[1], &vec![-9.0; 48], &target[..48]);
+        assert_eq!((dark.pixels[3 * 4], dark.pixels[0]), (0, shown.originals[0].pixels[0]), "patch 1 alone changes");
+    }
+}
