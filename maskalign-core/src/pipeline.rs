@@ -6,7 +6,7 @@ use std::{
 };
 
 use maskalign_engine::{Context, Recompute};
-use maskalign_registry::{Kind, Recipe, Refusal};
+use maskalign_registry::{Code, Kind, Recipe, Refusal};
 
 use crate::{
     components::towers::{Environment, MissingWeights, TrainedStudents},
@@ -24,12 +24,18 @@ use crate::{
 /// A recipe whose every stage fits: what runs.
 pub struct Plan {
     stages: Vec<(String, Box<dyn PlannedStage>)>,
+    unread: Vec<(String, Vec<Refusal>)>,
 }
 
 impl Plan {
     /// What is known of every stage before the first step, by name in order.
     pub fn summaries(&self) -> impl Iterator<Item = (&str, &StageSummary)> {
         self.stages.iter().map(|(name, stage)| (name.as_str(), stage.summary()))
+    }
+
+    /// The stages that are left out of a plan without a look at files, with what only files would tell.
+    pub fn unread(&self) -> impl Iterator<Item = (&str, &[Refusal])> {
+        self.unread.iter().map(|(name, refusals)| (name.as_str(), &refusals[..]))
     }
 }
 
@@ -54,6 +60,7 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>>
     let mut failed = BTreeSet::new();
     let mut stages = Vec::new();
     let mut refusals = Vec::new();
+    let mut unread: Vec<(String, Vec<Refusal>)> = Vec::new();
     for (name, slot) in &recipe.stages {
         let cx = StageContext { name, seed: recipe.seed, students: &students, environment, missing_weights, recompute };
         let planned = match Build::build(slot) {
@@ -69,14 +76,24 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>>
             }
             Err(more) => {
                 // A stage that builds on one that was refused is not blamed for that.
+                let is_unread = |stage: &str| unread.iter().any(|(name, _)| name == stage);
+                let builds_on_unread = more.iter().any(|refusal| refusal.follows_from(Kind::Stage, is_unread));
                 let own = more.into_iter().filter(|r| !r.follows_from(Kind::Stage, |stage| failed.contains(stage)));
-                refusals.extend(own.map(|r| r.under(name).under("stages")));
+                let mut own: Vec<Refusal> = own.map(|r| r.under(name).under("stages")).collect();
+                if own.is_empty() && builds_on_unread {
+                    let message = "it builds on a stage of which files would tell more";
+                    own.push(Refusal::whole(message).unread().under(name).under("stages"));
+                }
+                match !own.is_empty() && own.iter().all(|refusal| *refusal.code() == Code::Unread) {
+                    true => unread.push((name.clone(), own)),
+                    false => refusals.extend(own),
+                }
                 failed.insert(name.clone());
             }
         }
     }
     match refusals.is_empty() {
-        true => Ok(Plan { stages }),
+        true => Ok(Plan { stages, unread }),
         false => Err(refusals),
     }
 }

@@ -208,6 +208,27 @@ fn weights_that_do_not_fit_are_known_before_the_run_directory_is_made() {
     ends(&retry(own), 0, &[]);
 }
 
+/// What only a file would tell is no mistake where files are not looked at: the stage and those that build on it are named.
+#[test]
+fn stages_that_files_would_tell_more_of_are_left_out_without_the_environment() {
+    let sandbox = Sandbox::new();
+    fs::write(
+        sandbox.work().join("open.yaml"),
+        "name: open\nextends: tiny.yaml\nstages:\n  pretrain:\n    student: { type: vit, weights: \"hf://a/b\" }\n",
+    )
+    .expect("written");
+    let output = sandbox.run(["validate", "open.yaml", "--no-environment", "--set", "~stages.pretrain.student.arch"]);
+    ends(&output, 0, &[]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("`pretrain` is not planned: the sizes of the tower are those of its weights"), "{said}");
+    assert!(said.contains("`knn` is not planned: it builds on a stage"), "{said}");
+    let wrong = ["validate", "open.yaml", "--no-environment", "--set", "~stages.pretrain.student.arch"];
+    let wrong = sandbox.run(wrong.iter().chain(&["--set", "stages.pretrain.optimizer.betas=[0.9, 2.0]"]));
+    assert_eq!(wrong.status.code(), Some(2), "other mistakes are told: {}", String::from_utf8_lossy(&wrong.stdout));
+    let output = sandbox.run(["validate", "open.yaml", "--set", "~stages.pretrain.student.arch"]);
+    ends(&output, 2, &["`hf://a/b` is not in the local hub cache"]);
+}
+
 #[test]
 fn a_trace_replaces_nothing_and_waits_for_the_recipe() {
     let sandbox = Sandbox::new();

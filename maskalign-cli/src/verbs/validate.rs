@@ -94,11 +94,10 @@ impl Args {
         };
         let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| loaded.locate_all(&refusals))?;
         let stages = loaded.document().child("stages").and_then(Node::as_map);
-        Ok(Sound {
-            order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(),
-            plan,
-            unplanned: loaded.unplanned().into_iter().map(|(stage, report)| (stage.to_string(), report)).collect(),
-        })
+        let unset = loaded.unplanned().into_iter().map(|(stage, report)| (stage.to_string(), report));
+        let unread = plan.unread().map(|(stage, refusals)| (stage.to_string(), loaded.locate_all(refusals)));
+        let unplanned = unset.chain(unread).collect();
+        Ok(Sound { order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(), plan, unplanned })
     }
 }
 
@@ -107,7 +106,7 @@ struct Sound {
     /// Every stage, as written.
     order: Vec<String>,
     plan: Plan,
-    /// Stages that depend on variables that are not set, and those variables.
+    /// Stages that depend on variables that are not set, or on files that are not looked at, and those.
     unplanned: Vec<(String, Report)>,
 }
 

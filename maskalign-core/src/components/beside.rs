@@ -169,11 +169,17 @@ impl<'o> Beside<'o> {
             return;
         };
         let Ok(Some(arch)) = serde_json::from_value::<Option<Arch>>(written.clone()) else { return };
-        for ((_, what, said), ours) in said.into_iter().zip([arch.dim, arch.depth, arch.heads, arch.mlp, arch.patch]) {
-            if let Some(said) = said.filter(|said| said.value != ours) {
-                let message = format!("`arch` has {ours} {what}, and the tower in `weights` {}", said.value);
-                self.contradict("arch", &said, message);
-            }
+        let sizes = said.into_iter().zip([arch.dim, arch.depth, arch.heads, arch.mlp, arch.patch]);
+        let differ: Vec<(&str, Said<usize>, usize)> = sizes
+            .filter_map(|((_, what, said), ours)| Some((what, said.filter(|said| said.value != ours)?, ours)))
+            .collect();
+        // One mistake, at the first size that differs.
+        if let [(_, first, _), ..] = &differ[..] {
+            let ours: Vec<String> = differ.iter().map(|(what, _, ours)| format!("{ours} {what}")).collect();
+            let theirs: Vec<String> = differ.iter().map(|(_, said, _)| said.value.to_string()).collect();
+            let message = format!("`arch` has {}, and the tower in `weights` {}", ours.join(", "), theirs.join(", "));
+            let first = first.clone();
+            self.contradict("arch", &first, message);
         }
     }
 

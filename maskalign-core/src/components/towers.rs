@@ -426,7 +426,13 @@ impl TowerOptions<'_> {
             }
             (Some(arch), _) => arch,
             (None, Some(Weights::Stage(stage))) => cx.student(stage).map_err(|r| r.under("weights"))?.shape().arch,
-            (None, _) => {
+            (None, Some(weights)) if cx.environment == Environment::Ignored && weights.file().is_some() => {
+                let message = "the sizes of the tower are those of its weights, and files are not looked at";
+                return Err(Refusal::new("arch", message).unread());
+            }
+            (None, weights) => {
+                // Where the weights are missing, so is what stands beside them.
+                weights.map_or(Ok(None), locate)?;
                 return Err(Refusal::new("arch", "the sizes of the tower are not known")
                     .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}; no configuration beside the weights says it"));
             }

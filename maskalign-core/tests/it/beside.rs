@@ -161,7 +161,7 @@ fn what_contradicts_it_is_refused_with_both_places() {
         (
             "clip_gelu",
             "type: clip, arch: base_16",
-            "`arch` has 768 channels, and the tower in `weights` 16",
+            "`arch` has 768 channels, 12 blocks, 12 attention heads, 3072 channels inside the MLP, 16 pixels a side of a patch, and the tower in `weights` 16, 2, 4, 48, 7",
             "hidden_size",
         ),
         ("clip_both", "type: dino", "these weights need the activation `quick_gelu`", "hidden_act"),

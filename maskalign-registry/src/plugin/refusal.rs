@@ -45,6 +45,8 @@ pub enum Code {
         /// The name.
         name: String,
     },
+    /// What is needed is in a file, and files are not looked at.
+    Unread,
 }
 
 /// An option that conflicts with the refused one. Whichever of them was set last is blamed.
@@ -86,6 +88,13 @@ impl Refusal {
         self
     }
 
+    /// Marks it as something that a file would tell, where files are not looked at.
+    #[must_use]
+    pub fn unread(mut self) -> Refusal {
+        *self.code = Code::Unread;
+        self
+    }
+
     /// The code, for programs.
     pub fn code(&self) -> &Code {
         &self.code
@@ -95,7 +104,7 @@ impl Refusal {
     pub fn follows_from(&self, kind: Kind, was_refused: impl FnOnce(&str) -> bool) -> bool {
         match &*self.code {
             Code::Unresolved { kind: named, name } => *named == kind && was_refused(name),
-            Code::Invalid => false,
+            Code::Invalid | Code::Unread => false,
         }
     }
 
