@@ -631,7 +631,11 @@ impl PlannedTower {
         match &tower.mask_token {
             // Weights of towers that saw no mask token have none: it begins as it was drawn.
             Some(token) if !tensors.contains_key("mask_token") => {
-                tensors.insert("mask_token".into(), token.to_host());
+                let host = token.to_host();
+                if !host.is_shape_only() {
+                    tracing::info!("{} have no mask token: it begins as it is drawn", self.whose());
+                }
+                tensors.insert("mask_token".into(), host);
             }
             Some(_) => {}
             None => {
@@ -681,7 +685,7 @@ fn canonical(
 ) -> Result<TensorMap, Refusal> {
     let key = spec.file().and_then(|(_, key)| key);
     let tensors = read(path, key).map_err(refused)?;
-    let Canonical { tensors, naming, prefix, others, ignored } =
+    let Canonical { mut tensors, mask_token, naming, prefix, others, ignored } =
         weights::to_canonical(tensors, family).map_err(|error| refused(error.of(&spec.to_string())))?;
     // Said where values are read, not where shapes are checked.
     if tensors.values().any(|tensor| !tensor.is_shape_only()) {
@@ -698,6 +702,8 @@ fn canonical(
             ignored.len()
         );
     }
+    // A tower that shows no mask token leaves it out.
+    tensors.extend(mask_token.map(|token| ("mask_token".to_owned(), token)));
     Ok(tensors)
 }
 

@@ -24,6 +24,9 @@ use super::{HostTensor, TensorMap, WeightsError};
 pub struct Canonical {
     /// The tower's tensors.
     pub tensors: TensorMap,
+    /// The token that stood for masked patches in its pre-training, `[1, 1, C]`, for towers that show one again; it is among
+    /// those left out.
+    pub mask_token: Option<HostTensor>,
     /// The naming that was found.
     pub naming: &'static str,
     /// What stands before the tower's names.
@@ -37,6 +40,12 @@ pub struct Canonical {
 /// Parts of names that programs put around modules, wherever these stand: torch.compile, fully sharded training, activation
 /// checkpointing.
 const WRAPPED: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
+
+/// What programs call the token that stands for masked patches: timm, BEiT, data2vec and SimMIM; Hugging Face; iBOT.
+const MASK_TOKENS: [&str; 3] = ["mask_token", "embeddings.mask_token", "masked_embed"];
+
+/// LayerScale's vectors in files of BEiT's lineage, and their names in timm.
+const SCALES: [(&str, &str); 2] = [("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")];
 
 /// Rules that leave out tensors beside a tower. A name that ends in `.` or `_` stands for all that begin with it; the first row that
 /// fits counts.
@@ -56,6 +65,7 @@ const OUTSIDE: &[(&str, &str)] = &[
     ("embeddings.position_ids", "position ids"),
     ("embeddings.mask_token", "mask token of the pre-training"),
     ("mask_token", "mask token of the pre-training"),
+    ("masked_embed", "mask token of the pre-training"),
     ("decoder_", "decoder of the pre-training"),
     ("dec_norms.", "decoder of the pre-training"),
     ("wfm.", "decoder of the pre-training"),
@@ -100,11 +110,13 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
 
     let mut canonical = Canonical {
         tensors: TensorMap::new(),
+        mask_token: None,
         naming: naming.name,
         prefix: prefix.clone(),
         others: found.others.clone(),
         ignored: Vec::new(),
     };
+    canonical.mask_token = mask_token(&map, &found);
     let mut thirds: BTreeMap<String, [Option<HostTensor>; 3]> = BTreeMap::new();
     let mut mismatch = Mismatch::default();
     for (name, tensor) in map {
@@ -138,16 +150,36 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
     Ok(canonical)
 }
 
-/// The tensors under names without the parts that programs put around modules. Where two would share a name, the file's own
-/// names stay.
+/// The tensors under names without the parts that programs put around modules, LayerScale's under timm's. Where two would
+/// share a name, the file's own names stay.
 fn unwrapped(map: TensorMap) -> TensorMap {
-    let plain =
-        |name: &str| -> String { name.split('.').filter(|part| !WRAPPED.contains(part)).collect::<Vec<_>>().join(".") };
+    let plain = |name: &str| -> String {
+        let parts = name.split('.').filter(|part| !WRAPPED.contains(part));
+        parts.map(timms_scale).collect::<Vec<_>>().join(".")
+    };
     let names: BTreeSet<String> = map.keys().map(|name| plain(name)).collect();
     match names.len() == map.len() {
         true => map.into_iter().map(|(name, tensor)| (plain(&name), tensor)).collect(),
         false => map,
     }
+}
+
+/// timm's name of LayerScale's vectors, for a part of a name that is theirs; every other part as it is.
+fn timms_scale(part: &str) -> &str {
+    SCALES.iter().find(|(theirs, _)| *theirs == part).map_or(part, |(_, ours)| ours)
+}
+
+/// The mask token of a tower. That of a file with a decoder is the decoder's, whatever its width.
+fn mask_token(map: &TensorMap, found: &Found) -> Option<HostTensor> {
+    let mut inner = map.keys().filter_map(|name| name.strip_prefix(found.prefix.as_str()));
+    if inner.any(|name| name.starts_with("decoder_") || name.starts_with("decoder.")) {
+        return None;
+    }
+    let token = MASK_TOKENS.iter().find_map(|name| map.get(&format!("{}{name}", found.prefix)))?;
+    let (patch, _) = their_names("patch_embed.proj.weight", found.naming).into_iter().next()?;
+    let width = *map.get(&format!("{}{patch}", found.prefix))?.shape.first()?;
+    let is_one = token.shape.last() == Some(&width) && element_count(&token.shape) == Some(width);
+    is_one.then(|| HostTensor { shape: vec![1, 1, width], ..token.clone() })
 }
 
 /// The tower that is read.
@@ -461,8 +493,9 @@ fn needed_names(tensors: &TensorMap, family: Family) -> impl Iterator<Item = Str
     let depth = tensors.keys().filter_map(|name| block_number(name)).max().map_or(1, |last| last + 1);
     let beside: &[&str] = match family {
         Family::Clip => &["cls_token", "norm_pre.weight", "norm_pre.bias"],
-        Family::Dino | Family::Dinov2 => &["cls_token", "patch_embed.proj.bias"],
-        Family::Vit => &["patch_embed.proj.bias"],
+        // A student's tower has LayerScale and may have no class token; a tower that needs one refuses weights without.
+        Family::Dino => &["cls_token", "patch_embed.proj.bias"],
+        Family::Dinov2 | Family::Vit => &["patch_embed.proj.bias"],
     };
     let all = ["patch_embed.proj.weight", "pos_embed"].into_iter().chain(beside.iter().copied()).map(str::to_owned);
     all.chain((0..depth).flat_map(move |block| block_names(family).map(move |name| format!("blocks.{block}.{name}"))))

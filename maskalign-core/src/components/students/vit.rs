@@ -55,7 +55,8 @@ struct VitStudent {
     /// configuration beside them says, else `true`.
     #[serde(default)]
     cls_token: Option<bool>,
-    /// What stands for masked patches. A mask token serves pre-training alone: later stages and exports leave it out.
+    /// What stands for masked patches. A mask token is read from `weights` where these have one, else drawn. It serves
+    /// pre-training alone: later stages and exports leave it out.
     #[serde(default)]
     masked_patches: MaskedPatches,
     /// Initial value of learned scales of each block's branches (LayerScale, arXiv 2103.17239); absent: those of the stage's
