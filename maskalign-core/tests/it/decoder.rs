@@ -1,4 +1,5 @@
-//! The cross-attention decoder gives what `tests/fixtures/make_crossmae_decoder.py` recorded of PyTorch.
+//! Decoders give what was recorded of PyTorch: cross-attention by `tests/fixtures/make_crossmae_decoder.py`, and MILAN's by
+//! running its published code (`fixtures/papers/make_derived.py`).
 
 use std::path::Path;
 
@@ -18,19 +19,20 @@ use maskalign_core::{
 use maskalign_registry::{AlignerTag, Kind, Registry, Slot};
 
 const BATCH: usize = 2;
-const COUNTS: Counts = Counts { visible: 3, masked: 4 };
 const WIDTH: usize = 9;
 const TOLERANCE: f64 = 1e-4;
 
-/// The tensors of a case, its name cut off.
-fn recorded(case: &str) -> TensorMap {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/crossmae_decoder.safetensors");
-    let all = weights::read(&file).unwrap();
+const CROSSMAE: &str = "../tests/fixtures/crossmae_decoder.safetensors";
+const MILAN: &str = "tests/fixtures/papers/milan_decoder.safetensors";
+
+/// The tensors of a case in a file, its name cut off.
+fn recorded(file: &str, case: &str) -> TensorMap {
+    let all = weights::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
     let own = |(name, tensor): (String, HostTensor)| Some((name.strip_prefix(case)?.strip_prefix('.')?.into(), tensor));
     all.into_iter().filter_map(own).collect()
 }
 
-fn plan() -> AlignPlan {
+fn plan(case: &Case) -> AlignPlan {
     AlignPlan {
         student: TowerShape {
             arch: Arch { dim: 12, depth: 2, heads: 3, mlp: 20, patch: 2 },
@@ -45,8 +47,8 @@ fn plan() -> AlignPlan {
             statistics: Statistics::IMAGENET,
             eps: 1e-6,
         },
-        counts: COUNTS,
-        tokens: Tokens { masked: true, ..Tokens::default() },
+        counts: Counts { visible: 3, masked: case.masked },
+        tokens: case.tokens,
         target_depth: 1,
         target_levels: vec![0],
         outputs: 1,
@@ -67,14 +69,25 @@ fn difference(got: &[f32], expected: &[f32]) -> f64 {
     error / norm(&mut expected.iter().map(|v| f64::from(*v)))
 }
 
-fn replay(case: &str, levels: &str) {
-    let recorded = recorded(case);
-    let options = "attention: cross, dim: 8, depth: 2, heads: 2, mlp: 20";
-    let text = format!("{{ type: decoder, {options}, tap: block, levels: {levels} }}");
+/// What was recorded.
+struct Case {
+    file: &'static str,
+    name: &'static str,
+    /// Options of the decoder.
+    options: &'static str,
+    /// Predicted patches of an image.
+    masked: usize,
+    /// The tokens that come out.
+    tokens: Tokens,
+}
+
+fn replay(case: &Case) {
+    let recorded = recorded(case.file, case.name);
+    let text = format!("{{ type: decoder, dim: 8, depth: 2, heads: 2, mlp: 20, {} }}", case.options);
     let value = Registry::global().unwrap().component(Kind::Aligner, "decoder", &text).unwrap();
     let slot: Slot<AlignerTag> = serde_json::from_value(value).unwrap();
     let builder = slot.build().unwrap();
-    let plan = plan();
+    let plan = plan(case);
     let given = (0..).map_while(|i| recorded.get(&format!("values.levels.{i}")));
     let levels: Vec<Tensor> = given.map(|level| matrix(level, 12).tracked()).collect();
     let planned = builder.plan(&plan).unwrap();
@@ -123,17 +136,29 @@ fn replay(case: &str, levels: &str) {
         // Every gradient that was recorded, the output, the loss and the positions.
         assert_eq!(compared.len(), 3 + recorded.keys().filter(|k| k.starts_with("gradients.")).count());
         for (name, error) in &compared {
-            assert!(*error < TOLERANCE, "{case}, {}, {name}: {error:.1e}", cx.operators());
+            assert!(*error < TOLERANCE, "{}, {}, {name}: {error:.1e}", case.name, cx.operators());
         }
     }
 }
 
+fn crossmae(name: &'static str, options: &'static str) -> Case {
+    Case { file: CROSSMAE, name, options, masked: 4, tokens: Tokens { masked: true, ..Tokens::default() } }
+}
+
 #[test]
 fn a_mix_of_levels_for_each_block_agrees_with_pytorch() {
-    replay("mixed", "[embed, 0, 1]");
+    replay(&crossmae("mixed", "attention: cross, tap: block, levels: [embed, 0, 1]"));
 }
 
 #[test]
 fn one_level_for_all_blocks_agrees_with_pytorch() {
-    replay("single", "[-1]");
+    replay(&crossmae("single", "attention: cross, tap: block, levels: [-1]"));
+}
+
+/// Its blocks normalise mask tokens alone: the student's are attended to as they were embedded.
+#[test]
+fn masked_queries_are_those_of_milans_code() {
+    let tokens = Tokens { cls: true, visible: true, masked: true };
+    let options = "attention: masked_queries, tap: norm";
+    replay(&Case { file: MILAN, name: "masked_queries", options, masked: 6, tokens });
 }

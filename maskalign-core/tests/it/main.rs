@@ -7,6 +7,7 @@ mod dinov2;
 mod finetune;
 mod layers;
 mod linear_probe;
+mod papers;
 mod prelude;
 mod support;
 mod timm;

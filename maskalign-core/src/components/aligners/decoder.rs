@@ -26,7 +26,7 @@ enum DecoderAttention {
     /// Every token to every token (MAE).
     #[default]
     Full,
-    /// Mask tokens to every token; the student's own stay as they were embedded (MILAN).
+    /// Mask tokens to every token; the student's own stay as they were embedded, and no block normalises them (MILAN).
     MaskedQueries,
     /// Mask tokens to the student's tokens, and not to each other (CrossMAE). Of several `levels`, every block has a
     /// learned mix of its own, with a LayerNorm; one level is attended to as it is.
@@ -267,12 +267,12 @@ impl Mlp {
     }
 }
 
-/// A block whose queries are some of the tokens, and whose keys and values are all of them.
+/// A block whose queries are some of the tokens, and whose keys and values are all of them. Those that stay are attended
+/// to as they were embedded: the norm is the queries' alone.
 struct QueryBlock {
     norm1: Norm,
     q: Linear,
-    k: Linear,
-    v: Linear,
+    kv: Linear,
     proj: Linear,
     mlp: Mlp,
     heads: usize,
@@ -280,34 +280,31 @@ struct QueryBlock {
 
 impl QueryBlock {
     fn new(init: &Init, name: &str, c: BlockConfig) -> Result<Self> {
-        let linear = |part: &str| Linear::new(init, &format!("{name}.attn.{part}"), c.dim, c.dim, Bias::With);
+        let linear =
+            |part: &str, outputs| Linear::new(init, &format!("{name}.attn.{part}"), outputs, c.dim, Bias::With);
         Ok(QueryBlock {
             norm1: Norm::new(init, &format!("{name}.norm1"), c.dim, c.eps)?,
-            q: linear("q")?,
-            k: linear("k")?,
-            v: linear("v")?,
-            proj: linear("proj")?,
+            q: linear("q", c.dim)?,
+            kv: linear("kv", 2 * c.dim)?,
+            proj: linear("proj", c.dim)?,
             mlp: Mlp::new(init, name, c)?,
             heads: c.heads,
         })
     }
 
-    /// `x` are the queries' tokens; `context` those that stay, `order` the rows of both that are attended to and
-    /// `queries` the rows of `x` among them.
+    /// `x` are the queries' tokens; `context` those that stay, `order` the rows of both that are attended to.
     fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, context: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let all = ops::gather_rows(cx, tape, &[context, x], &layout.order)?;
-        let all = self.norm1.forward(cx, tape, &all)?;
-        let mine = ops::gather_rows(cx, tape, &[&all], &layout.masked)?;
+        let mine = self.norm1.forward(cx, tape, x)?;
+        let all = ops::gather_rows(cx, tape, &[context, &mine], &layout.order)?;
         let q = self.q.forward(cx, tape, &mine, Act::None)?;
-        let keys = self.k.forward(cx, tape, &all, Act::None)?;
-        let values = self.v.forward(cx, tape, &all, Act::None)?;
+        let kv = self.kv.forward(cx, tape, &all, Act::None)?;
         let shape = AttentionShape {
             batch: layout.batch,
             heads: self.heads,
-            queries: layout.masked.len() / layout.batch,
+            queries: x.rows() / layout.batch,
             keys: layout.order.len() / layout.batch,
         };
-        let y = ops::attention(cx, tape, &q, &keys, &values, shape)?;
+        let y = ops::cross_attention(cx, tape, &q, &kv, shape)?;
         let y = self.proj.forward(cx, tape, &y, Act::None)?;
         let x = ops::add(cx, tape, x, &y)?;
         self.mlp.forward(cx, tape, &x)
@@ -315,7 +312,7 @@ impl QueryBlock {
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.norm1.visit(f);
-        for linear in [&mut self.q, &mut self.k, &mut self.v, &mut self.proj] {
+        for linear in [&mut self.q, &mut self.kv, &mut self.proj] {
             linear.visit(f);
         }
         self.mlp.visit(f);
@@ -418,21 +415,18 @@ struct Layout {
     batch: usize,
     /// Rows of (student's tokens, mask tokens) image by image: the student's first.
     order: Vec<u32>,
-    /// Rows of the mask tokens in that order.
-    masked: Vec<u32>,
 }
 
 impl Layout {
     fn new(masks: &Masks, held_each: usize) -> Self {
         let (batch, masked_each) = (masks.batch, masks.masked_each());
-        let mut layout = Layout { batch, order: Vec::new(), masked: Vec::new() };
+        let mut order = Vec::new();
         for image in 0..batch {
-            layout.order.extend((image * held_each..(image + 1) * held_each).map(|i| i as u32));
-            layout.masked.extend((0..masked_each).map(|i| (layout.order.len() + i) as u32));
+            order.extend((image * held_each..(image + 1) * held_each).map(|i| i as u32));
             let first = batch * held_each + image * masked_each;
-            layout.order.extend((first..first + masked_each).map(|i| i as u32));
+            order.extend((first..first + masked_each).map(|i| i as u32));
         }
-        layout
+        Layout { batch, order }
     }
 }
 

@@ -142,7 +142,8 @@ pub trait PlannedMasker: Send + Sync {
 
 /// The visible and predicted counts that `ratio`, `visible` and `predict_ratio` mean for `patches` patches.
 ///
-/// A ratio keeps `floor(N (1 - r))` patches, computed in double precision as the official code does.
+/// A ratio keeps `floor(N (1 - r))` patches, and of the rest `floor(N (r - predict_ratio))` are not predicted, both computed
+/// in double precision as the official code does (MAE, MaskAlign; CrossMAE).
 ///
 /// # Errors
 /// None or several of them are given, or no mask of the patches has such counts; names the option.
@@ -182,17 +183,20 @@ pub fn counts(
     if visible > patches {
         return Err(Refusal::new(option, format!("{visible} visible patches, but an image has {patches}")));
     }
+    let hidden = patches - visible;
     let masked = match predict_ratio {
-        None => patches - visible,
-        Some(ratio) => (patches as f64 * ratio).round() as usize,
+        None => hidden,
+        Some(share) => {
+            // Where masked patches are counted, their share is that of the count.
+            let masked = ratio.unwrap_or(hidden as f64 / patches as f64);
+            if share > masked {
+                let wanted = (patches as f64 * share).round() as usize;
+                let message = format!("{wanted} patches to predict, but only {hidden} of {patches} are masked");
+                return Err(Refusal::new("predict_ratio", message).related([option], "what is masked"));
+            }
+            hidden - (patches as f64 * (masked - share)) as usize
+        }
     };
-    if masked > patches - visible {
-        return Err(Refusal::new(
-            "predict_ratio",
-            format!("{masked} patches to predict, but only {} of {patches} are masked", patches - visible),
-        )
-        .related([option], "what is masked"));
-    }
     Ok(Counts { visible, masked })
 }
 
