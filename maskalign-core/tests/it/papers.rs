@@ -268,6 +268,17 @@ fn defaults_of_components_are_those_of_the_papers_code() {
         let planned = teacher.plan(&context).unwrap_or_else(|refusal| panic!("{refusal}"));
         assert_eq!(planned.shape().projection, Some(whole(&projection["outputs"])), "{name}");
     }
+    // What a recipe leaves out of a student, planning fills in.
+    let absent = &recorded["absent_of_a_student"];
+    for name in ["maskalign_vitb_clip", "mae_vitb", "umt_image_vitb", "data2vec_vitb"] {
+        let shape = pretrain(name, &[]).student().shape();
+        assert!(close(shape.eps, number(&absent["eps"]["value"])), "{name}");
+        assert_eq!(
+            (shape.statistics, text(&absent["statistics"]["value"])),
+            (Statistics::IMAGENET, "imagenet"),
+            "{name}"
+        );
+    }
     for (name, ours) in [("imagenet", Statistics::IMAGENET), ("clip", Statistics::CLIP)] {
         let theirs = &recorded["statistics"][name];
         assert_eq!(
