@@ -95,7 +95,7 @@ fn leaves(value: &Value, path: &str, found: &mut Vec<String>) {
     match value {
         Value::Object(fields) => fields.iter().for_each(|(key, value)| leaves(value, &below(key), found)),
         Value::Array(items) => {
-            items.iter().enumerate().for_each(|(i, value)| leaves(value, &below(&i.to_string()), found))
+            items.iter().enumerate().for_each(|(i, value)| leaves(value, &below(&i.to_string()), found));
         }
         _ => found.push(path.to_owned()),
     }
