@@ -3,7 +3,7 @@
 use std::{fmt::Write as _, io, process::ExitCode};
 
 use maskalign_core::{error::Error, run::RunError, weights::WeightsError};
-use maskalign_registry::{Loaded, Report};
+use maskalign_registry::{Loaded, Report, source::visible_lines};
 use serde_json::{Value, json};
 
 use crate::{output, render};
@@ -63,8 +63,10 @@ impl Failure {
         match self {
             Failure::Recipe(report) => render::report(report),
             Failure::Message { message, help, .. } => {
-                let mut text = format!("{}: {message}\n", render::paint(render::ERROR, "error"));
+                // Names of files and what stands in them may be anything.
+                let mut text = format!("{}: {}\n", render::paint(render::ERROR, "error"), visible_lines(message));
                 for line in help {
+                    let line = visible_lines(line);
                     let _ = writeln!(text, "  {} {line}", render::paint(render::GUTTER, "= help:"));
                 }
                 text

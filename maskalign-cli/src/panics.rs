@@ -2,12 +2,18 @@
 
 use std::panic;
 
+use maskalign_core::data::decode::is_guarded;
+
 use crate::output;
 
 /// Replaces the default message and backtrace. `RUST_BACKTRACE` brings the backtrace back, for the report.
 pub(crate) fn install() {
     let default = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
+        // Those of a library on a damaged image are caught, and told as such.
+        if is_guarded() {
+            return;
+        }
         let payload = info.payload();
         let literal = payload.downcast_ref::<&str>().copied();
         let message = literal.or_else(|| payload.downcast_ref::<String>().map(String::as_str));

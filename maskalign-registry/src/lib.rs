@@ -35,7 +35,7 @@ pub use yaml::Origin;
 pub mod source {
     pub use crate::{
         diagnostic::{Source, SourceKind},
-        wording::number,
+        wording::{number, visible_lines},
         yaml::{Content, MAX_BYTES, MAX_DEPTH, MAX_NODES, Mapping, Member, Node, Origin, parse_value},
     };
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use maskalign_core::run::{Findings, Item, check};
+use maskalign_registry::source::visible_lines;
 use serde_json::json;
 
 use super::Format;
@@ -93,7 +94,7 @@ fn text(items: &[Item]) -> String {
             true => "whole    ".into(),
             false => paint(render::ERROR, "not whole"),
         };
-        format!("{state}  {:<width$}  {}\n", item.name, item.says)
+        format!("{state}  {:<width$}  {}\n", visible_lines(&item.name), visible_lines(&item.says))
     });
     lines.collect::<Vec<_>>().concat()
 }

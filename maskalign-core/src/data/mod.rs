@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use crate::files::is_wrong_path;
+use crate::files::{is_wrong_path, shown};
 use crate::random::Stream;
 use maskalign_registry::Refusal;
 
@@ -210,7 +210,7 @@ pub fn output_size(transforms: &[Box<dyn Transform>], input: Option<(usize, usiz
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// The file is not there or cannot be read.
-    #[error("cannot read {path}: {source}", path = path.display())]
+    #[error("cannot read {path}: {source}", path = shown(path))]
     Read {
         /// The file.
         path: PathBuf,
@@ -218,7 +218,7 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// Something else is in the file's place; it was not opened.
-    #[error("{path} is {what}, not a file; remove it, or set `on_error: skip`", path = path.display())]
+    #[error("{path} is {what}, not a file; remove it, or set `on_error: skip`", path = shown(path))]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -226,7 +226,7 @@ pub enum DataError {
         what: &'static str,
     },
     /// The file ends too early.
-    #[error("{path} is truncated: {message}; get the file again, or set `on_error: skip`", path = path.display())]
+    #[error("{path} is truncated: {message}; get the file again, or set `on_error: skip`", path = shown(path))]
     Truncated {
         /// The file.
         path: PathBuf,
@@ -234,7 +234,7 @@ pub enum DataError {
         message: String,
     },
     /// The file is not an image, or a broken one.
-    #[error("{path} is not an image that can be read: {message}; remove it, or set `on_error: skip`", path = path.display())]
+    #[error("{path} is not an image that can be read: {message}; remove it, or set `on_error: skip`", path = shown(path))]
     Decode {
         /// The file.
         path: PathBuf,
@@ -244,7 +244,7 @@ pub enum DataError {
     /// The image is larger than [`decode::MAX_PIXELS`].
     #[error(
         "{path} is too large: {width} x {height} pixels, where {limit} are the limit; make it smaller, or set `on_error: skip`",
-        path = path.display(), limit = decode::MAX_PIXELS
+        path = shown(path), limit = decode::MAX_PIXELS
     )]
     TooLarge {
         /// The file.

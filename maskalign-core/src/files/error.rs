@@ -3,7 +3,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use maskalign_registry::source::visible_lines;
+
 use super::plain::NotPlain;
+use super::shown;
 
 /// Why a run's directory cannot be used, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -12,7 +15,7 @@ pub enum RunError {
     /// A fresh run was asked for in a folder that holds something.
     #[error(
         "the run directory {path} is not empty: go on with its run with `--resume {path}`, replace it with `--force`, or choose another with `--out`",
-        path = .path.display()
+        path = shown(.path)
     )]
     NotEmpty {
         /// The folder.
@@ -21,7 +24,7 @@ pub enum RunError {
     /// `--resume` or `--force` was given a folder that no run made.
     #[error(
         "{path} is not a run directory: it has no `{marker}`, so nothing in it is resumed or deleted; name another folder",
-        path = .path.display()
+        path = shown(.path)
     )]
     NotARun {
         /// The folder.
@@ -30,19 +33,19 @@ pub enum RunError {
         marker: &'static str,
     },
     /// `--resume` was given a folder that does not exist.
-    #[error("cannot resume {path}: there is no such directory", path = .path.display())]
+    #[error("cannot resume {path}: there is no such directory", path = shown(.path))]
     NothingToResume {
         /// The folder.
         path: PathBuf,
     },
     /// A run's directory was to be made where a file is.
-    #[error("cannot make the run directory {path}: a file is in its place; choose another with `--out`", path = .path.display())]
+    #[error("cannot make the run directory {path}: a file is in its place; choose another with `--out`", path = shown(.path))]
     NotAFolder {
         /// The folder that was to be.
         path: PathBuf,
     },
     /// Another process holds the run's lock.
-    #[error("the run in {path} is in use by another process: wait for it to end, or choose another directory with `--out`", path = .path.display())]
+    #[error("the run in {path} is in use by another process: wait for it to end, or choose another directory with `--out`", path = shown(.path))]
     InUse {
         /// The folder.
         path: PathBuf,
@@ -56,7 +59,7 @@ pub enum RunError {
         name: String,
     },
     /// The disk is full.
-    #[error("no space left on the disk while writing the {what} {path}: nothing was left half written; free some space and go on with `--resume`", path = .path.display())]
+    #[error("no space left on the disk while writing the {what} {path}: nothing was left half written; free some space and go on with `--resume`", path = shown(.path))]
     DiskFull {
         /// The kind of file.
         what: String,
@@ -64,7 +67,7 @@ pub enum RunError {
         path: PathBuf,
     },
     /// A link, or something else, is where a run has a file or a folder of its own.
-    #[error("{path} is {found}, and not the run's own {expected}: nothing is read, written or deleted through it; move it away, or put the {expected} itself there", path = .path.display())]
+    #[error("{path} is {found}, and not the run's own {expected}: nothing is read, written or deleted through it; move it away, or put the {expected} itself there", path = shown(.path))]
     NotPlain {
         /// The place.
         path: PathBuf,
@@ -74,25 +77,25 @@ pub enum RunError {
         expected: &'static str,
     },
     /// `--force` did not come to its end.
-    #[error("the run in {path} was being replaced, and part of it is deleted: replace it with `--force`, or choose another directory with `--out`", path = .path.display())]
+    #[error("the run in {path} was being replaced, and part of it is deleted: replace it with `--force`, or choose another directory with `--out`", path = shown(.path))]
     HalfReplaced {
         /// The folder.
         path: PathBuf,
     },
     /// What a run works in is another, or nothing.
-    #[error("{path} is not where the run made it: it was removed, renamed or replaced while the run went on, which writes nothing more; put it back and go on with `--resume`", path = .path.display())]
+    #[error("{path} is not where the run made it: it was removed, renamed or replaced while the run went on, which writes nothing more; put it back and go on with `--resume`", path = shown(.path))]
     Removed {
         /// The run's directory, or a file in it.
         path: PathBuf,
     },
     /// A file of a run that an earlier version made.
-    #[error("{path} is of an earlier version of MaskAlign, whose runs are not known by their checksums to be whole: finish the run with that version, or start a new one; `export` and `weights` still take what its stages left", path = .path.display())]
+    #[error("{path} is of an earlier version of MaskAlign, whose runs are not known by their checksums to be whole: finish the run with that version, or start a new one; `export` and `weights` still take what its stages left", path = shown(.path))]
     Outdated {
         /// The file.
         path: PathBuf,
     },
     /// Another failure of the operating system.
-    #[error("cannot {action} {path}: {source}", path = .path.display())]
+    #[error("cannot {action} {path}: {source}", path = shown(.path))]
     Io {
         /// What was tried, as in "write the checkpoint".
         action: String,
@@ -102,7 +105,7 @@ pub enum RunError {
         source: io::Error,
     },
     /// A file of the run cannot be understood.
-    #[error("{path} is damaged: {reason}", path = .path.display())]
+    #[error("{path} is damaged: {reason}", path = shown(.path))]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -184,7 +187,9 @@ impl RunError {
         }
     }
 
+    /// What is wrong with a file's content, some of which may stand in `reason`.
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> RunError {
-        RunError::Damaged { path: path.to_owned(), reason: reason.into() }
+        let reason: String = reason.into();
+        RunError::Damaged { path: path.to_owned(), reason: visible_lines(&reason) }
     }
 }

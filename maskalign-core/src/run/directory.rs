@@ -706,6 +706,9 @@ impl RunDir {
         let mut text = String::new();
         match self.marker.rewind().and_then(|()| self.marker.read_to_string(&mut text)) {
             Ok(_) => Ok(text),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(RunError::damaged(&self.path.join(MARKER), "it is not UTF-8"))
+            }
             Err(source) => Err(RunError::reading("run directory's marker", &self.path.join(MARKER), source)),
         }
     }

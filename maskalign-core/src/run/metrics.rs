@@ -262,7 +262,7 @@ fn first_fault(file: &mut File, at: &MetricsMark, marks: &Marks) -> io::Result<S
         let Some((stage, step)) = step_of(&now) else { continue };
         match &update {
             _ if is_good => {}
-            Some((same, before)) if *same == stage && step != before + 1 => {
+            Some((same, before)) if *same == stage && before.checked_add(1) != Some(step) => {
                 return Ok(format!("in line {number}, step {step} follows step {before}"));
             }
             Some((same, _)) if *same == stage => {}
@@ -271,7 +271,7 @@ fn first_fault(file: &mut File, at: &MetricsMark, marks: &Marks) -> io::Result<S
         }
         update = Some((stage, step));
     }
-    let last = bad.map_or(at.records, |bad| good_lines + bad.records - good.records);
+    let last = bad.map_or(at.records, |bad| bad.records.saturating_sub(good.records).saturating_add(good_lines));
     Ok(format!("something in lines {} to {last} is not as it was written", good_lines + 1))
 }
 
@@ -315,7 +315,7 @@ pub(super) fn salvage(path: &Path, stood: &[Stood]) -> Result<Salvaged, RunError
             if known.insert((stage.to_owned(), step, names)) {
                 text.extend_from_slice(&line);
                 // What an update is counted by is the step before it; what is measured, the step after which it is.
-                kept.push((stage.to_owned(), step + u64::from(is_update), text.len()));
+                kept.push((stage.to_owned(), step.saturating_add(u64::from(is_update)), text.len()));
             }
         }
         line.clear();

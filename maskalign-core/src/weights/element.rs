@@ -54,7 +54,14 @@ impl Element {
     }
 }
 
-/// The product of a shape, unless it overflows.
+/// More elements than any tensor has, and few enough that a small multiple of them is a number still.
+const MAX_ELEMENTS: usize = 1 << 48;
+
+/// The product of a shape; `None` where it is absurd. A side of 0 makes no other side less absurd: what is planned from a
+/// shape multiplies its sides one by one.
 pub(super) fn element_count(shape: &[usize]) -> Option<usize> {
-    shape.iter().try_fold(1usize, |product, &length| product.checked_mul(length))
+    let product =
+        |product: usize, &length: &usize| product.checked_mul(length.max(1)).filter(|product| *product <= MAX_ELEMENTS);
+    let count = shape.iter().try_fold(1usize, product)?;
+    Some(if shape.contains(&0) { 0 } else { count })
 }

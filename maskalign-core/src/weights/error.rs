@@ -4,14 +4,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::mismatch::Mismatch;
-use crate::files::is_wrong_path;
+use crate::files::{is_wrong_path, shown};
+use maskalign_registry::source::visible_lines;
 
 /// Why weights cannot be found, read or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WeightsError {
     /// The file cannot be opened or read.
-    #[error("cannot read the weights {path}: {source}", path = .path.display())]
+    #[error("cannot read the weights {path}: {source}", path = shown(.path))]
     Io {
         /// The file.
         path: PathBuf,
@@ -19,7 +20,7 @@ pub enum WeightsError {
         source: io::Error,
     },
     /// The file's content is not what it should be.
-    #[error("cannot use the weights {path}: {reason}", path = .path.display())]
+    #[error("cannot use the weights {path}: {reason}", path = shown(.path))]
     Format {
         /// The file.
         path: PathBuf,
@@ -98,8 +99,10 @@ impl WeightsError {
         WeightsError::Io { path: path.to_owned(), source }
     }
 
+    /// What is wrong with a file's content, some of which may stand in `reason`.
     pub(super) fn format(path: &Path, reason: impl Into<String>) -> WeightsError {
-        WeightsError::Format { path: path.to_owned(), reason: reason.into() }
+        let reason: String = reason.into();
+        WeightsError::Format { path: path.to_owned(), reason: visible_lines(&reason) }
     }
 }
 

@@ -18,6 +18,7 @@ use super::naming::{
 };
 use super::positions::{transposed, without_class_row};
 use super::{HostTensor, TensorMap, WeightsError};
+use maskalign_registry::source::visible_lines;
 
 /// Weights under the one naming, with an account of all the rest.
 #[derive(Debug, Clone, PartialEq)]
@@ -214,7 +215,7 @@ fn detect(map: &TensorMap, family: Family, what: &str) -> Result<Found, WeightsE
             }
         }
     }
-    let refuse = |reason: String| WeightsError::Layout { what: what.to_owned(), reason };
+    let refuse = |reason: String| WeightsError::Layout { what: what.to_owned(), reason: visible_lines(&reason) };
     // The student of a self-distillation is worth less than its teacher.
     let best = towers.iter().copied().min_by_key(|&(naming, prefix)| {
         let of_student = prefix.split('.').any(|part| part == "student");

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use maskalign_registry::source::visible_lines;
+
 use super::HostTensor;
 
 /// So many names of each kind are printed; the count is always that of all.
@@ -58,7 +60,8 @@ fn list<T>(f: &mut fmt::Formatter<'_>, kind: &str, items: &[T], show: impl Fn(&T
         return Ok(());
     }
     write!(f, "\n  {} {kind}: ", items.len())?;
-    let shown: Vec<_> = items.iter().take(MAX_SHOWN).map(show).collect();
+    let shown: Vec<_> =
+        items.iter().take(MAX_SHOWN).map(|item| visible_lines(&show(item)).replace('\n', " ")).collect();
     f.write_str(&shown.join(", "))?;
     if items.len() > MAX_SHOWN {
         write!(f, ", ...")?;
@@ -78,20 +81,56 @@ fn nearest<'a>(name: &str, candidates: &'a [String]) -> Option<&'a str> {
         .map(|(_, candidate)| candidate)
 }
 
-/// Levenshtein's distance in bytes; anything above `limit` where the lengths alone exceed it.
+/// Levenshtein's distance in bytes, or `limit + 1` where it is more than `limit`.
+///
+/// Looks at the pairs of places alone that are at most `limit` apart: names of a hostile file may be long, and all alike.
 fn distance(a: &[u8], b: &[u8], limit: usize) -> usize {
+    let beyond = limit + 1;
     if a.len().abs_diff(b.len()) > limit {
-        return limit + 1;
+        return beyond;
     }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
+    let mut row: Vec<usize> = (0..=b.len()).map(|place| place.min(beyond)).collect();
     for (i, &from) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &to) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        let places = i.saturating_sub(limit)..b.len().min(i + limit + 1);
+        let mut diagonal = row[places.start];
+        row[places.start] = if places.start == 0 { (i + 1).min(beyond) } else { beyond };
+        for j in places.clone() {
+            let substituted = diagonal + usize::from(from != b[j]);
+            // What the row above has not reached is too far.
+            diagonal = if j >= i + limit { beyond } else { row[j + 1] };
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1).min(beyond);
         }
     }
     row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the distance over all pairs of places.
+    #[test]
+    fn a_distance_within_the_limit_is_exact() {
+        let plain = |a: &[u8], b: &[u8]| {
+            let mut row: Vec<usize> = (0..=b.len()).collect();
+            for (i, from) in a.iter().enumerate() {
+                let above = row.clone();
+                row[0] = i + 1;
+                for (j, to) in b.iter().enumerate() {
+                    row[j + 1] = (above[j] + usize::from(from != to)).min(row[j] + 1).min(above[j + 1] + 1);
+                }
+            }
+            row[b.len()]
+        };
+        let words: Vec<Vec<u8>> = (0..243u32)
+            .flat_map(|number| {
+                (0..6).map(move |length| (0..length).map(|at| (number / 3u32.pow(at) % 3) as u8).collect())
+            })
+            .collect();
+        for (a, b) in words.iter().zip(words.iter().cycle().skip(97)).chain(words.iter().zip(words.iter().rev())) {
+            for limit in 0..4 {
+                assert_eq!(distance(a, b, limit), plain(a, b).min(limit + 1), "{a:?} {b:?} {limit}");
+            }
+        }
+    }
 }

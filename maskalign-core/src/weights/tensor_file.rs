@@ -21,6 +21,8 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// A header of more bytes than this describes tensors that are there: what is read of it takes many times its size.
 const FREE_HEADER_BYTES: u64 = 1 << 20;
 const CHUNK_BYTES: usize = 1 << 20;
+/// A tensor whose name is longer is refused: names are compared with each other.
+pub(super) const MAX_NAME_BYTES: usize = 1024;
 
 /// A safetensors file whose header has been read and found to fit the file's length.
 #[derive(Debug)]
@@ -65,6 +67,15 @@ impl TensorFile {
         file.read_exact(&mut header).map_err(io)?;
         let header: Metadata = serde_json::from_slice(&header)
             .map_err(|error| format(format!("its safetensors header is not valid: {error}")))?;
+        // In the order of names, so that of several one is told, and always the same.
+        for (name, info) in BTreeMap::from_iter(header.tensors()) {
+            if name.len() > MAX_NAME_BYTES {
+                return Err(format("a tensor's name in it is far too long".into()));
+            }
+            if element_count(&info.shape).is_none() {
+                return Err(format(format!("the shape of `{name}` is absurd: {:?}", info.shape)));
+            }
+        }
         let data_bytes = header.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0);
         let expected = data_starts.saturating_add(data_bytes as u64);
         if expected != length {

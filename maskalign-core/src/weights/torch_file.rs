@@ -1,6 +1,6 @@
 //! PyTorch's `.pth`, `.pt` and `.bin`: a zip archive of one pickle and the storages it names; TorchScript archives too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -12,6 +12,7 @@ use super::element::element_count;
 use super::error::WeightsError;
 use super::part::under;
 use super::pickle::{Id, Node, Pickle, Storage, Tensor};
+use super::tensor_file::MAX_NAME_BYTES;
 use super::{HostTensor, TensorMap};
 
 /// A pickle holds names and sizes only; a large model's, its optimizer's state included, is below a megabyte.
@@ -19,8 +20,13 @@ const MAX_PICKLE_BYTES: u64 = 16 << 20;
 /// A pickle of more bytes than this describes tensors that are there: what it is parsed into takes many times its size.
 const FREE_PICKLE_BYTES: u64 = 1 << 20;
 const MAX_DEPTH: usize = 32;
+/// So many of the dictionaries beside the weights are named.
+const MAX_PASSED: usize = 16;
 const MAX_VISITS: usize = 1 << 20;
-const MAX_NAME_BYTES: usize = 1024;
+/// Names and shapes may take so many bytes, or so many for each byte of the pickle: a pickle names a tensor as often as it
+/// likes, and what is found is a copy each time.
+const FREE_DESCRIPTION_BYTES: usize = 1 << 20;
+const MAX_DESCRIPTION_PER_BYTE: usize = 32;
 /// Keys under which training scripts keep the weights, the preferred one first. DINO's own evaluation takes the teacher.
 const WRAPPERS: [&str; 6] = ["model", "state_dict", "model_state_dict", "teacher", "student", "module"];
 
@@ -82,13 +88,15 @@ impl Described {
             Some(_) => (pickle.root(), Vec::new()),
             None => state_dictionary(&pickle),
         };
-        let mut tensors = named_tensors(&pickle, start).map_err(format)?;
+        let most_bytes = FREE_DESCRIPTION_BYTES.max(bytes.len() * MAX_DESCRIPTION_PER_BYTE);
+        let mut tensors = named_tensors(&pickle, start, most_bytes).map_err(format)?;
         if let Some(key) = key {
             tensors = under(key, tensors).map_err(format)?;
         }
         if tensors.is_empty() {
             return Err(format("it holds no tensors".into()));
         }
+        check_sizes(&tensors, file_bytes).map_err(format)?;
         Ok(Described { archive, folder, tensors, passed, file_bytes })
     }
 }
@@ -113,22 +121,33 @@ fn entry(archive: &mut Archive, name: &str, limit: u64) -> Result<Vec<u8>, Strin
 }
 
 /// The tensors below a dictionary, by their dotted names.
-fn named_tensors(pickle: &Pickle, start: Id) -> Result<BTreeMap<String, Tensor>, String> {
+fn named_tensors(pickle: &Pickle, start: Id, most_bytes: usize) -> Result<BTreeMap<String, Tensor>, String> {
     let mut found = BTreeMap::new();
-    let mut visits = 0;
+    let (mut visits, mut left) = (0, most_bytes);
+    let mut spend = |bytes: usize| match left.checked_sub(bytes) {
+        Some(rest) => {
+            left = rest;
+            Ok(())
+        }
+        None => Err("its pickle names its tensors far more often than weights do".to_owned()),
+    };
     let mut waiting = vec![(String::new(), start, 0)];
     while let Some((prefix, id, depth)) = waiting.pop() {
         match pickle.node(id) {
             Node::Tensor(tensor) => {
+                spend(tensor.storage.key.len() + 2 * size_of_val(&tensor.shape[..]))?;
                 found.insert(prefix, Tensor::clone(tensor));
             }
             Node::Dict { entries, .. } => {
                 for (key, value) in entries {
+                    visits += 1;
+                    if visits > MAX_VISITS {
+                        return Err("its dictionaries are nested too deeply".into());
+                    }
                     if !matches!(pickle.node(*value), Node::Tensor(_) | Node::Dict { .. }) {
                         continue;
                     }
-                    visits += 1;
-                    if depth > MAX_DEPTH || visits > MAX_VISITS {
+                    if depth > MAX_DEPTH {
                         return Err("its dictionaries are nested too deeply".into());
                     }
                     let name = match pickle.node(*key) {
@@ -140,6 +159,7 @@ fn named_tensors(pickle: &Pickle, start: Id) -> Result<BTreeMap<String, Tensor>,
                         Node::Int(number) => format!("{prefix}.{number}"),
                         _ => continue,
                     };
+                    spend(size_of::<Tensor>() + name.len())?;
                     waiting.push((name, *value, depth + 1));
                 }
             }
@@ -153,9 +173,15 @@ fn named_tensors(pickle: &Pickle, start: Id) -> Result<BTreeMap<String, Tensor>,
 /// it.
 fn state_dictionary(pickle: &Pickle) -> (Id, Vec<String>) {
     let is_dictionary = |id: Id| matches!(pickle.node(id), Node::Dict { .. });
-    let holds_tensors = |id: Id| match pickle.node(id) {
-        Node::Dict { entries, .. } => entries.iter().any(|(_, value)| matches!(pickle.node(*value), Node::Tensor(_))),
-        _ => false,
+    // A dictionary may be named again and again, and is looked through once.
+    let mut known: HashMap<Id, bool> = HashMap::new();
+    let mut holds_tensors = |id: Id| {
+        *known.entry(id).or_insert_with(|| match pickle.node(id) {
+            Node::Dict { entries, .. } => {
+                entries.iter().any(|(_, value)| matches!(pickle.node(*value), Node::Tensor(_)))
+            }
+            _ => false,
+        })
     };
     let mut current = pickle.root();
     let mut passed = Vec::new();
@@ -167,11 +193,15 @@ fn state_dictionary(pickle: &Pickle) -> (Id, Vec<String>) {
         match inner {
             Some(inner) => {
                 if let Node::Dict { entries, .. } = pickle.node(current) {
-                    let beside = entries.iter().filter(|(_, value)| *value != inner && holds_tensors(*value));
-                    passed.extend(beside.filter_map(|(key, _)| match pickle.node(*key) {
-                        Node::Text(name) => Some(name.clone()),
-                        _ => None,
-                    }));
+                    for (key, value) in entries {
+                        if let Node::Text(name) = pickle.node(*key)
+                            && passed.len() < MAX_PASSED
+                            && *value != inner
+                            && holds_tensors(*value)
+                        {
+                            passed.push(name.clone());
+                        }
+                    }
                 }
                 current = inner;
             }
@@ -181,6 +211,21 @@ fn state_dictionary(pickle: &Pickle) -> (Id, Vec<String>) {
     (current, passed)
 }
 
+/// Refuses tensors that the file cannot hold: views may overlap, so a small file can describe large tensors; weights share
+/// some storage, not all of it many times.
+fn check_sizes(tensors: &BTreeMap<String, Tensor>, file_bytes: u64) -> Result<(), String> {
+    let most_elements = file_bytes.saturating_mul(4);
+    let mut elements: u64 = 0;
+    for (name, tensor) in tensors {
+        let count = element_count(&tensor.shape).ok_or_else(|| format!("the shape of `{name}` is absurd"))?;
+        elements = elements.saturating_add(count as u64);
+        if elements > most_elements {
+            return Err("its tensors are far larger than the file".into());
+        }
+    }
+    Ok(())
+}
+
 /// Reads every storage once and lays out the tensors that view it.
 fn load(
     archive: &mut Archive,
@@ -188,16 +233,8 @@ fn load(
     tensors: BTreeMap<String, Tensor>,
     file_bytes: u64,
 ) -> Result<TensorMap, String> {
-    // Views may overlap, so a small file can describe large tensors; weights share some storage, not all of it many times.
-    let most_elements = file_bytes.saturating_mul(4);
-    let mut elements: u64 = 0;
     let mut by_storage: BTreeMap<String, (Storage, Vec<(String, Tensor)>)> = BTreeMap::new();
     for (name, tensor) in tensors {
-        let count = element_count(&tensor.shape).ok_or_else(|| format!("the shape of `{name}` is absurd"))?;
-        elements = elements.saturating_add(count as u64);
-        if elements > most_elements {
-            return Err("its tensors are far larger than the file".into());
-        }
         let (storage, views) =
             by_storage.entry(tensor.storage.key.clone()).or_insert_with(|| (tensor.storage.clone(), Vec::new()));
         if *storage != tensor.storage {
@@ -206,8 +243,10 @@ fn load(
         views.push((name, tensor));
     }
     let mut loaded = TensorMap::new();
+    // Entries may lie over each other, and all of them together are in the file.
+    let mut left = file_bytes;
     for (key, (storage, views)) in by_storage {
-        let data = load_storage(archive, &format!("{folder}data/{key}"), &storage, file_bytes)?;
+        let data = load_storage(archive, &format!("{folder}data/{key}"), &storage, &mut left)?;
         for (name, tensor) in views {
             let data = lay_out(&data, &tensor).ok_or_else(|| format!("`{name}` reaches beyond its storage"))?;
             loaded.insert(name, HostTensor { shape: tensor.shape, data });
@@ -216,8 +255,10 @@ fn load(
     Ok(loaded)
 }
 
-fn load_storage(archive: &mut Archive, name: &str, storage: &Storage, file_bytes: u64) -> Result<Vec<f32>, String> {
-    let bytes = entry(archive, name, file_bytes)?;
+/// Reads a storage, for which `left` bytes of the file are left.
+fn load_storage(archive: &mut Archive, name: &str, storage: &Storage, left: &mut u64) -> Result<Vec<f32>, String> {
+    let bytes = entry(archive, name, *left)?;
+    *left -= bytes.len() as u64;
     let expected = storage.count.checked_mul(storage.element.size());
     let bytes = expected.and_then(|expected| bytes.get(..expected)).ok_or_else(|| {
         let (there, count) = (bytes.len(), storage.count);
@@ -310,9 +351,12 @@ mod tests {
                 continue;
             };
             parsed += 1;
-            let Ok(tensors) = named_tensors(&pickle, state_dictionary(&pickle).0) else {
+            let Ok(tensors) = named_tensors(&pickle, state_dictionary(&pickle).0, FREE_DESCRIPTION_BYTES) else {
                 continue;
             };
+            if check_sizes(&tensors, file_bytes).is_err() {
+                continue;
+            }
             let Ok(tensors) = load(&mut archive, "views/", tensors, file_bytes) else {
                 continue;
             };
@@ -336,7 +380,8 @@ mod tests {
         }
         bytes.push(b'.');
         let pickle = Pickle::parse(&bytes).unwrap();
-        assert!(named_tensors(&pickle, state_dictionary(&pickle).0).unwrap_err().contains("nested too deeply"));
+        let found = named_tensors(&pickle, state_dictionary(&pickle).0, FREE_DESCRIPTION_BYTES);
+        assert!(found.unwrap_err().contains("nested too deeply"));
         // An object that takes over the same attributes again and again.
         let mut bytes = b"\x80\x02}(".to_vec();
         for key in 0..200u8 {

@@ -5,6 +5,7 @@ mod data2vec;
 mod decoder;
 mod dinov2;
 mod finetune;
+mod fuzz;
 mod layers;
 mod linear_probe;
 mod papers;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::Kind;
+use crate::wording::{visible, visible_lines};
 
 /// A component's refusal of its options: which one, why, and what to do.
 ///
@@ -158,11 +159,11 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.path.is_empty() {
-            write!(f, "`{}`: ", self.path.join("."))?;
+            write!(f, "`{}`: ", visible(&self.path.join(".")))?;
         }
-        f.write_str(&self.message)?;
+        f.write_str(&visible_lines(&self.message))?;
         if let Some(help) = &self.help {
-            write!(f, " ({help})")?;
+            write!(f, " ({})", visible_lines(help))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 mod phrases;
 mod spelling;
 
-pub use phrases::number;
-pub(crate) use phrases::{list, quoted, visible, visible_lines, with_article};
+pub(crate) use phrases::{list, quoted, visible, with_article};
+pub use phrases::{number, visible_lines};
 pub(crate) use spelling::distance;
 pub use spelling::nearest;

@@ -16,8 +16,9 @@ pub(crate) fn visible(text: &str) -> String {
     text.chars().map(show).collect()
 }
 
-/// As [`visible`], but keeping line breaks: some messages hold a list.
-pub(crate) fn visible_lines(text: &str) -> String {
+/// Text for a terminal: control characters are replaced, so that no terminal acts on one. Line breaks stay, since some
+/// messages hold a list.
+pub fn visible_lines(text: &str) -> String {
     let lines: Vec<String> = text.lines().map(visible).collect();
     lines.join("\n")
 }

@@ -2,12 +2,18 @@
 
 use std::collections::BTreeSet;
 
+/// Names of more bytes than this are not compared: it takes the product of their lengths.
+const LONGEST: usize = 256;
+
 /// The candidates that `name` may be a misspelling of, nearest first, at most three.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+    if name.len() > LONGEST {
+        return Vec::new();
+    }
     let written = name.to_lowercase();
     let length = written.chars().count();
     let mut scored: Vec<(usize, &str)> = Vec::new();
-    for candidate in candidates {
+    for candidate in candidates.into_iter().filter(|candidate| candidate.len() <= LONGEST) {
         let distance = strsim::osa_distance(&written, &candidate.to_lowercase());
         let longest = length.max(candidate.chars().count());
         let contains = length >= 3

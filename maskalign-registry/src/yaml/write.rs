@@ -19,6 +19,9 @@ pub(crate) fn write(document: &Value, comment: &dyn Fn(&[String]) -> Option<Stri
     out
 }
 
+/// A key of more bytes is written with `?`: before a colon, YAML reads keys of up to 1024 characters.
+const LONGEST_KEY: usize = 1000;
+
 struct Writer<'a> {
     comment: &'a dyn Fn(&[String]) -> Option<String>,
     path: Vec<String>,
@@ -32,8 +35,13 @@ impl Writer<'_> {
         };
         for (key, value) in object {
             self.path.push(key.clone());
-            let head = format!("{:indent$}{}:", "", yaml_text(key, Within::Line));
-            self.value(&head, value, indent + 2);
+            let name = yaml_text(key, Within::Line);
+            if name.len() <= LONGEST_KEY {
+                self.value(&format!("{:indent$}{name}:", ""), value, indent + 2);
+            } else {
+                self.lines.push((format!("{:indent$}? {name}", ""), None));
+                self.value(&format!("{:indent$}:", ""), value, indent + 2);
+            }
             self.path.pop();
         }
     }

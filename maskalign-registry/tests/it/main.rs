@@ -3,6 +3,7 @@
 mod agreement;
 #[allow(dead_code, reason = "options are read through serde alone")]
 mod components;
+mod fuzz;
 mod layers;
 mod mistakes;
 mod plugins;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::ListHash;
 use crate::data::regular_file::{OpenError, open_regular, other_than_file};
 use crate::data::{DataError, Images, RgbImage, decode};
-use maskalign_registry::Refusal;
+use maskalign_registry::{Refusal, source::visible_lines};
 
 /// A list of image files, with or without labels.
 pub struct FileImages {
@@ -47,7 +47,8 @@ impl Images for FileImages {
     }
 
     fn notes(&self) -> Vec<String> {
-        self.notes.clone()
+        // They quote names of files and columns.
+        self.notes.iter().map(|note| visible_lines(note)).collect()
     }
 
     /// Takes one look at each file's size; a file that is missing counts as one of no bytes.

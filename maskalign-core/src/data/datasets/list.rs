@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::path::{Path, PathBuf};
 
 use super::files::{bare_variable, odd_letter};
-use super::some_of;
+use super::{first_of, some_of};
 
 /// Labels from here on are refused: more likely a mistake than a class.
 const LABELS: u32 = 1_000_000;
@@ -339,9 +339,15 @@ fn is_number(text: &str) -> bool {
 
 /// Whether a path ends like an image's.
 fn has_image_ending(path: &str) -> bool {
+    /// Of an ending with its dot.
+    const LONGEST: usize = 5;
     const ENDINGS: [&str; 14] =
         ["jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif", "pbm", "pnm", "jfif", "jpe"];
-    path.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending.to_ascii_lowercase().as_str()))
+    // The last few bytes alone: a long line is asked about at each of its spaces.
+    let end = path.as_bytes();
+    let end = &end[end.len().saturating_sub(LONGEST)..];
+    let ending = end.iter().rposition(|&byte| byte == b'.').map(|dot| &end[dot + 1..]);
+    ending.is_some_and(|ending| ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known.as_bytes())))
 }
 
 /// Refuses what is no path of this machine.
@@ -465,12 +471,12 @@ fn check_labels(rows: &[Row<'_>], entries: &[Entry], classes: Option<&[String]>)
     }
     let mut seen = vec![false; most as usize + 1];
     entries.iter().filter_map(|entry| entry.1).for_each(|label| seen[label as usize] = true);
-    let missing: Vec<String> =
-        (0..=most).filter(|&label| !seen[label as usize]).map(|label| label.to_string()).collect();
-    if missing.is_empty() {
+    let mut missing = (0..=most).filter(|&label| !seen[label as usize]);
+    let count = missing.clone().count();
+    if count == 0 {
         return Ok(());
     }
-    if missing == ["0"] {
+    if count == 1 && !seen[0] {
         let message = format!("the labels go from 1 to {most}, and labels count from 0");
         return Err(fault(
             line_of(1),
@@ -479,9 +485,8 @@ fn check_labels(rows: &[Row<'_>], entries: &[Entry], classes: Option<&[String]>)
         ));
     }
     let message = format!(
-        "the labels go up to {most} and leave out {} of the numbers before: {}",
-        missing.len(),
-        some_of(&missing)
+        "the labels go up to {most} and leave out {count} of the numbers before: {}",
+        first_of(missing.by_ref().map(|label| label.to_string()), count)
     );
     let help = "number the classes from 0 on without a gap; or, where this list holds some of the classes only, name all of them in `classes`";
     Err(fault(line_of(most), message, help))

@@ -38,7 +38,12 @@ impl ListHash {
 
 /// The first few of many, and how many more there are.
 fn some_of(all: &[String]) -> String {
+    first_of(all.iter().cloned(), all.len())
+}
+
+/// The same of so many that are not all made.
+fn first_of(all: impl Iterator<Item = String>, count: usize) -> String {
     const SHOWN: usize = 5;
-    let more = if all.len() > SHOWN { format!(" and {} more", all.len() - SHOWN) } else { String::new() };
-    format!("{}{more}", all[..all.len().min(SHOWN)].join(", "))
+    let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+    format!("{}{more}", all.take(SHOWN).collect::<Vec<_>>().join(", "))
 }

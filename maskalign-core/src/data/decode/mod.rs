@@ -5,6 +5,7 @@
 //! frame is taken: all as Pillow does, to the byte. What Pillow refuses is refused. Files that Pillow reads and this does not
 //! (TIFF packed with LZMA or Zstandard, say) are refused with what to do, and so are damaged ones that Pillow fills in.
 
+use std::cell::Cell;
 use std::io::{self, Cursor, Read};
 use std::panic::catch_unwind;
 use std::path::Path;
@@ -13,6 +14,7 @@ use image::{DynamicImage, ImageError, ImageFormat, ImageReader, Limits};
 
 use super::regular_file::{OpenError, open_regular};
 use super::{DataError, RgbImage};
+use maskalign_registry::source::visible_lines;
 
 mod bmp;
 mod colour;
@@ -35,6 +37,18 @@ const MAX_PNG_BYTES: u64 = 32 << 20;
 
 /// Bytes of the largest pixel: four samples of 16 bits.
 const MAX_PIXEL_BYTES: u64 = 8;
+
+/// What is said of a file on which a decoder panicked.
+pub const GAVE_UP: &str = "it is damaged in a way that its decoder does not foresee";
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic on this thread now is one of a decoder, which is answered as a damaged file: a hook has nothing to report.
+pub fn is_guarded() -> bool {
+    GUARDED.get()
+}
 
 /// Reads one image file.
 ///
@@ -77,6 +91,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
             ));
         }
     };
+    GUARDED.set(true);
     let decoded = catch_unwind(|| match format {
         ImageFormat::Jpeg if !jpeg::is_complete(bytes) => Err(Unreadable::NoEnd),
         ImageFormat::Jpeg => jpeg::decode(bytes),
@@ -87,8 +102,9 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<RgbImage, DataError> {
         ImageFormat::Png | ImageFormat::WebP => by_image(bytes, format),
         other => Err(Unreadable::Broken(format!("{other:?} files are not read; save it as PNG or JPEG"))),
     });
+    GUARDED.set(false);
     let length = bytes.len();
-    match decoded.unwrap_or_else(|_| Err(Unreadable::Broken("the decoder panicked".into()))) {
+    match decoded.unwrap_or_else(|_| Err(Unreadable::Broken(GAVE_UP.into()))) {
         Ok(image) => {
             debug_assert_eq!(image.pixels.len(), image.width * image.height * 3);
             Ok(image)
@@ -154,6 +170,8 @@ mod most_per_byte {
     pub(super) const DEFLATE: usize = 1032;
     /// A code of 12 bits stands for 4,096 bytes at most.
     pub(super) const LZW: usize = 2731;
+    /// A row as the one above takes one bit, and has 65,535 pixels at most.
+    pub(super) const GROUP_4: usize = 8 * 65_535;
     /// A block of 64 pixels takes at least one bit.
     pub(super) const JPEG: usize = 512;
 }
@@ -217,7 +235,8 @@ fn to_rgb(image: DynamicImage) -> Vec<u8> {
 }
 
 fn broken(path: &Path, message: impl Into<String>) -> DataError {
-    DataError::Decode { path: path.to_owned(), message: message.into() }
+    let message: String = message.into();
+    DataError::Decode { path: path.to_owned(), message: visible_lines(&message) }
 }
 
 fn truncated(path: &Path, message: String) -> DataError {

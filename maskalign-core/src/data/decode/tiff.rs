@@ -50,6 +50,9 @@ const PACK_BITS: usize = 32_773;
 /// More samples a pixel than any image that can be read has.
 const MAX_SAMPLES: usize = 6;
 
+/// Files whose strips have no lengths let each go on to the end; of others, some share a tile.
+const MOST_OVERLAP: usize = 64;
+
 /// The numbers of the tags of one directory.
 struct Directory<'a> {
     bytes: &'a [u8],
@@ -264,43 +267,61 @@ impl Layout {
     fn read(&self, directory: &Directory<'_>) -> Result<Vec<u8>, Unreadable> {
         let size = self.sample_bytes();
         let total = self.width * self.height * self.samples * size;
-        // What a byte of the file may unpack to, at most; a group 4 row may be one bit.
-        let most = match self.compression {
-            PLAIN | PACK_BITS => 64,
-            LZW => most_per_byte::LZW,
-            DEFLATE | OLD_DEFLATE => most_per_byte::DEFLATE,
-            JPEG => most_per_byte::JPEG * self.samples,
-            _ => usize::MAX,
-        };
-        check_fits(total * self.bits.min(8) / 8, most, directory.bytes.len())?;
-        if total as u64 > MAX_DECODER_BYTES {
-            return Err(Unreadable::Broken(format!("its samples take {total} bytes, more than 1 GiB")));
-        }
-        let mut out = vec![0; total];
         let across = self.width.div_ceil(self.chunk.0);
         let down = self.height.div_ceil(self.chunk.1);
         let layers = if self.planar { self.samples } else { 1 };
         // Samples that lie together in a chunk.
         let together = self.samples / layers;
+        // Tiles may go beyond the image, and are unpacked whole.
+        let chunk = self.chunk.0 * self.chunk.1 * together * size;
+        // What a byte of the file may unpack to, at most.
+        let most = match self.compression {
+            PLAIN | PACK_BITS => 64,
+            LZW => most_per_byte::LZW,
+            DEFLATE | OLD_DEFLATE => most_per_byte::DEFLATE,
+            JPEG => most_per_byte::JPEG * self.samples,
+            _ => most_per_byte::GROUP_4,
+        };
+        for bytes in [total, chunk] {
+            check_fits(bytes * self.bits.min(8) / 8, most, directory.bytes.len())?;
+            if bytes as u64 > MAX_DECODER_BYTES {
+                return Err(Unreadable::Broken(format!("its samples take {bytes} bytes, more than 1 GiB")));
+            }
+        }
         if self.offsets.len() < across * down * layers {
             return Err(Unreadable::Truncated);
         }
+        let tables = self.jpeg_tables(directory)?;
+        // Packed bytes that may still be read: where strips or tiles lie over each other, a file would have more of them
+        // than it has bytes.
+        let mut may_read = directory.bytes.len().saturating_add(total).saturating_mul(MOST_OVERLAP);
+        // As much as is unpacked, and not what the tags say.
+        let mut out = Vec::new();
+        let row_length = self.width * self.samples * size;
         for (number, &offset) in self.offsets.iter().enumerate().take(across * down * layers) {
             let (layer, place) = (number / (across * down), number % (across * down));
             let (left, top) = (place % across * self.chunk.0, place / across * self.chunk.1);
             let (columns, rows) = (self.chunk.0.min(self.width - left), self.chunk.1.min(self.height - top));
-            // Strips end with the image, tiles do not.
-            let held_rows = if self.tiled { self.chunk.1 } else { rows };
+            // Strips end with the image, tiles do not; a fax is unpacked as far as it is needed, since a few bits may be
+            // many pixels.
+            let held_rows = if self.tiled && self.compression != GROUP_4 { self.chunk.1 } else { rows };
             let packed = directory.bytes.get(offset..).ok_or(Unreadable::Truncated)?;
             let packed = match self.lengths.get(number) {
                 Some(&length) if self.compression != PLAIN => packed.get(..length).ok_or(Unreadable::Truncated)?,
                 _ => packed,
             };
-            let chunk = self.unpacked(directory, packed, held_rows, together)?;
+            if self.compression != PLAIN {
+                let read = packed.len() + tables.len();
+                may_read = may_read
+                    .checked_sub(read)
+                    .ok_or_else(|| Unreadable::Broken("its strips or tiles lie over each other".into()))?;
+            }
+            let chunk = self.unpacked(directory.big_endian, &tables, packed, held_rows, together)?;
+            out.resize(out.len().max((top + rows) * row_length), 0);
             let row_bytes = self.chunk.0 * together * size;
             for y in 0..rows {
                 let row = &chunk[y * row_bytes..][..columns * together * size];
-                let start = ((top + y) * self.width + left) * self.samples * size;
+                let start = (top + y) * row_length + left * self.samples * size;
                 if layers == 1 {
                     out[start..start + row.len()].copy_from_slice(row);
                     continue;
@@ -317,13 +338,14 @@ impl Layout {
     /// The samples of one chunk, each in whole bytes, little end first.
     fn unpacked(
         &self,
-        directory: &Directory<'_>,
+        big_endian: bool,
+        tables: &[u8],
         packed: &[u8],
         rows: usize,
         samples: usize,
     ) -> Result<Vec<u8>, Unreadable> {
         if self.compression == JPEG {
-            return self.jpeg_samples(directory, packed, rows, samples);
+            return self.jpeg_samples(tables, packed, rows, samples);
         }
         let row_bytes = (self.chunk.0 * samples * self.bits).div_ceil(8);
         let needed = row_bytes * rows;
@@ -360,12 +382,12 @@ impl Layout {
         }
         match self.predictor {
             2 if matches!(self.compression, LZW | DEFLATE | OLD_DEFLATE) => {
-                self.sum_differences(&mut bytes, row_bytes, samples, directory.big_endian);
+                self.sum_differences(&mut bytes, row_bytes, samples, big_endian);
             }
             3 => return Err(Unreadable::Broken("a TIFF with predictor 3 cannot be read; save it as PNG".into())),
             _ => {}
         }
-        if directory.big_endian {
+        if big_endian {
             bytes.chunks_exact_mut(self.sample_bytes()).for_each(<[u8]>::reverse);
         }
         if self.bits >= 8 {
@@ -392,18 +414,20 @@ impl Layout {
         }
     }
 
-    /// The samples of a chunk that is a JPEG, its tables in a tag of their own.
-    fn jpeg_samples(
-        &self,
-        directory: &Directory<'_>,
-        packed: &[u8],
-        rows: usize,
-        samples: usize,
-    ) -> Result<Vec<u8>, Unreadable> {
-        let tables: Vec<u8> = directory.values(tag::JPEG_TABLES)?.into_iter().map(|byte| byte as u8).collect();
-        let mut file = tables;
-        // Two images in one: the end marker of the tables and the start marker of the data go.
-        file.truncate(file.len().saturating_sub(2));
+    /// The tables of all chunks that are JPEG, without the end marker; none where each has its own.
+    fn jpeg_tables(&self, directory: &Directory<'_>) -> Result<Vec<u8>, Unreadable> {
+        if self.compression != JPEG {
+            return Ok(Vec::new());
+        }
+        let mut tables: Vec<u8> = directory.values(tag::JPEG_TABLES)?.into_iter().map(|byte| byte as u8).collect();
+        tables.truncate(tables.len().saturating_sub(2));
+        Ok(tables)
+    }
+
+    /// The samples of a chunk that is a JPEG, its tables apart from it.
+    fn jpeg_samples(&self, tables: &[u8], packed: &[u8], rows: usize, samples: usize) -> Result<Vec<u8>, Unreadable> {
+        let mut file = tables.to_vec();
+        // Two images in one: the start marker of the data goes.
         if file.is_empty() {
             file.extend_from_slice(packed);
         } else {
@@ -534,7 +558,7 @@ fn pack_bits(packed: &[u8], needed: usize) -> Vec<u8> {
 fn group4(packed: &[u8], width: usize, rows: usize) -> Result<Vec<u8>, Unreadable> {
     let columns = u16::try_from(width).map_err(|_| Unreadable::Broken(format!("a fax of {width} columns")))?;
     let height = u16::try_from(rows).map_err(|_| Unreadable::Broken(format!("a fax of {rows} rows")))?;
-    let mut bytes = Vec::with_capacity(width.div_ceil(8) * rows);
+    let mut bytes = Vec::new();
     let decoded = fax::decoder::decode_g4(packed.iter().copied(), columns, Some(height), |line| {
         let mut row = vec![0u8; width.div_ceil(8)];
         for (x, colour) in fax::decoder::pels(line, columns).enumerate() {

@@ -138,6 +138,36 @@ fn a_file_cut_short_anywhere_is_refused_by_name() {
     assert!(matches!(result, Err(DataError::Truncated { .. })), "{result:?}");
 }
 
+/// Each of many strips is the whole file: reading them all would take the square of its size.
+#[test]
+fn strips_that_lie_over_each_other_are_refused() {
+    const STRIPS: u32 = 20_000;
+    let entries: [(u16, u32, u32); 10] = [
+        (256, 1, 1),
+        (257, 1, STRIPS),
+        (258, 1, 8),
+        (259, 1, 32_773),
+        (262, 1, 1),
+        // The bits of each byte turned, which takes a copy.
+        (266, 1, 2),
+        (273, STRIPS, 134),
+        (277, 1, 1),
+        (278, 1, 1),
+        (279, STRIPS, 134 + 4 * STRIPS),
+    ];
+    let mut file = b"II*\0\x0a\0\0\0\0\x07".to_vec();
+    file.extend((entries.len() as u16).to_le_bytes());
+    for (tag, count, value) in entries {
+        file.extend([tag.to_le_bytes(), 4u16.to_le_bytes()].concat());
+        file.extend([count.to_le_bytes(), value.to_le_bytes()].concat());
+    }
+    file.resize(134, 0);
+    file.extend(8u32.to_le_bytes().repeat(STRIPS as usize));
+    file.extend((8 * STRIPS).to_le_bytes().repeat(STRIPS as usize));
+    let error = decode::decode(&file, Path::new("photo")).unwrap_err().to_string();
+    assert!(error.contains("lie over each other"), "{error}");
+}
+
 #[test]
 fn damaged_files_never_panic() {
     for entry in fs::read_dir(fixtures().join("decode")).unwrap() {
