@@ -121,8 +121,8 @@ fn about(names: &[String], runs: &[Run]) -> String {
     for (name, cell) in ROWS {
         let cells: Vec<String> = runs.iter().map(cell).collect();
         if cells.iter().any(|cell| !cell.is_empty()) {
-            let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
-            let _ = writeln!(table, "<tr><th scope=\"row\">{name}</th>{cells}</tr>");
+            let cells: Vec<String> = cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
+            let _ = writeln!(table, "<tr><th scope=\"row\">{name}</th>{}</tr>", cells.concat());
         }
     }
     format!("<div class=\"wide\"><table>\n{table}</table></div>\n")
@@ -141,8 +141,9 @@ fn head(names: &[String]) -> String {
     match names {
         [_] => String::new(),
         names => {
-            let cells: String = names.iter().map(|name| format!("<th scope=\"col\">{}</th>", escape(name))).collect();
-            format!("<tr><td></td>{cells}</tr>\n")
+            let cells: Vec<String> =
+                names.iter().map(|name| format!("<th scope=\"col\">{}</th>", escape(name))).collect();
+            format!("<tr><td></td>{}</tr>\n", cells.concat())
         }
     }
 }
@@ -237,7 +238,9 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
         if parts.len() > 1 && runs.len() == 1 {
             let named = |path: &&String| {
                 let mut curves = of(path);
-                curves.iter_mut().for_each(|curve| curve.name = path[prefix.len()..].replace('/', " "));
+                for curve in &mut curves {
+                    curve.name = path[prefix.len()..].replace('/', " ");
+                }
                 curves
             };
             charts.push((title.to_owned(), parts.iter().flat_map(named).collect()));

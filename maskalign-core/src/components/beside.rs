@@ -84,10 +84,10 @@ impl<'o> Beside<'o> {
         match &said.value {
             SaidActivation::Other(name) => self.refuse_activation(said.map(|_| name.clone())),
             SaidActivation::QuickGelu => {
-                self.option("activation", Some(said.map(|_| "quick_gelu".to_owned())), |name| json!(name))
+                self.option("activation", Some(said.map(|_| "quick_gelu".to_owned())), |name| json!(name));
             }
             SaidActivation::Gelu => {
-                self.option("activation", Some(said.map(|_| "gelu".to_owned())), |name| json!(name))
+                self.option("activation", Some(said.map(|_| "gelu".to_owned())), |name| json!(name));
             }
         }
         self

@@ -76,7 +76,9 @@ impl<'de> Deserialize<'de> for Statistics {
                 let Values { mean, std } = serde_json::from_value(values).map_err(D::Error::custom)?;
                 let Statistics { mean, std } =
                     Statistics { mean: mean.map(|value| value as f32), std: std.map(|value| value as f32) };
-                if mean.iter().any(|value| !value.is_finite()) || std.iter().any(|value| !(*value > 0.0)) {
+                if mean.iter().any(|value| !value.is_finite())
+                    || std.iter().any(|value| value.is_nan() || *value <= 0.0)
+                {
                     return Err(D::Error::custom("a mean is no number, or a standard deviation is not above 0"));
                 }
                 Ok(Statistics { mean, std })

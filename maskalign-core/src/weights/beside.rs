@@ -403,7 +403,7 @@ fn of_open_clip(root: &Part) -> Description {
     let image_size = vision.get("image_size").and_then(|size| size.read(side));
     if let Some(name) = vision.get("timm_model_name") {
         let Some(named) = name.read(|name| timm_name(name.as_str()?)) else {
-            return Description { projection, image_size, ..statistics };
+            return Description { image_size, projection, ..statistics };
         };
         let TimmName { dim, depth, heads, patch, registers, cls_token, eps, activation } = named.value;
         return Description {

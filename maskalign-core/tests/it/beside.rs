@@ -175,7 +175,7 @@ fn what_contradicts_it_is_refused_with_both_places() {
         let found = found.unwrap_or_else(|| panic!("{teacher}: {}", report.render()));
         let [ours, theirs] = &found.labels[..] else { panic!("{}", report.render()) };
         assert_eq!(ours.place.source.name(), "recipe.yaml");
-        assert!(theirs.place.source.name().ends_with(".json"), "{}", report.render());
+        assert!(theirs.place.source.name().contains("config.json"), "{}", report.render());
         let line = theirs.place.source.line(theirs.place.span.start);
         assert!(
             line.contains(&format!("\"{said}\"")) || line.trim_start().starts_with(|c: char| c.is_ascii_digit()),
@@ -287,7 +287,9 @@ fn every_form_that_programs_write_is_read() {
             fs::write(folder.path().join(name), value.to_string()).unwrap();
         }
         let loaded = load(&format!("{{ type: {kind}, weights: '{}' }}", weights.display()));
-        documents.iter().for_each(|(name, _)| fs::remove_file(folder.path().join(name)).unwrap());
+        for (name, _) in documents {
+            fs::remove_file(folder.path().join(name)).unwrap();
+        }
         options(&loaded.unwrap_or_else(|report| panic!("{}", report.render())))
     };
     // openai/clip-vit-large-patch14, with what newer versions leave out as defaults.

@@ -181,7 +181,9 @@ impl Shown {
     /// An image with its masked patches darkened.
     fn visible(&self, image: usize, visible: &[u32]) -> RgbImage {
         let mut weights = vec![MASKED; self.side * self.side];
-        visible.iter().for_each(|&patch| weights[patch as usize] = 1.0);
+        for &patch in visible {
+            weights[patch as usize] = 1.0;
+        }
         self.weighted(image, &weights)
     }
 
@@ -196,7 +198,9 @@ impl Shown {
         let mut picture = self.originals[image].clone();
         for (patch, weight) in weights.iter().enumerate() {
             self.change(&mut picture, patch, |_, pixel| {
-                pixel.iter_mut().for_each(|value| *value = (f32::from(*value) * weight).round() as u8);
+                for value in pixel {
+                    *value = (f32::from(*value) * weight).round() as u8;
+                }
             });
         }
         picture
@@ -374,7 +378,7 @@ mod tests {
             });
         }
         assert_eq!(shown.filled(0, &[1, 2], &target, &target), shown.originals[0]);
-        let dark = shown.filled(0, &[1], &vec![-9.0; 48], &target[..48]);
+        let dark = shown.filled(0, &[1], &[-9.0; 48], &target[..48]);
         assert_eq!((dark.pixels[3 * 4], dark.pixels[0]), (0, shown.originals[0].pixels[0]), "patch 1 alone changes");
     }
 }
