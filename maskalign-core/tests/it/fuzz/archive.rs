@@ -188,7 +188,7 @@ fn edit_pickle(pickle: &[u8], random: &mut Random) -> Option<Vec<u8>> {
             let value = any_number(little(&instructions[at], 1, instructions[at].len() - 1)? as u64, 8, random);
             instructions[at] = match random.below(3) {
                 0 => vec![b'K', value as u8],
-                1 => [&[b'J'], &(value as u32).to_le_bytes()[..]].concat(),
+                1 => [&b"J"[..], &(value as u32).to_le_bytes()[..]].concat(),
                 _ => [&[0x8a, 8], &value.to_le_bytes()[..]].concat(),
             };
         }

@@ -34,7 +34,9 @@ fn check_images(images: &dyn Images) {
 fn idx(sides: &[u32]) -> Vec<u8> {
     let count: u32 = sides.iter().product();
     let mut bytes = vec![0, 0, 8, sides.len() as u8];
-    sides.iter().for_each(|side| bytes.extend(side.to_be_bytes()));
+    for side in sides {
+        bytes.extend(side.to_be_bytes());
+    }
     bytes.extend((0..count).map(|value| (value % 7) as u8));
     bytes
 }

@@ -156,7 +156,9 @@ fn edit_json(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
 }
 
 fn check_items(items: &[Item]) -> Vec<String> {
-    items.iter().for_each(|item| assert!(!item.name.is_empty() && !item.says.is_empty(), "{item:?}"));
+    for item in items {
+        assert!(!item.name.is_empty() && !item.says.is_empty(), "{item:?}");
+    }
     items.iter().filter(|item| !item.whole).map(|item| format!("{}: {}", item.name, item.says)).collect()
 }
 

@@ -46,7 +46,7 @@ impl Parts {
         let mut parts = Parts { metadata: Map::new(), entries: Vec::new() };
         for (name, value) in header {
             if name == "__metadata__" {
-                parts.metadata = value.as_object()?.clone();
+                parts.metadata.clone_from(value.as_object()?);
                 continue;
             }
             let number = |value: &Value| value.as_u64();
@@ -160,7 +160,7 @@ impl Parts {
                 let prefix = *random.pick(&PREFIXES);
                 self.entries.iter_mut().for_each(|entry| entry.name.insert_str(0, prefix));
             }
-            2 => self.entries[at].name.insert_str(0, *random.pick(&PREFIXES)),
+            2 => self.entries[at].name.insert_str(0, random.pick::<&str>(&PREFIXES)),
             3 => {
                 // The whole tower once more, under another name.
                 let prefix = *random.pick(&PREFIXES);
@@ -171,7 +171,7 @@ impl Parts {
                     .collect();
                 self.entries.extend(copies);
             }
-            4 => self.entries[at].name = (*random.pick(&NAMES)).to_owned(),
+            4 => (*random.pick(&NAMES)).clone_into(&mut self.entries[at].name),
             5 => {
                 let parts: Vec<&str> = entry.name.split('.').collect();
                 let place = random.below(parts.len());
@@ -210,7 +210,7 @@ impl Parts {
                 self.reshape(at, shape);
             }
             9 => {
-                self.entries[at].dtype = (*random.pick(&TYPES)).to_owned();
+                (*random.pick(&TYPES)).clone_into(&mut self.entries[at].dtype);
                 if random.one_in(2) {
                     self.reshape(at, entry.shape);
                 }

@@ -18,7 +18,7 @@ use std::{
 /// The seed that is taken where the environment names none.
 const SEED: u64 = 20_230_618;
 /// What one input may take, in a build that is not optimised, on a machine that does other things.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Committed inputs from here on are read and not edited.
 const LARGE: usize = 8 << 10;
 /// What making a failing input smaller may take.
@@ -399,5 +399,5 @@ pub(crate) fn edit_number(bytes: &mut Vec<u8>, random: &mut Random) -> bool {
 
 /// Another number in decimal.
 pub(crate) fn any_decimal(random: &mut Random) -> &'static str {
-    *random.pick(&NUMBERS)
+    random.pick::<&str>(&NUMBERS)
 }
