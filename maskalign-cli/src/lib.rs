@@ -53,6 +53,7 @@ Examples:
   maskalign validate mine.yaml                   all its mistakes at once; parameters, steps, memory
   maskalign run mine.yaml --set seed=1           run it with a value changed
   maskalign run --resume runs/mine-20230618-093000
+  maskalign runs list                            every run, its state and its best result
   maskalign explain masker.attention             what a component does and its options";
 
 /// Runs the command line of this process, with every plugin that is linked into it.

@@ -59,6 +59,8 @@ pub(crate) struct Reporter {
     counting: String,
     meter: Option<Meter>,
     last_line: Instant,
+    /// Whether the stage has shown a part of its results.
+    has_shown: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -108,6 +110,14 @@ impl Reporter {
             counting: String::new(),
             meter: None,
             last_line: Instant::now(),
+            has_shown: false,
+        }
+    }
+
+    /// Shows what is about to run, or what can be done after it.
+    pub(crate) fn say(&self, text: &str) {
+        if self.style != Style::Quiet {
+            self.screen.above(|| output::complain(text));
         }
     }
 
@@ -131,7 +141,7 @@ impl Reporter {
             return;
         }
         // The template is fixed and valid; the style that stands in for it shows the same numbers.
-        let style = ProgressStyle::with_template("{prefix:.bold} {wide_bar:.cyan/blue} {pos}/{len} {msg}")
+        let style = ProgressStyle::with_template("{prefix:.bold} {wide_bar:.cyan/blue} {pos}/{len} {elapsed} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
         let prefix = match counting {
             "" => self.stage.clone(),
@@ -153,7 +163,14 @@ impl Sink for &mut Reporter {
                 }
                 self.result(&evaluation.stage, &result);
             }
-            Event::Result { stage, result } => self.result(stage, result),
+            Event::Result { stage, result } => {
+                self.has_shown = true;
+                self.result(stage, result);
+            }
+            Event::StageEnded { stage, results } if !self.has_shown => {
+                self.clear();
+                self.result(stage, results);
+            }
             Event::Progress { what, done, all } => self.count(what, *done, *all),
             Event::Saved { path } => tracing::debug!("saved {}", path.display()),
             Event::Warned { stage, text } => tracing::warn!("stage `{stage}`: {text}"),
@@ -173,6 +190,7 @@ impl Reporter {
         self.clear();
         self.stage = name.to_string();
         self.meter = None;
+        self.has_shown = false;
         if self.style == Style::Quiet {
             return;
         }
@@ -212,7 +230,7 @@ impl Reporter {
                     self.start_bar(report.steps, "");
                 }
                 self.bar.set_position(report.step + 1);
-                self.bar.set_message(numbers);
+                self.bar.set_message(format!("epoch {:.1}, {numbers}", report.epoch));
             }
             Style::Lines => {
                 if self.line_is_due(left.is_empty()) {
@@ -251,9 +269,23 @@ impl Reporter {
     }
 }
 
-/// A result in one line: `student accuracy 83.1 %`.
+/// Results without the accuracy that is among those by numbers of neighbours too.
+pub(crate) fn undoubled(results: &Value) -> Value {
+    match results {
+        Value::Object(entries) => {
+            let by_k = entries.get("by_k").and_then(Value::as_object);
+            let is_double = |value: &Value| by_k.is_some_and(|by_k| by_k.values().any(|other| other == value));
+            let kept = entries.iter().filter(|(name, value)| *name != "accuracy" || !is_double(value));
+            kept.map(|(name, value)| (name.clone(), undoubled(value))).collect()
+        }
+        other => other.clone(),
+    }
+}
+
+/// A result in one line: `student accuracy 83.1 %`. Lists, which hold the course of something, are left out.
 fn sentence(result: &Value) -> String {
     let mut parts = Vec::new();
+    let result = &undoubled(result);
     let mut open = vec![(Vec::new(), result)];
     while let Some((path, value)) = open.pop() {
         match value {
@@ -263,6 +295,7 @@ fn sentence(result: &Value) -> String {
                     open.push(([path.as_slice(), &[key.as_str()]].concat(), value));
                 }
             }
+            Value::Array(_) => {}
             value => parts.push(format!("{} {}", path.join(" "), number(&path.join("."), value))),
         }
     }
@@ -293,5 +326,8 @@ mod tests {
     fn a_result_is_a_sentence() {
         assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
         assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
+        assert_eq!(sentence(&json!({ "loss": 0.5, "knn": [{ "accuracy": 0.5 }] })), "loss 0.5000");
+        let by_k = json!({ "student": { "accuracy": 0.5, "by_k": { "10": 0.5, "20": 0.25 } } });
+        assert_eq!(sentence(&by_k), "student by_k 10 50.0 %, student by_k 20 25.0 %");
     }
 }

@@ -4,9 +4,23 @@
 #[derive(Default)]
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
+    others: Align,
+}
+
+/// Where the cells of a column stand.
+#[derive(Clone, Copy, Default, PartialEq)]
+enum Align {
+    Left,
+    #[default]
+    Right,
 }
 
 impl Table {
+    /// A table whose columns are all aligned left.
+    pub(crate) fn of_words() -> Table {
+        Table { rows: Vec::new(), others: Align::Left }
+    }
+
     /// Adds a row.
     pub(crate) fn row<S: Into<String>>(&mut self, cells: impl IntoIterator<Item = S>) {
         self.rows.push(cells.into_iter().map(Into::into).collect());
@@ -22,9 +36,10 @@ impl Table {
         for row in &self.rows {
             let mut line = " ".repeat(indent);
             for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                match column {
-                    0 => line.push_str(&format!("{cell:<width$}")),
-                    _ => line.push_str(&format!("  {cell:>width$}")),
+                match (column, self.others) {
+                    (0, _) => line.push_str(&format!("{cell:<width$}")),
+                    (_, Align::Left) => line.push_str(&format!("  {cell:<width$}")),
+                    (_, Align::Right) => line.push_str(&format!("  {cell:>width$}")),
                 }
             }
             out.push_str(line.trim_end());
@@ -93,5 +108,9 @@ mod tests {
         table.row(["", "accuracy"]);
         table.row(["pixels", "82.0 %"]);
         assert_eq!(table.render(2), "          accuracy\n  pixels    82.0 %\n");
+        let mut table = Table::of_words();
+        table.row(["a", "long", "c"]);
+        table.row(["aa", "b", "c"]);
+        assert_eq!(table.render(0), "a   long  c\naa  b     c\n");
     }
 }

@@ -20,7 +20,7 @@ mod check;
 mod recipe;
 
 pub use catalog::{DuplicatePlugin, Registry, recipe_schema};
-pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource};
+pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource, Removal};
 pub use diagnostic::{Diagnostic, Label, Place, Report};
 pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, SharedOptions, Slot, Weights, With};
 #[doc(hidden)]

@@ -110,6 +110,21 @@ const BROKEN = [
   ['batch: { effective: 64 }\n', 'batch: 64\n', '64', /Incorrect type/],
 ];
 
+// Recipes that extend the quickstart, and what is to be marked in them with which message; nothing for those without mistakes.
+const extending = (says) => `${modeline}extends: quickstart\nname: x\nstages:\n${says}`;
+const EXTENDING = [
+  ['an objective removed', '  pretrain:\n    objectives:\n      align: null\n'],
+  ['a stage removed', '  knn: null\n'],
+  ['options removed', '  pretrain:\n    epochs: null\n    masker: { ratio: null, visible: 16 }\n    data: { transforms: null }\n'],
+  ['a component anew', '  pretrain:\n    masker: { $replace: true, type: random, ratio: 0.5 }\n'],
+  ['objectives anew', '  pretrain:\n    objectives:\n      $replace: true\n      more: { weight: 2 }\n'],
+  ['stages anew', '  $replace: true\n  knn: { type: knn }\n'],
+  ['an option that is none', '  pretrain:\n    masker: { type: random, ratoi: null }\n', 'ratoi', /Property ratoi is not allowed/],
+  ['a value out of range', '  pretrain:\n    masker: { type: random, ratio: 2 }\n', '2', /above the maximum of 1\b/],
+  ['no objective anew', '  pretrain:\n    objectives:\n      $replace: false\n', 'false', /true/],
+  ['a stage of a name that is none', '  a.b:\n    type: knn\n', 'a.b', /./],
+];
+
 const modeline = '# yaml-language-server: $schema=./recipe.schema.json\n';
 const start = `${modeline}name: x\nstages:\n  pretrain:\n    type: pretrain\n`;
 // A text with the place marked, and labels that are offered there.
@@ -124,6 +139,10 @@ const COMPLETIONS = [
   ['options of a loss', `${start}    objectives:\n      align:\n        loss:\n          type: smooth_l1\n          |\n`, ['beta']],
   ['types of a loss', `${start}    objectives:\n      align:\n        loss:\n          type: |\n`, ['mse', 'smooth_l1', 'cosine']],
   ['options of an aligner', `${start}    objectives:\n      align:\n        aligner:\n          type: dynamic\n          |\n`, ['fusion', 'head']],
+  ['names beside an objective', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    objectives:\n      |\n`, ['$replace']],
+  ['options of an inherited masker', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    masker:\n      |\n`, ['type', 'ratio', '$replace']],
+  ['options of another masker', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    masker:\n      type: block\n      |\n`, ['masked', '$replace']],
+  ['options of an objective', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    objectives:\n      more:\n        |\n`, ['target', 'tokens', '$replace']],
   ['values of an option', `${start}    objectives:\n      align:\n        aligner:\n          type: dynamic\n          fusion: |\n`, ['linear', 'simple', 'sum']],
 ];
 
@@ -133,6 +152,8 @@ const FOREIGN = { 'options of a loss': ['fusion', 'teacher'], 'options of a mask
 const HOVERS = [
   ['an option', `${start}    ep|ochs: 3\n`, /Epochs to train for/],
   ['an option of a component', `${start}    masker:\n      type: attention\n      rat|io: 0.7\n      teacher: t\n`, /Share of the patches that is masked/],
+  ['what starts anew', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    objectives:\n      $repl|ace: true\n`, /nothing that is inherited/],
+  ['an option of a recipe that extends', `${modeline}extends: quickstart\nstages:\n  pretrain:\n    ep|ochs: null\n`, /Epochs to train for/],
   ['a component', `${start}    masker:\n      type: atten|tion\n      teacher: t\n`, /keeps patches that the teacher attends to/],
 ];
 
@@ -160,6 +181,19 @@ async function main() {
       if (!right) throw new Error(JSON.stringify(diagnostics.map((found) => [marked(found), found.message])));
       // One mistake is not buried under messages about every other component.
       if (diagnostics.length > 2) throw new Error(`${diagnostics.length} diagnostics for one mistake: ${JSON.stringify(diagnostics.map((found) => [marked(found), found.message]))}`);
+    });
+  }
+  for (const [name, says, word, message] of EXTENDING) {
+    check(`${name} is ${word ? 'marked' : 'no mistake'}`, async () => {
+      const text = extending(says);
+      const { diagnostics } = await editor.open(text);
+      const lines = text.split('\n');
+      const marked = ({ range: { start, end } }) => lines[start.line].slice(start.character, start.line === end.line ? end.character : undefined);
+      const shown = JSON.stringify(diagnostics.map((found) => [marked(found), found.message]));
+      const right = word
+        ? diagnostics.some((found) => marked(found).includes(word) && message.test(found.message)) && diagnostics.length <= 2
+        : !diagnostics.length;
+      if (!right) throw new Error(shown);
     });
   }
   for (const [name, marked, labels] of COMPLETIONS) {

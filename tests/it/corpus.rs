@@ -11,7 +11,7 @@ use maskalign_core::{
     pipeline::{PlanOptions, plan},
 };
 use maskalign_registry::{
-    Input, LoadRequest, NoRecipes, Recipe, Registry, Report, diagnostic::codes::*, recipe_schema,
+    Input, LoadRequest, Recipe, RecipeSource, Registry, Report, diagnostic::codes::*, recipe_schema,
 };
 use serde_json::Value;
 
@@ -243,6 +243,76 @@ const GOOD: &[(&str, &[Edit])] = &[
     ),
 ];
 
+/// Recipes that extend the quickstart: what they say of its stage `pretrain`, and the first mistake that is found.
+/// Those with `true` are mistakes to the schema too, which does not see what is inherited.
+const EXTENDING: &[(&str, &str, &str, bool)] = &[
+    ("objectives: { algin: null }", NOTHING_TO_REMOVE, "null", false),
+    ("checkpoints: null", NOTHING_TO_REMOVE, "null", false),
+    ("objectives: { $replace: false }", WRONG_TYPE, "false", true),
+    ("more: { $replace: true }", UNKNOWN_KEY, "more", true),
+    ("masker: { type: null }", MISSING_KEY, "masker", true),
+    ("masker: { ratoi: null }", UNKNOWN_KEY, "ratoi", true),
+    ("teachers: { teacher: null }", REFUSED, "teacher", false),
+    ("optimizer: null", MISSING_KEY, "pretrain", false),
+    ("objectives: { align: null }", OUT_OF_RANGE, "objectives", false),
+    ("data: { transforms: [null] }", WRONG_TYPE, "null", true),
+    ("epochs:", WRONG_TYPE, "epochs", false),
+];
+
+/// What recipes that extend the quickstart may say of its stage `pretrain`.
+const EXTENDING_WELL: &[&str] = &[
+    "masker: null",
+    "masker: { $replace: true, type: random, ratio: 0.5 }",
+    "masker: { ratio: null, visible: 16 }",
+    "knn: null",
+    "student: { drop_path: 0.1 }",
+    "schedule: { warmup_epochs: null, min_lr: null }",
+    "objectives: { align: { weight: null } }",
+    "objectives: { $replace: true, pixels: { target: { type: pixels }, tokens: [masked], aligner: { type: decoder }, \
+     loss: { type: mse } } }",
+    "objectives: { align: null, pixels: { target: { type: pixels }, tokens: [masked], aligner: { type: decoder }, loss: \
+     { type: mse } } }",
+];
+
+/// The recipes of the binary.
+struct Embedded;
+
+impl RecipeSource for Embedded {
+    fn builtin(&self, name: &str) -> Option<&str> {
+        embedded::RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+    }
+
+    fn names(&self) -> Vec<&str> {
+        embedded::RECIPES.iter().map(|(name, _)| *name).collect()
+    }
+}
+
+#[test]
+fn what_a_recipe_does_not_take_over_is_checked_against_what_it_extends() {
+    let validator = validator();
+    let recipe = |says: &str| format!("extends: quickstart\nname: x\nstages:\n  pretrain:\n    {says}\n");
+    for (says, code, marked, schema_sees) in EXTENDING {
+        let text = recipe(says);
+        let report = check(&text).expect_err(says);
+        let first = &report.0[0];
+        let at = first.place().map(|place| place.text().to_owned()).unwrap_or_default();
+        assert_eq!((first.code, at.as_str()), (*code, *marked), "{says}:\n{report}");
+        assert_eq!(admits(&validator, &text), !schema_sees, "{says}");
+    }
+    for says in EXTENDING_WELL {
+        let text = recipe(says);
+        assert!(admits(&validator, &text), "{says}");
+        if let Err(report) = check(&text) {
+            panic!("{says}:\n{report}");
+        }
+    }
+    for says in ["objectives: { align: null }", "$replace: true", "epochs: null"] {
+        let text = recipe(says).replacen("extends: quickstart\n", "", 1);
+        assert!(!admits(&validator, &text), "without `extends`: {says}");
+        assert!(check(&text).is_err(), "without `extends`: {says}");
+    }
+}
+
 fn registry() -> &'static Registry {
     Registry::global().expect("no two components have one name")
 }
@@ -268,7 +338,7 @@ fn check(text: &str) -> Result<(), Report> {
         input: Input::Text { name: "recipe.yaml".to_owned(), text: text.to_owned() },
         sets: &[],
         env: &variables,
-        builtins: &NoRecipes,
+        builtins: &Embedded,
     };
     let loaded = Recipe::load(&request, registry())?;
     let options = PlanOptions {

@@ -17,6 +17,7 @@ mod recipes;
 mod reference;
 mod report;
 mod robustness;
+mod run_tables;
 mod runs;
 mod state;
 mod support;

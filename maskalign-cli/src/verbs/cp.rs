@@ -1,11 +1,18 @@
 //! `maskalign cp`: a built-in recipe as a file to change.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use maskalign_core::run::atomic_write;
-use maskalign_registry::{RecipeSource, plugin::nearest};
+use maskalign_registry::{RecipeSource, plugin::nearest, recipe_schema};
 
-use crate::{failure::Failure, output, recipes::Embedded};
+use crate::{failure::Failure, output, recipes::Embedded, session::Session};
+
+/// The file that the first line of a built-in recipe names, for editors.
+const SCHEMA: &str = "recipe.schema.json";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -13,6 +20,9 @@ Examples:
   maskalign cp quickstart mine.yaml";
 
 /// Copy a built-in recipe to a file of your own
+///
+/// Writes the schema of recipes beside it, unless one is there: an editor with a YAML language server then completes and
+/// checks the recipe.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -26,7 +36,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub(crate) fn run(self) -> Result<(), Failure> {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         let Some(text) = Embedded.builtin(&self.name) else {
             let names = Embedded.names();
             let mut failure = Failure::mistake(format!("there is no built-in recipe `{}`", self.name));
@@ -45,6 +55,26 @@ impl Args {
                 .help("name another file, or replace it with `--force`"));
         }
         atomic_write(&file, "recipe", |out| out.write_all(text.as_bytes()))?;
-        Ok(output::print(&format!("wrote {}\n", file.display()))?)
+        let schema = file.with_file_name(SCHEMA);
+        let says = match text.contains(SCHEMA) && schema != file {
+            true => schema_beside(&schema, &format!("{:#}\n", recipe_schema(session.registry)))?,
+            false => String::new(),
+        };
+        Ok(output::print(&format!("wrote {}\n{says}", file.display()))?)
+    }
+}
+
+/// Writes the schema where there is none, and says what an editor has there now. Another one may be somebody's own.
+fn schema_beside(schema: &Path, text: &str) -> Result<String, Failure> {
+    let shown = schema.display();
+    match fs::read_to_string(schema) {
+        Ok(there) if there == text => Ok(String::new()),
+        _ if schema.symlink_metadata().is_ok() => {
+            Ok(format!("{shown}, which editors read, is of another version; renew it: maskalign schema > {shown}\n"))
+        }
+        _ => {
+            atomic_write(schema, "schema", |out| out.write_all(text.as_bytes()))?;
+            Ok(format!("wrote {shown}, by which editors complete and check it\n"))
+        }
     }
 }

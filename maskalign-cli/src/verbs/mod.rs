@@ -9,6 +9,7 @@ mod export;
 mod init;
 mod list;
 mod machine;
+mod outline;
 mod plugin;
 mod report;
 mod run;
@@ -77,7 +78,7 @@ impl Verb {
             Verb::List(args) => args.run(session),
             Verb::Explain(args) => args.run(session),
             Verb::Schema(args) => args.run(session),
-            Verb::Cp(args) => args.run(),
+            Verb::Cp(args) => args.run(session),
             Verb::Init(args) => args.run(session),
             Verb::New(args) => args.run(session),
             Verb::Verify(args) => args.run(session),

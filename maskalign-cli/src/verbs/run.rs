@@ -19,11 +19,14 @@ use maskalign_core::{
 use maskalign_registry::{Loaded, ShowOrigin, diff};
 use serde_json::{Map, Value};
 
-use super::machine::{Machine, at_least_one};
+use super::{
+    machine::{Machine, at_least_one},
+    outline,
+};
 use crate::{
     failure::Failure,
     output,
-    progress::{Reporter, number},
+    progress::{Reporter, number, undoubled},
     recipes::{self, Sets},
     render::{self, paint},
     report,
@@ -114,6 +117,9 @@ impl Args {
         let stop = StopFlag::new();
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
+        reporter.say(&format!("{}\n{}", paint(render::STRONG, &loaded.recipe().name), outline::text(loaded.recipe())));
+        let exported = plan.summaries().filter(|(_, summary)| summary.student.is_some() && summary.trainable > 0);
+        let exported = exported.last().map(|(name, _)| name.to_owned());
         let job = Job { args: &self, loaded: &loaded, dir: &dir, stop: &stop, arguments: session.arguments };
         let outcome = job.run_on(&cx, plan, &mut reporter);
         reporter.clear();
@@ -134,6 +140,7 @@ impl Args {
             Ok(()) => output::print(&format!("report: {}\n", page.display()))?,
             Err(failure) => tracing::warn!("no report was written: {}", failure.text().trim_end()),
         }
+        reporter.say(&next_steps(dir.path(), exported.as_deref()));
         Ok(())
     }
 
@@ -244,10 +251,19 @@ fn deviation(accepted: bool) -> Deviation {
 fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
     let mut out = String::new();
     for (stage, result) in results {
-        out.push_str(&format!("{}\n{}\n", paint(render::STRONG, stage), table_of(result)));
+        out.push_str(&format!("{}\n{}\n", paint(render::STRONG, stage), table_of(&undoubled(result))));
     }
     out.push_str(&format!("run directory: {}\n", dir.display()));
     out
+}
+
+/// What can be done with a run that has ended.
+fn next_steps(dir: &Path, exported: Option<&str>) -> String {
+    let dir = dir.display();
+    let export = exported
+        .map(|stage| format!("  maskalign export {dir} --stage {stage} --out student.safetensors\n"))
+        .unwrap_or_default();
+    format!("next:\n  maskalign runs metrics {dir}\n{export}  maskalign runs compare {dir} OTHER-RUN\n")
 }
 
 /// A stage's results: named rows of the same numbers as a table, everything else with one number on each line.

@@ -6,15 +6,15 @@ use maskalign_core::{
     Recompute,
     components::towers::{Environment, MissingWeights},
     pipeline::{self, Plan, PlanOptions},
-    stages::StageSummary,
+    stages::{StageSummary, outline},
 };
 use maskalign_registry::{
-    Report,
+    Recipe, Report,
     source::{Node, number},
 };
 use serde_json::{Map, Value, json};
 
-use super::Format;
+use super::{Format, outline as trained};
 use crate::{
     failure::Failure,
     output,
@@ -33,7 +33,8 @@ Examples:
 /// Check recipes: all mistakes at once, each at its place
 ///
 /// Checks structure, references, sizes, levels, files and weights. For a recipe without mistakes it prints what each
-/// stage will take: parameters, tokens, steps and memory. Exit code 2 if any recipe has a mistake.
+/// stage will take (parameters, tokens, steps, memory) and what it trains (student, teachers, masker, objectives with
+/// their weights). Exit code 2 if any recipe has a mistake.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -97,7 +98,12 @@ impl Args {
         let unset = loaded.unplanned().into_iter().map(|(stage, report)| (stage.to_string(), report));
         let unread = plan.unread().map(|(stage, refusals)| (stage.to_string(), loaded.locate_all(refusals)));
         let unplanned = unset.chain(unread).collect();
-        Ok(Sound { order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(), plan, unplanned })
+        Ok(Sound {
+            order: stages.into_iter().flat_map(|stages| stages.keys()).cloned().collect(),
+            plan,
+            recipe: loaded.recipe().clone(),
+            unplanned,
+        })
     }
 }
 
@@ -106,6 +112,7 @@ struct Sound {
     /// Every stage, as written.
     order: Vec<String>,
     plan: Plan,
+    recipe: Recipe,
     /// Stages that depend on variables that are not set, or on files that are not looked at, and those.
     unplanned: Vec<(String, Report)>,
 }
@@ -113,8 +120,12 @@ struct Sound {
 fn record(recipe: &str, outcome: Result<Sound, Report>) -> Value {
     match outcome {
         Ok(sound) => {
-            let stages: Map<String, Value> =
-                sound.plan.summaries().map(|(name, summary)| (name.to_string(), json!(summary))).collect();
+            let stage = |(name, summary): (&str, &StageSummary)| {
+                let mut stage = json!(summary);
+                stage["outline"] = json!(sound.recipe.stages.get(name).map(outline));
+                (name.to_string(), stage)
+            };
+            let stages: Map<String, Value> = sound.plan.summaries().map(stage).collect();
             let unplanned: Map<String, Value> =
                 sound.unplanned.iter().map(|(name, report)| (name.clone(), report.to_json())).collect();
             json!({ "recipe": recipe, "valid": true, "diagnostics": [], "stages": stages, "unplanned": unplanned })
@@ -142,7 +153,8 @@ fn table(recipe: &str, sound: &Sound) -> String {
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
-    let mut text = format!("{}: no mistakes\n{}", paint(render::STRONG, recipe), rows.render(2));
+    let mut text =
+        format!("{}: no mistakes\n{}{}", paint(render::STRONG, recipe), rows.render(2), trained::text(&sound.recipe));
     for (name, summary) in sound.plan.summaries() {
         text.extend(summary.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
     }

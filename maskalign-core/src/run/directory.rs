@@ -859,6 +859,11 @@ fn step_of(name: &str) -> Option<u64> {
     (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 
+/// Whether a folder is a run's.
+pub(super) fn is_run(folder: &Path) -> bool {
+    is_plain_file(&folder.join(MARKER))
+}
+
 /// Whether a folder is a run's `checkpoints` or inside it.
 pub fn is_in_checkpoints(folder: &Path) -> bool {
     let whole = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());

@@ -213,7 +213,7 @@ impl Tail {
 }
 
 /// A line as a record.
-fn record(line: &[u8]) -> Option<Value> {
+pub(super) fn record(line: &[u8]) -> Option<Value> {
     let value = serde_json::from_slice(line.strip_suffix(b"\n")?).ok()?;
     matches!(value, Value::Object(_)).then_some(value)
 }

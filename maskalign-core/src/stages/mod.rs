@@ -10,6 +10,7 @@ mod finetune;
 mod knn;
 mod linear_probe;
 mod memory;
+mod outline;
 mod pretrain;
 mod supervised;
 mod training;
@@ -25,6 +26,7 @@ pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
 pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
+pub use outline::{OutlineLine, outline};
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
 pub use supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, accuracy, class_targets, largest_label};
 pub use training::{

@@ -47,7 +47,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "read",
         ],
     ),
-    ("run", &["clock", "stop", "seal", "metrics", "manifest", "pictures", "directory", "check"]),
+    ("run", &["clock", "stop", "seal", "metrics", "manifest", "pictures", "directory", "compare", "overview", "check"]),
     (
         "components",
         &[
@@ -67,7 +67,18 @@ const FOLDERS: &[(&str, &[&str])] = &[
     ("events", &["summary", "metrics", "pictures", "tensorboard"]),
     (
         "stages",
-        &["memory", "data", "training", "features", "supervised", "knn", "finetune", "linear_probe", "pretrain"],
+        &[
+            "outline",
+            "memory",
+            "data",
+            "training",
+            "features",
+            "supervised",
+            "knn",
+            "finetune",
+            "linear_probe",
+            "pretrain",
+        ],
     ),
 ];
 

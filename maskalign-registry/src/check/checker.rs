@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::{
     catalog::Registry,
+    compose::Removal,
     diagnostic::{Diagnostic, Place, Source},
     plugin::Entry,
     schema::Schemas,
@@ -35,6 +36,8 @@ pub(super) struct Checker<'a> {
     pub(super) registry: &'a Registry,
     pub(super) schemas: &'a Schemas,
     pub(super) root: &'a Node,
+    /// What the document would hold, had it not been removed.
+    pub(super) removals: &'a [Removal],
     pub(super) fallback: &'a Arc<Source>,
     pub(super) path: Vec<String>,
     pub(super) frames: Vec<Frame<'a>>,
@@ -50,6 +53,7 @@ impl<'a> Checker<'a> {
             registry,
             schemas: registry.schemas(),
             root,
+            removals: &[],
             fallback,
             path: Vec::new(),
             frames: Vec::new(),
@@ -62,6 +66,18 @@ impl<'a> Checker<'a> {
 
     pub(super) fn place(&self, origin: &Origin) -> Place {
         origin.place().cloned().unwrap_or_else(|| Place { source: Arc::clone(self.fallback), span: 0..0 })
+    }
+
+    /// Shows with a mistake where what is missing was removed, or what it was in.
+    pub(super) fn showing_removal(&self, diagnostic: Diagnostic, missing: &[String]) -> Diagnostic {
+        let within = missing.split_last().map(|(_, within)| within);
+        let removal = self.removals.iter().find(|removal| removal.path == missing || Some(&*removal.path) == within);
+        match removal.and_then(|removal| Some((removal, removal.by.place()?))) {
+            Some((_, place)) if diagnostic.labels.iter().any(|label| label.place.is(place)) => diagnostic,
+            Some((removal, place)) if removal.path == missing => diagnostic.label(place.clone(), "removed here"),
+            Some((_, place)) => diagnostic.label(place.clone(), "what is inherited here is not taken over"),
+            None => diagnostic,
+        }
     }
 
     pub(super) fn report(&mut self, diagnostic: Diagnostic) {

@@ -48,6 +48,7 @@ impl<'a> Checker<'a> {
                 None => diagnostic.allowing([], self.registry.of_kind(kind).map(|entry| entry.name)),
             };
             self.path.push("type".to_owned());
+            let diagnostic = self.showing_removal(diagnostic, &self.path);
             self.report(diagnostic);
             self.path.pop();
             return None;

@@ -158,6 +158,10 @@ impl<'a> Checker<'a> {
                 diagnostic = diagnostic.help(format!("add `{name}: ...`, {expected}.{description}"));
             }
         }
+        for name in names {
+            let missing = [self.path.as_slice(), &[(*name).to_owned()]].concat();
+            diagnostic = self.showing_removal(diagnostic, &missing);
+        }
         let depth = self.path.len();
         if let [only] = names {
             self.path.push((*only).to_owned());

@@ -38,7 +38,10 @@ impl<'a> Checker<'a> {
             if teachers.is_empty() {
                 diagnostic = diagnostic.help("the stage has no `teachers`");
             }
-            self.note_unresolved(diagnostic.allowing(nearest(name, teachers.iter().copied()), teachers));
+            let diagnostic = diagnostic.allowing(nearest(name, teachers.iter().copied()), teachers);
+            let stage = self.path.get(..holder.depth).unwrap_or_default();
+            let missing = [stage, &["teachers".to_owned(), name.to_owned()]].concat();
+            self.note_unresolved(self.showing_removal(diagnostic, &missing));
         }
         true
     }
@@ -81,7 +84,9 @@ impl<'a> Checker<'a> {
         } else if known.is_empty() {
             diagnostic = diagnostic.help("no earlier stage trains one");
         }
-        self.note_unresolved(diagnostic.allowing(nearest(name, known.iter().copied()), known));
+        let diagnostic = diagnostic.allowing(nearest(name, known.iter().copied()), known);
+        let missing = ["stages".to_owned(), name.to_owned()];
+        self.note_unresolved(self.showing_removal(diagnostic, &missing));
         true
     }
 }

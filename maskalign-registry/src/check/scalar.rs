@@ -178,7 +178,7 @@ pub(super) fn admits(names: &[&str], node: &Node) -> bool {
 fn admits_content(names: &[&str], content: &Content) -> bool {
     let has = |name: &str| names.contains(&name);
     match content {
-        Content::Null => has("null"),
+        Content::Null | Content::Removed { .. } => has("null"),
         Content::Bool(_) => has("boolean"),
         Content::Int(_) => has("integer") || has("number"),
         // As in JSON Schema, 3.0 is an integer. Infinity and NaN are refused later, as numbers.

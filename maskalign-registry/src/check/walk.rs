@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     catalog::Registry,
+    compose::Removal,
     diagnostic::{Diagnostic, Source, codes},
     plugin::Kind,
     schema::{reference, types, words},
@@ -28,9 +29,15 @@ pub(crate) struct Checked {
     pub unknown: Vec<Diagnostic>,
 }
 
-/// Checks a document.
-pub(crate) fn check(root: &Node, registry: &Registry, fallback: &Arc<Source>, unset: Unset) -> Checked {
-    let mut checker = Checker { unset, ..Checker::new(root, registry, fallback) };
+/// Checks a document, of which some was removed.
+pub(crate) fn check(
+    root: &Node,
+    removals: &[Removal],
+    registry: &Registry,
+    fallback: &Arc<Source>,
+    unset: Unset,
+) -> Checked {
+    let mut checker = Checker { removals, unset, ..Checker::new(root, registry, fallback) };
     let value = checker.value(root, registry.schemas().root(), None);
     let Checker { diagnostics, references, unknown, .. } = checker;
     Checked { value, diagnostics, references, unknown }
@@ -96,7 +103,7 @@ impl<'a> Checker<'a> {
             Content::Str(text) => self.string(node, schema, text),
             Content::Seq(items) => self.list(node, schema, items),
             Content::Map(map) => self.mapping(node, schema, map, key, None),
-            Content::Null | Content::Bool(_) | Content::Unset { .. } => Some(node.to_json()),
+            Content::Null | Content::Bool(_) | Content::Unset { .. } | Content::Removed { .. } => Some(node.to_json()),
         }
     }
 

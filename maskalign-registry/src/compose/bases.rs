@@ -8,17 +8,21 @@ use std::{
     sync::Arc,
 };
 
-use super::{Input, LoadRequest, flags::apply_flag, variables::substitute_variables};
+use super::{
+    Input, LoadRequest,
+    flags::apply_flag,
+    merge::Merger,
+    removals::{REPLACE, Removal, Vain},
+    variables::substitute_variables,
+};
 use crate::{
     diagnostic::{Diagnostic, Place, Source, SourceKind, codes},
     wording::{nearest, quoted},
-    yaml::{Content, MAX_BYTES, MAX_NODES, Mapping, Member, Node, Typing, parse},
+    yaml::{Content, MAX_BYTES, Node, parse},
 };
 
 /// The longest chain of `extends`.
 const MAX_CHAIN: usize = 32;
-/// The most values that merging may copy in total.
-const MAX_MERGED: usize = 10 * MAX_NODES;
 
 /// The outcome of composition.
 pub(crate) struct Composed {
@@ -28,6 +32,10 @@ pub(crate) struct Composed {
     pub diagnostics: Vec<Diagnostic>,
     /// Whether a base could not be read, so that keys may be missing that it would have given.
     pub incomplete: bool,
+    /// What was not taken over.
+    pub removals: Vec<Removal>,
+    /// Every `null` that met nothing.
+    pub vain: Vec<Vain>,
 }
 
 pub(crate) fn compose(request: &LoadRequest<'_>) -> Composed {
@@ -37,16 +45,21 @@ pub(crate) fn compose(request: &LoadRequest<'_>) -> Composed {
         diagnostics: Vec::new(),
         done: HashMap::new(),
         chain: Vec::new(),
-        merged: 0,
+        merger: Merger::default(),
         incomplete: false,
     };
     let mut root = composer.root();
+    let mut removals = Vec::new();
     if let Some(root) = &mut root {
         for text in request.sets {
             composer.apply_flag(root, text);
         }
+        removals = composer.merger.prune(root, composer.incomplete);
     }
-    Composed { root, sources: composer.sources, diagnostics: composer.diagnostics, incomplete: composer.incomplete }
+    let Composer { sources, mut diagnostics, incomplete, merger, .. } = composer;
+    diagnostics.extend(merger.diagnostics);
+    let vain = merger.vain;
+    Composed { root, sources, diagnostics, incomplete, removals, vain }
 }
 
 /// The identity of a recipe, however it was named.
@@ -72,7 +85,7 @@ struct Composer<'a> {
     /// Recipes already composed, so that a base named many times is read once.
     done: HashMap<Identity, Option<Node>>,
     chain: Vec<(Identity, String)>,
-    merged: usize,
+    merger: Merger,
     incomplete: bool,
 }
 
@@ -243,6 +256,13 @@ impl Composer<'_> {
         let Some(extends) = map.shift_remove("extends") else {
             return Some(root);
         };
+        if let Some(place) = map.shift_remove(REPLACE).and_then(|marker| marker.key.place().cloned()) {
+            let message = format!("`{REPLACE}` at the top of a recipe would leave nothing of what it extends");
+            self.diagnostics.push(
+                Diagnostic::error(codes::UNKNOWN_KEY, message, place)
+                    .help("leave `extends` out, or write it into the mapping that is to start anew"),
+            );
+        }
         let name = found.source.name().to_owned();
         self.chain.push((found.identity.clone(), name));
         let mut base: Option<Node> = None;
@@ -250,7 +270,7 @@ impl Composer<'_> {
             match self.base(&written, &place, found.folder.as_deref()) {
                 Some(next) => {
                     base = Some(match base {
-                        Some(base) => self.merge(base, next, &place),
+                        Some(base) => self.merger.merge_roots(base, next, &place),
                         None => next,
                     });
                 }
@@ -260,7 +280,7 @@ impl Composer<'_> {
         self.chain.pop();
         let place = extends.key.place().cloned();
         Some(match (base, place) {
-            (Some(base), Some(place)) => self.merge(base, root, &place),
+            (Some(base), Some(place)) => self.merger.merge_roots(base, root, &place),
             _ => root,
         })
     }
@@ -383,42 +403,6 @@ impl Composer<'_> {
         }
     }
 
-    /// Deep merge: mappings key by key; everything else, and a component whose `type` changes, is replaced as a whole.
-    fn merge(&mut self, base: Node, upper: Node, at: &Place) -> Node {
-        if self.merged > MAX_MERGED {
-            return upper;
-        }
-        let (base_map, upper_map) = match (base.content, upper.content) {
-            (Content::Map(base_map), Content::Map(upper_map)) if !changes_type(&base_map, &upper_map) => {
-                (base_map, upper_map)
-            }
-            (_, content) => {
-                return Node { content, ..upper };
-            }
-        };
-        self.merged += base_map.len() + upper_map.len() + 1;
-        if self.merged > MAX_MERGED {
-            let message = format!("bases hold more than {MAX_MERGED} values together");
-            self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, message, at.clone()));
-        }
-        let mut merged = base_map;
-        for (name, member) in upper_map {
-            let member = match merged.get_mut(&name) {
-                Some(slot) => {
-                    let below = Node {
-                        content: std::mem::replace(&mut slot.value.content, Content::Null),
-                        origin: slot.value.origin.clone(),
-                        typing: slot.value.typing,
-                    };
-                    Member { key: member.key, value: self.merge(below, member.value, at) }
-                }
-                None => member,
-            };
-            merged.insert(name, member);
-        }
-        Node { content: Content::Map(merged), origin: upper.origin, typing: Typing::Fixed }
-    }
-
     /// Applies one `--set`.
     fn apply_flag(&mut self, root: &mut Node, text: &str) {
         let source = self.add_source("--set", text, SourceKind::Flag);
@@ -427,7 +411,7 @@ impl Composer<'_> {
             self.diagnostics.push(Diagnostic::error(codes::TOO_LARGE, too_many_bytes(), place));
             return;
         }
-        if let Err(diagnostics) = apply_flag(root, &source, self.request.env) {
+        if let Err(diagnostics) = apply_flag(root, &source, self.request.env, &mut self.merger.vain) {
             self.diagnostics.extend(diagnostics);
         }
     }
@@ -478,15 +462,4 @@ fn tidy(path: &Path) -> PathBuf {
         }
     }
     tidy
-}
-
-/// Whether both are components and name different ones.
-fn changes_type(base: &Mapping, upper: &Mapping) -> bool {
-    match (base.get("type"), upper.get("type")) {
-        (Some(base), Some(upper)) => match (base.value.as_str(), upper.value.as_str()) {
-            (Some(base), Some(upper)) => base != upper,
-            _ => false,
-        },
-        _ => false,
-    }
 }

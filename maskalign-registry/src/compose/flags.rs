@@ -2,18 +2,22 @@
 
 use std::sync::Arc;
 
-use super::variables::substitute_variables;
+use super::{
+    removals::{REPLACE, Vain},
+    variables::substitute_variables,
+};
 use crate::{
     diagnostic::{Diagnostic, Place, Source, SourceKind, codes},
     wording::{nearest, quoted},
     yaml::{Content, MAX_DEPTH, Mapping, Member, Node, Origin, Typing, parse_from},
 };
 
-/// Applies one `--set`, whose text is the source.
+/// Applies one `--set`, whose text is the source. A `null` that removes nothing goes into `vain`.
 pub(super) fn apply_flag(
     root: &mut Node,
     source: &Arc<Source>,
     env: &dyn Fn(&str) -> Option<String>,
+    vain: &mut Vec<Vain>,
 ) -> Result<(), Vec<Diagnostic>> {
     let text = source.text();
     let place = |span| Place { source: Arc::clone(source), span };
@@ -52,7 +56,7 @@ pub(super) fn apply_flag(
         typing: Typing::Text,
     });
     substitute_variables(&mut value, env);
-    set(root, &segments, value).map_err(|diagnostic| vec![*diagnostic])
+    set(root, &segments, value, vain).map_err(|diagnostic| vec![*diagnostic])
 }
 
 /// One segment of the path of a flag.
@@ -144,10 +148,10 @@ enum Holder<'n> {
     Item(&'n mut Vec<Node>, usize),
 }
 
-/// The collection in a node. Null becomes an empty mapping; any other value is an error.
+/// The collection in a node. Null, and what was removed, becomes an empty mapping; any other value is an error.
 fn holder<'n>(node: &'n mut Node, segment: &Segment) -> Result<Holder<'n>, Box<Diagnostic>> {
     let Node { content, origin, .. } = node;
-    if matches!(content, Content::Null) {
+    if matches!(content, Content::Null | Content::Removed { .. }) {
         *content = Content::Map(Mapping::new());
     }
     match content {
@@ -170,7 +174,7 @@ fn make_room(node: &mut Node, segment: &Segment) {
     }
 }
 
-fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Diagnostic>> {
+fn set(root: &mut Node, segments: &[Segment], value: Node, vain: &mut Vec<Vain>) -> Result<(), Box<Diagnostic>> {
     let Some((last, parents)) = segments.split_last() else {
         return Ok(());
     };
@@ -193,17 +197,39 @@ fn set(root: &mut Node, segments: &[Segment], value: Node) -> Result<(), Box<Dia
     match holder(node, last)? {
         Holder::Item(items, index) => items[index] = value,
         Holder::Map(map) => {
+            if let Some(place) = value.written_null() {
+                if remove(map, last) {
+                    return Ok(());
+                }
+                vain.push(Vain::new(place.clone(), map));
+            }
             let changes_type =
                 last.name == "type" && map.get("type").is_some_and(|old| old.value.as_str() != value.as_str());
             if changes_type {
                 // It is another component now: the old one's options go, except those that flags set.
                 map.retain(|key, member| key == "type" || keeps_flags(&mut member.value));
             }
+            if map.get(&last.name).is_some_and(|member| member.value.is_removed()) {
+                // What comes back is new, and stands last.
+                map.shift_remove(&last.name);
+            }
             let key = Origin::Flag(last.place.clone());
             map.insert(last.name.clone(), Member { key, value });
         }
     }
     Ok(())
+}
+
+/// Removes a member; false if there is none.
+fn remove(map: &mut Mapping, segment: &Segment) -> bool {
+    let by = Origin::Flag(segment.place.clone());
+    match map.get_mut(&segment.name).filter(|member| !member.value.is_removed()) {
+        Some(member) => {
+            *member = member.removed(by.clone(), by);
+            true
+        }
+        None => false,
+    }
 }
 
 /// Removes from a value what no flag set; false if nothing is left.
@@ -228,7 +254,7 @@ fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> 
     for segment in parents {
         node = match holder(node, segment)? {
             Holder::Item(items, index) => &mut items[index],
-            Holder::Map(map) => match map.get_index_of(&segment.name) {
+            Holder::Map(map) => match map.get_index_of(&segment.name).filter(|at| !map[*at].value.is_removed()) {
                 Some(index) => &mut map[index].value,
                 None => return Err(Box::new(nothing_to_delete(map, segment))),
             },
@@ -239,7 +265,7 @@ fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> 
             items.remove(index);
         }
         Holder::Map(map) => {
-            if map.shift_remove(&last.name).is_none() {
+            if !remove(map, last) {
                 return Err(Box::new(nothing_to_delete(map, last)));
             }
         }
@@ -250,6 +276,10 @@ fn delete(root: &mut Node, segments: &[Segment]) -> Result<(), Box<Diagnostic>> 
 fn nothing_to_delete(map: &Mapping, segment: &Segment) -> Diagnostic {
     const SHOWN: usize = 12;
     let message = format!("there is no {} to delete", quoted(&segment.name));
+    let there = || {
+        let is_there = |(name, member): &(&String, &Member)| *name != REPLACE && !member.value.is_removed();
+        map.iter().filter(is_there).map(|(name, _)| name.as_str())
+    };
     Diagnostic::error(codes::BAD_OVERRIDE, message, segment.place.clone())
-        .allowing(nearest(&segment.name, map.keys().map(String::as_str)), map.keys().take(SHOWN).map(String::as_str))
+        .allowing(nearest(&segment.name, there()), there().take(SHOWN))
 }

@@ -14,6 +14,8 @@ pub const EXTENDS_CYCLE: &str = "extends-cycle";
 pub const UNKNOWN_BASE: &str = "unknown-base";
 /// A `--set` that cannot be applied.
 pub const BAD_OVERRIDE: &str = "bad-override";
+/// A `null` or `$replace` where nothing is inherited.
+pub const NOTHING_TO_REMOVE: &str = "nothing-to-remove";
 /// `${VAR}` without a value and without a default.
 pub const UNSET_VARIABLE: &str = "unset-variable";
 /// `${...}` that is not `${VAR}` or `${VAR:-default}`.

@@ -11,6 +11,7 @@ use crate::{
     diagnostic::{Diagnostic, Place, Report, Source, SourceKind, codes},
     options::NAMED_TWICE,
     plugin::{Entry, Kind},
+    schema::types,
     yaml::parse,
 };
 
@@ -43,6 +44,17 @@ impl Registry {
         Ok(value)
     }
 
+    /// Whether null is a value of an option.
+    fn may_be_null(&self, entry: &Entry, option: &str) -> bool {
+        let schema = self.schemas().component(entry.kind, entry.name);
+        let Some(schema) = schema.and_then(|schema| schema.get("properties")?.get(option)) else {
+            return false;
+        };
+        let schema = self.schemas().resolve(self.schemas().option(schema));
+        let branches = schema.get("anyOf").and_then(Value::as_array).into_iter().flatten();
+        std::iter::once(schema).chain(branches).any(|schema| types(schema).contains(&"null"))
+    }
+
     /// What is wrong with how a component is registered, one sentence each: its name, summary and example, and the
     /// names, descriptions and patterns of its options. Empty if nothing is.
     pub fn faults(&self, entry: &Entry) -> Vec<String> {
@@ -65,6 +77,10 @@ impl Registry {
             }
             if option.description.is_empty() {
                 faults.push(format!("{address}: `{}` has no description", option.name));
+            }
+            // In a recipe that extends another, `null` gives an option its default.
+            if option.default.is_some_and(|default| !default.is_null()) && self.may_be_null(entry, &option.name) {
+                faults.push(format!("{address}: `{}` may be null, which is not its default", option.name));
             }
         }
         let schema = self.schemas().component(entry.kind, entry.name);

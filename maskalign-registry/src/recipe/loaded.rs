@@ -7,8 +7,10 @@ use serde_json::Value;
 use super::{Recipe, diff::fingerprint, report};
 use crate::{
     check::{Located, locate},
+    compose::Removal,
     diagnostic::{Diagnostic, Label, Place, Report, Source, SourceKind, codes},
     plugin::{Base, Refusal},
+    wording::quoted,
     yaml::{self, Node, Origin},
 };
 
@@ -32,6 +34,8 @@ pub struct Loaded {
     pub(super) references: Vec<Diagnostic>,
     /// Variables without a value, for which stages were left out.
     pub(super) unplanned: Vec<Diagnostic>,
+    /// What was not taken over from bases, or removed by flags.
+    pub(super) removals: Vec<Removal>,
     pub(super) recipe: Recipe,
     pub(super) resolved: Value,
 }
@@ -84,6 +88,19 @@ impl Loaded {
         node.origin.clone()
     }
 
+    /// What the recipe does not take over from those that it extends, and what flags remove, in the order of the document.
+    pub fn removals(&self) -> &[Removal] {
+        &self.removals
+    }
+
+    /// The resolved value at a path.
+    fn resolved_at(&self, path: &[String]) -> Option<&Value> {
+        path.iter().try_fold(&self.resolved, |value, segment| match value {
+            Value::Array(items) => items.get(segment.parse::<usize>().ok()?),
+            other => other.get(segment),
+        })
+    }
+
     /// Turns a refusal into a diagnostic at its place. Its path starts at the recipe's root: prefix it with
     /// [`Refusal::under`] `(stage)` and `("stages")`. An option that was left at its default is shown at the nearest
     /// mapping above it; of options that conflict, the one set last is blamed, and the others are shown with it.
@@ -125,14 +142,7 @@ impl Loaded {
     /// A note on an option that is not given.
     fn default_of(&self, path: &[String]) -> String {
         let option = path.last().map_or("", String::as_str);
-        let mut value = Some(&self.resolved);
-        for segment in path {
-            value = value.and_then(|value| match value {
-                Value::Array(items) => items.get(segment.parse::<usize>().ok()?),
-                other => other.get(segment),
-            });
-        }
-        match value {
+        match self.resolved_at(path) {
             Some(value) if !value.is_object() && !value.is_array() && !value.is_null() => {
                 format!("`{option}` is {value} by default")
             }
@@ -175,10 +185,40 @@ impl Loaded {
 
     /// The recipe as YAML that decodes to the same recipe, without variables, bases, or defaults left to fill in.
     pub fn resolved_yaml(&self, show: ShowOrigin) -> String {
-        yaml::write(&self.resolved, &|path| match show {
-            ShowOrigin::Yes => Some(origin_comment(&self.origin_of(path))),
-            ShowOrigin::No => None,
-        })
+        yaml::write(
+            &self.resolved,
+            &|path| match show {
+                ShowOrigin::Yes => Some(self.origin_comment(path)),
+                ShowOrigin::No => None,
+            },
+            &|path| match show {
+                ShowOrigin::Yes => self.removal_comments(path),
+                ShowOrigin::No => Vec::new(),
+            },
+        )
+    }
+
+    /// Where a value comes from, and what it takes the place of.
+    fn origin_comment(&self, path: &[String]) -> String {
+        let own = shown(&self.origin_of(path));
+        match self.removals.iter().find(|removal| removal.path == path) {
+            Some(removal) => format!("{own}; {} removes {}", shown(&removal.by), shown(&removal.was)),
+            None => own,
+        }
+    }
+
+    /// What a mapping does not have any more, and what it has in the place of something else.
+    fn removal_comments(&self, path: &[String]) -> Vec<String> {
+        let comment = |removal: &Removal| match removal.path.split_last() {
+            _ if removal.path == path => {
+                Some(format!("in the place of {}, by {}", shown(&removal.was), shown(&removal.by)))
+            }
+            Some((name, parent)) if parent == path && self.resolved_at(&removal.path).is_none() => {
+                Some(format!("without {} of {}, by {}", quoted(name), shown(&removal.was), shown(&removal.by)))
+            }
+            _ => None,
+        };
+        self.removals.iter().filter_map(comment).collect()
     }
 
     /// BLAKE3 of the resolved recipe without its `description`, in hexadecimal. Mappings whose order has a meaning,
@@ -188,7 +228,8 @@ impl Loaded {
     }
 }
 
-fn origin_comment(origin: &Origin) -> String {
+/// An origin on one line.
+fn shown(origin: &Origin) -> String {
     let at = |place: &Place| format!("{}:{}", place.source.name(), place.line_column().0);
     // A comment ends with its line, so that nothing in it may break the line.
     let text = match origin {

@@ -82,13 +82,18 @@ impl Recipe {
         let mut references = Vec::new();
         let mut unplanned = Vec::new();
         if let Some(root) = &composed.root {
-            let checked = check(root, registry, &fallback, unset);
+            let checked = check(root, &composed.removals, registry, &fallback, unset);
+            let vain = |found: &Diagnostic| {
+                let at = found.place().filter(|_| found.code == codes::WRONG_TYPE)?;
+                composed.vain.iter().find(|vain| vain.place.is(at))
+            };
             if composed.incomplete {
                 // Keys may come from a base that could not be read.
-                let is_there = |found: &Diagnostic| found.code != codes::MISSING_KEY;
+                let is_there = |found: &Diagnostic| found.code != codes::MISSING_KEY && vain(found).is_none();
                 diagnostics.extend(checked.diagnostics.into_iter().filter(is_there));
             } else {
-                diagnostics.extend(checked.diagnostics);
+                let told = |found: Diagnostic| vain(&found).map(|vain| vain.mistake(&found)).unwrap_or(found);
+                diagnostics.extend(checked.diagnostics.into_iter().map(told));
                 references = checked.references;
             }
             resolved = checked.value;
@@ -101,7 +106,7 @@ impl Recipe {
             match beside::take_up(root, value, registry, &fallback, &mut sources) {
                 Ok(false) => {}
                 Ok(true) => {
-                    let checked = check(root, registry, &fallback, unset);
+                    let checked = check(root, &composed.removals, registry, &fallback, unset);
                     diagnostics.extend(checked.diagnostics);
                     references = checked.references;
                     resolved = checked.value;
@@ -125,7 +130,10 @@ impl Recipe {
             }
         };
         match fill(value, registry) {
-            Ok((recipe, resolved)) => Ok(Loaded { root, sources, fallback, references, unplanned, recipe, resolved }),
+            Ok((recipe, resolved)) => {
+                let removals = composed.removals;
+                Ok(Loaded { root, sources, fallback, references, unplanned, removals, recipe, resolved })
+            }
             Err((path, message)) => {
                 let place = check::locate(&root, &path, &fallback).place;
                 let diagnostic = Diagnostic::error(codes::REFUSED, message, place).at(&path);

@@ -3,7 +3,7 @@
 //! It differs from the strict schemas in three ways: `${VARIABLE}` is legal for any scalar; a component is chosen by
 //! `if`/`then` on `type`, which is the form in which yaml-language-server both completes the options of the chosen
 //! component and reports the one that is wrong; and a recipe that extends another is checked against definitions in
-//! which nothing is required.
+//! which nothing is required, everything named may be `null`, and a mapping may start anew (`$replace`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +15,10 @@ use super::{
     reference,
     strict::strict_root,
 };
-use crate::plugin::{Entry, Kind};
+use crate::{
+    compose::REPLACE,
+    plugin::{Entry, Kind},
+};
 
 /// One JSON Schema (draft-07) of every recipe that this binary reads, for editors.
 pub(crate) fn document(schemas: &Schemas, entries: &[&'static Entry]) -> Value {
@@ -35,7 +38,7 @@ pub(crate) fn document(schemas: &Schemas, entries: &[&'static Entry]) -> Value {
         .map(|(name, schema)| {
             let mut schema = schema.clone();
             make_partial(&mut schema);
-            (format!("partial.{name}"), schema)
+            (format!("{PARTIAL}{name}"), schema)
         })
         .collect();
     definitions.extend(partial);
@@ -44,13 +47,20 @@ pub(crate) fn document(schemas: &Schemas, entries: &[&'static Entry]) -> Value {
         definitions.insert(format!("partial.{kind}.any"), any);
         definitions.insert(format!("partial.{kind}"), kind_definition(entries, kind, "partial."));
     }
-    for schema in definitions.values_mut() {
+    for (name, schema) in &mut definitions {
         admit_variables(schema);
+        if name.starts_with(PARTIAL) {
+            admit_removals(schema);
+            admit_replacement(schema);
+        }
         add_markdown(schema);
     }
     let definitions: Map<String, Value> = definitions.into_iter().collect();
     let mut root = editor_root();
     admit_variables(&mut root);
+    if let Some(stages) = root.pointer_mut("/then/properties/stages") {
+        admit_removals(stages);
+    }
     root["definitions"] = Value::Object(definitions);
     drop_unused(&mut root);
     root
@@ -173,6 +183,74 @@ fn make_partial(schema: &mut Value) {
         }
     }
     each_subschema(schema, &mut make_partial);
+}
+
+/// Before the names of definitions for recipes that extend others.
+const PARTIAL: &str = "partial.";
+
+/// Lets `null` remove every entry and option of a recipe that extends another. What a component is cannot be removed.
+fn admit_removals(schema: &mut Value) {
+    if schema.get("if").is_some() && schema.get("properties").is_none() {
+        // A branch on `type`, which refers to where its options are.
+        return;
+    }
+    each_subschema(schema, &mut admit_removals);
+    let Value::Object(object) = schema else {
+        return;
+    };
+    if let Some(Value::Object(properties)) = object.get_mut("properties") {
+        properties.iter_mut().filter(|(name, _)| *name != "type").for_each(|(_, option)| admit_null(option));
+    }
+    if let Some(entry @ Value::Object(_)) = object.get_mut("additionalProperties") {
+        admit_null(entry);
+        admit_replacement(schema);
+    }
+}
+
+fn admit_null(schema: &mut Value) {
+    let is_null = |branch: &Value| branch.get("type") == Some(&json!("null"));
+    let Value::Object(object) = schema else {
+        return;
+    };
+    let (annotations, mut rest): (Map<String, Value>, Map<String, Value>) =
+        std::mem::take(object).into_iter().partition(|(keyword, _)| ANNOTATIONS.contains(&keyword.as_str()));
+    *object = annotations;
+    let is_shared = rest.get("$ref").and_then(Value::as_str).is_some_and(|target| target.contains("/properties/"));
+    let names = types_of(&rest);
+    if rest.is_empty() || is_shared || names.iter().any(|name| name == "null") {
+        // It may be anything, the option that it refers to may be null, or it may be null itself.
+    } else if !names.is_empty() && !rest.contains_key("enum") && !rest.contains_key("const") {
+        rest.insert("type".to_owned(), names.into_iter().map(Value::String).chain([json!("null")]).collect());
+    } else {
+        match rest.get_mut("anyOf").and_then(Value::as_array_mut) {
+            Some(branches) if branches.iter().any(is_null) => {}
+            Some(branches) => branches.push(json!({ "type": "null" })),
+            None => {
+                let either = json!([rest, { "type": "null" }]);
+                rest = Map::from_iter([("anyOf".to_owned(), either)]);
+            }
+        }
+    }
+    object.extend(rest);
+}
+
+/// Lets a mapping of named entries or options start anew.
+fn admit_replacement(schema: &mut Value) {
+    let Value::Object(object) = schema else {
+        return;
+    };
+    let is_there = object.get("properties").is_some_and(|properties| properties.get(REPLACE).is_some());
+    if is_there || !object.contains_key("additionalProperties") {
+        return;
+    }
+    let properties = object.entry("properties").or_insert_with(|| json!({}));
+    properties[REPLACE] = json!({
+        "const": true,
+        "description": "Starts this mapping anew: nothing that is inherited in it stays.",
+    });
+    if let Some(Value::String(pattern)) = object.get_mut("propertyNames").and_then(|names| names.get_mut("pattern")) {
+        *pattern = format!("(?:{pattern})|^{}$", REPLACE.replace('$', r"\$"));
+    }
 }
 
 /// A component whose `type` is set by a base: any option of any component of the kind.

@@ -90,6 +90,11 @@ pub enum Content {
         /// What is wrong with its variables.
         diagnostics: Vec<Diagnostic>,
     },
+    /// What a `null` removed, while recipes are merged; a composed document has none.
+    Removed {
+        /// The key of what was there.
+        was: Box<Origin>,
+    },
 }
 
 /// A mapping in the order in which it was written.
@@ -108,7 +113,7 @@ impl Content {
     /// What it is, for messages: ``the string `abc` ``, `a mapping`.
     pub(crate) fn describe(&self) -> String {
         match self {
-            Content::Null => "nothing".to_owned(),
+            Content::Null | Content::Removed { .. } => "nothing".to_owned(),
             Content::Bool(value) => format!("the boolean `{value}`"),
             Content::Int(value) => format!("the number `{value}`"),
             Content::Float(value) => format!("the number `{}`", number(*value)),
@@ -178,7 +183,7 @@ impl Node {
     /// The value as JSON; numbers that JSON lacks and unset variables become null.
     pub fn to_json(&self) -> Value {
         match &self.content {
-            Content::Null | Content::Unset { .. } => Value::Null,
+            Content::Null | Content::Unset { .. } | Content::Removed { .. } => Value::Null,
             Content::Bool(value) => Value::Bool(*value),
             Content::Int(value) => integer(*value).map_or(Value::Null, Value::Number),
             Content::Float(value) => Number::from_f64(*value).map_or(Value::Null, Value::Number),

@@ -1,13 +1,18 @@
-//! Values to YAML text, with a comment after each value that has one.
+//! Values to YAML text, with a comment after each value that has one, and comments at the end of mappings.
 
 use serde_json::Value;
 
 use super::{Content, resolve_plain};
 
-/// A JSON object as a YAML document. `comment` gives the comment for the value at a path.
-pub(crate) fn write(document: &Value, comment: &dyn Fn(&[String]) -> Option<String>) -> String {
+/// A JSON object as a YAML document. `comment` gives the comment for the value at a path, and `notes` the lines of comment
+/// at the end of the mapping at a path.
+pub(crate) fn write(
+    document: &Value,
+    comment: &dyn Fn(&[String]) -> Option<String>,
+    notes: &dyn Fn(&[String]) -> Vec<String>,
+) -> String {
     const COMMENT_COLUMN: usize = 48;
-    let mut writer = Writer { comment, path: Vec::new(), lines: Vec::new() };
+    let mut writer = Writer { comment, notes, path: Vec::new(), lines: Vec::new() };
     writer.mapping(document, 0);
     let mut out = String::new();
     for (text, comment) in writer.lines {
@@ -24,6 +29,7 @@ const LONGEST_KEY: usize = 1000;
 
 struct Writer<'a> {
     comment: &'a dyn Fn(&[String]) -> Option<String>,
+    notes: &'a dyn Fn(&[String]) -> Vec<String>,
     path: Vec<String>,
     lines: Vec<(String, Option<String>)>,
 }
@@ -44,6 +50,13 @@ impl Writer<'_> {
             }
             self.path.pop();
         }
+        self.note(indent);
+    }
+
+    /// The notes of the mapping at this path.
+    fn note(&mut self, indent: usize) {
+        let notes = (self.notes)(&self.path);
+        self.lines.extend(notes.into_iter().map(|note| (format!("{:indent$}# {note}", ""), None)));
     }
 
     /// Writes a value after `head`, which is `key:` or `-`.
@@ -73,6 +86,9 @@ impl Writer<'_> {
             other => {
                 let comment = (self.comment)(&self.path);
                 self.lines.push((format!("{head} {}", yaml_flow(other)), comment));
+                if other.is_object() {
+                    self.note(indent);
+                }
             }
         }
     }
@@ -245,7 +261,7 @@ mod tests {
             // An empty key is refused where it is read.
             let key = if text.is_empty() { "key" } else { text };
             let value = json!({ "value": text, "list": [text, "x", [text]], "deep": [{ key: text }], key: 1 });
-            let yaml = write(&value, &|_| Some("note".to_owned()));
+            let yaml = write(&value, &|_| Some("note".to_owned()), &|_| vec!["end".to_owned()]);
             assert_eq!(parse_value(&yaml).as_ref(), Ok(&value), "{text:?} as\n{yaml}");
             let other: Value = serde_yaml::from_str(&yaml).unwrap_or_else(|error| panic!("{text:?}: {error}\n{yaml}"));
             assert_eq!(other, value, "{text:?} as\n{yaml}");
@@ -255,6 +271,9 @@ mod tests {
     #[test]
     fn quotes_stand_where_they_are_needed_and_nowhere_else() {
         let value = json!({ "a": "embedded://weights", "b": "1", "c": ["x y", "x, y"], "d": "two\nlines" });
-        assert_eq!(write(&value, &|_| None), "a: embedded://weights\nb: '1'\nc: [x y, \"x, y\"]\nd: \"two\\nlines\"\n");
+        assert_eq!(
+            write(&value, &|_| None, &|_| Vec::new()),
+            "a: embedded://weights\nb: '1'\nc: [x y, \"x, y\"]\nd: \"two\\nlines\"\n"
+        );
     }
 }

@@ -178,6 +178,15 @@ fn a_recipe_that_extends_may_leave_required_keys_and_types_to_its_base() {
         "extends: a\nstages: { pretrain: { masker: { type: attention } } }",
         "extends: a\nstages: { pretrain: { objectives: { align: { loss: { beta: 2 } } } } }",
         "extends: a\nstages: { pretrain: { teachers: { ema: { momentum: { to: 1 } } } } }",
+        "extends: a\nstages: { knn: null }",
+        "extends: a\nstages: { pretrain: { optimizer: null, objectives: { align: null }, teachers: { clip: ~ } } }",
+        "extends: a\nstages: { pretrain: { masker: { type: random, ratio: null } } }",
+        "extends: a\nstages: { pretrain: { objectives: { align: { loss: { beta: null }, tokens: null, weight: null } } } }",
+        "extends: a\nstages: { pretrain: { type: pretrain, epochs: null, data: { transforms: null } } }",
+        "extends: a\nstages: { $replace: true, knn: { type: knn } }",
+        "extends: a\nstages: { pretrain: { $replace: true, masker: { $replace: true, ratio: 0.5 } } }",
+        "extends: a\nstages: { pretrain: { masker: { type: random, $replace: true, ratio: 0.5 } } }",
+        "extends: a\nstages: { pretrain: { objectives: { $replace: true, a: { $replace: true, weight: 2 } } } }",
     ] {
         assert!(schema_admits(&validator, text), "{text}");
     }
@@ -188,6 +197,15 @@ fn a_recipe_that_extends_may_leave_required_keys_and_types_to_its_base() {
         "extends: a\nstages: { pretrain: { masker: { ratoi: 0.5 } } }",
         "extends: a\nstages: { pretrain: { masker: { type: random, teacher: clip } } }",
         "extends: a\nstages: { pretrain: { masker: { ratio: 2 } } }",
+        "extends: a\nstages: { pretrain: { ratio: null } }",
+        "extends: a\nstages: { pretrain: { masker: { type: null } } }",
+        "extends: a\nstages: { pretrain: { data: { transforms: [null] } } }",
+        "extends: a\nstages: { pretrain: { masker: { type: random, teacher: null } } }",
+        "extends: a\nstages: { pretrain: { objectives: { $replace: false } } }",
+        "extends: a\nstages: { pretrain: { objectives: { $replace: \"${YES}\" } } }",
+        "name: a\nstages: { knn: null }",
+        "name: a\nstages: { $replace: true, knn: { type: knn, dataset: { type: sample } } }",
+        "name: a\nstages: { knn: { $replace: true, type: knn, dataset: { type: sample } } }",
     ] {
         assert!(!schema_admits(&validator, text), "{text}");
     }

@@ -14,11 +14,15 @@ struct Papers;
 
 impl RecipeSource for Papers {
     fn builtin(&self, name: &str) -> Option<&str> {
-        (name == "mae_vitb").then_some(include_str!("../recipes/mae_vitb.yaml"))
+        match name {
+            "mae_vitb" => Some(include_str!("../recipes/mae_vitb.yaml")),
+            "maskalign_vitb_clip" => Some(include_str!("../recipes/maskalign_vitb_clip.yaml")),
+            _ => None,
+        }
     }
 
     fn names(&self) -> Vec<&str> {
-        vec!["mae_vitb"]
+        vec!["mae_vitb", "maskalign_vitb_clip"]
     }
 }
 

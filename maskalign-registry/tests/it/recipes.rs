@@ -126,6 +126,210 @@ fn a_type_that_changes_replaces_the_component_whole() {
     }
 }
 
+/// Files of a folder, and what their last one means.
+fn load_files(name: &str, files: &[(&str, &str)]) -> Result<Loaded, Report> {
+    let dir = std::env::temp_dir().join(format!("maskalign-{name}-{}", std::process::id()));
+    fs::create_dir_all(&dir).expect("a folder");
+    for (file, text) in files {
+        fs::write(dir.join(file), text).expect("written");
+    }
+    let last = files.last().expect("a file").0;
+    let request = LoadRequest {
+        input: Input::Path(dir.join(last)),
+        sets: &[],
+        env: &|_| Some("/data".to_owned()),
+        builtins: &Papers,
+    };
+    let loaded = Recipe::load(&request, registry());
+    fs::remove_dir_all(&dir).expect("removed");
+    loaded
+}
+
+const KNN: &str = "knn: { type: knn, dataset: { type: sample } }";
+
+fn keys(value: &Value) -> Vec<&str> {
+    value.as_object().expect("a mapping").keys().map(String::as_str).collect()
+}
+
+#[test]
+fn null_removes_what_is_inherited() {
+    let text = "extends: maskalign_vitb_clip
+stages:
+  pretrain:
+    student: { drop_path: null }
+    teachers: { clip: null }
+    masker: null
+    objectives:
+      align: null
+      pixels: { target: { type: pixels }, tokens: [visible], aligner: { type: decoder, dim: 8, depth: 1, heads: 1 }, loss: { type: mse } }
+";
+    let loaded = load(text, &[]);
+    let stage = &loaded.resolved()["stages"]["pretrain"];
+    assert_eq!(keys(&stage["objectives"]), ["pixels"]);
+    assert_eq!((&stage["teachers"], &stage["masker"]), (&json!({}), &Value::Null));
+    // An option has its default again.
+    assert_eq!(stage["student"]["drop_path"], json!(0.0));
+    let removed: Vec<String> = loaded.removals().iter().map(|removal| removal.path[2..].join(".")).collect();
+    assert_eq!(removed, ["student.drop_path", "teachers.clip", "masker", "objectives.align"]);
+    // The same by flags, in both forms.
+    let pixels = "stages.pretrain.objectives.pixels={target: {type: pixels}, tokens: [visible], \
+                  aligner: {type: decoder, dim: 8, depth: 1, heads: 1}, loss: {type: mse}}";
+    let null = |path: &str| format!("stages.pretrain.{path}=null");
+    let tilde = |path: &str| format!("~stages.pretrain.{path}");
+    for form in [&null as &dyn Fn(&str) -> String, &tilde] {
+        let sets = ["student.drop_path", "teachers.clip", "masker", "objectives.align"].map(form);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).chain([pixels]).collect();
+        assert_eq!(load("extends: maskalign_vitb_clip", &sets).fingerprint(), loaded.fingerprint());
+    }
+}
+
+#[test]
+fn replace_starts_a_mapping_anew() {
+    let text = "extends: mae_vitb
+stages:
+  pretrain:
+    masker: { $replace: true, type: random, visible: 49 }
+    objectives:
+      $replace: true
+      raw: { target: { type: pixels }, tokens: [masked], aligner: { type: decoder, dim: 8, depth: 1, heads: 1 }, loss: { type: l1 } }
+";
+    let stage = &load(text, &[]).resolved()["stages"]["pretrain"].clone();
+    assert_eq!(keys(&stage["objectives"]), ["raw"]);
+    assert_eq!((&stage["masker"]["ratio"], &stage["masker"]["visible"]), (&Value::Null, &json!(49)));
+    // Without it, the ratio would be there too.
+    let merged = load(&text.replacen("$replace: true, ", "", 1), &[]);
+    assert_eq!(merged.resolved()["stages"]["pretrain"]["masker"]["ratio"], json!(0.75));
+}
+
+#[test]
+fn what_is_removed_stays_away_through_every_level() {
+    let pixels = "{ target: { type: pixels }, tokens: [masked], aligner: { type: decoder, dim: 8, depth: 1, heads: 1 }, \
+                  loss: { type: l1 } }";
+    let middle = format!(
+        "extends: mae_vitb\nstages: {{ pretrain: {{ objectives: {{ pixels: null, raw: {pixels} }} }}, {KNN} }}"
+    );
+    let anew = format!(
+        "extends: mae_vitb\nstages: {{ pretrain: {{ objectives: {{ $replace: true, raw: {pixels} }} }}, {KNN} }}"
+    );
+    let objectives = |files: &[(&str, &str)]| {
+        let loaded = load_files("levels", files).unwrap_or_else(|report| panic!("{report}"));
+        keys(&loaded.resolved()["stages"]["pretrain"]["objectives"]).join(" ")
+    };
+    for middle in [&middle, &anew] {
+        let top = "extends: middle.yaml\nstages: { pretrain: { epochs: 1 } }";
+        assert_eq!(objectives(&[("middle.yaml", middle), ("top.yaml", top)]), "raw");
+        // The later of two bases wins, by what it removed too.
+        let plain = ("plain.yaml", "extends: mae_vitb\nseed: 3");
+        let top = ("top.yaml", "extends: [plain.yaml, middle.yaml]");
+        assert_eq!(objectives(&[("middle.yaml", middle), plain, top]), "raw");
+        let top = ("top.yaml", "extends: [middle.yaml, plain.yaml]");
+        assert_eq!(objectives(&[("middle.yaml", middle), plain, top]), "raw pixels");
+    }
+    // What comes back is new: nothing of the old one is left, and it stands last.
+    let top = format!("extends: middle.yaml\nstages: {{ pretrain: {{ objectives: {{ pixels: {pixels} }} }} }}");
+    let loaded = load_files("again", &[("middle.yaml", &middle), ("top.yaml", &top)]).expect("sound");
+    let objectives = &loaded.resolved()["stages"]["pretrain"]["objectives"];
+    assert_eq!(keys(objectives), ["raw", "pixels"]);
+    assert_eq!(objectives["pixels"], objectives["raw"]);
+    assert!(loaded.removals().is_empty());
+    // What a base removed is not there to be removed again.
+    let top = "extends: middle.yaml\nstages: { pretrain: { objectives: { pixels: null } } }";
+    let report = load_files("twice", &[("middle.yaml", &middle), ("top.yaml", top)]).expect_err("twice");
+    assert_eq!((report.0.len(), report.0[0].code), (1, "nothing-to-remove"), "{report}");
+    assert_eq!(report.0[0].allowed, ["raw"]);
+}
+
+#[test]
+fn a_stage_that_is_removed_and_written_again_runs_last() {
+    let base = format!("extends: mae_vitb\nstages: {{ {KNN}, more: {{ type: knn, dataset: {{ type: sample }} }} }}");
+    let files = |top: &str| load_files("order", &[("base.yaml", &base), ("top.yaml", top)]).expect("sound");
+    let order = |loaded: &Loaded| keys(&loaded.resolved()["stages"]).join(" ");
+    assert_eq!(order(&files("extends: base.yaml\nstages: { knn: null }")), "pretrain more");
+    assert_eq!(order(&files(&format!("extends: base.yaml\nstages: {{ {KNN} }}"))), "pretrain knn more");
+    let removed =
+        load("extends: mae_vitb", &[&format!("stages={{{KNN}}}"), "~stages.knn", &KNN.replace("knn: ", "stages.knn=")]);
+    assert_eq!(order(&removed), "knn");
+}
+
+#[test]
+fn nothing_is_removed_by_a_variable_or_by_nothing() {
+    let text = "extends: mae_vitb\nname: x\nstages:\n  pretrain:\n    epochs: ${E}\n    optimizer: ${O:-null}\n";
+    let env = HashMap::from([("E", "null"), ("IMAGENET_DIR", "/data")]);
+    let report = load_with(text, &[], &env, &Papers).expect_err("two that are no values");
+    assert_eq!(report.0.iter().map(|found| found.code).collect::<Vec<_>>(), ["wrong-type", "wrong-type"], "{report}");
+    let report = refuse("extends: mae_vitb\nname: x\nstages:\n  pretrain:\n    masker:\n", &[]);
+    assert_eq!((report.0.len(), report.0[0].code), (1, "wrong-type"), "{report}");
+    assert!(report.0[0].help[0].contains("write `null`"), "{report}");
+}
+
+#[test]
+fn what_was_removed_is_shown_where_it_was() {
+    let text = "extends: maskalign_vitb_clip
+name: x
+stages:
+  pretrain:
+    student: { drop_path: null }
+    objectives:
+      $replace: true
+      raw: { target: { type: pixels }, tokens: [visible], aligner: { type: decoder, dim: 8, depth: 1, heads: 1 }, loss: { type: mse } }
+";
+    let loaded = load(text, &["~stages.pretrain.teachers.clip", "stages.pretrain.masker=null"]);
+    let yaml = loaded.resolved_yaml(ShowOrigin::Yes);
+    for expected in [
+        "  # default; recipe.yaml:5 removes built-in:maskalign_vitb_clip:15\n",
+        "  # default; --set stages.pretrain.masker=null removes built-in:maskalign_vitb_clip:18\n",
+        "      # without `clip` of built-in:maskalign_vitb_clip:17, by --set ~stages.pretrain.teachers.clip\n",
+        "      # in the place of built-in:maskalign_vitb_clip:19, by recipe.yaml:7\n",
+    ] {
+        assert!(yaml.contains(expected), "{expected} in\n{yaml}");
+    }
+    let with_dino = "extends: maskalign_vitb_clip
+name: x
+stages: { pretrain: { teachers: { dino: { type: dino, arch: base_16, weights: a } }, objectives: { align: null,
+  more: { target: { type: features, teacher: dino }, tokens: [cls], aligner: { type: dynamic, fusion: sum, head: linear },
+  loss: { type: mse } } } } }
+";
+    let yaml =
+        load(with_dino, &["~stages.pretrain.teachers.clip", "~stages.pretrain.masker"]).resolved_yaml(ShowOrigin::Yes);
+    for expected in [
+        "      # without `clip` of built-in:maskalign_vitb_clip:17, by --set ~stages.pretrain.teachers.clip\n",
+        "      # without `align` of built-in:maskalign_vitb_clip:20, by recipe.yaml:3\n",
+    ] {
+        assert!(yaml.contains(expected), "{expected} in\n{yaml}");
+    }
+    let again = load_with(&yaml, &[], &HashMap::new(), &NoRecipes).unwrap_or_else(|report| panic!("{report}\n{yaml}"));
+    assert_eq!(keys(&again.resolved()["stages"]["pretrain"]["objectives"]), ["more"]);
+}
+
+#[test]
+fn a_type_without_a_value_below_leaves_no_options_behind() {
+    let base = MAE.replace("type: random, ratio", "type: \"${M}\", ratio");
+    let request = LoadRequest {
+        input: Input::Text {
+            name: "top.yaml".to_owned(),
+            text: "extends: mae\nstages: { pretrain: { masker: { type: block, masked: 75 } } }".to_owned(),
+        },
+        sets: &[],
+        env: &|name| (name == "IMAGENET_DIR").then(|| "/data".to_owned()),
+        builtins: &One(&base),
+    };
+    let loaded = Recipe::load(&request, registry()).unwrap_or_else(|report| panic!("{report}"));
+    assert_eq!(loaded.resolved()["stages"]["pretrain"]["masker"], json!({ "type": "block", "masked": 75 }));
+}
+
+/// One built-in recipe, `mae`.
+struct One<'a>(&'a str);
+
+impl RecipeSource for One<'_> {
+    fn builtin(&self, name: &str) -> Option<&str> {
+        (name == "mae").then_some(self.0)
+    }
+
+    fn names(&self) -> Vec<&str> {
+        vec!["mae"]
+    }
+}
+
 #[test]
 fn lists_are_replaced_and_later_bases_win() {
     let dir = std::env::temp_dir().join(format!("maskalign-extends-{}", std::process::id()));

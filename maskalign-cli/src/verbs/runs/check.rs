@@ -1,4 +1,4 @@
-//! `maskalign runs`: what run directories hold.
+//! `maskalign runs check`: whether a run directory is whole.
 
 use std::path::PathBuf;
 
@@ -6,61 +6,40 @@ use maskalign_core::run::{Findings, Item, check};
 use maskalign_registry::source::visible_lines;
 use serde_json::json;
 
-use super::Format;
 use crate::{
     failure::Failure,
     output, recipes,
     render::{self, paint},
     session::Session,
+    verbs::Format,
 };
-
-const EXAMPLES: &str = "\
-Examples:
-  maskalign runs check runs/mine-20230618-093000
-  maskalign runs check runs/mine-20230618-093000 --format json";
-
-/// Look at run directories: whether one is whole
-#[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub(crate) struct Args {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(clap::Subcommand)]
-enum What {
-    Check(Check),
-}
 
 /// Check that every file of a run is as it was written, and that they agree with each other
 ///
 /// Reads all that the run would go on from: recipe, manifest, metrics, checkpoints, what its stages left. Changes nothing.
 /// Exit code 1 where something is not whole.
 #[derive(clap::Args)]
-struct Check {
+pub(super) struct Args {
     /// The run directory
     run: PathBuf,
     /// How the findings are written
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+    /// The same as --format json
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
 }
 
 impl Args {
-    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
-        let What::Check(check) = self.what;
-        check.run(session)
-    }
-}
-
-impl Check {
-    fn run(self, session: &Session) -> Result<(), Failure> {
+    pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
         let Findings { mut items, fingerprint } = check(&self.run)?;
         let recipe = items.iter_mut().find(|item| item.name == "recipe.resolved.yaml" && item.whole);
         if let (Some(recipe), Some(wanted)) = (recipe, fingerprint) {
             *recipe = self.recipe(session, &recipe.name, &wanted);
         }
         let broken = items.iter().filter(|item| !item.whole).count();
-        match self.format {
+        let format = if self.json { Format::Json } else { self.format };
+        match format {
             Format::Json => output::print_json(&json!({ "whole": broken == 0, "items": items }))?,
             Format::Text => output::print(&text(&items))?,
         }

@@ -1,0 +1,150 @@
+//! What a stage trains, in a few words a line: for people who check a recipe before it runs.
+
+use maskalign_registry::{Options, Scalar, Slot, StageTag, source::number};
+use serde::Serialize;
+use serde_json::Value;
+
+/// One line of an outline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OutlineLine {
+    /// What it is about: `student`, `teacher`, `masker` or `objective`.
+    pub part: &'static str,
+    /// Its name in the recipe, where it has one.
+    pub name: Option<String>,
+    /// The few words.
+    pub says: String,
+}
+
+impl OutlineLine {
+    fn of(part: &'static str, says: String) -> OutlineLine {
+        OutlineLine { part, name: None, says }
+    }
+
+    fn named(part: &'static str, name: &str, says: String) -> OutlineLine {
+        OutlineLine { part, name: Some(name.to_owned()), says }
+    }
+}
+
+/// The student, the teachers, the masker and the objectives of a stage whose defaults are filled in, in this order.
+///
+/// It reads the recipe by the names of these options, so that it says the same of a plugin's stage.
+pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
+    let options = &stage.options;
+    let entries = |name: &str| options.get(name).and_then(Value::as_object).into_iter().flatten();
+    let mut lines = Vec::new();
+    lines.extend(options.get("student").and_then(tower).map(|says| OutlineLine::of("student", says)));
+    lines
+        .extend(entries("teachers").filter_map(|(name, slot)| Some(OutlineLine::named("teacher", name, tower(slot)?))));
+    lines.extend(options.get("masker").map(|masker| OutlineLine::of("masker", component(masker))));
+    lines.extend(entries("objectives").map(|(name, terms)| OutlineLine::named("objective", name, objective(terms))));
+    lines
+}
+
+/// A tower: its type, size and where it comes from.
+fn tower(tower: &Value) -> Option<String> {
+    let origin = |weights: &Value| {
+        let stage = weights.get("stage").and_then(Value::as_str);
+        let path = weights.as_str().or_else(|| weights.get("path")?.as_str());
+        let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
+        stage.map(str::to_owned).or_else(|| path.map(name)).map(|origin| format!("from {origin}"))
+    };
+    if tower.get("type").is_none() {
+        // Weights in the place of a tower: an earlier stage's student.
+        return origin(tower);
+    }
+    let arch = tower.get("arch").and_then(|arch| match arch {
+        Value::String(name) => Some(name.clone()),
+        arch => Some(format!("{} wide, {} deep", arch.get("dim")?, arch.get("depth")?)),
+    });
+    let weights = tower.get("weights").and_then(origin);
+    Some([word(tower, "type").map(str::to_owned), arch, weights].into_iter().flatten().collect::<Vec<_>>().join(", "))
+}
+
+/// A component: its type and every option that is one value.
+fn component(component: &Value) -> String {
+    let Some(options) = component.as_object() else {
+        return "none: the student sees every patch".to_owned();
+    };
+    let mut parts: Vec<String> = word(component, "type").map(str::to_owned).into_iter().collect();
+    parts.extend(one_values(options).map(|(name, value)| format!("{name} {value}")));
+    parts.join(", ")
+}
+
+fn one_values(options: &Options) -> impl Iterator<Item = (&str, String)> {
+    let others = options.iter().filter(|(name, _)| *name != "type");
+    others.filter_map(|(name, value)| match value {
+        Value::String(text) => Some((name.as_str(), text.clone())),
+        value => Some((name.as_str(), scalar(value)?)),
+    })
+}
+
+/// An objective: how much it counts, and what is compared with what, on which tokens.
+fn objective(terms: &Value) -> String {
+    let kind = |part: &str| terms.get(part).and_then(|part| word(part, "type")).unwrap_or("nothing");
+    let whose = terms.get("target").and_then(|target| word(target, "teacher"));
+    let whose = whose.map_or(String::new(), |teacher| format!(" of {teacher}"));
+    let tokens = terms.get("tokens").and_then(Value::as_array).into_iter().flatten();
+    let tokens: Vec<&str> = tokens.filter_map(Value::as_str).collect();
+    let weight = terms.get("weight").and_then(scalar).unwrap_or_else(|| "1".to_owned());
+    format!("weight {weight}, {} to {}{whose}, on {}", kind("loss"), kind("target"), tokens.join(", "))
+}
+
+/// A number, or the two that it moves between.
+fn scalar(value: &Value) -> Option<String> {
+    match serde_json::from_value(value.clone()).ok()? {
+        Scalar::Constant(value) => Some(number(value)),
+        Scalar::Ramp { from, to, .. } => Some(format!("{} to {}", number(from), number(to))),
+    }
+}
+
+fn word<'v>(value: &'v Value, name: &str) -> Option<&'v str> {
+    value.get(name)?.as_str()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn lines(options: Value) -> Vec<(String, String)> {
+        let Value::Object(options) = options else { panic!("options are a mapping") };
+        let name =
+            |line: &OutlineLine| line.name.as_ref().map_or(line.part.to_owned(), |n| format!("{} {n}", line.part));
+        outline(&Slot::with("any", options)).into_iter().map(|line| (name(&line), line.says)).collect()
+    }
+
+    #[test]
+    fn what_is_trained_is_named_with_its_weight() {
+        let towers = json!({ "type": "clip", "arch": "base_16", "weights": "hf://openai/clip-vit-base-patch16" });
+        let found = lines(json!({
+            "student": { "type": "vit", "arch": { "dim": 96, "depth": 4 }, "weights": null },
+            "teachers": { "clip": towers, "ema": { "type": "ema", "momentum": { "from": 0.996, "to": 1.0 } } },
+            "masker": { "type": "attention", "teacher": "clip", "ratio": { "from": 0.5, "to": 0.7 }, "visible": null },
+            "objectives": {
+                "align": {
+                    "target": { "type": "features", "teacher": "clip" }, "tokens": ["cls", "visible"],
+                    "loss": { "type": "smooth_l1" }, "weight": 2.0,
+                },
+                "pixels": { "target": { "type": "pixels" }, "tokens": ["masked"], "loss": { "type": "mse" } },
+            },
+        }));
+        let expected = [
+            ("student", "vit, 96 wide, 4 deep"),
+            ("teacher clip", "clip, base_16, from clip-vit-base-patch16"),
+            ("teacher ema", "ema"),
+            ("masker", "attention, teacher clip, ratio 0.5 to 0.7"),
+            ("objective align", "weight 2, smooth_l1 to features of clip, on cls, visible"),
+            ("objective pixels", "weight 1, mse to pixels, on masked"),
+        ];
+        assert_eq!(found, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
+    }
+
+    #[test]
+    fn a_stage_that_evaluates_names_its_towers_and_a_strange_one_nothing() {
+        let knn = lines(json!({ "student": { "stage": "pretrain" }, "masker": null, "teachers": {} }));
+        let expected = [("student", "from pretrain"), ("masker", "none: the student sees every patch")];
+        assert_eq!(knn, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
+        assert_eq!(lines(json!({ "student": 3, "objectives": [1], "teachers": { "a": null } })), []);
+    }
+}
