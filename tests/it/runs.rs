@@ -29,7 +29,8 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
     assert!(!out.contains("step 2 of 2"), "progress is no result");
     let run = sandbox.work().join("run");
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
-    let steps: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let records: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let (steps, others): (Vec<Value>, Vec<Value>) = records.into_iter().partition(|record| record["loss"].is_number());
     assert_eq!(steps.len(), 2);
     let effective = 8.0;
     for step in &steps {
@@ -39,6 +40,9 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
         assert!(all > 0.0 && all <= whole, "the phases are parts of the step: {step}");
     }
     let summary = json(&run.join("summary.json"));
+    let measured: Vec<&Value> = others.iter().filter(|record| record["stage"] == "knn").collect();
+    assert_eq!(measured.len(), summary["knn"].as_object().expect("named results").len());
+    assert_eq!(measured[0]["pixels"], summary["knn"]["pixels"]);
     assert_eq!(summary["pretrain"]["steps"], 2);
     assert!(summary["knn"]["pixels"]["accuracy"].as_f64().expect("a share") > 0.2, "{summary}");
     let manifest = json(&run.join("manifest.json"));
@@ -126,6 +130,34 @@ fn evaluations_in_the_course_of_training_are_in_the_metrics() {
     assert_eq!(untimed(lines("parts")), untimed(whole));
 }
 
+/// Each level is a row of the summary, of the metrics and of what is printed, by any number of threads.
+#[test]
+fn levels_are_rows() {
+    let sandbox = Sandbox::new();
+    let run = |out: &str, threads: &str| {
+        let levels = ["--set", "stages.knn.levels=[embed, -1]", "--threads", threads];
+        let output = sandbox.run([&["run", "tiny.yaml", "--out", out][..], &levels].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        (json(&sandbox.work().join(out).join("summary.json")), output)
+    };
+    let (summary, output) = run("one", "1");
+    assert_eq!(run("two", "2").0, summary, "the number of threads changes nothing");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let progress = String::from_utf8_lossy(&output.stderr).into_owned();
+    let metrics = fs::read_to_string(sandbox.work().join("one/metrics.jsonl")).expect("metrics");
+    let records: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let rows: Vec<&Value> = records.iter().filter(|record| record["stage"] == "knn").collect();
+    assert_eq!(rows.len(), 5, "pixels, and two levels of two towers: {rows:?}");
+    for tower in ["untrained", "student"] {
+        for level in ["embed", "1"] {
+            let accuracy = summary["knn"][tower][level]["accuracy"].as_f64().expect("a share");
+            assert!(rows.iter().any(|row| row[tower][level]["accuracy"] == accuracy), "{tower}, {level}: {rows:?}");
+            assert!(printed.contains(&format!("{tower} {level} ")), "{printed}");
+            assert!(progress.contains(&format!("knn: {tower} {level} accuracy")), "{progress}");
+        }
+    }
+}
+
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
     let sandbox = Sandbox::new();
@@ -195,8 +227,8 @@ mod signals {
             let resumed = sandbox.run(["run", "--resume", "run", "--steps", &done.to_string(), "-q"]);
             assert_eq!(resumed.status.code(), Some(0), "{}", String::from_utf8_lossy(&resumed.stderr));
             let metrics = fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).expect("metrics");
-            let steps: Vec<u64> =
-                metrics.lines().map(|line| json_line(line)["step"].as_u64().expect("a step")).collect();
+            let updates = metrics.lines().map(json_line).filter(|record| record["loss"].is_number());
+            let steps: Vec<u64> = updates.map(|record| record["step"].as_u64().expect("a step")).collect();
             assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
         }
     }

@@ -1,15 +1,17 @@
 //! The steps of a recipe: each trains or evaluates, and may leave a student to later ones.
 //!
 //! A stage is composed of `training` (the options and the loop of everything that trains), `supervised` (labels, classes,
-//! accuracy), `features` (what evaluations of frozen towers read) and the run's [events](crate::events); its own file holds
-//! what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
+//! accuracy), `features` (what evaluations of frozen towers read), `measured` (which towers), `neighbours` (the nearest of features) and
+//! the run's [events](crate::events); its own file holds what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
 
 mod data;
 mod features;
 mod finetune;
 mod knn;
 mod linear_probe;
+mod measured;
 mod memory;
+mod neighbours;
 mod pretrain;
 mod supervised;
 mod training;

@@ -67,7 +67,19 @@ const FOLDERS: &[(&str, &[&str])] = &[
     ("events", &["summary", "metrics", "pictures", "tensorboard"]),
     (
         "stages",
-        &["memory", "data", "training", "features", "supervised", "knn", "finetune", "linear_probe", "pretrain"],
+        &[
+            "memory",
+            "data",
+            "training",
+            "features",
+            "measured",
+            "neighbours",
+            "supervised",
+            "knn",
+            "finetune",
+            "linear_probe",
+            "pretrain",
+        ],
     ),
 ];
 

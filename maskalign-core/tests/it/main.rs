@@ -6,6 +6,7 @@ mod decoder;
 mod dinov2;
 mod finetune;
 mod fuzz;
+mod knn;
 mod layers;
 mod linear_probe;
 mod papers;

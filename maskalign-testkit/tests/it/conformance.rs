@@ -99,7 +99,9 @@ fn datasets_of_files_conform() {
 #[test]
 fn stages_conform_on_an_earlier_stages_student() {
     let sides = "train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } }";
-    for rest in ["", ", baselines: [untrained, pixels], pooling: cls, tap: norm", ", k: [1, 5]"] {
+    for rest in
+        ["", ", baselines: [untrained, pixels], pooling: cls, tap: norm", ", k: [1, 5]", ", levels: [embed, 0, -1]"]
+    {
         passes(check_as(Kind::Stage, &format!("{{ type: knn, student: {{ stage: pretrain }}, {sides}{rest} }}")));
     }
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
