@@ -193,6 +193,13 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "quickstart_teacher",
+        &[
+            (("classifier: { stage: train }", "classifier: { stage: tune }"), REFUSED, "tune"),
+            (("classifier: { stage: train }", "classifier: head.safetensors"), REFUSED, "head.safetensors"),
+        ],
+    ),
+    (
         "quickstart",
         &[
             (("    baselines: [pixels, untrained]\n", "    levels: [5]\n"), REFUSED, "5"),

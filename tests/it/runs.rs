@@ -158,6 +158,47 @@ fn levels_are_rows() {
     }
 }
 
+/// What `evaluate` reads from the run directory is the classifier that its stage measured itself, in a run that went through
+/// and in one that went on.
+#[test]
+fn classifiers_are_evaluated_as_they_were_left() {
+    let sandbox = Sandbox::new();
+    let data = "{dataset: {type: sample, split: test, limit: 20}}";
+    let probe = format!(
+        "stages.probe={{type: linear_probe, epochs: 2, data: {{dataset: {{type: sample, split: train, limit: 64}}}}, \
+         eval: {data}, student: {{type: vit, weights: {{stage: pretrain}}}}, optimizer: {{type: lars, base_lr: 1}}, \
+         schedule: {{type: cosine}}, batch: {{effective: 16}}}}"
+    );
+    let evaluate = |name: &str, stage: &str| {
+        format!("stages.{name}={{type: evaluate, classifier: {{stage: {stage}}}, data: {data}, batch: 6}}")
+    };
+    let sets = [probe, evaluate("tuned", "finetune"), evaluate("probed", "probe")];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set.as_str()]).collect();
+    let output = sandbox.run([&["run", "tiny.yaml", "--out", "run"], &sets[..]].concat());
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let path = sandbox.work().join("run/summary.json");
+    let summary = json(&path);
+    for (evaluated, stage) in [("tuned", "finetune"), ("probed", "probe")] {
+        let evaluated = &summary[evaluated];
+        assert_eq!(evaluated["accuracy"], summary[stage]["accuracy"], "{summary}");
+        assert!(evaluated["top_5_accuracy"].as_f64() >= evaluated["accuracy"].as_f64());
+        let by_class = evaluated["classes"].as_object().expect("classes by name");
+        assert_eq!(by_class["Sandal"]["images"], 2, "the classes take turns");
+        let confused = evaluated["confusion"].as_object().expect("classes by name").values();
+        let images = confused.flat_map(|row| row.as_object().expect("counts").values());
+        assert_eq!(images.map(|count| count.as_u64().expect("a count")).sum::<u64>(), 20);
+    }
+    assert!(printed.contains("confusion") && printed.contains("top_5_accuracy"), "{printed}");
+    for stage in ["tuned", "probed"] {
+        fs::remove_dir_all(sandbox.work().join("run/checkpoints").join(stage)).expect("removed");
+    }
+    fs::remove_file(&path).expect("removed");
+    let output = sandbox.run(["run", "--resume", "run"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(json(&path), summary);
+}
+
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
     let sandbox = Sandbox::new();

@@ -56,6 +56,12 @@ pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]:
     FLOAT * (plan.parameters as u64 + trained + images + 4 * features + pass(tower, micro.min(at_a_time), 1)) + BASE
 }
 
+/// Bytes for the classes of images, some at a time.
+pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
+    let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
+    FLOAT * (weights(tower) + scores + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
+}
+
 /// A measurement of frozen features against those of other images, by nearest neighbours.
 #[derive(Clone, Copy)]
 pub(super) struct NeighbourSearch {

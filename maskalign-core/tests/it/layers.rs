@@ -78,6 +78,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "knn",
             "finetune",
             "linear_probe",
+            "evaluate",
             "pretrain",
         ],
     ),

@@ -52,6 +52,7 @@ pub(crate) fn planned<P>(plan: impl FnOnce(&StageContext) -> P) -> P {
         name: "stage",
         seed: 0,
         students: &BTreeMap::new(),
+        classifiers: &BTreeMap::new(),
         environment: Environment::Ignored,
         missing_weights: MissingWeights::Refused,
         recompute: Recompute::Never,
