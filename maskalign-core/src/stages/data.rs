@@ -9,7 +9,7 @@ use super::{StageSummary, keep};
 use crate::{
     component,
     components::towers::Environment,
-    data::{Images, Loader, LoaderConfig, OnError, Order, Transform, output_size},
+    data::{DataError, Images, Loader, LoaderConfig, OnError, Order, RgbImage, Transform, output_size},
     error::Error,
     plugin::Build,
 };
@@ -167,6 +167,20 @@ impl OpenData {
 }
 
 impl OpenData {
+    /// So many images of these, equally spaced: whatever the order, each class has its share.
+    #[must_use]
+    pub fn spread(&self, count: usize) -> OpenData {
+        let all = self.images.len() as u128;
+        let place = |index: usize| (index as u128 * all / count as u128) as usize;
+        if count as u128 >= all { self.clone() } else { self.pick((0..count).map(place).collect()) }
+    }
+
+    /// The images at some places.
+    #[must_use]
+    pub fn pick(&self, places: Vec<usize>) -> OpenData {
+        OpenData { images: Arc::new(Picked { images: Arc::clone(&self.images), places }), ..self.clone() }
+    }
+
     /// Refuses data without labels; `purpose` says what needs them.
     ///
     /// # Errors
@@ -268,6 +282,45 @@ impl PlannedSides {
     /// How many images are searched, and how many seek; 0 where they were not looked at.
     pub(super) fn lengths(&self) -> [usize; 2] {
         [&self.searched, &self.seekers].map(|data| data.opened().map_or(0, |open| open.images.len()))
+    }
+}
+
+/// Some of the images.
+struct Picked {
+    images: Arc<dyn Images>,
+    places: Vec<usize>,
+}
+
+impl Images for Picked {
+    fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, DataError> {
+        self.images.image(self.places[index])
+    }
+
+    fn label(&self, index: usize) -> Option<u32> {
+        self.images.label(self.places[index])
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        self.images.classes()
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.images.name(self.places[index])
+    }
+
+    fn size(&self) -> Option<(usize, usize)> {
+        self.images.size()
+    }
+
+    fn fingerprint(&self) -> String {
+        let mut list = blake3::Hasher::new();
+        list.update(self.images.fingerprint().as_bytes());
+        self.places.iter().for_each(|place| _ = list.update(&(*place as u64).to_le_bytes()));
+        list.finalize().to_hex().to_string()
     }
 }
 

@@ -62,6 +62,21 @@ pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, imag
     FLOAT * (weights(tower) + scores + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
 }
 
+/// Bytes for the features of `count` images of `size` pixels at the towers' levels, `images` at a time, and for the products of
+/// their values: kept in double precision, and twice more while eigenvalues are sought.
+pub(super) fn quality(towers: &[(TowerShape, usize)], count: usize, size: usize, images: usize) -> u64 {
+    let of_tower = |(tower, levels): &(TowerShape, usize)| {
+        let (width, levels) = (tower.arch.dim, *levels as u64);
+        let block = block_rows(width).min(count);
+        let level = FLOAT * ((count + block) * width) as u64 + 8 * (width * width / 2) as u64;
+        let centred = FLOAT * (count * width) as u64;
+        let passing = FLOAT * pass(tower, images, levels as usize);
+        levels * level + centred + (8 * 2 * (width * width) as u64).max(passing) + FLOAT * (block * block) as u64
+    };
+    let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    towers.iter().map(of_tower).max().unwrap_or(0) + FLOAT * (held + BATCHES * batch(images, size)) + BASE
+}
+
 /// A measurement of frozen features against those of other images, by nearest neighbours.
 #[derive(Clone, Copy)]
 pub(super) struct NeighbourSearch {

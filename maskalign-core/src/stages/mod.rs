@@ -5,6 +5,7 @@
 //! the run's [events](crate::events); its own file holds what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
 
 mod data;
+mod eigenvalues;
 mod evaluate;
 mod features;
 mod finetune;
@@ -14,6 +15,7 @@ mod measured;
 mod memory;
 mod neighbours;
 mod pretrain;
+mod quality;
 mod supervised;
 mod training;
 
@@ -30,6 +32,7 @@ pub use knn::Knn;
 pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
+pub use quality::Quality;
 pub use supervised::{
     Classify, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets, largest_label,
 };

@@ -69,6 +69,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
         "stages",
         &[
             "memory",
+            "eigenvalues",
             "data",
             "training",
             "features",
@@ -79,6 +80,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "finetune",
             "linear_probe",
             "evaluate",
+            "quality",
             "pretrain",
         ],
     ),

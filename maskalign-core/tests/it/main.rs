@@ -11,6 +11,7 @@ mod layers;
 mod linear_probe;
 mod papers;
 mod prelude;
+mod quality;
 mod support;
 mod timm;
 mod towers;

@@ -104,6 +104,15 @@ fn stages_conform_on_an_earlier_stages_student() {
     {
         passes(check_as(Kind::Stage, &format!("{{ type: knn, student: {{ stage: pretrain }}, {sides}{rest} }}")));
     }
+    for rest in ["", ", baselines: [untrained], levels: [embed, -1], images: 20", ", pooling: cls, tap: norm"] {
+        passes(check_as(
+            Kind::Stage,
+            &format!(
+                "{{ type: quality, student: {{ stage: pretrain }},
+                data: {{ dataset: {{ type: sample, split: test }} }}{rest} }}"
+            ),
+        ));
+    }
     let evaluated = "data: { dataset: { type: sample, split: test } }, batch: 7";
     passes(check_as(Kind::Stage, &format!("{{ type: evaluate, classifier: {{ stage: finetune }}, {evaluated} }}")));
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
