@@ -112,6 +112,31 @@ impl NeighbourSearch {
     }
 }
 
+/// Bytes for the features of so many searched images and seekers at the towers' levels and as pixels, `images` at a time, and
+/// for the similarities of some seekers to all that is searched.
+pub(super) fn ranking(
+    towers: &[(TowerShape, usize)],
+    pixels: bool,
+    [searched, seekers]: [usize; 2],
+    size: usize,
+    images: usize,
+) -> u64 {
+    let raw = batch(1, size) as usize;
+    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + seekers) * width) as u64;
+    let held = towers.iter().map(|(tower, levels)| of_features(tower.arch.dim, *levels));
+    let held = held.chain(pixels.then(|| of_features(raw, 1))).max().unwrap_or(0);
+    let parameters: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
+    let ranked = (ranked_rows(searched).min(seekers) * searched) as u64;
+    held + FLOAT * (parameters + BATCHES * batch(images, size) + passing.max(ranked)) + BASE
+}
+
+/// Seekers whose similarities to all of `searched` images are held at once.
+pub(super) fn ranked_rows(searched: usize) -> usize {
+    const VALUES: usize = 1 << 24;
+    (VALUES / searched.max(1)).clamp(1, 256)
+}
+
 /// Bytes of a neighbour: its similarity and its place.
 const NEIGHBOUR: u64 = 8;
 

@@ -16,6 +16,7 @@ mod memory;
 mod neighbours;
 mod pretrain;
 mod quality;
+mod retrieval;
 mod supervised;
 mod training;
 
@@ -33,6 +34,7 @@ pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
 pub use quality::Quality;
+pub use retrieval::Retrieval;
 pub use supervised::{
     Classify, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets, largest_label,
 };

@@ -81,6 +81,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "linear_probe",
             "evaluate",
             "quality",
+            "retrieval",
             "pretrain",
         ],
     ),

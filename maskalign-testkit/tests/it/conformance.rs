@@ -113,6 +113,15 @@ fn stages_conform_on_an_earlier_stages_student() {
             ),
         ));
     }
+    for rest in ["", ", levels: all, baselines: [pixels, untrained]"] {
+        passes(check_as(
+            Kind::Stage,
+            &format!(
+                "{{ type: retrieval, student: {{ stage: pretrain }}, gallery: {{ dataset: {{ type: sample, split: train }} }},
+                queries: {{ dataset: {{ type: sample, split: test }} }}{rest} }}"
+            ),
+        ));
+    }
     let evaluated = "data: { dataset: { type: sample, split: test } }, batch: 7";
     passes(check_as(Kind::Stage, &format!("{{ type: evaluate, classifier: {{ stage: finetune }}, {evaluated} }}")));
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
