@@ -56,13 +56,21 @@ pub struct PlanOptions {
 /// Every refusal of every stage, with its path from the recipe's root.
 pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>> {
     let PlanOptions { environment, missing_weights, recompute } = options;
-    let mut students = BTreeMap::new();
+    let (mut students, mut classifiers) = (BTreeMap::new(), BTreeMap::new());
     let mut failed = BTreeSet::new();
     let mut stages = Vec::new();
     let mut refusals = Vec::new();
     let mut unread: Vec<(String, Vec<Refusal>)> = Vec::new();
     for (name, slot) in &recipe.stages {
-        let cx = StageContext { name, seed: recipe.seed, students: &students, environment, missing_weights, recompute };
+        let cx = StageContext {
+            name,
+            seed: recipe.seed,
+            students: &students,
+            classifiers: &classifiers,
+            environment,
+            missing_weights,
+            recompute,
+        };
         let planned = match Build::build(slot) {
             Ok(stage) => stage.plan(&cx),
             Err(refusal) => Err(vec![refusal]),
@@ -71,6 +79,9 @@ pub fn plan(recipe: &Recipe, options: PlanOptions) -> Result<Plan, Vec<Refusal>>
             Ok(stage) => {
                 if let Some(student) = &stage.summary().student {
                     students.insert(name.clone(), student.clone());
+                }
+                if let Some(classifier) = stage.classifier() {
+                    classifiers.insert(name.clone(), classifier);
                 }
                 stages.push((name.clone(), stage));
             }

@@ -182,6 +182,7 @@ fn context<'a>(
         name,
         seed: recipe.seed,
         students,
+        classifiers: const { &BTreeMap::new() },
         environment: Environment::Ignored,
         missing_weights: MissingWeights::Random,
         recompute: cx.recompute(),

@@ -349,6 +349,7 @@ impl Case {
             name,
             seed: recipe.seed,
             students: &students,
+            classifiers: &BTreeMap::new(),
             environment: Environment::Checked,
             missing_weights: MissingWeights::Refused,
             recompute: cx.recompute(),

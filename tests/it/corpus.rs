@@ -117,6 +117,7 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
             (("[pixels, untrained]", "[pixel]"), UNKNOWN_VALUE, "pixel"),
             (("[pixels, untrained]", "pixels"), WRONG_TYPE, "pixels"),
             (("    baselines: [pixels, untrained]\n", "    k: [0]\n"), OUT_OF_RANGE, "0"),
+            (("    baselines: [pixels, untrained]\n", "    levels: last\n"), OUT_OF_RANGE, "last"),
             (("    test: { dataset: { type: sample, split: test } }\n", ""), MISSING_KEY, "knn"),
             (("dim: 96, depth: 4", "dim: 96, depth: 0"), OUT_OF_RANGE, "0"),
             (("dim: 96, depth: 4", "dim: wide, depth: 4"), WRONG_TYPE, "wide"),
@@ -192,8 +193,17 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "quickstart_teacher",
+        &[
+            (("classifier: { stage: train }", "classifier: { stage: tune }"), REFUSED, "tune"),
+            (("classifier: { stage: train }", "classifier: head.safetensors"), REFUSED, "head.safetensors"),
+        ],
+    ),
+    (
         "quickstart",
         &[
+            (("    baselines: [pixels, untrained]\n", "    levels: [5]\n"), REFUSED, "5"),
+            (("    baselines: [pixels, untrained]\n", "    levels: [embed]\n    pooling: cls\n"), REFUSED, "embed"),
             (("{ stage: pretrain }", "{ stage: pretrian }"), REFUSED, "pretrian"),
             (("dim: 96, depth: 4, heads: 3", "dim: 96, depth: 4, heads: 5"), REFUSED, "5"),
         ],

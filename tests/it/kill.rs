@@ -31,8 +31,8 @@ fn places() -> Vec<String> {
             all.extend((1..=times).map(|time| format!("{what}.{moment}:{time}")));
         }
     }
-    // Four steps, an evaluation, and that again; then the eight steps of fine-tuning.
-    all.extend([1, 2, 3, 4, 5, 6, 9, 10, 11, 18].map(|time| format!("metrics.append:{time}")));
+    // Four steps, an evaluation, and that again; then the eight steps of fine-tuning, and three results of k-NN.
+    all.extend([1, 2, 3, 4, 5, 6, 9, 10, 11, 18, 19, 20, 21].map(|time| format!("metrics.append:{time}")));
     all.extend([1, 2, 3].map(|time| format!("stage.after:{time}")));
     all
 }
@@ -43,8 +43,8 @@ fn a_killed_run_goes_on_exactly() {
     let run = ["run", "tiny.yaml", "--out", "whole", "--threads", "1", "-q"];
     finished(&sandbox, &run, "uninterrupted");
     let whole = run_record(&sandbox.work().join("whole"));
-    // 16 steps, and nearest neighbours after each of two epochs.
-    assert_eq!(whole.steps.len(), 18);
+    // 16 steps, nearest neighbours after each of two epochs, and those of three towers at the end.
+    assert_eq!(whole.steps.len(), 21);
     assert_eq!(whole.finals.len(), 3);
     let files = files_below(&sandbox.work().join("whole"));
     for place in places() {

@@ -88,9 +88,22 @@ fn a_moving_average_as_the_teacher() {
     compare("data2vec_vitb", &sample, &[]);
 }
 
+/// The sample's larger part is what is classified: that is what memory is for.
 #[test]
 fn nearest_neighbours() {
-    let stages = "stages={knn: {type: knn, train: {dataset: {type: sample, split: train}}, \
-                  test: {dataset: {type: sample, split: test}}, baselines: [pixels]}}";
+    let stages = "stages={knn: {type: knn, train: {dataset: {type: sample, split: test}}, \
+                  test: {dataset: {type: sample, split: train}}, baselines: [pixels]}}";
     compare("quickstart", &[stages], &[]);
+}
+
+#[test]
+fn nearest_neighbours_at_every_level() {
+    let tower = "{type: finetune, epochs: 1, data: {dataset: {type: sample, split: test, limit: 10}}, optimizer: {type: adamw, \
+                 base_lr: 0.001}, schedule: {type: constant}, batch: {effective: 2}, \
+                 student: {type: vit, arch: {dim: 384, depth: 6, heads: 6, patch: 7}}}";
+    let stages = format!(
+        "stages={{tower: {tower}, knn: {{type: knn, train: {{dataset: {{type: sample, split: test, limit: 300}}}}, \
+         test: {{dataset: {{type: sample, split: train}}}}, student: {{stage: tower}}, levels: {{last: 4}}, k: [200]}}}}"
+    );
+    compare("quickstart", &[&stages], &[]);
 }

@@ -29,7 +29,8 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
     assert!(!out.contains("step 2 of 2"), "progress is no result");
     let run = sandbox.work().join("run");
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).expect("metrics");
-    let steps: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let records: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let (steps, others): (Vec<Value>, Vec<Value>) = records.into_iter().partition(|record| record["loss"].is_number());
     assert_eq!(steps.len(), 2);
     let effective = 8.0;
     for step in &steps {
@@ -39,6 +40,9 @@ fn a_run_leaves_its_directory_and_prints_its_results() {
         assert!(all > 0.0 && all <= whole, "the phases are parts of the step: {step}");
     }
     let summary = json(&run.join("summary.json"));
+    let measured: Vec<&Value> = others.iter().filter(|record| record["stage"] == "knn").collect();
+    assert_eq!(measured.len(), summary["knn"].as_object().expect("named results").len());
+    assert_eq!(measured[0]["pixels"], summary["knn"]["pixels"]);
     assert_eq!(summary["pretrain"]["steps"], 2);
     assert!(summary["knn"]["pixels"]["accuracy"].as_f64().expect("a share") > 0.2, "{summary}");
     let manifest = json(&run.join("manifest.json"));
@@ -126,6 +130,75 @@ fn evaluations_in_the_course_of_training_are_in_the_metrics() {
     assert_eq!(untimed(lines("parts")), untimed(whole));
 }
 
+/// Each level is a row of the summary, of the metrics and of what is printed, by any number of threads.
+#[test]
+fn levels_are_rows() {
+    let sandbox = Sandbox::new();
+    let run = |out: &str, threads: &str| {
+        let levels = ["--set", "stages.knn.levels=[embed, -1]", "--threads", threads];
+        let output = sandbox.run([&["run", "tiny.yaml", "--out", out][..], &levels].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        (json(&sandbox.work().join(out).join("summary.json")), output)
+    };
+    let (summary, output) = run("one", "1");
+    assert_eq!(run("two", "2").0, summary, "the number of threads changes nothing");
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let progress = String::from_utf8_lossy(&output.stderr).into_owned();
+    let metrics = fs::read_to_string(sandbox.work().join("one/metrics.jsonl")).expect("metrics");
+    let records: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).expect("a record")).collect();
+    let rows: Vec<&Value> = records.iter().filter(|record| record["stage"] == "knn").collect();
+    assert_eq!(rows.len(), 5, "pixels, and two levels of two towers: {rows:?}");
+    for tower in ["untrained", "student"] {
+        for level in ["embed", "1"] {
+            let accuracy = summary["knn"][tower][level]["accuracy"].as_f64().expect("a share");
+            assert!(rows.iter().any(|row| row[tower][level]["accuracy"] == accuracy), "{tower}, {level}: {rows:?}");
+            assert!(printed.contains(&format!("{tower} {level} ")), "{printed}");
+            assert!(progress.contains(&format!("knn: {tower} {level} accuracy")), "{progress}");
+        }
+    }
+}
+
+/// What `evaluate` reads from the run directory is the classifier that its stage measured itself, in a run that went through
+/// and in one that went on.
+#[test]
+fn classifiers_are_evaluated_as_they_were_left() {
+    let sandbox = Sandbox::new();
+    let data = "{dataset: {type: sample, split: test, limit: 20}}";
+    let probe = format!(
+        "stages.probe={{type: linear_probe, epochs: 2, data: {{dataset: {{type: sample, split: train, limit: 64}}}}, \
+         eval: {data}, student: {{type: vit, weights: {{stage: pretrain}}}}, optimizer: {{type: lars, base_lr: 1}}, \
+         schedule: {{type: cosine}}, batch: {{effective: 16}}}}"
+    );
+    let evaluate = |name: &str, stage: &str| {
+        format!("stages.{name}={{type: evaluate, classifier: {{stage: {stage}}}, data: {data}, batch: 6}}")
+    };
+    let sets = [probe, evaluate("tuned", "finetune"), evaluate("probed", "probe")];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set.as_str()]).collect();
+    let output = sandbox.run([&["run", "tiny.yaml", "--out", "run"], &sets[..]].concat());
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let path = sandbox.work().join("run/summary.json");
+    let summary = json(&path);
+    for (evaluated, stage) in [("tuned", "finetune"), ("probed", "probe")] {
+        let evaluated = &summary[evaluated];
+        assert_eq!(evaluated["accuracy"], summary[stage]["accuracy"], "{summary}");
+        assert!(evaluated["top_5_accuracy"].as_f64() >= evaluated["accuracy"].as_f64());
+        let by_class = evaluated["classes"].as_object().expect("classes by name");
+        assert_eq!(by_class["Sandal"]["images"], 2, "the classes take turns");
+        let confused = evaluated["confusion"].as_object().expect("classes by name").values();
+        let images = confused.flat_map(|row| row.as_object().expect("counts").values());
+        assert_eq!(images.map(|count| count.as_u64().expect("a count")).sum::<u64>(), 20);
+    }
+    assert!(printed.contains("confusion") && printed.contains("top_5_accuracy"), "{printed}");
+    for stage in ["tuned", "probed"] {
+        fs::remove_dir_all(sandbox.work().join("run/checkpoints").join(stage)).expect("removed");
+    }
+    fs::remove_file(&path).expect("removed");
+    let output = sandbox.run(["run", "--resume", "run"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(json(&path), summary);
+}
+
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
     let sandbox = Sandbox::new();
@@ -195,8 +268,8 @@ mod signals {
             let resumed = sandbox.run(["run", "--resume", "run", "--steps", &done.to_string(), "-q"]);
             assert_eq!(resumed.status.code(), Some(0), "{}", String::from_utf8_lossy(&resumed.stderr));
             let metrics = fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).expect("metrics");
-            let steps: Vec<u64> =
-                metrics.lines().map(|line| json_line(line)["step"].as_u64().expect("a step")).collect();
+            let updates = metrics.lines().map(json_line).filter(|record| record["loss"].is_number());
+            let steps: Vec<u64> = updates.map(|record| record["step"].as_u64().expect("a step")).collect();
             assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
         }
     }

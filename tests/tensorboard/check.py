@@ -27,7 +27,7 @@ for line in (run / "metrics.jsonl").read_text().splitlines():
     for name, value in record.items():
         if name not in ("stage", "step", "epoch"):
             for tag, number in numbers(f"{record['stage']}/{name}", value):
-                expected.setdefault(tag, []).append((record["step"], number))
+                expected.setdefault(tag, []).append((record.get("step", 0), number))
 
 # 0: all of them, without a sample's gaps. What TensorBoard would forget, were it there twice, is counted too.
 events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
@@ -36,6 +36,8 @@ found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for t
 assert found == expected, f"TensorBoard reads {found}, where metrics.jsonl has {expected}"
 for tag in ("pretrain/loss", "pretrain/lr", "pretrain/gradient_norm", "pretrain/images_per_s", "pretrain/knn/accuracy"):
     assert tag in found, f"{tag} is missing from {sorted(found)}"
+for level in ("embed", "1"):
+    assert len(found[f"knn/student/{level}/accuracy"]) == 1, f"level {level} is not there once"
 for stage, count in (("pretrain", 40), ("finetune", 10)):
     steps = [step for step, _ in found[f"{stage}/loss"]]
     assert steps == list(range(count)), f"steps {steps} of {stage}"

@@ -72,6 +72,10 @@ impl Run {
                 Failure::mistake(format!("line {} of {} is damaged: {error}", index + 1, file.display()))
                     .help(check(path))
             })?;
+            if record.get("step").is_none() {
+                // A row of results, which the summary has: no curve.
+                continue;
+            }
             let name = record["stage"].as_str().unwrap_or_default();
             let at = stages.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
                 stages.push((name.to_owned(), Stage::default()));

@@ -32,7 +32,7 @@ use crate::{
     report,
     session::{COMMIT, Session},
     signals,
-    table::Table,
+    table::{Table, count},
 };
 
 const EXAMPLES: &str = "\
@@ -266,25 +266,30 @@ fn next_steps(dir: &Path, exported: Option<&str>) -> String {
     format!("next:\n  maskalign runs metrics {dir}\n{export}  maskalign runs compare {dir} OTHER-RUN\n")
 }
 
-/// A stage's results: named rows of the same numbers as a table, everything else with one number on each line.
+/// Rows and columns of a table of results that a terminal has room for. All of them are in `summary.json`.
+const MOST: (usize, usize) = (40, 12);
+
+/// A stage's results: named rows of the same numbers as a table, everything else with one number on each line. What holds
+/// nothing but named rows, such as the levels of a tower, is a group: it gives a row for each.
 fn table_of(result: &Value) -> String {
     let Value::Object(entries) = result else {
         return String::new();
     };
     let mut numbers = Table::default();
     let mut lists = String::new();
-    let mut columns: Vec<String> = Vec::new();
-    let mut rows: Vec<(&str, Vec<(String, String)>)> = Vec::new();
+    let mut tables: Vec<Rows> = Vec::new();
     for (name, value) in entries {
         match value {
+            Value::Object(inner) if !inner.is_empty() && inner.values().all(Value::is_object) => {
+                let rows = inner.iter().map(|(row, value)| Row {
+                    group: Some(name.as_str()),
+                    name: row,
+                    cells: leaves(value),
+                });
+                Rows::add_to(&mut tables, rows.collect());
+            }
             Value::Object(_) => {
-                let cells = leaves(value);
-                for (column, _) in &cells {
-                    if !columns.contains(column) {
-                        columns.push(column.clone());
-                    }
-                }
-                rows.push((name, cells));
+                Rows::add_to(&mut tables, vec![Row { group: None, name, cells: leaves(value) }]);
             }
             Value::Array(items) => {
                 for item in items {
@@ -296,17 +301,75 @@ fn table_of(result: &Value) -> String {
             value => numbers.row([name.clone(), number(name, value)]),
         }
     }
-    let mut side_by_side = Table::default();
-    if !rows.is_empty() {
-        side_by_side.row(std::iter::once(String::new()).chain(columns.iter().cloned()));
+    numbers.render(2) + &lists + &tables.iter().map(Rows::render).collect::<String>()
+}
+
+/// Results with numbers of the same names.
+#[derive(Default)]
+struct Rows<'a> {
+    columns: Vec<String>,
+    rows: Vec<Row<'a>>,
+}
+
+struct Row<'a> {
+    group: Option<&'a str>,
+    name: &'a str,
+    cells: Vec<(String, String)>,
+}
+
+impl<'a> Rows<'a> {
+    /// Adds rows to the last table if they share a column with it, and to a new one otherwise.
+    fn add_to(tables: &mut Vec<Rows<'a>>, rows: Vec<Row<'a>>) {
+        let shares =
+            |table: &Rows| rows.iter().flat_map(|row| &row.cells).any(|(name, _)| table.columns.contains(name));
+        if !tables.last().is_some_and(shares) {
+            tables.push(Rows::default());
+        }
+        let Some(table) = tables.last_mut() else { return };
+        for row in rows {
+            for (column, _) in &row.cells {
+                if !table.columns.contains(column) {
+                    table.columns.push(column.clone());
+                }
+            }
+            table.rows.push(row);
+        }
     }
-    for (name, cells) in rows {
-        let cell = |column: &String| {
-            cells.iter().find(|(name, _)| name == column).map_or(String::new(), |(_, text)| text.clone())
+
+    fn render(&self) -> String {
+        // The rows of one group share its name.
+        let first = self.rows.first().and_then(|row| row.group);
+        let shared = first.filter(|_| self.rows.iter().all(|row| row.group == first));
+        let (most_rows, most_columns) = MOST;
+        let mut columns = self.columns.clone();
+        if columns.len() > most_columns {
+            // What is nested, such as one number for each class, is the part that grows.
+            columns.retain(|column| !column.contains('.'));
+        }
+        if columns.is_empty() || columns.len() > most_columns {
+            let (rows, columns) = (count(self.rows.len() as u64), count(self.columns.len() as u64));
+            return format!("  {}: {rows} rows of up to {columns} numbers in summary.json\n", shared.unwrap_or("more"));
+        }
+        // What rows are counted by comes in their order, as classes in a confusion matrix do.
+        columns.sort_by_key(|column| self.rows.iter().position(|row| row.name == column).unwrap_or(usize::MAX));
+        let mut table = Table::default();
+        table.row(std::iter::once(shared.unwrap_or_default()).chain(columns.iter().map(String::as_str)));
+        for row in self.rows.iter().take(most_rows) {
+            let name = match row.group.filter(|_| shared.is_none()) {
+                Some(group) => format!("{group} {}", row.name),
+                None => row.name.to_string(),
+            };
+            let cell = |column: &String| {
+                row.cells.iter().find(|(name, _)| name == column).map_or(String::new(), |(_, text)| text.clone())
+            };
+            table.row(std::iter::once(name).chain(columns.iter().map(cell)));
+        }
+        let more = match self.rows.len().saturating_sub(most_rows) {
+            0 => String::new(),
+            more => format!("  {} more rows in summary.json\n", count(more as u64)),
         };
-        side_by_side.row(std::iter::once(name.to_string()).chain(columns.iter().map(cell)));
+        table.render(2) + &more
     }
-    numbers.render(2) + &lists + &side_by_side.render(2)
 }
 
 /// Every number under a value, with its path.
@@ -341,6 +404,31 @@ mod tests {
             "student": { "accuracy": 0.8312 },
         });
         assert_eq!(table_of(&knn), "           accuracy  by_k.5\n  pixels     82.0 %  81.0 %\n  student    83.1 %\n");
+        let levels = json!({
+            "pixels": { "accuracy": 0.82 },
+            "student": { "embed": { "accuracy": 0.5 }, "0": { "accuracy": 0.625 } },
+        });
+        assert_eq!(
+            table_of(&levels),
+            "                 accuracy\n  pixels           82.0 %\n  student embed    50.0 %\n  student 0        62.5 %\n"
+        );
+        let evaluate = json!({
+            "accuracy": 0.5,
+            "classes": { "cat": { "images": 2, "accuracy": 0.0 }, "dog": { "images": 2, "accuracy": 1.0 } },
+            "confusion": { "cat": { "dog": 2 }, "dog": { "dog": 2 } },
+        });
+        assert_eq!(
+            table_of(&evaluate),
+            "  accuracy  50.0 %\n  classes  images  accuracy\n  cat           2     0.0 %\n  dog           2   100.0 %\n  \
+             confusion  dog\n  cat          2\n  dog          2\n"
+        );
+        let wide: Map<String, Value> = (0..13).map(|i| (i.to_string(), json!({ i.to_string(): 1 }))).collect();
+        assert_eq!(
+            table_of(&json!({ "confusion": wide })),
+            "  confusion: 13 rows of up to 13 numbers in summary.json\n"
+        );
+        let long: Map<String, Value> = (0..42).map(|i| (i.to_string(), json!({ "images": 1 }))).collect();
+        assert!(table_of(&json!({ "classes": long })).ends_with("  39            1\n  2 more rows in summary.json\n"));
         let pretrain =
             json!({ "steps": 1200, "epochs": 2.0, "loss": 0.123456, "knn": [{ "epoch": 1, "accuracy": 0.5 }] });
         assert_eq!(

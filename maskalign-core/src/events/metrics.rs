@@ -1,13 +1,22 @@
 //! `metrics.jsonl`: one line for each recorded event.
 
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Evaluation, Event, Mark, Sink};
 use crate::{
     error::Result,
     run::{Metrics, RunDir},
 };
+
+/// The record of a part of a stage's results.
+pub(super) fn result_record(stage: &str, result: &Value) -> Value {
+    let mut record = json!({ "stage": stage });
+    if let (Value::Object(record), Value::Object(result)) = (&mut record, result) {
+        result.iter().for_each(|(name, value)| _ = record.insert(name.clone(), value.clone()));
+    }
+    record
+}
 
 /// The metrics file of a run directory.
 pub struct MetricsFile<'a> {
@@ -35,6 +44,7 @@ impl Sink for MetricsFile<'_> {
             Event::Evaluated(Evaluation { stage, step, epoch, name, result }) => {
                 self.append(&json!({ "stage": stage, "step": step, "epoch": epoch, name: result }))
             }
+            Event::Result { stage, result } => self.append(&result_record(stage, result)),
             _ => Ok(()),
         }
     }

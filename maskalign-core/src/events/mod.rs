@@ -50,7 +50,8 @@ pub enum Event<'a> {
     Step(&'a StepReport),
     /// A result that a stage has while it trains, such as the accuracy after an epoch.
     Evaluated(&'a Evaluation),
-    /// A part of a stage's results, as soon as it is there.
+    /// A part of a stage's results, as soon as it is there. A stage that trains sends these after its training;
+    /// what it has before is [evaluated](Event::Evaluated).
     Result {
         /// The stage.
         stage: &'a str,
@@ -92,7 +93,7 @@ pub enum Event<'a> {
 impl Event<'_> {
     /// Whether it is a measurement, which stays in the run's records.
     pub fn is_recorded(&self) -> bool {
-        matches!(self, Event::Step(_) | Event::Evaluated(_))
+        matches!(self, Event::Step(_) | Event::Evaluated(_) | Event::Result { .. })
     }
 }
 
@@ -297,7 +298,12 @@ impl<'a> Events<'a> {
             }
             self.records += 1;
         }
-        self.sinks.iter_mut().try_for_each(|sink| sink.handle(&event))
+        self.sinks.iter_mut().try_for_each(|sink| sink.handle(&event))?;
+        match event {
+            // Nothing else makes it last: a stage that trains nothing writes no checkpoint.
+            Event::Result { .. } => self.sync(),
+            _ => Ok(()),
+        }
     }
 
     /// Whether pictures are kept.

@@ -18,7 +18,7 @@ use std::{
 use crc::{CRC_32_ISCSI, Crc};
 use serde_json::{Value, json};
 
-use super::{Evaluation, Event, Mark, Sink};
+use super::{Evaluation, Event, Mark, Sink, metrics::result_record};
 use crate::{
     error::Result,
     files::{atomic_write, create_folders, is_plain_folder, is_shared, open_plain, sync_parent},
@@ -58,6 +58,7 @@ impl Sink for TensorBoardFile<'_> {
             Event::Evaluated(Evaluation { stage, step, name, result, .. }) => {
                 self.append(&json!({ "stage": stage, "step": step, name: result }))
             }
+            Event::Result { stage, result } => self.append(&result_record(stage, result)),
             _ => Ok(()),
         }
     }

@@ -308,11 +308,12 @@ pub(super) fn salvage(path: &Path, stood: &[Stood]) -> Result<Salvaged, RunError
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line).map_err(reading)? > 0 {
         if let Some(now) = record(&line)
-            && let (Some(stage), Some(step)) = (now["stage"].as_str(), now["step"].as_u64())
+            && let Some(stage) = now["stage"].as_str()
         {
             let is_update = now.get("loss").is_some();
-            let names: Vec<String> = now.as_object().into_iter().flat_map(|now| now.keys().cloned()).collect();
-            if known.insert((stage.to_owned(), step, names)) {
+            // Results of a stage without steps have none.
+            let step = now["step"].as_u64().unwrap_or(0);
+            if known.insert((stage.to_owned(), step, paths(&now))) {
                 text.extend_from_slice(&line);
                 // What an update is counted by is the step before it; what is measured, the step after which it is.
                 kept.push((stage.to_owned(), step.saturating_add(u64::from(is_update)), text.len()));
@@ -331,6 +332,20 @@ pub(super) fn salvage(path: &Path, stood: &[Stood]) -> Result<Salvaged, RunError
     }
     let lost = stood.last().map_or(0, |last| last.records.saturating_sub(lines as u64));
     Ok(Salvaged { text, marks, lost })
+}
+
+/// The paths of all numbers of a record: what tells records of one step, and the rows of a result, apart.
+fn paths(record: &Value) -> Vec<String> {
+    let (mut paths, mut open) = (Vec::new(), vec![(String::new(), record)]);
+    while let Some((path, value)) = open.pop() {
+        match value {
+            Value::Object(entries) => {
+                open.extend(entries.iter().map(|(name, value)| (format!("{path}/{name}"), value)));
+            }
+            _ => paths.push(path),
+        }
+    }
+    paths
 }
 
 /// The stage and the step of an update's record.
@@ -488,6 +503,17 @@ mod tests {
         }
         let gone = salvage(&folder.path().join("gone"), &stood).unwrap();
         assert_eq!((gone.text.len(), gone.lost), (0, 8));
+    }
+
+    #[test]
+    fn rows_of_a_result_are_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let row = |level: usize| format!("{}\n", json!({ "stage": "knn", "student": { level.to_string(): 0.5 } }));
+        fs::write(&path, [row(0), row(1), row(0), "garbled\n".into()].concat()).unwrap();
+        let stood = [Stood { records: 2, stage: "knn".into(), step: 0 }];
+        let Salvaged { text, lost, .. } = salvage(&path, &stood).unwrap();
+        assert_eq!((String::from_utf8(text).unwrap(), lost), (row(0) + &row(1), 0));
     }
 
     #[test]

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use maskalign_engine::ImageBatch;
 use maskalign_registry::{DatasetTag, Refusal, Slot, TransformTag};
 
+use super::{StageSummary, keep};
 use crate::{
     component,
     components::towers::Environment,
-    data::{Images, Loader, LoaderConfig, OnError, Order, Transform, output_size},
+    data::{DataError, Images, Loader, LoaderConfig, OnError, Order, RgbImage, Transform, output_size},
     error::Error,
     plugin::Build,
 };
@@ -166,6 +167,20 @@ impl OpenData {
 }
 
 impl OpenData {
+    /// So many images of these, equally spaced: whatever the order, each class has its share.
+    #[must_use]
+    pub fn spread(&self, count: usize) -> OpenData {
+        let all = self.images.len() as u128;
+        let place = |index: usize| (index as u128 * all / count as u128) as usize;
+        if count as u128 >= all { self.clone() } else { self.pick((0..count).map(place).collect()) }
+    }
+
+    /// The images at some places.
+    #[must_use]
+    pub fn pick(&self, places: Vec<usize>) -> OpenData {
+        OpenData { images: Arc::new(Picked { images: Arc::clone(&self.images), places }), ..self.clone() }
+    }
+
     /// Refuses data without labels; `purpose` says what needs them.
     ///
     /// # Errors
@@ -201,6 +216,111 @@ impl OpenData {
     /// What the manifest says of the data: what for, how many images, and the fingerprint of the list.
     pub fn record(&self, name: String) -> (String, usize, String) {
         (name, self.images.len(), self.images.fingerprint())
+    }
+}
+
+/// Two sets of labelled images of the same classes, each with the name of its option: those that are searched, and those
+/// whose like is sought.
+pub(super) struct Sides<'a> {
+    /// Those that are searched.
+    pub searched: (&'a str, &'a Data),
+    /// Those whose like is sought.
+    pub seekers: (&'a str, &'a Data),
+}
+
+/// The same, whose labels, sizes and classes fit.
+pub(super) struct PlannedSides {
+    /// Those that are searched.
+    pub searched: PlannedData,
+    /// Those whose like is sought.
+    pub seekers: PlannedData,
+}
+
+impl Sides<'_> {
+    /// Opens both where that is allowed, and refuses them without labels, or with sizes or classes that differ; `purpose`
+    /// says what needs labels. Every refusal is noted; `None` where there is one.
+    pub(super) fn plan(
+        &self,
+        environment: Environment,
+        purpose: &str,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<PlannedSides> {
+        let mut plan = |(option, data): (&str, &Data)| {
+            let planned = data.plan(environment).and_then(|planned| {
+                planned.opened().map_or(Ok(()), |open| open.check_labels(purpose))?;
+                Ok(planned)
+            });
+            keep(refusals, planned.map_err(|r| r.under(option)))
+        };
+        let (searched, seekers) = (plan(self.searched), plan(self.seekers));
+        let (searched, seekers) = (searched?, seekers?);
+        let (other, option) = (self.searched.0, self.seekers.0);
+        if searched.size != seekers.size {
+            let message = format!("images of {} pixels, those of `{other}` have {}", seekers.size, searched.size);
+            refusals.push(Refusal::new(option, message));
+            return None;
+        }
+        if let (Some(searched), Some(seekers)) = (searched.opened(), seekers.opened()) {
+            keep(refusals, seekers.check_classes(searched, other).map_err(|r| r.under(option)))?;
+        }
+        Some(PlannedSides { searched, seekers })
+    }
+
+    /// Tells a stage's summary what is read for `purpose`, the stage or a part of it.
+    pub(super) fn record(&self, planned: &PlannedSides, purpose: &str, summary: &mut StageSummary) {
+        for ((option, _), data) in [(self.searched, &planned.searched), (self.seekers, &planned.seekers)] {
+            if let Some(open) = data.opened() {
+                summary.memory += open.images.resident_bytes();
+                summary.warnings.extend(open.images.notes());
+                summary.data.push(open.record(format!("{purpose}.{option}")));
+            }
+        }
+    }
+}
+
+impl PlannedSides {
+    /// How many images are searched, and how many seek; 0 where they were not looked at.
+    pub(super) fn lengths(&self) -> [usize; 2] {
+        [&self.searched, &self.seekers].map(|data| data.opened().map_or(0, |open| open.images.len()))
+    }
+}
+
+/// Some of the images.
+struct Picked {
+    images: Arc<dyn Images>,
+    places: Vec<usize>,
+}
+
+impl Images for Picked {
+    fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    fn image(&self, index: usize) -> Result<RgbImage, DataError> {
+        self.images.image(self.places[index])
+    }
+
+    fn label(&self, index: usize) -> Option<u32> {
+        self.images.label(self.places[index])
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        self.images.classes()
+    }
+
+    fn name(&self, index: usize) -> String {
+        self.images.name(self.places[index])
+    }
+
+    fn size(&self) -> Option<(usize, usize)> {
+        self.images.size()
+    }
+
+    fn fingerprint(&self) -> String {
+        let mut list = blake3::Hasher::new();
+        list.update(self.images.fingerprint().as_bytes());
+        self.places.iter().for_each(|place| _ = list.update(&(*place as u64).to_le_bytes()));
+        list.finalize().to_hex().to_string()
     }
 }
 

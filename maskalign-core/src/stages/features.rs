@@ -1,9 +1,9 @@
 //! One feature an image, of frozen towers: what k-NN and other evaluations read.
 
 use maskalign_engine::{Context, ImageBatch, Tape, Tensor, ops};
-use maskalign_registry::Refusal;
+use maskalign_registry::{LevelIndex, LevelRef, Levels, Refusal};
 
-use super::{OpenData, StageRun, image_batch};
+use super::{OpenData, StageRun, image_batch, memory::block_rows};
 use crate::{
     component,
     components::{
@@ -119,44 +119,164 @@ impl Tower<'_> {
     /// # Errors
     /// Out of memory on the device.
     pub fn features(&self, cx: &Context, images: &ImageBatch, view: View) -> Result<Tensor> {
-        let batch = images.batch;
-        let off = &mut Tape::inference();
-        if batch > view.batch {
-            let each = images.pixels.len() / batch;
-            let part = |pixels: &[f32]| {
-                let part = ImageBatch { pixels: pixels.to_vec(), batch: pixels.len() / each, size: images.size };
-                self.features(cx, &part, view)
-            };
-            let parts: Vec<Tensor> = images.pixels.chunks(view.batch * each).map(part).collect::<Result<_>>()?;
-            let rows: Vec<u32> = (0..batch as u32).collect();
-            return Ok(ops::gather_rows(cx, off, &parts.iter().collect::<Vec<_>>(), &rows)?);
+        if images.batch <= view.batch {
+            return Ok(self.levels(cx, images, view, None)?.remove(0));
         }
-        let normed = view.tap == FeatureTap::Norm;
-        let (x, shape): (Tensor, TowerShape) = match self {
+        let each = images.pixels.len() / images.batch;
+        let part = |pixels: &[f32]| {
+            let part = ImageBatch { pixels: pixels.to_vec(), batch: pixels.len() / each, size: images.size };
+            self.features(cx, &part, view)
+        };
+        let parts: Vec<Tensor> = images.pixels.chunks(view.batch * each).map(part).collect::<Result<_>>()?;
+        let rows: Vec<u32> = (0..images.batch as u32).collect();
+        Ok(ops::gather_rows(cx, &mut Tape::inference(), &parts.iter().collect::<Vec<_>>(), &rows)?)
+    }
+
+    /// One feature an image of each of these levels, `[batch, width]` each, from one pass of all images; without `levels`,
+    /// of the last level that the tower computes. Pixels have no levels, and give one feature in any case.
+    ///
+    /// # Errors
+    /// Out of memory on the device; a level that the tower does not compute.
+    pub fn levels(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        view: View,
+        levels: Option<&[LevelRef]>,
+    ) -> Result<Vec<Tensor>> {
+        self.states(cx, images, view.tap, levels)?.iter().map(|state| state.pooled(cx, view.pooling)).collect()
+    }
+
+    /// The tokens of each of these levels; as [`Tower::levels`].
+    pub(super) fn states(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        tap: FeatureTap,
+        levels: Option<&[LevelRef]>,
+    ) -> Result<Vec<State>> {
+        let off = &mut Tape::inference();
+        let batch = images.batch;
+        let missing = |level: &LevelRef| Error::Usage(format!("a tower gave no level {level}"));
+        let (states, shape): (Vec<Tensor>, TowerShape) = match self {
             Tower::Pixels => {
                 let width = images.pixels.len() / batch;
-                return Ok(cx.tensor(images.pixels.clone(), batch, width)?);
+                return Ok(vec![State { x: cx.tensor(images.pixels.clone(), batch, width)?, batch, tokens: None }]);
             }
             Tower::Student(student) => {
-                let last = student.forward(cx, off, images, None, None, &|_| false)?.last;
-                (if normed { student.norm(cx, off, &last)? } else { last }, student.shape())
+                let keep = |block| levels.is_some_and(|levels| levels.contains(&LevelRef::Block(block)));
+                let mut features = student.forward(cx, off, images, None, None, &keep)?;
+                let states = match levels {
+                    None => vec![features.last],
+                    Some(levels) => levels
+                        .iter()
+                        .map(|level| match level {
+                            LevelRef::Embed => Ok(features.embed.clone()),
+                            LevelRef::Block(block) => features.hidden.remove(block).ok_or_else(|| missing(level)),
+                        })
+                        .collect::<Result<_>>()?,
+                };
+                (states, student.shape())
             }
             Tower::Teacher(teacher) => {
-                let last = teacher.shape().arch.depth - 1;
-                let wants = Wants { levels: [last].into(), whole: true, ..Wants::default() };
+                let shape = teacher.shape();
+                let last = [LevelRef::Block(shape.arch.depth - 1)];
+                let levels = levels.unwrap_or(&last);
+                let blocks = levels.iter().filter_map(|level| match level {
+                    LevelRef::Block(block) => Some(*block),
+                    LevelRef::Embed => None,
+                });
+                let wants = Wants { levels: blocks.collect(), whole: true, ..Wants::default() };
                 let pass = teacher.begin(cx, images, &wants)?;
-                let masks = Masks::all_visible(batch, teacher.shape().grid.patches());
-                let mut levels = teacher.finish(cx, pass, &wants, &masks)?;
-                let x = levels.remove(&last).ok_or_else(|| Error::Usage("a teacher gave no last level".into()))?.x;
-                (if normed { teacher.tap(cx, &x, Tap::Norm)? } else { x }, teacher.shape())
+                let embed = pass.features.embed.clone();
+                let masks = Masks::all_visible(batch, shape.grid.patches());
+                let mut found = teacher.finish(cx, pass, &wants, &masks)?;
+                let states = levels.iter().map(|level| match level {
+                    LevelRef::Embed => Ok(embed.clone()),
+                    LevelRef::Block(block) => found.remove(block).map(|found| found.x).ok_or_else(|| missing(level)),
+                });
+                (states.collect::<Result<_>>()?, shape)
             }
         };
-        match view.pooling {
-            Pooling::Mean => Ok(ops::mean_tokens(cx, off, &x, batch, usize::from(shape.cls_token))?),
+        let state = |x: Tensor| -> Result<State> {
+            let off = &mut Tape::inference();
+            let x = match (tap, self) {
+                (FeatureTap::Norm, Tower::Student(student)) => student.norm(cx, off, &x)?,
+                (FeatureTap::Norm, Tower::Teacher(teacher)) => teacher.tap(cx, &x, Tap::Norm)?,
+                _ => x,
+            };
+            Ok(State { x, batch, tokens: Some((shape.tokens(), shape.cls_token)) })
+        };
+        states.into_iter().map(state).collect()
+    }
+}
+
+/// What a tower says of some images at a level, before it is pooled.
+pub(super) struct State {
+    /// `[batch * tokens, width]`; of pixels `[batch, width]`.
+    pub x: Tensor,
+    /// Images.
+    pub batch: usize,
+    /// Tokens of an image, and whether a class token leads them; pixels have none.
+    pub tokens: Option<(usize, bool)>,
+}
+
+impl State {
+    /// One feature an image, `[batch, width]`.
+    pub(super) fn pooled(&self, cx: &Context, pooling: Pooling) -> Result<Tensor> {
+        let off = &mut Tape::inference();
+        let Some((tokens, cls_token)) = self.tokens else { return Ok(self.x.clone()) };
+        Ok(match pooling {
+            Pooling::Mean => ops::mean_tokens(cx, off, &self.x, self.batch, usize::from(cls_token))?,
             Pooling::Cls => {
-                let rows: Vec<u32> = (0..batch).map(|i| (i * shape.tokens()) as u32).collect();
-                Ok(ops::gather_rows(cx, off, &[&x], &rows)?)
+                let rows: Vec<u32> = (0..self.batch).map(|i| (i * tokens) as u32).collect();
+                ops::gather_rows(cx, off, &[&self.x], &rows)?
             }
+        })
+    }
+}
+
+/// The levels that features of the tower called `whose` are taken from, of which `blocks` run; absent where no option
+/// asks for any.
+///
+/// # Errors
+/// Names a level in `levels` that the tower has not.
+pub(super) fn resolve_levels(
+    levels: Option<&Levels>,
+    whose: &str,
+    tower: &TowerShape,
+    blocks: usize,
+) -> Result<Option<Vec<LevelRef>>, Refusal> {
+    let Some(levels) = levels else { return Ok(None) };
+    let untrained = format!("training reaches {blocks} of the {} blocks; the others are left out", tower.arch.depth);
+    let found = levels.resolve(blocks).map_err(|mut refusal| {
+        refusal.message = format!("{whose}: {}", refusal.message);
+        match blocks < tower.arch.depth {
+            true => refusal.help(untrained.clone()),
+            false => refusal,
+        }
+    });
+    let found = found.map_err(|refusal| refusal.under("levels"))?;
+    if found.is_empty() {
+        return Err(Refusal::new("levels", format!("{whose} has no block that was trained")).help(untrained));
+    }
+    Ok(Some(found))
+}
+
+/// Refuses the class token before it has seen anything.
+///
+/// # Errors
+/// Names the level in `levels`.
+pub(super) fn check_levels(levels: Option<&Levels>, pooling: Pooling) -> Result<(), Refusal> {
+    let Some(Levels::List(levels)) = levels.filter(|_| pooling == Pooling::Cls) else { return Ok(()) };
+    match levels.iter().position(|level| *level == LevelIndex::Embed) {
+        None => Ok(()),
+        Some(at) => {
+            let message = "before the first block, the class token is the same for every image";
+            Err(Refusal::new(at.to_string(), message)
+                .under("levels")
+                .related(["pooling"], "the class token is asked for here")
+                .help("leave `embed` out, or read the patches' tokens with `pooling: mean`"))
         }
     }
 }
@@ -183,7 +303,7 @@ pub struct Bank {
 /// The features of all images that can be read.
 ///
 /// # Errors
-/// An image without a label; none that can be read; a stop that the user asked for.
+/// An image without a label; none that can be read; a feature that is not finite; a stop that the user asked for.
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -194,30 +314,149 @@ pub struct Bank {
 /// }
 /// ```
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
-    let mut bank = Bank { features: Vec::new(), width: 0, labels: Vec::new(), skipped: 0 };
-    let all = data.images.len() as u64;
+    let (mut features, mut width) = (Vec::new(), 0);
+    let cx = run.cx;
+    let seen = each_batch(run, tower, data, view, None, &mut |_, state| {
+        let x = state.pooled(cx, view.pooling)?;
+        width = x.columns();
+        if features.is_empty() {
+            features.reserve_exact(data.images.len() * width);
+        }
+        features.extend_from_slice(&x.values());
+        Ok(())
+    })?;
+    scale_to_length_1(&mut features, width)?;
+    Ok(Bank { features, width, labels: seen.labels(data)?, skipped: seen.skipped })
+}
+
+/// What a pass over images saw, besides features.
+pub(super) struct Seen {
+    /// The places in the dataset of the images that could be read, in order.
+    pub places: Vec<usize>,
+    /// Images that could not be read.
+    pub skipped: usize,
+}
+
+impl Seen {
+    /// The classes of the images that could be read.
+    ///
+    /// # Errors
+    /// An image without a label.
+    pub(super) fn labels(&self, data: &OpenData) -> Result<Vec<u32>> {
+        let label = |&place: &usize| {
+            let missing = || Refusal::whole(format!("{} has no label", data.images.name(place)));
+            Ok(data.images.label(place).ok_or_else(missing)?)
+        };
+        self.places.iter().map(label).collect()
+    }
+}
+
+/// The features of all images that can be read, of length 1, in one pass: a block of [`block_rows`] rows goes to `take` as
+/// soon as it is full, with the place of its level in `levels`, so that no more than one block of each level is held here.
+///
+/// # Errors
+/// As [`extract`], and those of `take`.
+pub(super) fn extract_blocks(
+    run: &mut StageRun,
+    tower: &Tower,
+    data: &OpenData,
+    view: View,
+    levels: Option<&[LevelRef]>,
+    take: &mut dyn FnMut(usize, Tensor) -> Result<()>,
+) -> Result<Seen> {
+    let cx = run.cx;
+    let mut blocks = Blocks::default();
+    let mut block = |level: usize, mut values: Vec<f32>, width: usize| {
+        scale_to_length_1(&mut values, width)?;
+        let rows = values.len() / width;
+        take(level, cx.tensor(values, rows, width)?)
+    };
+    let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
+        blocks.add(level, &state.pooled(cx, view.pooling)?, &mut block)
+    })?;
+    blocks.finish(&mut block)?;
+    Ok(seen)
+}
+
+/// Rows that become blocks of [`block_rows`] rows, of each level by itself.
+#[derive(Default)]
+pub(super) struct Blocks {
+    /// The width of each level, and the values of the rows that make no block yet.
+    pending: Vec<(usize, Vec<f32>)>,
+}
+
+impl Blocks {
+    /// Adds rows of a level, and gives the blocks that are full: the level, the values and the width.
+    pub(super) fn add(
+        &mut self,
+        level: usize,
+        rows: &Tensor,
+        full: &mut dyn FnMut(usize, Vec<f32>, usize) -> Result<()>,
+    ) -> Result<()> {
+        let width = rows.columns();
+        if self.pending.len() <= level {
+            self.pending.push((width, Vec::new()));
+        }
+        let pending = &mut self.pending[level].1;
+        pending.extend_from_slice(&rows.values());
+        let size = block_rows(width) * width;
+        while pending.len() >= size {
+            let rest = pending.split_off(size);
+            full(level, std::mem::replace(pending, rest), width)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the rows that are left.
+    pub(super) fn finish(self, full: &mut dyn FnMut(usize, Vec<f32>, usize) -> Result<()>) -> Result<()> {
+        let left = self.pending.into_iter().enumerate().filter(|(_, (_, rows))| !rows.is_empty());
+        left.into_iter().try_for_each(|(level, (width, rows))| full(level, rows, width))
+    }
+}
+
+/// Gives what a tower says of each batch of images to `take`, one level after another by its place.
+///
+/// # Errors
+/// No image that can be read; a stop that the user asked for; those of `take`.
+pub(super) fn each_batch(
+    run: &mut StageRun,
+    tower: &Tower,
+    data: &OpenData,
+    view: View,
+    levels: Option<&[LevelRef]>,
+    take: &mut dyn FnMut(usize, State) -> Result<()>,
+) -> Result<Seen> {
+    let mut places = Vec::new();
+    let all = data.images.len();
     let mut batches = data.pass(view.batch, run.workers)?.batches(Position::default(), None);
     while let Some(batch) = run.stop.while_waiting(|| batches.next()) {
         let mut batch = batch?;
-        for (label, index) in batch.labels.iter().zip(&batch.indices) {
-            let label = label.ok_or_else(|| Refusal::whole(format!("{} has no label", data.images.name(*index))))?;
-            bank.labels.push(label);
-        }
-        let x = tower.features(run.cx, &image_batch(&mut batch), view)?;
-        bank.width = x.columns();
-        bank.features.extend(x.to_vec());
-        run.events.send(Event::Progress { what: "features", done: bank.labels.len() as u64, all })?;
+        places.extend(&batch.indices);
+        let states = tower.states(run.cx, &image_batch(&mut batch), view.tap, levels)?;
+        states.into_iter().enumerate().try_for_each(|(level, state)| take(level, state))?;
+        run.events.send(Event::Progress { what: "features", done: places.len() as u64, all: all as u64 })?;
         run.check_stop()?;
     }
-    bank.skipped = data.images.len() - bank.labels.len();
-    if bank.labels.is_empty() {
+    if places.is_empty() {
         return Err(Error::Usage(format!("none of the {all} images of `{}` can be read", run.name)));
     }
-    for row in bank.features.chunks_exact_mut(bank.width) {
+    let skipped = all - places.len();
+    Ok(Seen { places, skipped })
+}
+
+/// Divides each row by its length.
+///
+/// # Errors
+/// A row that is not finite.
+pub(super) fn scale_to_length_1(rows: &mut [f32], width: usize) -> Result<()> {
+    for row in rows.chunks_exact_mut(width) {
         let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
+        if !length.is_finite() {
+            return Err(Error::Usage("a feature is not finite: the weights of its tower are no good".into()));
+        }
         for v in row {
             *v = (f64::from(*v) / length) as f32;
         }
     }
-    Ok(bank)
+    Ok(())
 }

@@ -13,9 +13,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Data, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary,
-    Task, Training, TrainingStep, branch_scales, keep, memory,
-    supervised::{Classify, Labelled, PlannedSupervised, class_targets},
+    Data, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
+    StageSummary, Task, Training, TrainingStep, branch_scales, keep, memory,
+    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
     training::count_parameters,
     under,
 };
@@ -28,6 +28,7 @@ use crate::{
     error::Result,
     nn::{Bias, BranchScales, Init, Linear, Norm, Param, Reach},
     register,
+    weights::TensorMap,
 };
 
 fn one() -> f64 {
@@ -252,6 +253,11 @@ impl Classify for Classifier {
 /// Fine-tuning whose options fit.
 pub struct PlannedFinetune {
     summary: StageSummary,
+    plan: Arc<FinetunePlan>,
+}
+
+/// What is trained, and on what.
+struct FinetunePlan {
     supervised: PlannedSupervised,
     options: FinetuneOptions,
     seed: u64,
@@ -285,22 +291,41 @@ impl Finetune {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        let mut planned =
-            PlannedFinetune { summary, supervised, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
-        planned.summarize(cx.recompute).map_err(|error| vec![error.into_refusal()])?;
-        planned.summary.student =
-            Some(StudentPlan { reach: planned.reach(&shape), tower: student, init_scope: cx.name.to_string() });
-        Ok(planned)
+        let plan = FinetunePlan { supervised, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
+        plan.summarize(cx.recompute, &mut summary).map_err(|error| vec![error.into_refusal()])?;
+        summary.student =
+            Some(StudentPlan { reach: plan.reach(&shape), tower: student, init_scope: cx.name.to_string() });
+        Ok(PlannedFinetune { summary, plan: Arc::new(plan) })
     }
 }
 
 impl PlannedFinetune {
+    /// Data, optimizer and length.
+    pub fn training(&self) -> &PlannedTraining {
+        &self.plan.supervised.training
+    }
+
+    /// The model at its beginning.
+    ///
+    /// # Errors
+    /// Weights that have gone or changed since they were planned; out of memory.
+    pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {
+        self.plan.model(init, trained)
+    }
+
+    /// How its initial values are drawn.
+    pub fn init(&self, cx: &Context) -> Init {
+        self.plan.init(cx)
+    }
+}
+
+impl FinetunePlan {
     /// Counts parameters and estimates memory.
-    fn summarize(&mut self, recompute: Recompute) -> Result<()> {
+    fn summarize(&self, recompute: Recompute, summary: &mut StageSummary) -> Result<()> {
         let mut model = self.model(&Init::shapes(), &TrainedStudents::default())?;
-        (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
+        (summary.parameters, summary.trainable) = count_parameters(&mut model);
         let (shape, micro) = (self.supervised.student.shape(), self.supervised.training.batch.micro());
-        self.summary.tokens = Some((shape.tokens(), shape.tokens()));
+        summary.tokens = Some((shape.tokens(), shape.tokens()));
         let step = TrainingStep {
             student: &shape,
             images: micro,
@@ -311,7 +336,7 @@ impl PlannedFinetune {
             aligned: 0,
             recompute,
         };
-        self.summary.memory += memory::training(&self.summary, &step);
+        summary.memory += memory::training(summary, &step);
         Ok(())
     }
 
@@ -320,16 +345,7 @@ impl PlannedFinetune {
         Reach { blocks: shape.arch.depth, norm: self.options.pooling == Pooling::Cls }
     }
 
-    /// Data, optimizer and length.
-    pub fn training(&self) -> &PlannedTraining {
-        &self.supervised.training
-    }
-
-    /// The model at its beginning.
-    ///
-    /// # Errors
-    /// Weights that have gone or changed since they were planned; out of memory.
-    pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {
+    fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {
         let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let shape = student.shape();
         student.set_reach(self.reach(&shape));
@@ -351,9 +367,28 @@ impl PlannedFinetune {
         })
     }
 
-    /// How its initial values are drawn.
-    pub fn init(&self, cx: &Context) -> Init {
+    fn init(&self, cx: &Context) -> Init {
         Init::new(cx.device(), self.seed, &*self.scope)
+    }
+}
+
+impl PlannedClassifier for FinetunePlan {
+    fn tower(&self) -> TowerShape {
+        self.supervised.student.shape()
+    }
+
+    fn classes(&self) -> usize {
+        self.supervised.classes.classes
+    }
+
+    fn data(&self) -> &PlannedData {
+        &self.supervised.training.data
+    }
+
+    fn build(&self, cx: &Context, trained: &TrainedStudents, left: &TensorMap) -> Result<Box<dyn Classify>> {
+        let mut model = self.model(&self.init(cx), trained)?;
+        load_kept(&mut model, left)?;
+        Ok(Box::new(model))
     }
 }
 
@@ -368,9 +403,13 @@ impl PlannedStage for PlannedFinetune {
         &self.summary
     }
 
+    fn classifier(&self) -> Option<Arc<dyn PlannedClassifier>> {
+        Some(Arc::clone(&self.plan) as Arc<dyn PlannedClassifier>)
+    }
+
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let mut model = self.model(&self.init(run.cx), run.trained)?;
-        self.supervised.train(&mut run, &mut model)
+        self.plan.supervised.train(&mut run, &mut model)
     }
 }
 

@@ -1,86 +1,49 @@
 //! Weighted k-nearest-neighbour classification of frozen features (DINO's protocol, arXiv 2104.14294, section 4.1).
 
-use std::sync::Arc;
-
-use indexmap::IndexMap;
-use maskalign_engine::{
-    Context, Tape,
-    ops::{self, Act, LinearWeights},
-};
-use maskalign_registry::{Refusal, Slot, TeacherTag, Weights};
+use maskalign_registry::{LevelRef, Refusal, With};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Bank, Data, FeatureTap, Outcome, PlannedData, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary,
-    Tower, View, extract, keep, memory, under,
+    Data, FeatureTap, Outcome, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    data::{PlannedSides, Sides},
+    features::extract_blocks,
+    measured::{MeasuredTowers, PlannedTowers, batch},
+    memory::NeighbourSearch,
+    neighbours::{Neighbour, Search},
 };
-use crate::{
-    component,
-    components::{
-        students::StudentModel,
-        teachers::{PlannedTeacher, TeacherBuild},
-        towers::{Environment, StudentPlan, Tap},
-    },
-    error::Result,
-    events::Event,
-    nn::Init,
-    plugin::Build,
-    register,
-};
+use crate::{component, components::students::StudentModel, error::Result, register};
 
 /// Divisor of similarities before they are exponentiated into votes.
 const TEMPERATURE: f64 = 0.07;
-
-/// What k-NN is measured on besides towers.
-#[component]
-#[derive(Copy, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
-enum Baseline {
-    /// The raw pixels.
-    Pixels,
-    /// The student before training.
-    Untrained,
-}
+/// What needs labels, in refusals.
+const PURPOSE: &str = "k-NN";
 
 fn neighbours() -> Vec<usize> {
     vec![20]
 }
-fn batch() -> usize {
-    64
-}
 
 /// k-NN accuracy of a student, of teachers, and of what they are compared with: features of length 1, cosine
 /// similarity, votes weighted by exp(similarity / 0.07).
+///
+/// The neighbours are exact. The features of `test` are held, those of `train` go by in blocks: their number costs no
+/// memory.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Knn(With<MeasuredTowers, KnnOptions>);
+
+/// The options that are k-NN's own.
 #[component]
-pub struct Knn {
+struct KnnOptions {
     /// Labelled images that neighbours are taken from.
     train: Data,
     /// Labelled images that are classified.
     test: Data,
-    /// The student of an earlier stage, as `{stage: NAME}`.
-    #[serde(default)]
-    student: Option<Weights>,
-    /// What the student is compared with.
-    #[serde(default)]
-    baselines: Vec<Baseline>,
-    /// Towers that are measured too, by name.
-    #[serde(default)]
-    teachers: IndexMap<String, Slot<TeacherTag>>,
     /// Numbers of neighbours; `accuracy` is that of the first.
     #[serde(default = "neighbours")]
     #[schemars(length(min = 1), inner(range(min = 1)))]
     k: Vec<usize>,
-    /// How a tower's tokens become one feature.
-    #[serde(default)]
-    pooling: Pooling,
-    /// Where a tower's tokens are taken: after its last block that was trained, or after the final norm too, as DINO's
-    /// own evaluation does (with `pooling: cls`). Pre-training may leave a student's final norm at its initial scale.
-    #[serde(default)]
-    tap: FeatureTap,
-    /// Images that go through a tower together.
-    #[serde(default = "batch")]
-    #[schemars(range(min = 1, max = 1048576))]
-    batch: usize,
 }
 
 /// k-NN of the student in the course of pre-training.
@@ -107,7 +70,7 @@ fn twenty() -> usize {
 pub(super) struct PlannedKnn {
     /// Epochs between measurements.
     pub every_epochs: u64,
-    sides: Sides,
+    sides: PlannedSides,
     k: usize,
 }
 
@@ -126,12 +89,13 @@ impl PeriodicKnn {
                 format!("{} epochs are more than the stage's {epochs}: nothing would be measured", self.every_epochs);
             return Err(vec![Refusal::new("every_epochs", message)]);
         }
-        let sides = Sides::plan(&self.train, &self.test, cx.environment)?;
-        if let (Some(train), Some(test)) = (sides.train.opened(), sides.test.opened()) {
-            summary.data.push(train.record(format!("{}.knn.train", cx.name)));
-            summary.data.push(test.record(format!("{}.knn.test", cx.name)));
-            summary.memory += memory::bank(train.images.len() + test.images.len(), width);
-        }
+        let mut refusals = Vec::new();
+        let options = sides(&self.train, &self.test);
+        let Some(sides) = options.plan(cx.environment, PURPOSE, &mut refusals) else { return Err(refusals) };
+        options.record(&sides, &format!("{}.knn", cx.name), summary);
+        let (seekers, image_size) = (sides.lengths()[1], sides.seekers.size);
+        let search = NeighbourSearch { seekers, k: self.k, image_size, images: batch() };
+        summary.memory += search.of_features(width, 1);
         Ok(PlannedKnn { every_epochs: self.every_epochs, sides, k: self.k })
     }
 }
@@ -140,83 +104,79 @@ impl PlannedKnn {
     /// The accuracy of a student in training.
     pub(super) fn measure(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
         let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: batch() };
-        let (accuracies, _) = self.sides.accuracies(run, &Tower::Student(student), view, &[self.k])?;
-        Ok(json!({ "accuracy": accuracies[0] }))
+        let measured = measure(run, &self.sides, &Tower::Student(student), view, None, &[self.k])?;
+        Ok(json!({ "accuracy": measured.accuracies[0][0] }))
     }
 }
 
-/// Images that neighbours are taken from, and those that are classified.
-struct Sides {
-    train: PlannedData,
-    test: PlannedData,
+fn sides<'a>(train: &'a Data, test: &'a Data) -> Sides<'a> {
+    Sides { searched: ("train", train), seekers: ("test", test) }
 }
 
-impl Sides {
-    /// Opens both where that is allowed, and refuses them without labels, or with sizes or classes that differ.
-    fn plan(train: &Data, test: &Data, environment: Environment) -> Result<Sides, Vec<Refusal>> {
-        let mut refusals = Vec::new();
-        let mut plan = |data: &Data, name: &str| {
-            let planned = data.plan(environment).and_then(|planned| {
-                planned.opened().map_or(Ok(()), |open| open.check_labels("k-NN"))?;
-                Ok(planned)
-            });
-            keep(&mut refusals, planned.map_err(|r| r.under(name)))
-        };
-        let sides = (plan(train, "train"), plan(test, "test"));
-        let (Some(train), Some(test)) = sides else { return Err(refusals) };
-        if train.size != test.size {
-            let message = format!("images of {} pixels, those of `train` have {}", test.size, train.size);
-            return Err(vec![Refusal::new("test", message)]);
+/// A tower's accuracies for each number of neighbours, of the last level or of those given.
+fn measure(
+    run: &mut StageRun,
+    sides: &PlannedSides,
+    tower: &Tower,
+    view: View,
+    levels: Option<&[LevelRef]>,
+    ks: &[usize],
+) -> Result<Measured> {
+    let (cx, train, test) = (run.cx, sides.searched.open()?, sides.seekers.open()?);
+    let k = ks.iter().copied().max().unwrap_or(1).min(train.images.len());
+    let mut searches: Vec<Search> = Vec::new();
+    let seekers = extract_blocks(run, tower, test, view, levels, &mut |level, block| {
+        if searches.len() <= level {
+            searches.push(Search::new(k));
         }
-        if let (Some(train), Some(test)) = (train.opened(), test.opened()) {
-            test.check_classes(train, "train").map_err(|r| vec![r.under("test")])?;
-        }
-        Ok(Sides { train, test })
-    }
-
-    /// A tower's accuracy for each number of neighbours, and how many images could not be read.
-    fn accuracies(&self, run: &mut StageRun, tower: &Tower, view: View, ks: &[usize]) -> Result<(Vec<f64>, usize)> {
-        let near = extract(run, tower, self.train.open()?, view)?;
-        let far = extract(run, tower, self.test.open()?, view)?;
-        Ok((accuracy(run.cx, &near, &far, ks)?, near.skipped + far.skipped))
-    }
+        searches[level].add(block);
+        Ok(())
+    })?;
+    let searched =
+        extract_blocks(run, tower, train, view, levels, &mut |level, block| searches[level].search(cx, &block))?;
+    let labels = (searched.labels(train)?, seekers.labels(test)?);
+    let accuracies = searches.into_iter().map(|search| accuracies(search.finish(), &labels.0, &labels.1, ks));
+    Ok(Measured { accuracies: accuracies.collect(), skipped: searched.skipped + seekers.skipped })
 }
 
-/// Share of `test` that each number of neighbours in `train` classifies rightly.
-fn accuracy(cx: &Context, train: &Bank, test: &Bank, ks: &[usize]) -> Result<Vec<f64>> {
-    let bank = LinearWeights {
-        weight: cx.tensor(train.features.clone(), train.labels.len(), train.width)?,
-        bias: None,
-        packed: None,
-    };
-    let classes = 1 + train.labels.iter().chain(&test.labels).max().copied().unwrap_or(0) as usize;
-    let most = ks.iter().copied().max().unwrap_or(1).min(train.labels.len());
+/// What k-NN says of a tower.
+struct Measured {
+    /// For each level the accuracy by each number of neighbours.
+    accuracies: Vec<Vec<f64>>,
+    /// Images that could not be read.
+    skipped: usize,
+}
+
+/// Share of the tested images that each number of neighbours classifies rightly, by the labels of the images that
+/// neighbours are taken from, and of those that are tested.
+fn accuracies(neighbours: impl Iterator<Item = Vec<Neighbour>>, train: &[u32], test: &[u32], ks: &[usize]) -> Vec<f64> {
+    let classes = 1 + train.iter().chain(test).max().copied().unwrap_or(0) as usize;
     let mut right = vec![0usize; ks.len()];
-    const CHUNK: usize = 256;
-    for (features, labels) in test.features.chunks(CHUNK * test.width).zip(test.labels.chunks(CHUNK)) {
-        let x = cx.tensor(features.to_vec(), labels.len(), test.width)?;
-        let similarity = ops::linear(cx, &mut Tape::inference(), &x, &bank, Act::None)?.to_vec();
-        for (row, &label) in similarity.chunks_exact(train.labels.len()).zip(labels) {
-            let mut order: Vec<u32> = (0..row.len() as u32).collect();
-            let nearer = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-            if most < order.len() {
-                order.select_nth_unstable_by(most, nearer);
-                order.truncate(most);
-            }
-            order.sort_unstable_by(nearer);
-            for (right, &k) in right.iter_mut().zip(ks) {
-                let mut votes = vec![0f64; classes];
-                for &i in order.iter().take(k) {
-                    votes[train.labels[i as usize] as usize] += (f64::from(row[i as usize]) / TEMPERATURE).exp();
-                }
-                let best = (0..classes).max_by(|&a, &b| votes[a].total_cmp(&votes[b]).then(b.cmp(&a)));
-                *right += usize::from(best == Some(label as usize));
-            }
+    for (neighbours, &label) in neighbours.zip(test) {
+        for (right, &k) in right.iter_mut().zip(ks) {
+            let votes = votes(&neighbours[..k.min(neighbours.len())], train, classes);
+            *right += usize::from(winner(&votes) == label as usize);
         }
     }
-    Ok(right.into_iter().map(|r| r as f64 / test.labels.len() as f64).collect())
+    right.into_iter().map(|right| right as f64 / test.len() as f64).collect()
 }
 
+/// What each class gets from neighbours, whose classes are those of their places in `labels`.
+fn votes(neighbours: &[Neighbour], labels: &[u32], classes: usize) -> Vec<f64> {
+    let mut votes = vec![0.0; classes];
+    for neighbour in neighbours {
+        votes[labels[neighbour.place as usize] as usize] += (f64::from(neighbour.similarity) / TEMPERATURE).exp();
+    }
+    votes
+}
+
+/// The class with most votes; of several the first.
+fn winner(votes: &[f64]) -> usize {
+    let better = |&a: &usize, &b: &usize| votes[a].total_cmp(&votes[b]).then(b.cmp(&a));
+    (0..votes.len()).max_by(better).unwrap_or(0)
+}
+
+/// The result of a tower at a level.
 fn report(k: &[usize], accuracies: &[f64], skipped: usize) -> Value {
     let mut report = json!({ "accuracy": accuracies[0] });
     if skipped > 0 {
@@ -228,100 +188,38 @@ fn report(k: &[usize], accuracies: &[f64], skipped: usize) -> Value {
     report
 }
 
-impl Knn {
-    fn stage(&self) -> Result<Option<&str>, Refusal> {
-        match &self.student {
-            None => Ok(None),
-            Some(Weights::Stage(stage)) => Ok(Some(stage)),
-            Some(_) => Err(Refusal::new("student", "expected the student of an earlier stage, as `{stage: NAME}`")
-                .help("a tower from a file goes under `teachers`")),
-        }
-    }
-}
-
 /// k-NN whose options fit.
 struct PlannedKnnStage {
     summary: StageSummary,
-    sides: Sides,
-    student: Option<(String, StudentPlan)>,
-    baselines: Vec<Baseline>,
-    teachers: Vec<(String, Arc<dyn PlannedTeacher>)>,
+    sides: PlannedSides,
+    towers: PlannedTowers,
     k: Vec<usize>,
-    view: View,
 }
 
 impl Stage for Knn {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
-        let sides = match Sides::plan(&self.train, &self.test, cx.environment) {
-            Ok(sides) => Some(sides),
-            Err(more) => {
-                refusals.extend(more);
-                None
-            }
-        };
-        if let Some(Sides { train, test }) = &sides
-            && let (Some(train), Some(test)) = (train.opened(), test.opened())
-        {
-            let neighbours = train.images.len();
-            if let Some(i) = self.k.iter().position(|&k| k > neighbours) {
-                let message = format!("{} neighbours of {neighbours} images", self.k[i]);
+        let options = sides(&own.train, &own.test);
+        let sides = options.plan(cx.environment, PURPOSE, &mut refusals);
+        if let Some(sides) = &sides {
+            let [searched, seekers] = sides.lengths();
+            if let Some(i) = own.k.iter().position(|&k| k > searched && searched > 0) {
+                let message = format!("{} neighbours of {searched} images", own.k[i]);
                 refusals.push(Refusal::new(i.to_string(), message).under("k"));
             }
-            summary.images = Some(neighbours + test.images.len());
-            summary.warnings.extend(train.images.notes().into_iter().chain(test.images.notes()));
-            summary.data = vec![train.record(format!("{}.train", cx.name)), test.record(format!("{}.test", cx.name))];
+            summary.images = sides.searched.opened().map(|_| searched + seekers);
+            options.record(sides, cx.name, &mut summary);
         }
-        let size = sides.as_ref().map_or(0, |sides| sides.train.size);
-        let towers = cx.towers(size);
-        let student = keep(&mut refusals, self.stage()).flatten().and_then(|stage| {
-            let planned = towers.student(stage).map_err(|r| r.under("student"));
-            Some((stage.to_string(), keep(&mut refusals, planned)?.clone()))
-        });
-        if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
-            refusals
-                .push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
-        }
-        if self.student.is_none() && self.baselines.is_empty() && self.teachers.is_empty() {
-            refusals.push(
-                Refusal::whole("nothing is measured").help("give a `student`, `teachers`, or `baselines: [pixels]`"),
-            );
-        }
-        let mut teachers: Vec<(String, Arc<dyn PlannedTeacher>)> = Vec::new();
-        if refusals.is_empty() {
-            for (name, slot) in &self.teachers {
-                let planned = Build::build(slot).and_then(|t| t.plan(&towers));
-                if let Some(planned) = keep(&mut refusals, planned.map_err(|r| r.under(name).under("teachers"))) {
-                    teachers.push((name.clone(), planned.into()));
-                }
-            }
-            let whose = student.iter().map(|(_, student)| ("the student".to_string(), student.shape()));
-            let towers =
-                whose.chain(teachers.iter().map(|(name, teacher)| (format!("teacher `{name}`"), teacher.shape())));
-            for (whose, shape) in towers {
-                keep(&mut refusals, self.pooling.check(&whose, &shape));
-                if self.tap == FeatureTap::Norm {
-                    keep(&mut refusals, shape.check_tap(&whose, Tap::Norm));
-                }
-            }
-            let shapes = student.iter().map(|(_, student)| student.shape());
-            let shapes: Vec<_> = shapes.chain(teachers.iter().map(|(_, teacher)| teacher.shape())).collect();
-            let pixels = self.baselines.contains(&Baseline::Pixels);
-            summary.memory = memory::features(&shapes, pixels, summary.images.unwrap_or(0), size, self.batch);
-        }
-        match sides {
-            Some(sides) if refusals.is_empty() => Ok(Box::new(PlannedKnnStage {
-                summary,
-                sides,
-                student,
-                baselines: self.baselines.clone(),
-                teachers,
-                k: self.k.clone(),
-                view: View { pooling: self.pooling, tap: self.tap, batch: self.batch },
-            })),
-            _ => Err(refusals),
-        }
+        let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
+        let towers = shared.plan(cx, size, &mut refusals);
+        let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
+        let [_, seekers] = sides.lengths();
+        let k = own.k.iter().copied().max().unwrap_or(1);
+        let search = NeighbourSearch { seekers, k, image_size: size, images: shared.batch };
+        summary.memory += search.bytes(&towers.shapes(), towers.pixels());
+        Ok(Box::new(PlannedKnnStage { summary, sides, towers, k: own.k.clone() }))
     }
 }
 
@@ -331,35 +229,11 @@ impl PlannedStage for PlannedKnnStage {
     }
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let run = &mut run;
-        let mut results = serde_json::Map::new();
-        let mut measure = |run: &mut StageRun, name: &str, tower: &Tower| -> Result<()> {
-            let (accuracies, skipped) = self.sides.accuracies(run, tower, self.view, &self.k)?;
-            let report = report(&self.k, &accuracies, skipped);
-            run.events.send(Event::Result { stage: run.name, result: &json!({ name: report }) })?;
-            results.insert(name.to_string(), report);
-            Ok(())
-        };
-        if self.baselines.contains(&Baseline::Pixels) {
-            measure(run, "pixels", &Tower::Pixels)?;
-        }
-        if let Some((stage, student)) = &self.student {
-            let init = Init::new(run.cx.device(), run.seed, &*student.init_scope);
-            // It runs at the size it was trained at, and resizes these images to that.
-            let mut model = student.tower.build(&init, run.trained).map_err(|e| under(e, "student"))?;
-            model.set_reach(student.reach);
-            if self.baselines.contains(&Baseline::Untrained) {
-                measure(run, "untrained", &Tower::Student(&*model))?;
-            }
-            model.load(run.trained.get(stage)?)?;
-            measure(run, "student", &Tower::Student(&*model))?;
-        }
-        for (name, teacher) in &self.teachers {
-            let mut build = TeacherBuild { cx: run.cx, trained: run.trained, student: None };
-            let teacher = teacher.build(&mut build).map_err(|e| under(under(e, name), "teachers"))?;
-            measure(run, name, &Tower::Teacher(&*teacher))?;
-        }
-        Ok(Outcome { results: Value::Object(results), student: None })
+        let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
+            let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k)?;
+            Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
+        })?;
+        Ok(Outcome { results, student: None })
     }
 }
 
@@ -369,23 +243,42 @@ register!(stage "knn" => Knn, "measures frozen features by weighted k nearest ne
 
 #[cfg(test)]
 mod tests {
-    use maskalign_engine::Device;
+    use std::path::Path;
+
+    use maskalign_engine::{Context, Device};
 
     use super::*;
+    use crate::weights::{TensorMap, read};
 
-    /// Votes are exp(similarity / 0.07): one very near neighbour outweighs two that are farther.
+    /// Votes and probabilities that PyTorch and scikit-learn give (`tests/fixtures/stages/make_knn.py`).
     #[test]
-    fn votes_are_weighted_by_similarity() {
-        let cx = Context::new(Device::Cpu, 1);
-        let angle = |degrees: f64| [degrees.to_radians().cos() as f32, degrees.to_radians().sin() as f32];
-        let bank = |angles: &[f64], labels: &[u32]| Bank {
-            features: angles.iter().flat_map(|&a| angle(a)).collect(),
-            width: 2,
-            labels: labels.to_vec(),
-            skipped: 0,
-        };
-        let train = bank(&[5.0, 40.0, 42.0], &[0, 1, 1]);
-        let test = bank(&[0.0, 41.0], &[0, 1]);
-        assert_eq!(accuracy(&cx, &train, &test, &[1, 3]).unwrap(), [1.0, 1.0]);
+    fn votes_are_those_of_dino_and_scikit_learn() {
+        let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages/knn_votes.safetensors");
+        let recorded: TensorMap = read(&recorded).unwrap();
+        let whole = |name: &str| recorded[name].data.iter().map(|&v| v as usize).collect::<Vec<_>>();
+        let (train, test, labels) = (&recorded["train"], &recorded["test"], whole("train_labels"));
+        let labels: Vec<u32> = labels.into_iter().map(|label| label as u32).collect();
+        let classes = 1 + *labels.iter().max().unwrap() as usize;
+        let cx = Context::new(Device::Cpu, 2);
+        for k in whole("k") {
+            let mut search = Search::new(k);
+            search.add(cx.tensor(test.data.clone(), test.shape[0], test.shape[1]).unwrap());
+            for part in train.data.chunks(64 * train.shape[1]) {
+                let block = cx.tensor(part.to_vec(), part.len() / train.shape[1], train.shape[1]).unwrap();
+                search.search(&cx, &block).unwrap();
+            }
+            let found: Vec<Vec<f64>> = search.finish().map(|found| votes(&found, &labels, classes)).collect();
+            let expected = |name: &str| recorded[&format!("{name}.{k}")].data.chunks_exact(classes);
+            for (ours, (votes, shares)) in found.iter().zip(expected("votes").zip(expected("probabilities"))) {
+                let all: f64 = ours.iter().sum();
+                for (our, (&vote, &share)) in ours.iter().zip(votes.iter().zip(shares)) {
+                    let (vote, share) = (f64::from(vote), f64::from(share));
+                    assert!((our - vote).abs() <= 1e-5 * vote, "k {k}: {our}, DINO {vote}");
+                    assert!((our / all - share).abs() <= 1e-5 * share, "k {k}: {}, scikit-learn {share}", our / all);
+                }
+            }
+            let winners: Vec<usize> = found.iter().map(|votes| winner(votes)).collect();
+            assert_eq!(winners, whole(&format!("predictions.{k}")), "k {k}");
+        }
     }
 }

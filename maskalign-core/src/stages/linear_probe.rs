@@ -1,5 +1,7 @@
 //! Linear probing: a linear classifier is trained on the features of a frozen student.
 
+use std::sync::Arc;
+
 use maskalign_engine::{
     Context, ImageBatch, Role, Tape, Tensor,
     ops::{self, Act},
@@ -9,9 +11,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Data, FeatureTap, MicroBatch, Outcome, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
-    StageSummary, Task, Tower, Training, View, keep, memory,
-    supervised::{Classify, Labelled, PlannedSupervised, class_targets},
+    Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
+    StageRun, StageSummary, Task, Tower, Training, View, keep, memory,
+    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
     training::count_parameters,
     under,
 };
@@ -19,11 +21,12 @@ use crate::{
     component,
     components::{
         students::StudentModel,
-        towers::{Tap, TrainedStudents},
+        towers::{Tap, TowerShape, TrainedStudents},
     },
     error::Result,
     nn::{BatchNorm, Bias, Init, Linear, Param, Reach},
     register,
+    weights::TensorMap,
 };
 
 /// Images that go through the student together.
@@ -126,8 +129,15 @@ impl Classify for Probe {
 /// A linear probe whose options fit.
 pub struct PlannedLinearProbe {
     summary: StageSummary,
+    plan: Arc<ProbePlan>,
+}
+
+/// What is trained, and on what.
+struct ProbePlan {
     supervised: PlannedSupervised,
     options: LinearProbeOptions,
+    seed: u64,
+    scope: String,
 }
 
 impl LinearProbe {
@@ -159,22 +169,21 @@ impl LinearProbe {
         if supervised.student.is_drawn() {
             summary.warnings.push("the student has no `weights`: what is probed is its random initialisation".into());
         }
-        let mut planned = PlannedLinearProbe { summary, supervised, options: own.clone() };
-        let model = planned.model(&Init::shapes(), &TrainedStudents::default());
+        let plan = ProbePlan { supervised, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
+        let model = plan.model(&Init::shapes(), &TrainedStudents::default());
         let mut model = model.map_err(|error| vec![error.into_refusal()])?;
-        let summary = &mut planned.summary;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
         summary.memory +=
-            memory::probe(summary, &shape, [batch.micro(), AT_A_TIME], planned.supervised.training.data.size);
-        Ok(planned)
+            memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], plan.supervised.training.data.size);
+        Ok(PlannedLinearProbe { summary, plan: Arc::new(plan) })
     }
 }
 
 impl PlannedLinearProbe {
     /// Data, optimizer and length.
     pub fn training(&self) -> &PlannedTraining {
-        &self.supervised.training
+        &self.plan.supervised.training
     }
 
     /// The model at its beginning.
@@ -182,6 +191,12 @@ impl PlannedLinearProbe {
     /// # Errors
     /// Weights that have gone or changed since they were planned; out of memory.
     pub fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Probe> {
+        self.plan.model(init, trained)
+    }
+}
+
+impl ProbePlan {
+    fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Probe> {
         let LinearProbeOptions { pooling, tap, head_std, .. } = self.options;
         let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let arch = student.shape().arch;
@@ -197,6 +212,30 @@ impl PlannedLinearProbe {
             head: Linear::from_weight(init, "head.1", weight, Bias::With)?,
         })
     }
+
+    fn init(&self, cx: &Context) -> Init {
+        Init::new(cx.device(), self.seed, &*self.scope)
+    }
+}
+
+impl PlannedClassifier for ProbePlan {
+    fn tower(&self) -> TowerShape {
+        self.supervised.student.shape()
+    }
+
+    fn classes(&self) -> usize {
+        self.supervised.classes.classes
+    }
+
+    fn data(&self) -> &PlannedData {
+        &self.supervised.training.data
+    }
+
+    fn build(&self, cx: &Context, trained: &TrainedStudents, left: &TensorMap) -> Result<Box<dyn Classify>> {
+        let mut model = self.model(&self.init(cx), trained)?;
+        load_kept(&mut model, left)?;
+        Ok(Box::new(model))
+    }
 }
 
 impl Stage for LinearProbe {
@@ -210,11 +249,14 @@ impl PlannedStage for PlannedLinearProbe {
         &self.summary
     }
 
+    fn classifier(&self) -> Option<Arc<dyn PlannedClassifier>> {
+        Some(Arc::clone(&self.plan) as Arc<dyn PlannedClassifier>)
+    }
+
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let init = Init::new(run.cx.device(), run.seed, run.name);
-        let mut model = self.model(&init, run.trained)?;
+        let mut model = self.model(&self.plan.init(run.cx), run.trained)?;
         // The student is what it was: later stages have it from where this one does.
-        Ok(Outcome { student: None, ..self.supervised.train(&mut run, &mut model)? })
+        Ok(Outcome { student: None, ..self.plan.supervised.train(&mut run, &mut model)? })
     }
 }
 

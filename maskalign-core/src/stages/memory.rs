@@ -56,20 +56,98 @@ pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]:
     FLOAT * (plan.parameters as u64 + trained + images + 4 * features + pass(tower, micro.min(at_a_time), 1)) + BASE
 }
 
-/// Bytes for features of `count` images of `size` pixels, `images` at a time: by the towers, and as pixels.
-pub(super) fn features(towers: &[TowerShape], pixels: bool, count: usize, size: usize, images: usize) -> u64 {
-    let raw = batch(1, size);
-    let widest = towers.iter().map(|tower| tower.arch.dim as u64).max().unwrap_or(0);
-    let bank = bank(count, if pixels { raw.max(widest) } else { widest } as usize);
-    let held: u64 = towers.iter().map(weights).sum();
-    let passing = towers.iter().map(|tower| pass(tower, images, 1)).max().unwrap_or(0);
-    bank + FLOAT * (held + BATCHES * batch(images, size) + passing) + BASE
+/// Bytes for the classes of images, some at a time.
+pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
+    let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
+    FLOAT * (weights(tower) + scores + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
 }
 
-/// Bytes for `count` features of `width` values: themselves, their copy on the device, and the layout they are
-/// multiplied in.
-pub(super) fn bank(count: usize, width: usize) -> u64 {
-    FLOAT * 3 * (count * width) as u64
+/// Bytes for the features of `count` images of `size` pixels at the towers' levels, `images` at a time, and for the products of
+/// their values: kept in double precision, and twice more while eigenvalues are sought.
+pub(super) fn quality(towers: &[(TowerShape, usize)], count: usize, size: usize, images: usize) -> u64 {
+    let of_tower = |(tower, levels): &(TowerShape, usize)| {
+        let (width, levels) = (tower.arch.dim, *levels as u64);
+        let block = block_rows(width).min(count);
+        let level = FLOAT * ((count + block) * width) as u64 + 8 * (width * width / 2) as u64;
+        let centred = FLOAT * (count * width) as u64;
+        let passing = FLOAT * pass(tower, images, levels as usize);
+        levels * level + centred + (8 * 2 * (width * width) as u64).max(passing) + FLOAT * (block * block) as u64
+    };
+    let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    towers.iter().map(of_tower).max().unwrap_or(0) + FLOAT * (held + BATCHES * batch(images, size)) + BASE
+}
+
+/// A measurement of frozen features against those of other images, by nearest neighbours.
+#[derive(Clone, Copy)]
+pub(super) struct NeighbourSearch {
+    /// Images whose neighbours are sought. Those that are searched go by in blocks.
+    pub seekers: usize,
+    /// Neighbours of each.
+    pub k: usize,
+    /// Side of an image that is loaded, in pixels.
+    pub image_size: usize,
+    /// Images that go through a tower together.
+    pub images: usize,
+}
+
+impl NeighbourSearch {
+    /// Bytes for towers, each with the number of levels that are measured in one pass, and for pixels. They follow one
+    /// another.
+    pub(super) fn bytes(&self, towers: &[(TowerShape, usize)], pixels: bool) -> u64 {
+        let raw = batch(1, self.image_size);
+        let searches = towers.iter().map(|(tower, levels)| self.of_features(tower.arch.dim, *levels));
+        let searches = searches.chain(pixels.then(|| self.of_features(raw as usize, 1))).max().unwrap_or(0);
+        let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+        let passing = towers.iter().map(|(tower, levels)| pass(tower, self.images, *levels)).max().unwrap_or(0);
+        searches + FLOAT * (held + BATCHES * batch(self.images, self.image_size) + passing) + BASE
+    }
+
+    /// Bytes for features of `width` values at so many levels: of each level the seekers' features, a block of those that
+    /// are searched as it fills, and the lists of neighbours; and once a block that is searched with the similarities in it.
+    pub(super) fn of_features(&self, width: usize, levels: usize) -> u64 {
+        let block = block_rows(width).min(self.seekers);
+        let level =
+            FLOAT * ((self.seekers + block) * width) as u64 + NEIGHBOUR * (self.seekers * LISTED * self.k) as u64;
+        levels as u64 * level + FLOAT * (block * (2 * width + block)) as u64
+    }
+}
+
+/// Bytes for the features of so many searched images and seekers at the towers' levels and as pixels, `images` at a time, and
+/// for the similarities of some seekers to all that is searched.
+pub(super) fn ranking(
+    towers: &[(TowerShape, usize)],
+    pixels: bool,
+    [searched, seekers]: [usize; 2],
+    size: usize,
+    images: usize,
+) -> u64 {
+    let raw = batch(1, size) as usize;
+    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + seekers) * width) as u64;
+    let held = towers.iter().map(|(tower, levels)| of_features(tower.arch.dim, *levels));
+    let held = held.chain(pixels.then(|| of_features(raw, 1))).max().unwrap_or(0);
+    let parameters: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
+    let ranked = (ranked_rows(searched).min(seekers) * searched) as u64;
+    held + FLOAT * (parameters + BATCHES * batch(images, size) + passing.max(ranked)) + BASE
+}
+
+/// Seekers whose similarities to all of `searched` images are held at once.
+pub(super) fn ranked_rows(searched: usize) -> usize {
+    const VALUES: usize = 1 << 24;
+    (VALUES / searched.max(1)).clamp(1, 256)
+}
+
+/// Bytes of a neighbour: its similarity and its place.
+const NEIGHBOUR: u64 = 8;
+
+/// How many times as many neighbours as are wanted a list holds before it is cut.
+pub(super) const LISTED: usize = 2;
+
+/// Rows of a block of features of `width` values: as many as a matrix product is fast with, and fewer where features are
+/// as wide as images are.
+pub(super) fn block_rows(width: usize) -> usize {
+    const VALUES: usize = 1 << 24;
+    (VALUES / width.max(1)).clamp(1, 1024)
 }
 
 /// Values of a batch of images.
@@ -88,4 +166,19 @@ fn weights(tower: &TowerShape) -> u64 {
 fn pass(tower: &TowerShape, images: usize, levels: usize) -> u64 {
     let (dim, cut) = (tower.arch.dim as u64, 3 * (tower.arch.patch as u64).pow(2));
     (images * tower.tokens()) as u64 * (cut + dim).max((4 + levels as u64) * dim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Arch, VitConfig};
+
+    /// The features of 1.28 million images to search are not among what is held: those of 50,000 seekers are.
+    #[test]
+    fn imagenet_fits_at_every_level() {
+        let tower = TowerShape::from(&VitConfig::plain(Arch::named("base_16").expect("a name"), 224));
+        let search = NeighbourSearch { seekers: 50_000, k: 20, image_size: 224, images: 64 };
+        let gib = |levels| search.bytes(&[(tower, levels)], false) as f64 / f64::from(1 << 30);
+        assert!(gib(12) < 6.0 && gib(1) < 1.0, "{:.2} and {:.2} GiB", gib(12), gib(1));
+    }
 }

@@ -1,26 +1,33 @@
 //! The steps of a recipe: each trains or evaluates, and may leave a student to later ones.
 //!
 //! A stage is composed of `training` (the options and the loop of everything that trains), `supervised` (labels, classes,
-//! accuracy), `features` (what evaluations of frozen towers read) and the run's [events](crate::events); its own file holds
-//! what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
+//! accuracy), `features` (what evaluations of frozen towers read), `measured` (which towers), `neighbours` (the nearest of features) and
+//! the run's [events](crate::events); its own file holds what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
 
 mod data;
+mod eigenvalues;
+mod evaluate;
 mod features;
 mod finetune;
 mod knn;
 mod linear_probe;
+mod measured;
 mod memory;
+mod neighbours;
 mod outline;
 mod pretrain;
+mod quality;
+mod retrieval;
 mod supervised;
 mod training;
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use maskalign_engine::{Context, Recompute};
-use maskalign_registry::Refusal;
+use maskalign_registry::{Kind, Refusal};
 
 pub use data::{Data, OpenData, PlannedData, image_batch};
+pub use evaluate::Evaluate;
 pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract};
 pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
@@ -28,7 +35,11 @@ pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
 pub use outline::{OutlineLine, outline};
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
-pub use supervised::{Classify, Labelled, PlannedClasses, PlannedSupervised, accuracy, class_targets, largest_label};
+pub use quality::Quality;
+pub use retrieval::Retrieval;
+pub use supervised::{
+    Classify, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets, largest_label,
+};
 pub use training::{
     BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
     Precision, Step, Task, Term, Trained, Trainer, Training, branch_scales, count_parameters, finish, train,
@@ -47,11 +58,12 @@ use crate::{
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
-/// let students = Default::default();
+/// let (students, classifiers) = Default::default();
 /// let cx = StageContext {
 ///     name: "probe",
 ///     seed: 0,
 ///     students: &students,
+///     classifiers: &classifiers,
 ///     environment: Environment::Ignored,
 ///     missing_weights: MissingWeights::Refused,
 ///     recompute: Recompute::Never,
@@ -66,6 +78,8 @@ pub struct StageContext<'a> {
     pub seed: u64,
     /// The students of earlier stages.
     pub students: &'a BTreeMap<String, StudentPlan>,
+    /// The classifiers of earlier stages.
+    pub classifiers: &'a BTreeMap<String, Arc<dyn PlannedClassifier>>,
     /// Whether files are looked at.
     pub environment: Environment,
     /// What becomes of a tower whose weights cannot be found.
@@ -84,6 +98,22 @@ impl<'a> StageContext<'a> {
             environment: self.environment,
             missing_weights: self.missing_weights,
         }
+    }
+
+    /// The classifier of an earlier stage.
+    ///
+    /// # Errors
+    /// There is none of that name; the known ones are listed.
+    pub fn classifier(&self, stage: &str) -> Result<&'a Arc<dyn PlannedClassifier>, Refusal> {
+        self.classifiers.get(stage).ok_or_else(|| {
+            let known: Vec<&str> = self.classifiers.keys().map(String::as_str).collect();
+            let refusal = Refusal::new("stage", format!("no earlier stage `{stage}` leaves a classifier"))
+                .unresolved(Kind::Stage, stage);
+            match known.is_empty() {
+                true => refusal.help("no earlier stage trains one: `finetune` and `linear_probe` do"),
+                false => refusal.help(format!("earlier stages with a classifier: {}", known.join(", "))),
+            }
+        })
     }
 }
 
@@ -211,6 +241,10 @@ pub trait Stage: Send + Sync {
 pub trait PlannedStage {
     /// What is known of it.
     fn summary(&self) -> &StageSummary;
+    /// The classifier that it leaves, where it trains one.
+    fn classifier(&self) -> Option<Arc<dyn PlannedClassifier>> {
+        None
+    }
     /// Runs it, going on from its last checkpoint where the run directory has one.
     ///
     /// # Errors

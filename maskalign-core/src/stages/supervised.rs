@@ -10,11 +10,15 @@ use super::{
     Task, Training, finish, image_batch, keep, train,
 };
 use crate::{
-    components::students::PlannedStudent,
+    components::{
+        students::PlannedStudent,
+        towers::{TowerShape, TrainedStudents},
+    },
     data::Position,
     error::{Error, Result},
     events::Event,
     plugin::Build,
+    weights::TensorMap,
 };
 
 /// Classes that are assumed where the data was not looked at: ImageNet's, for estimates.
@@ -232,6 +236,49 @@ pub trait Classify {
     fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor>;
 }
 
+/// A classifier that a stage leaves, known before the stage has run.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// How large the weight of an earlier stage's head is.
+/// fn head(cx: &StageContext, stage: &str) -> Result<usize, Refusal> {
+///     let classifier = cx.classifier(stage)?;
+///     Ok(classifier.classes() * classifier.tower().arch.dim)
+/// }
+/// ```
+pub trait PlannedClassifier: Send + Sync {
+    /// The shape of its tower.
+    fn tower(&self) -> TowerShape;
+    /// How many classes it tells apart.
+    fn classes(&self) -> usize;
+    /// The images that it learns these from.
+    fn data(&self) -> &PlannedData;
+    /// The classifier with the parameters that its stage left; those that the stage kept as they were are built as the
+    /// stage built them.
+    ///
+    /// # Errors
+    /// Parameters that are missing or do not fit; weights that have gone or changed; out of memory.
+    fn build(&self, cx: &Context, trained: &TrainedStudents, left: &TensorMap) -> Result<Box<dyn Classify>>;
+}
+
+/// Loads every parameter that a finished stage keeps.
+///
+/// # Errors
+/// One that is missing or has another shape.
+pub(super) fn load_kept(model: &mut dyn Task, left: &TensorMap) -> Result<()> {
+    let mut loaded = Ok(());
+    model.visit(&mut |p| {
+        if !p.role().is_kept() || loaded.is_err() {
+            return;
+        }
+        loaded = match left.get(&p.name).filter(|tensor| tensor.shape == p.dims) {
+            Some(tensor) => p.load(&tensor.data).map_err(Error::from),
+            None => Err(Error::Usage(format!("the stage has not left `{}` in the classifier's shape", p.name))),
+        };
+    });
+    loaded
+}
+
 /// Share of the images whose class the model finds, and how many could not be read.
 ///
 /// ```
@@ -245,23 +292,50 @@ pub trait Classify {
 /// # Errors
 /// None of the images can be read; a stop that the user asked for.
 pub fn accuracy(run: &mut StageRun, model: &dyn Classify, data: &OpenData, batch: usize) -> Result<(f64, usize)> {
-    let (mut right, mut seen) = (0usize, 0usize);
+    let mut right = 0usize;
+    let seen = each_scored(run, model, data, batch, "eval", &mut |scores, label| {
+        right += usize::from(best_class(scores) == label as usize);
+    })?;
+    Ok((right as f64 / seen as f64, data.images.len() - seen))
+}
+
+/// The class with the best score; of several the first.
+pub(super) fn best_class(scores: &[f32]) -> usize {
+    let better = |&a: &usize, &b: &usize| scores[a].total_cmp(&scores[b]).then(b.cmp(&a));
+    (0..scores.len()).max_by(better).unwrap_or(0)
+}
+
+/// Gives the scores and the label of every image that can be read to `take`, and says how many there were. `option` is what
+/// a recipe calls the data.
+///
+/// # Errors
+/// An image without a label; none that can be read; a stop that the user asked for.
+pub(super) fn each_scored(
+    run: &mut StageRun,
+    model: &dyn Classify,
+    data: &OpenData,
+    batch: usize,
+    option: &str,
+    take: &mut dyn FnMut(&[f32], u32),
+) -> Result<usize> {
+    let mut seen = 0;
     let (classes, all) = (model.classes(), data.images.len());
     let mut batches = data.pass(batch, run.workers)?.batches(Position::default(), None);
     while let Some(batch) = run.stop.while_waiting(|| batches.next()) {
         let mut batch = batch?;
         let images = image_batch(&mut batch);
         let scores = model.scores(run.cx, &images)?.to_vec();
-        for (row, label) in scores.chunks_exact(classes).zip(&batch.labels) {
-            let best = (0..classes).max_by(|&a, &b| row[a].total_cmp(&row[b]).then(b.cmp(&a)));
-            right += usize::from(best.map(|b| b as u32) == *label && label.is_some());
+        for (scores, (label, index)) in scores.chunks_exact(classes).zip(batch.labels.iter().zip(&batch.indices)) {
+            let label =
+                label.ok_or_else(|| Refusal::new(option, format!("{} has no label", data.images.name(*index))))?;
+            take(scores, label);
         }
         run.check_stop()?;
         seen += batch.indices.len();
         run.events.send(Event::Progress { what: "evaluation", done: seen as u64, all: all as u64 })?;
     }
     if seen == 0 {
-        return Err(Error::Usage(format!("none of the {all} images of `eval` can be read")));
+        return Err(Error::Usage(format!("none of the {all} images of `{option}` can be read")));
     }
-    Ok((right as f64 / seen as f64, all - seen))
+    Ok(seen)
 }

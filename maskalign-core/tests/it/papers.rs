@@ -160,6 +160,7 @@ fn pretrain(name: &str, sets: &[&str]) -> PlannedPretrain {
         name: "pretrain",
         seed: 0,
         students: &BTreeMap::new(),
+        classifiers: &BTreeMap::new(),
         environment: Environment::Ignored,
         missing_weights: MissingWeights::Random,
         recompute: Recompute::Never,

@@ -1,7 +1,7 @@
 //! Stages: what is known before the first step, and what two steps leave.
 //!
-//! A stage that names an earlier one, as `{stage: NAME}`, is given a small student in its place, and the embedded images
-//! are a few: a plugin's evaluation runs here as it is written.
+//! A stage that names an earlier one, as `{stage: NAME}`, is given a small student in its place and a classifier of it, and
+//! the embedded images are a few: a plugin's evaluation runs here as it is written.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,12 +16,13 @@ use serde_json::{Value, json};
 use super::{Faults, LARGE, fused, tower::small_student};
 use maskalign_core::{
     components::towers::{Environment, MissingWeights, StudentPlan, TrainedStudents},
-    error::Result,
+    error::{Error, Result},
     events::{Events, MetricsFile, StageSummary},
     nn::{Init, Reach},
     plugin::Build,
-    run::{Mode, RunDir, StopFlag},
-    stages::{PlannedStage, Stage, StageContext, StageRun},
+    run::{CheckpointHeader, Mode, RunDir, StopFlag},
+    stages::{Finetune, PlannedClassifier, PlannedStage, Stage, StageContext, StageRun, Task},
+    weights::{TensorMap, TensorRef},
 };
 
 /// Embedded images that a dataset is reduced to.
@@ -69,14 +70,22 @@ fn shrink(options: &mut Value, named: &mut BTreeSet<String>) {
 /// The earlier stages, as far as a later one can tell.
 struct Earlier {
     students: BTreeMap<String, StudentPlan>,
+    classifiers: BTreeMap<String, Arc<dyn PlannedClassifier>>,
     trained: TrainedStudents,
+    /// What each stage leaves in the run directory.
+    left: BTreeMap<String, TensorMap>,
 }
 
 impl Earlier {
     fn new(named: &BTreeSet<String>) -> Result<Earlier> {
         let tower = small_student(SIZE);
         let reach = Reach { blocks: tower.shape().arch.depth, norm: true };
-        let mut earlier = Earlier { students: BTreeMap::new(), trained: TrainedStudents::default() };
+        let mut earlier = Earlier {
+            students: BTreeMap::new(),
+            classifiers: BTreeMap::new(),
+            trained: TrainedStudents::default(),
+            left: BTreeMap::new(),
+        };
         for stage in named {
             let init = Init::new(&Device::Cpu, 1, stage.as_str());
             let parameters = tower.build(&init, &earlier.trained)?.to_host();
@@ -84,7 +93,50 @@ impl Earlier {
             let student = StudentPlan { tower: Arc::clone(&tower), reach, init_scope: stage.clone() };
             earlier.students.insert(stage.clone(), student);
         }
-        Ok(earlier)
+        let (classifiers, left) = earlier.classifiers()?;
+        Ok(Earlier { classifiers, left, ..earlier })
+    }
+
+    /// A classifier of each student before its training, as if that had come after the student's stage under its name.
+    fn classifiers(&self) -> Result<(BTreeMap<String, Arc<dyn PlannedClassifier>>, BTreeMap<String, TensorMap>)> {
+        let (mut classifiers, mut left) = (BTreeMap::new(), BTreeMap::new());
+        for stage in self.students.keys() {
+            let finetune: Finetune = serde_json::from_value(json!({
+                "epochs": 1, "batch": { "effective": 16 },
+                "data": { "dataset": { "type": "sample", "split": "train", "limit": IMAGES } },
+                "student": { "type": "vit", "weights": { "stage": stage } },
+                "optimizer": { "type": "adamw", "base_lr": 0.001 }, "schedule": { "type": "constant" },
+            }))
+            .map_err(|error| Error::Usage(error.to_string()))?;
+            let context = StageContext { name: stage, ..self.context(Environment::Checked) };
+            let planned = finetune.plan_finetune(&context).map_err(|mut all| Error::Refused(all.swap_remove(0)))?;
+            let mut model = planned.model(&planned.init(&fused()), &self.trained)?;
+            let mut kept = TensorMap::new();
+            model.visit(&mut |p| {
+                if p.role().is_kept() {
+                    kept.insert(p.name.clone(), p.to_host());
+                }
+            });
+            left.insert(stage.clone(), kept);
+            classifiers.extend(planned.classifier().map(|classifier| (stage.clone(), classifier)));
+        }
+        Ok((classifiers, left))
+    }
+
+    /// Writes what the earlier stages leave.
+    fn write(&self, dir: &RunDir) -> Result<()> {
+        for (stage, left) in &self.left {
+            let header = CheckpointHeader {
+                stage: stage.clone(),
+                step: 0,
+                fingerprint: "example".into(),
+                metrics_records: 0,
+                student: self.trained.get(stage)?.keys().cloned().collect(),
+                meta: Value::Null,
+            };
+            dir.finish_stage(&header, &TensorRef::all_of(left), json!({}))?;
+        }
+        Ok(())
     }
 
     fn context(&self, environment: Environment) -> StageContext<'_> {
@@ -92,6 +144,7 @@ impl Earlier {
             name: "example",
             seed: 0,
             students: &self.students,
+            classifiers: &self.classifiers,
             environment,
             missing_weights: match environment {
                 Environment::Checked => MissingWeights::Refused,
@@ -133,7 +186,7 @@ type Left = (Value, Option<Vec<f32>>);
 
 /// Runs two steps: twice without a break, and once with a stop between them.
 fn run(planned: &dyn PlannedStage, earlier: &Earlier, faults: &mut Faults) -> Result<()> {
-    let folder = tempfile::tempdir().map_err(|error| maskalign_core::error::Error::Usage(error.to_string()))?;
+    let folder = tempfile::tempdir().map_err(|error| Error::Usage(error.to_string()))?;
     let leaves =
         |dir: &str, mode, steps| -> Result<Left> { leave(planned, earlier, &folder.path().join(dir), mode, steps) };
     let whole = leaves("whole", Mode::Fresh, 2)?;
@@ -158,6 +211,9 @@ fn leave(planned: &dyn PlannedStage, earlier: &Earlier, dir: &Path, mode: Mode, 
     let dir = RunDir::create(dir, mode)?;
     dir.write_recipe("name: example\n")?;
     dir.reopen_stage("example")?;
+    if mode == Mode::Fresh {
+        earlier.write(&dir)?;
+    }
     let outcome = planned.run(StageRun {
         cx: &fused(),
         name: "example",

@@ -87,6 +87,7 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         name: "pretrain",
         seed: loaded.recipe().seed,
         students: &students,
+        classifiers: &BTreeMap::new(),
         environment: Environment::Checked,
         missing_weights: MissingWeights::Refused,
         recompute: Recompute::Never,

@@ -99,9 +99,31 @@ fn datasets_of_files_conform() {
 #[test]
 fn stages_conform_on_an_earlier_stages_student() {
     let sides = "train: { dataset: { type: sample, split: train } }, test: { dataset: { type: sample, split: test } }";
-    for rest in ["", ", baselines: [untrained, pixels], pooling: cls, tap: norm", ", k: [1, 5]"] {
+    for rest in
+        ["", ", baselines: [untrained, pixels], pooling: cls, tap: norm", ", k: [1, 5]", ", levels: [embed, 0, -1]"]
+    {
         passes(check_as(Kind::Stage, &format!("{{ type: knn, student: {{ stage: pretrain }}, {sides}{rest} }}")));
     }
+    for rest in ["", ", baselines: [untrained], levels: [embed, -1], images: 20", ", pooling: cls, tap: norm"] {
+        passes(check_as(
+            Kind::Stage,
+            &format!(
+                "{{ type: quality, student: {{ stage: pretrain }},
+                data: {{ dataset: {{ type: sample, split: test }} }}{rest} }}"
+            ),
+        ));
+    }
+    for rest in ["", ", levels: all, baselines: [pixels, untrained]"] {
+        passes(check_as(
+            Kind::Stage,
+            &format!(
+                "{{ type: retrieval, student: {{ stage: pretrain }}, gallery: {{ dataset: {{ type: sample, split: train }} }},
+                queries: {{ dataset: {{ type: sample, split: test }} }}{rest} }}"
+            ),
+        ));
+    }
+    let evaluated = "data: { dataset: { type: sample, split: test } }, batch: 7";
+    passes(check_as(Kind::Stage, &format!("{{ type: evaluate, classifier: {{ stage: finetune }}, {evaluated} }}")));
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
         eval: { dataset: { type: sample, split: test } }, student: { type: vit, weights: { stage: pretrain } }";
     for rest in ["", ", pooling: mean, tap: block"] {

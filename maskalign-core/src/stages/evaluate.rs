@@ -1,0 +1,289 @@
+//! What a classifier gets right, what it takes for what, and how well it knows.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use maskalign_registry::{Refusal, Weights};
+use serde_json::{Map, Value, json};
+
+use super::{
+    Data, Outcome, PlannedClassifier, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, keep,
+    memory,
+    supervised::{best_class, each_scored, largest_label},
+    under,
+};
+use crate::{
+    component,
+    error::{Error, Result},
+    events::Event,
+    register,
+};
+
+/// Bins of confidence, as in the paper.
+const BINS: usize = 15;
+/// Of so many best classes, one has to be the right one.
+const TOP: usize = 5;
+
+fn batch() -> usize {
+    64
+}
+
+/// Measures a classifier that an earlier stage trained: the share of images whose class it finds (also among its five
+/// best), of each class by itself, what it takes for what, and its calibration.
+///
+/// The expected calibration error compares confidence, the probability of the class that is found, with accuracy (Guo et al.
+/// 2017, arXiv 1706.04599): images are put into 15 bins of equal width by their confidence, each with its upper bound; the
+/// error is the mean over the images of their bin's distance between mean confidence and accuracy.
+#[component]
+pub struct Evaluate {
+    /// The classifier of an earlier stage that fine-tuned or probed a student, as `{stage: NAME}`.
+    classifier: Weights,
+    /// Labelled images that are classified.
+    data: Data,
+    /// Images that go through the classifier together.
+    #[serde(default = "batch")]
+    #[schemars(range(min = 1, max = 1048576))]
+    batch: usize,
+}
+
+/// An evaluation whose options fit.
+struct PlannedEvaluate {
+    summary: StageSummary,
+    stage: String,
+    classifier: Arc<dyn PlannedClassifier>,
+    data: PlannedData,
+    batch: usize,
+}
+
+impl Evaluate {
+    fn stage(&self) -> Result<&str, Refusal> {
+        match &self.classifier {
+            Weights::Stage(stage) => Ok(stage),
+            _ => Err(Refusal::new("classifier", "expected the classifier of an earlier stage, as `{stage: NAME}`")
+                .help("`finetune` and `linear_probe` leave one; they take their student from a file")),
+        }
+    }
+}
+
+impl Stage for Evaluate {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        let mut refusals = Vec::new();
+        let mut summary = StageSummary::default();
+        let data = keep(&mut refusals, self.data.plan(cx.environment).map_err(|r| r.under("data")));
+        let classifier = keep(&mut refusals, self.stage()).and_then(|stage| {
+            let found = cx.classifier(stage).map_err(|refusal| refusal.under("classifier"));
+            Some((stage, keep(&mut refusals, found)?))
+        });
+        let (Some(data), Some((stage, classifier))) = (data, classifier) else { return Err(refusals) };
+        if let Some(open) = data.opened() {
+            let labels = open.check_labels("an evaluation").and_then(|()| {
+                let learnt = classifier.data().opened();
+                learnt.map_or(Ok(()), |learnt| open.check_classes(learnt, &format!("{stage}.data")))?;
+                match (largest_label(open), classifier.classes()) {
+                    (most, classes) if most >= classes => {
+                        let message = format!("the label {most}, but the classifier tells {classes} classes apart");
+                        Err(Refusal::new("dataset", message))
+                    }
+                    _ => Ok(()),
+                }
+            });
+            keep(&mut refusals, labels.map_err(|refusal| refusal.under("data")));
+            summary.images = Some(open.images.len());
+            summary.memory = open.images.resident_bytes();
+            summary.warnings.extend(open.images.notes());
+            summary.data.push(open.record(format!("{}.data", cx.name)));
+        }
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        summary.memory += memory::classifier(&classifier.tower(), classifier.classes(), self.batch, data.size);
+        Ok(Box::new(PlannedEvaluate {
+            summary,
+            stage: stage.to_string(),
+            classifier: Arc::clone(classifier),
+            data,
+            batch: self.batch,
+        }))
+    }
+}
+
+impl PlannedStage for PlannedEvaluate {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let stage = &self.stage;
+        let (_, left) = run
+            .dir
+            .finished_stage(stage)?
+            .ok_or_else(|| Error::Usage(format!("{} has not what stage `{stage}` left", run.dir.path().display())))?;
+        let (mut parameters, head) = left.into_parameters();
+        parameters.extend(head);
+        let model = self.classifier.build(run.cx, run.trained, &parameters).map_err(|e| under(e, "classifier"))?;
+        let data = self.data.open()?;
+        let mut tally = Tally::new(model.classes());
+        let seen = each_scored(&mut run, &*model, data, self.batch, "data", &mut |scores, label| {
+            tally.add(scores, label as usize);
+        })?;
+        let names = data.images.classes();
+        let name = |class: usize| match &names {
+            Some(names) => names.get(class).cloned().unwrap_or_else(|| class.to_string()),
+            None => class.to_string(),
+        };
+        let mut results = tally.summary();
+        if seen < data.images.len() {
+            results.insert("skipped".into(), (data.images.len() - seen).into());
+        }
+        run.events.send(Event::Result { stage: run.name, result: &Value::Object(results.clone()) })?;
+        results.insert("classes".into(), tally.by_class(&name));
+        results.insert("confusion".into(), tally.confusion(&name));
+        Ok(Outcome { results: Value::Object(results), student: None })
+    }
+}
+
+/// What a classifier said of the images that it was shown.
+struct Tally {
+    classes: usize,
+    /// How often the right class was among the best.
+    top: usize,
+    /// How often images of a class were taken for a class: a row for each class, without those that are zero.
+    taken_for: BTreeMap<usize, BTreeMap<usize, usize>>,
+    bins: [Bin; BINS],
+}
+
+/// Images of about the same confidence.
+#[derive(Clone, Copy, Default)]
+struct Bin {
+    images: usize,
+    right: usize,
+    confidence: f64,
+}
+
+impl Tally {
+    fn new(classes: usize) -> Tally {
+        Tally { classes, top: 0, taken_for: BTreeMap::new(), bins: [Bin::default(); BINS] }
+    }
+
+    /// Notes the scores of an image, one for each class: logits.
+    fn add(&mut self, scores: &[f32], label: usize) {
+        let found = best_class(scores);
+        // Of classes with the same score the first come first.
+        let before = |(class, score): &(usize, &f32)| match score.total_cmp(&scores[label]) {
+            std::cmp::Ordering::Equal => *class < label,
+            order => order.is_gt(),
+        };
+        self.top += usize::from(scores.iter().enumerate().filter(before).count() < TOP);
+        *self.taken_for.entry(label).or_default().entry(found).or_default() += 1;
+        let highest = f64::from(scores[found]);
+        let confidence = 1.0 / scores.iter().map(|&score| (f64::from(score) - highest).exp()).sum::<f64>();
+        // A bin is open below and closed above.
+        let bin = &mut self.bins[((confidence * BINS as f64).ceil() as usize).clamp(1, BINS) - 1];
+        bin.images += 1;
+        bin.right += usize::from(found == label);
+        bin.confidence += confidence;
+    }
+
+    fn images(&self) -> usize {
+        self.bins.iter().map(|bin| bin.images).sum()
+    }
+
+    /// The mean over images of their bin's distance between mean confidence and accuracy.
+    fn calibration_error(&self) -> f64 {
+        self.bins.iter().map(|bin| (bin.right as f64 - bin.confidence).abs()).sum::<f64>() / self.images() as f64
+    }
+
+    fn summary(&self) -> Map<String, Value> {
+        let images = self.images();
+        let right: usize = self.bins.iter().map(|bin| bin.right).sum();
+        let mut summary = Map::new();
+        summary.insert("images".into(), images.into());
+        summary.insert("accuracy".into(), (right as f64 / images as f64).into());
+        if self.classes > TOP {
+            summary.insert("top_5_accuracy".into(), (self.top as f64 / images as f64).into());
+        }
+        summary.insert("calibration_error".into(), self.calibration_error().into());
+        summary
+    }
+
+    /// The images of each class that has any, and the share of them that was found.
+    fn by_class(&self, name: &dyn Fn(usize) -> String) -> Value {
+        let row = |(&class, found): (&usize, &BTreeMap<usize, usize>)| {
+            let images: usize = found.values().sum();
+            let right = found.get(&class).copied().unwrap_or(0);
+            (name(class), json!({ "images": images, "accuracy": right as f64 / images as f64 }))
+        };
+        Value::Object(self.taken_for.iter().map(row).collect())
+    }
+
+    /// For each class that has images, the classes that they were taken for, with their number.
+    fn confusion(&self, name: &dyn Fn(usize) -> String) -> Value {
+        let row = |found: &BTreeMap<usize, usize>| {
+            Value::Object(found.iter().map(|(&class, &images)| (name(class), images.into())).collect())
+        };
+        Value::Object(self.taken_for.iter().map(|(&class, found)| (name(class), row(found))).collect())
+    }
+}
+
+register!(stage "evaluate" => Evaluate, "measures a classifier: accuracies, confusion of classes, calibration",
+    example: "{ type: evaluate, classifier: { stage: finetune }, data: { dataset: { type: sample, split: test } } }",
+    paper: "calibration: Guo et al. 2017, arXiv 1706.04599");
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// What scikit-learn and torchmetrics say of the same scores (`tests/fixtures/stages/make_evaluate.py`).
+    #[test]
+    fn numbers_are_those_of_scikit_learn_and_torchmetrics() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages/evaluate.json");
+        let cases: BTreeMap<String, Value> = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+        assert!(cases.len() > 1);
+        for (case, recorded) in cases {
+            let classes = recorded["confusion"].as_array().unwrap().len();
+            let mut tally = Tally::new(classes);
+            let labels = recorded["labels"].as_array().unwrap();
+            for (scores, label) in recorded["scores"].as_array().unwrap().iter().zip(labels) {
+                let scores: Vec<f32> =
+                    scores.as_array().unwrap().iter().map(|score| score.as_f64().unwrap() as f32).collect();
+                tally.add(&scores, label.as_u64().unwrap() as usize);
+            }
+            let summary = tally.summary();
+            assert_eq!(summary["images"], labels.len(), "{case}");
+            for name in ["accuracy", "top_5_accuracy", "calibration_error"] {
+                let (Some(ours), Some(theirs)) = (summary.get(name), recorded[name].as_f64()) else {
+                    assert!(
+                        classes <= TOP && summary.get(name).is_none() && recorded[name].is_null(),
+                        "{case}: {name}"
+                    );
+                    continue;
+                };
+                let ours = ours.as_f64().unwrap();
+                assert!((ours - theirs).abs() <= 1e-6, "{case}: {name} {ours}, recorded {theirs}");
+            }
+            let by_class = tally.by_class(&|class| class.to_string());
+            let confusion = tally.confusion(&|class| class.to_string());
+            for (class, expected) in recorded["by_class"].as_array().unwrap().iter().enumerate() {
+                let ours = &by_class[class.to_string()]["accuracy"];
+                let same = ours.as_f64().zip(expected.as_f64()).is_some_and(|(a, b)| (a - b).abs() < 1e-12);
+                assert!(same || ours.is_null() && expected.is_null(), "{case}: class {class} {ours}, {expected}");
+                for (found, count) in recorded["confusion"][class].as_array().unwrap().iter().enumerate() {
+                    let ours = confusion[class.to_string()][found.to_string()].as_u64().unwrap_or(0);
+                    assert_eq!(ours, count.as_u64().unwrap(), "{case}: {class} taken for {found}");
+                }
+            }
+        }
+    }
+
+    /// A confidence on the edge of two bins belongs to the lower; a class that ties with an earlier one is not found.
+    #[test]
+    fn edges_and_ties() {
+        let mut tally = Tally::new(3);
+        tally.add(&[0.0, 0.0, 0.0], 1);
+        assert_eq!(tally.bins.iter().position(|bin| bin.images == 1), Some(4), "a third is in (4/15, 5/15]");
+        assert_eq!(tally.confusion(&|class| class.to_string()), json!({ "1": { "0": 1 } }));
+        tally.add(&[0.0, 100.0, 0.0], 1);
+        assert_eq!(tally.bins[14].images, 1, "certainty is in the last bin");
+    }
+}

@@ -1,0 +1,346 @@
+//! What features are like, without any label: how many directions they use, and how they lie on the sphere.
+
+use std::sync::{Mutex, PoisonError};
+
+use maskalign_engine::{
+    Context, Tape, Tensor,
+    ops::{self, Act, LinearWeights},
+};
+use maskalign_registry::{LevelRef, Refusal, With};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{
+    Data, OpenData, Outcome, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    eigenvalues::eigenvalues,
+    features::{Blocks, State, each_batch, scale_to_length_1},
+    keep,
+    measured::{MeasuredTowers, PlannedTowers},
+    memory,
+};
+use crate::{component, error::Result, register};
+
+/// Added to the share of each singular value, as in RankMe's paper.
+const RANKME_EPS: f64 = 1e-7;
+/// The ranks of eigenvalues that alpha-ReQ's authors fit a power law to.
+const RANKS: std::ops::RangeInclusive<usize> = 4..=100;
+/// Eigenvalues below this share of the first are round-off.
+const ROUND_OFF: f64 = 1e-12;
+/// The temperature of uniformity.
+const T: f64 = 2.0;
+
+fn images() -> usize {
+    25_600
+}
+
+/// Measures of features that need no labels, of a student, of teachers and of the student before training.
+///
+/// * `rankme`: the effective rank, exp of the entropy of the singular values' shares (RankMe, arXiv 2210.02885, equation 1;
+///   features as they are, 1e-7 added to each share). At most the width of a feature; higher is better, among towers of one
+///   width.
+/// * `alpha_req`: the exponent by which the eigenvalues of the covariance decay with their rank (alpha-ReQ, NeurIPS 2022),
+///   fitted as its authors' code does: least squares of the logarithms at the ranks 4 to 100, weighted by 1 / rank. Near 1
+///   is good. Absent where features have too few directions.
+/// * `uniformity`: the logarithm of the mean over pairs of images of exp(-2 d^2), d the distance of their features scaled to
+///   length 1 (Wang and Isola 2020, arXiv 2005.10242). Lower is more uniform; 0: all are the same.
+/// * `cls_patch_similarity`: the mean cosine between the class token and the patches' tokens of its image. Near 1 the class
+///   token says what patches say. Absent without a class token.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Quality(With<MeasuredTowers, QualityOptions>);
+
+/// The options that are the stage's own.
+#[component]
+struct QualityOptions {
+    /// Images; labels are not looked at.
+    data: Data,
+    /// Images that are looked at, at most: equally spaced ones of `data`. RankMe's paper takes 25,600.
+    #[serde(default = "images")]
+    #[schemars(range(min = 2, max = 16777216))]
+    images: usize,
+}
+
+/// Measures that fit.
+struct PlannedQuality {
+    summary: StageSummary,
+    data: PlannedData,
+    images: usize,
+    towers: PlannedTowers,
+}
+
+impl Stage for Quality {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        let With { shared, own } = &self.0;
+        let mut refusals = Vec::new();
+        let mut summary = StageSummary::default();
+        let data = keep(&mut refusals, own.data.plan(cx.environment).map_err(|r| r.under("data")));
+        let size = data.as_ref().map_or(0, |data| data.size);
+        let towers = shared.plan(cx, size, &mut refusals);
+        let (Some(data), Some(towers)) = (data, towers) else { return Err(refusals) };
+        if towers.pixels() {
+            let message = "pixels are as wide as images: their singular values would take too long";
+            return Err(vec![Refusal::new("baselines", message).help("leave `pixels` out")]);
+        }
+        let open = data.opened();
+        let images = open.map_or(own.images, |open| own.images.min(open.images.len()));
+        if let Some(open) = open {
+            summary.images = Some(images);
+            summary.memory = open.images.resident_bytes();
+            summary.warnings.extend(open.images.notes());
+            summary.data.push(open.record(format!("{}.data", cx.name)));
+            let widest = towers.shapes().iter().map(|(tower, _)| tower.arch.dim).max().unwrap_or(0);
+            if images < widest {
+                let text = format!("{images} images have no more directions than that, of a feature's {widest}");
+                summary.warnings.push(format!("{text}: ranks are too low"));
+            }
+        }
+        summary.memory += memory::quality(&towers.shapes(), images, size, shared.batch);
+        Ok(Box::new(PlannedQuality { summary, data, images, towers }))
+    }
+}
+
+impl PlannedStage for PlannedQuality {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let data = self.data.open()?.spread(self.images);
+        let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
+            let mut sketches: Vec<Sketch> = Vec::new();
+            let skipped = sketch_all(run, tower, &data, view, levels, &mut sketches)?;
+            let cx = run.cx;
+            let result = |sketch: Sketch| -> Result<Value> {
+                let mut result = sketch.measure(cx)?;
+                if skipped > 0 {
+                    result.insert("skipped".into(), skipped.into());
+                }
+                Ok(Value::Object(result))
+            };
+            sketches.into_iter().map(result).collect()
+        })?;
+        Ok(Outcome { results, student: None })
+    }
+}
+
+/// Takes in all images in one pass. Gives the number of those that could not be read.
+fn sketch_all(
+    run: &mut StageRun,
+    tower: &Tower,
+    data: &OpenData,
+    view: View,
+    levels: Option<&[LevelRef]>,
+    sketches: &mut Vec<Sketch>,
+) -> Result<usize> {
+    let cx = run.cx;
+    let mut blocks = Blocks::default();
+    let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
+        let features = state.pooled(cx, view.pooling)?;
+        if sketches.len() <= level {
+            sketches.push(Sketch::new(features.columns()));
+        }
+        sketches[level].compare_tokens(&state);
+        blocks.add(level, &features, &mut |level, values, _| sketches[level].add(cx, values))
+    })?;
+    blocks.finish(&mut |level, values, _| sketches[level].add(cx, values))?;
+    Ok(seen.skipped)
+}
+
+/// What is kept of the features at a level.
+struct Sketch {
+    width: usize,
+    /// Features of length 1, in blocks.
+    blocks: Vec<Tensor>,
+    /// Sums of products of two values of a feature: the lower half of a square, by rows.
+    products: Vec<Mutex<Vec<f64>>>,
+    sums: Vec<f64>,
+    images: usize,
+    /// Sum and number of cosines between class tokens and patches.
+    cosines: (f64, usize),
+}
+
+impl Sketch {
+    fn new(width: usize) -> Sketch {
+        let products = (0..width).map(|row| Mutex::new(vec![0.0; row + 1])).collect();
+        Sketch { width, blocks: Vec::new(), products, sums: vec![0.0; width], images: 0, cosines: (0.0, 0) }
+    }
+
+    /// Adds the cosine of each patch's token with its image's class token.
+    fn compare_tokens(&mut self, state: &State) {
+        let Some((tokens, true)) = state.tokens else { return };
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        for image in state.x.values().chunks_exact(tokens * self.width) {
+            let (cls, patches) = image.split_at(self.width);
+            for patch in patches.chunks_exact(self.width) {
+                let lengths = (dot(cls, cls) * dot(patch, patch)).sqrt().max(1e-12);
+                self.cosines.0 += dot(cls, patch) / lengths;
+                self.cosines.1 += 1;
+            }
+        }
+    }
+
+    /// Adds a block of features, row by row.
+    fn add(&mut self, cx: &Context, mut values: Vec<f32>) -> Result<()> {
+        let (width, products) = (self.width, &self.products);
+        // Each row of products is summed in the order of the images: the same for any number of threads.
+        cx.pool().run(width, &|row| {
+            let mut sums = products[row].lock().unwrap_or_else(PoisonError::into_inner);
+            for feature in values.chunks_exact(width) {
+                let value = f64::from(feature[row]);
+                sums.iter_mut().zip(feature).for_each(|(sum, other)| *sum += value * f64::from(*other));
+            }
+        });
+        for feature in values.chunks_exact(width) {
+            self.sums.iter_mut().zip(feature).for_each(|(sum, value)| *sum += f64::from(*value));
+        }
+        scale_to_length_1(&mut values, width)?;
+        let rows = values.len() / width;
+        self.images += rows;
+        self.blocks.push(cx.tensor(values, rows, width)?);
+        Ok(())
+    }
+
+    fn measure(self, cx: &Context) -> Result<Map<String, Value>> {
+        let mut results = Map::new();
+        let squares = self.eigenvalues(Centre::Origin);
+        // A matrix of fewer images than values has as many singular values as images.
+        results.insert("rankme".into(), effective_rank(&squares[..self.images.min(self.width)]).into());
+        if let Some(alpha) = decay(&self.eigenvalues(Centre::Mean)) {
+            results.insert("alpha_req".into(), alpha.into());
+        }
+        if let Some(uniformity) = uniformity(cx, &self.blocks)? {
+            results.insert("uniformity".into(), uniformity.into());
+        }
+        if self.cosines.1 > 0 {
+            results.insert("cls_patch_similarity".into(), (self.cosines.0 / self.cosines.1 as f64).into());
+        }
+        Ok(results)
+    }
+
+    /// The eigenvalues of the sums of products of features as they are, or of their distances from the mean; in descending
+    /// order.
+    fn eigenvalues(&self, centre: Centre) -> Vec<f64> {
+        let rows: Vec<_> =
+            self.products.iter().map(|row| row.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
+        let value = |at: usize| {
+            let (i, j) = (at / self.width, at % self.width);
+            let sum = rows[i.max(j)][i.min(j)];
+            match centre {
+                Centre::Origin => sum,
+                Centre::Mean => sum - self.sums[i] * self.sums[j] / self.images as f64,
+            }
+        };
+        eigenvalues((0..self.width * self.width).map(value).collect(), self.width)
+    }
+}
+
+/// What features are measured from.
+#[derive(Clone, Copy)]
+enum Centre {
+    Origin,
+    Mean,
+}
+
+/// RankMe, of the squares of singular values.
+fn effective_rank(squares: &[f64]) -> f64 {
+    let values = || squares.iter().map(|square| square.max(0.0).sqrt());
+    let all: f64 = values().sum();
+    let entropy: f64 = values().map(|value| value / all + RANKME_EPS).map(|share| -share * share.ln()).sum();
+    entropy.exp()
+}
+
+/// The exponent of the power law that eigenvalues follow; `None` where there are too few to tell.
+fn decay(eigenvalues: &[f64]) -> Option<f64> {
+    let smallest = eigenvalues.first()? * ROUND_OFF;
+    let ranked = (1..).zip(eigenvalues).filter(|(rank, value)| RANKS.contains(rank) && **value > smallest);
+    let points: Vec<(f64, f64, f64)> =
+        ranked.map(|(rank, value)| ((rank as f64).ln(), value.ln(), 1.0 / rank as f64)).collect();
+    let all: f64 = points.iter().map(|(_, _, weight)| weight).sum();
+    let mean = |of: fn(&(f64, f64, f64)) -> f64| points.iter().map(|point| of(point) * point.2).sum::<f64>() / all;
+    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
+    let slope = |over: fn(f64, f64) -> f64| points.iter().map(|p| p.2 * over(p.0 - x, p.1 - y)).sum::<f64>();
+    (points.len() > 1).then(|| -slope(|dx, dy| dx * dy) / slope(|dx, _| dx * dx))
+}
+
+/// The logarithm of the mean of exp(-2 d^2) over pairs of features; `None` without a pair.
+fn uniformity(cx: &Context, blocks: &[Tensor]) -> Result<Option<f64>> {
+    let blocks = centred(cx, blocks)?;
+    let (mut sum, mut pairs) = (0.0, 0);
+    for (at, (block, squares)) in blocks.iter().enumerate() {
+        for (ahead, (other, other_squares)) in blocks[at..].iter().enumerate() {
+            let other = LinearWeights { weight: other.clone(), bias: None, packed: None };
+            let products = ops::linear(cx, &mut Tape::inference(), block, &other, Act::None)?;
+            for (row, products) in products.values().chunks_exact(products.columns()).enumerate() {
+                // Each pair once, and no feature with itself.
+                let from = if ahead == 0 { row + 1 } else { 0 };
+                let others = products[from..].iter().zip(&other_squares[from..]);
+                let distances = others.map(|(product, square)| squares[row] + square - 2.0 * f64::from(*product));
+                sum += distances.map(|distance| (-T * distance).exp()).sum::<f64>();
+                pairs += products.len() - from;
+            }
+        }
+    }
+    Ok((pairs > 0).then(|| (sum / pairs as f64).ln()))
+}
+
+/// Features less their mean, with the squares of their lengths. Their distances are the same, and exact where all are alike.
+fn centred(cx: &Context, blocks: &[Tensor]) -> Result<Vec<(Tensor, Vec<f64>)>> {
+    let (width, images) = (blocks.first().map_or(0, Tensor::columns), blocks.iter().map(Tensor::rows).sum::<usize>());
+    let mut mean = vec![0.0; width];
+    for block in blocks {
+        for feature in block.values().chunks_exact(width) {
+            mean.iter_mut().zip(feature).for_each(|(mean, value)| *mean += f64::from(*value) / images as f64);
+        }
+    }
+    let centre = |block: &Tensor| -> Result<(Tensor, Vec<f64>)> {
+        let values = block.values();
+        let less = values.iter().zip(mean.iter().cycle()).map(|(value, mean)| (f64::from(*value) - mean) as f32);
+        let less: Vec<f32> = less.collect();
+        let square = |feature: &[f32]| feature.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>();
+        let squares = less.chunks_exact(width).map(square).collect();
+        Ok((cx.tensor(less, block.rows(), width)?, squares))
+    };
+    blocks.iter().map(centre).collect()
+}
+
+register!(stage "quality" => Quality, "measures features without labels: their rank, decay and uniformity",
+    example: "{ type: quality, data: { dataset: { type: sample, split: test } }, student: { stage: pretrain } }",
+    paper: "RankMe, arXiv 2210.02885; alpha-ReQ, NeurIPS 2022; uniformity, arXiv 2005.10242");
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, path::Path};
+
+    use maskalign_engine::Device;
+
+    use super::*;
+    use crate::weights::read;
+
+    /// What numpy and PyTorch give of the same features (`tests/fixtures/stages/make_quality.py`).
+    #[test]
+    fn measures_are_those_of_numpy_and_pytorch() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages");
+        let text = std::fs::read_to_string(fixtures.join("quality.json")).unwrap();
+        let expected: BTreeMap<String, Value> = serde_json::from_str(&text).unwrap();
+        let features = read(&fixtures.join("quality.safetensors")).unwrap();
+        assert_eq!(features.len(), expected.len());
+        for (case, features) in features {
+            let (rows, width) = (features.shape[0], features.shape[1]);
+            for (threads, block) in [(1, rows), (2, 7)] {
+                let cx = Context::new(Device::Cpu, threads);
+                let mut sketch = Sketch::new(width);
+                features.data.chunks(block * width).for_each(|part| sketch.add(&cx, part.to_vec()).unwrap());
+                let ours = sketch.measure(&cx).unwrap();
+                for name in ["rankme", "alpha_req", "uniformity"] {
+                    let (Some(ours), Some(theirs)) = (ours.get(name), expected[&case][name].as_f64()) else {
+                        assert!(ours.get(name).is_none() && expected[&case][name].is_null(), "{case}: {name}");
+                        continue;
+                    };
+                    let ours = ours.as_f64().unwrap();
+                    assert!((ours - theirs).abs() <= 1e-5 * theirs.abs(), "{case}: {name} {ours}, recorded {theirs}");
+                }
+            }
+        }
+    }
+}
