@@ -100,7 +100,7 @@ fn seal(bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// Edits one value of a JSON text.
-fn edit_json(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
+pub(super) fn edit_json(bytes: &[u8], random: &mut Random) -> Option<Vec<u8>> {
     let mut root: Value = serde_json::from_slice(bytes).ok()?;
     let mut place = &mut root;
     for _ in 0..random.below(5) {

@@ -6,12 +6,14 @@ use std::{
 };
 
 use maskalign_core::{
+    nn::Arch,
     run::{Checkpoint, CheckpointHeader, RunError},
     weights::{
-        Family, HostTensor, TensorData, TensorMap, TensorRef, WeightsError, naming, read, read_part, read_part_shapes,
-        read_shapes, to_canonical, to_family,
+        Family, HostTensor, TensorData, TensorMap, TensorRef, WeightsError, describe, naming, read, read_part,
+        read_part_shapes, read_shapes, to_canonical, to_family,
     },
 };
+use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -19,6 +21,7 @@ use tempfile::TempDir;
 use super::{
     archive, committed, edited, fixtures, no_edit,
     run::{Outcome, Random, Target, edit_number},
+    runs::edit_json,
     seeds, tensors,
 };
 
@@ -186,6 +189,83 @@ fn index() {
         most_bytes: 32 << 10,
     }
     .run();
+}
+
+/// What stands beside weights: the same text as each of the documents that are read there.
+#[test]
+fn beside() {
+    let scratch = Scratch::new("model.safetensors");
+    scratch.write(b"");
+    Target {
+        name: "beside",
+        committed: &committed(),
+        seeds: seeds(&[
+            "weights/beside/clip_both/config.json",
+            "weights/beside/clip_gelu/preprocessor_config.json",
+            "weights/beside/dinov2/config.json",
+            "weights/beside/open_clip_quick/open_clip_config.json",
+            "weights/beside/timm_no_class/config.json",
+        ]),
+        edit: &edit_json,
+        mend: &|bytes| bytes,
+        read: &|bytes| {
+            for name in ["config.json", "preprocessor_config.json", "open_clip_config.json"] {
+                fs::write(scratch.path.with_file_name(name), bytes).expect("it is written");
+            }
+            read_beside(&scratch.path)
+        },
+        memory: &|bytes, accepted| (8 << 20) + 512 * bytes.len() as u64 + 4 * accepted,
+        cases: 400,
+        most_bytes: 16 << 10,
+    }
+    .run();
+}
+
+/// Loads a recipe with a teacher of each kind that has these weights: what is taken is in it, what is refused has a place.
+fn read_beside(weights: &Path) -> Outcome {
+    let description = match describe(weights) {
+        Ok(description) => description,
+        Err(error) => return Outcome::Refused(said(&error)),
+    };
+    for at in description.patch.iter().chain(&description.heads).map(|said| (said.document, &said.at)) {
+        let text = &description.documents[at.0].1;
+        let mut value: &Value = &serde_json::from_str(text).expect("JSON");
+        for key in at.1 {
+            value = &value[key.as_str()];
+        }
+        assert!(!value.is_null(), "{:?} is said in {text}", at.1);
+    }
+    let mut refused = Vec::new();
+    for kind in ["clip", "dino", "dinov2", "vit"] {
+        let teacher = json!({ "type": kind, "weights": weights.to_string_lossy() });
+        let data = json!({ "dataset": { "type": "sample", "split": "test" } });
+        let knn = json!({ "type": "knn", "train": data, "test": data, "teachers": { "teacher": teacher } });
+        let request = LoadRequest {
+            input: Input::Text {
+                name: "recipe".into(),
+                text: json!({ "name": "beside", "stages": { "knn": knn } }).to_string(),
+            },
+            sets: &[],
+            env: &|_| None,
+            builtins: &NoRecipes,
+        };
+        match Recipe::load(&request, Registry::global().expect("a registry")) {
+            Ok(loaded) => {
+                let again = serde_json::from_value::<Arch>(
+                    loaded.resolved()["stages"]["knn"]["teachers"]["teacher"]["arch"].clone(),
+                );
+                assert!(again.is_ok() || description.heads.is_none() || description.patch.is_none());
+            }
+            Err(report) => {
+                assert!(report.0.iter().all(|mistake| mistake.place().is_some()), "{report}");
+                refused.push(report.to_string());
+            }
+        }
+    }
+    match refused.len() {
+        4 => Outcome::Refused(refused.swap_remove(0)),
+        _ => Outcome::Accepted(description.documents.iter().map(|(_, text)| text.len() as u64).sum()),
+    }
 }
 
 #[test]
