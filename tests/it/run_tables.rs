@@ -109,7 +109,7 @@ fn runs_are_listed_with_state_progress_and_best_result() {
     run(&sandbox, "good-stopped", "good.yaml", &[]);
     reopen(&sandbox, "good-stopped");
     write(&sandbox, "good-stopped", "summary.json", "{}");
-    let two: String = METRICS.lines().take(2).map(|line| format!("{line}\n")).collect();
+    let two: String = METRICS.split_inclusive('\n').take(2).collect();
     write(&sandbox, "good-stopped", "metrics.jsonl", &two);
     run(&sandbox, "good-torn", "good.yaml", &[]);
     write(&sandbox, "good-torn", "summary.json", "{ \"pre");

@@ -17,7 +17,8 @@ fn recipe(rest: &str) -> String {
         "{{ name: levels, stages: {{ knn: {{ type: knn, k: [1, 5, 20], student: {{ stage: pretrain }},
         train: {{ dataset: {{ type: sample, split: train, limit: 300 }} }},
         test: {{ dataset: {{ type: sample, split: test, limit: 120 }} }},
-        teachers: {{ tower: {{ type: vit, {ARCH}, weights: {weights:?} }} }}, {rest} }} }} }}"
+        teachers: {{ tower: {{ type: vit, {ARCH}, weights: '{}' }} }}, {rest} }} }} }}",
+        weights.display()
     )
 }
 
