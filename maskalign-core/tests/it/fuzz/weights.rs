@@ -175,9 +175,11 @@ fn index() {
         mend: &|bytes| bytes,
         read: &|bytes| match read_both(scratch.write(bytes)) {
             Ok(tensors) => {
-                let index: Value = serde_json::from_slice(bytes).expect("JSON");
-                let names = index["weight_map"].as_object().expect("names");
-                assert!(names.keys().all(|name| tensors.contains_key(name)));
+                // What the reader has no use for may be no text.
+                if let Ok(index) = serde_json::from_slice::<Value>(bytes) {
+                    let names = index["weight_map"].as_object().expect("names");
+                    assert!(names.keys().all(|name| tensors.contains_key(name)));
+                }
                 Outcome::Accepted(check_tensors(&tensors))
             }
             // A shard that the index names and that is not there.
@@ -254,7 +256,8 @@ fn read_beside(weights: &Path) -> Outcome {
                 let again = serde_json::from_value::<Arch>(
                     loaded.resolved()["stages"]["knn"]["teachers"]["teacher"]["arch"].clone(),
                 );
-                assert!(again.is_ok() || description.heads.is_none() || description.patch.is_none());
+                let said = [&description.dim, &description.depth, &description.heads, &description.patch];
+                assert!(again.is_ok() || said.iter().any(|said| said.is_none()));
             }
             Err(report) => {
                 assert!(report.0.iter().all(|mistake| mistake.place().is_some()), "{report}");
@@ -314,7 +317,13 @@ fn read_towers(path: &Path) -> Outcome {
                 let key = if family == Family::Clip { "hf_clip" } else { "timm" };
                 if let Ok(written) = to_family(&found.tensors, naming(key).expect("a naming")) {
                     let again = to_canonical(written, family).unwrap_or_else(|error| panic!("{family:?}: {error}"));
-                    assert_eq!(again.tensors, found.tensors, "{family:?}");
+                    let (mut again, mut found) = (again.tensors, found.tensors);
+                    if !found.contains_key("cls_token") {
+                        // A position for a class token that is not there belongs to nothing: it may go.
+                        again.remove("pos_embed");
+                        found.remove("pos_embed");
+                    }
+                    assert!(again == found, "{family:?}: another tower");
                 }
             }
             Err(error) => refused = Some(said(&error)),
