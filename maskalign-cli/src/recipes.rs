@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use maskalign_core::embedded;
-use maskalign_registry::{Input, LoadRequest, Loaded, Recipe, RecipeSource, Registry, Report};
+use maskalign_registry::{Input, LoadRequest, Loaded, Recipe, RecipeSource, Registry, Report, source::parse_value};
+use serde_json::Value;
 
 use crate::failure::Failure;
 
@@ -56,8 +57,37 @@ fn request<'a>(recipe: &Path, sets: &'a [String]) -> LoadRequest<'a> {
     }
 }
 
+/// A run's resolved recipe. It is read as it stands, without components, so that those of other versions are read too.
+pub(crate) fn resolved(text: &str) -> Result<Value, String> {
+    let mut recipe = parse_value(text)?;
+    let mut open = vec![&mut recipe];
+    while let Some(value) = open.pop() {
+        match value {
+            // A dollar is written twice there.
+            Value::String(text) => *text = text.replace("$$", "$"),
+            Value::Array(items) => open.extend(items),
+            Value::Object(entries) => open.extend(entries.values_mut()),
+            _ => {}
+        }
+    }
+    Ok(recipe)
+}
+
 impl From<Report> for Failure {
     fn from(report: Report) -> Failure {
         Failure::Recipe(report)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_resolved_recipe_is_read_with_its_dollars() {
+        let read = resolved("name: x\nstages:\n  a:\n    root: a$$b\n    list: [$$c]\n").expect("YAML");
+        assert_eq!(read, json!({ "name": "x", "stages": { "a": { "root": "a$b", "list": ["$c"] } } }));
     }
 }

@@ -1,5 +1,7 @@
 //! Aligned columns of text, and numbers as people read them.
 
+use serde_json::Value;
+
 /// Rows of cells: the first column is aligned left, the others right.
 #[derive(Default)]
 pub(crate) struct Table {
@@ -85,6 +87,25 @@ pub(crate) fn clock(seconds: f64) -> String {
         0 => format!("{minutes}:{rest:02}"),
         _ => format!("{hours}:{minutes:02}:{rest:02}"),
     }
+}
+
+/// The values under a value that are no mappings, with their paths, in order.
+pub(crate) fn leaves(value: &Value) -> Vec<(String, &Value)> {
+    let mut found = Vec::new();
+    let mut open = vec![(String::new(), value)];
+    while let Some((path, value)) = open.pop() {
+        match value {
+            Value::Object(entries) => {
+                // The last one put in is taken out first.
+                for (key, value) in entries.iter().rev() {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    open.push((path, value));
+                }
+            }
+            value => found.push((path, value)),
+        }
+    }
+    found
 }
 
 #[cfg(test)]

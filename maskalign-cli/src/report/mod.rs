@@ -9,6 +9,7 @@ use std::{io::Write as _, path::Path};
 use maskalign_core::run::atomic_write;
 
 use self::run::Run;
+pub(crate) use self::run::run_name;
 use crate::failure::Failure;
 
 /// The name of a run's own report in its directory.

@@ -4,14 +4,18 @@ use std::{collections::BTreeSet, fmt::Write as _};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use maskalign_core::run::PictureRecord;
-use maskalign_registry::{diff, source::parse_value};
+use maskalign_registry::diff;
 use serde_json::Value;
 
 use super::{
     chart::{self, Curve, escape},
-    run::Run,
+    run::{Run, run_name},
 };
-use crate::{progress::number, table::percent};
+use crate::{
+    progress::number,
+    recipes,
+    table::{self, percent},
+};
 
 /// Numbers of a step that have charts of their own, and how they are called there; further ones have a chart each.
 const STEP: [(&str, &str); 3] = [("loss", "Loss"), ("lr", "Learning rate"), ("gradient_norm", "Norm of the gradients")];
@@ -49,13 +53,9 @@ code { overflow-wrap: anywhere; }
 
 /// What the runs are called: the names of their directories, or their paths where those are the same.
 pub(super) fn names(runs: &[Run]) -> Vec<String> {
-    let short = |run: &Run| {
-        let path = run.path.canonicalize().unwrap_or_else(|_| run.path.clone());
-        path.file_name().map_or_else(|| run.path.display().to_string(), |name| name.to_string_lossy().into_owned())
-    };
-    let distinct: BTreeSet<String> = runs.iter().map(short).collect();
-    match distinct.len() == runs.len() {
-        true => runs.iter().map(short).collect(),
+    let names: Vec<String> = runs.iter().map(|run| run_name(&run.path)).collect();
+    match names.iter().collect::<BTreeSet<_>>().len() == runs.len() {
+        true => names,
         false => runs.iter().map(|run| run.path.display().to_string()).collect(),
     }
 }
@@ -156,13 +156,14 @@ fn results(names: &[String], runs: &[Run]) -> String {
     }
     let mut table = head(names);
     for stage in stages {
-        let of = |run: &Run| run.results.get(&stage).map(leaves).unwrap_or_default();
         let _ =
             writeln!(table, "<tr><th scope=\"rowgroup\" colspan=\"{}\">{}</th></tr>", names.len() + 1, escape(&stage));
-        for path in in_order(runs, |run| of(run).into_iter().map(|(path, _)| path).collect()) {
+        for path in in_order(runs, |run| numbers(run, &stage).into_iter().map(|(path, _)| path).collect()) {
             let cell = |run: &Run| {
-                let value =
-                    of(run).into_iter().find(|(known, _)| *known == path).map(|(_, value)| number(&path, &value));
+                let value = numbers(run, &stage)
+                    .into_iter()
+                    .find(|(known, _)| *known == path)
+                    .map(|(_, value)| number(&path, value));
                 format!("<td class=\"number\">{}</td>", escape(&value.unwrap_or_default()))
             };
             let cells: String = runs.iter().map(cell).collect();
@@ -172,19 +173,10 @@ fn results(names: &[String], runs: &[Run]) -> String {
     format!("<h2>Results</h2>\n<div class=\"wide\"><table>\n{table}</table></div>\n")
 }
 
-/// The numbers of results, by path; lists are shown as curves.
-fn leaves(value: &Value) -> Vec<(String, Value)> {
-    match value {
-        Value::Object(members) => members
-            .iter()
-            .flat_map(|(name, value)| {
-                let join = |path: String| if path.is_empty() { name.clone() } else { format!("{name}.{path}") };
-                leaves(value).into_iter().map(move |(path, value)| (join(path), value)).collect::<Vec<_>>()
-            })
-            .collect(),
-        Value::Array(_) | Value::Null => Vec::new(),
-        value => vec![(String::new(), value.clone())],
-    }
+/// The numbers of a stage's results, by path; lists are shown as curves.
+fn numbers<'r>(run: &'r Run, stage: &str) -> Vec<(String, &'r Value)> {
+    let results = run.results.get(stage).map(table::leaves).unwrap_or_default();
+    results.into_iter().filter(|(_, value)| !value.is_array() && !value.is_null()).collect()
 }
 
 /// What stages show.
@@ -228,10 +220,10 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
         charts.push((title.to_owned(), drawn));
     }
     for (prefix, title) in [
-        ("terms/", "Terms of the loss"),
-        ("levels/", "Distance by level"),
-        ("lr_groups/", "Learning rate by layer"),
-        ("seconds/", "Seconds of a step by phase"),
+        ("terms.", "Terms of the loss"),
+        ("levels.", "Distance by level"),
+        ("lr_groups.", "Learning rate by layer"),
+        ("seconds.", "Seconds of a step by phase"),
     ] {
         let parts: Vec<&String> = paths.iter().filter(|path| path.starts_with(prefix)).collect();
         // One term is the loss itself; of several runs the charts would hold too much.
@@ -239,7 +231,7 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
             let named = |path: &&String| {
                 let mut curves = of(path);
                 for curve in &mut curves {
-                    curve.name = path[prefix.len()..].replace('/', " ");
+                    curve.name = path[prefix.len()..].replace('.', " ");
                 }
                 curves
             };
@@ -248,8 +240,8 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
     }
     for path in &paths {
         let is_step = STEP.iter().any(|(name, _)| name == path) || NOT_DRAWN.contains(&path.as_str());
-        if !is_step && !["terms/", "levels/", "lr_groups/", "seconds/"].iter().any(|prefix| path.starts_with(prefix)) {
-            charts.push((path.replace('/', " "), of(path)));
+        if !is_step && !["terms.", "levels.", "lr_groups.", "seconds."].iter().any(|prefix| path.starts_with(prefix)) {
+            charts.push((path.replace('.', " "), of(path)));
         }
     }
     let mut figures = String::new();
@@ -275,7 +267,9 @@ fn recipes(names: &[String], runs: &[Run]) -> String {
     let mut text = "<h2>Recipe</h2>\n".to_owned();
     if let [first, rest @ ..] = runs {
         for (name, other) in names[1..].iter().zip(rest) {
-            let (Ok(one), Ok(two)) = (parse_value(&first.recipe), parse_value(&other.recipe)) else { continue };
+            let (Ok(one), Ok(two)) = (recipes::resolved(&first.recipe), recipes::resolved(&other.recipe)) else {
+                continue;
+            };
             let lines = diff(&one, &two).join("\n");
             let lines = if lines.is_empty() { "nothing".to_owned() } else { lines };
             let _ = writeln!(

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use maskalign_core::run::{PictureRecord, pictures};
+use maskalign_core::run::{PictureRecord, Record, pictures, read_records};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
@@ -30,22 +30,36 @@ pub(super) struct Run {
 /// What was measured in a stage.
 #[derive(Default)]
 pub(super) struct Stage {
-    /// Epochs and values, by the path of the number in a line of `metrics.jsonl`, such as `terms/align`.
+    /// Epochs and values, by the path of the number in a line of `metrics.jsonl`, such as `terms.align`.
     pub(super) series: BTreeMap<String, Vec<(f64, f64)>>,
+}
+
+/// What a run is called: the name of its directory.
+pub(crate) fn run_name(run: &Path) -> String {
+    let whole = run.canonicalize().unwrap_or_else(|_| run.to_owned());
+    whole.file_name().map_or_else(|| run.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 impl Run {
     pub(super) fn read(path: &Path) -> Result<Run, Failure> {
-        if !path.is_dir() {
-            return Err(Failure::mistake(format!("{} is not a run directory", path.display()))
-                .help("name the directory that `maskalign run` made, such as runs/quickstart-20230618-093000"));
-        }
-        if !path.join(".maskalign-run").is_file() {
-            return Err(Failure::mistake(format!(
-                "{} is not a run directory: nothing there is of a run",
-                path.display()
-            ))
-            .help("name the directory that `maskalign run` made, not the folder around it"));
+        let mut stages: Vec<(String, Stage)> = Vec::new();
+        let bad = read_records(path, &mut |record| {
+            // A row of results without a step is in the summary: no curve.
+            if record.values.contains_key("step") {
+                let name = record.stage();
+                let at = stages.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+                    stages.push((name.to_owned(), Stage::default()));
+                    stages.len() - 1
+                });
+                stages[at].1.add(&record);
+            }
+            true
+        })?;
+        // A last line without its end is no record yet: a run that is still going writes it, or a kill cut it.
+        if let Some(line) = bad.lines.first() {
+            let file = path.join("metrics.jsonl");
+            return Err(Failure::mistake(format!("line {line} of {} is damaged: it is no record", file.display()))
+                .help(check(path)));
         }
         let text = |name: &str| match fs::read_to_string(path.join(name)) {
             Ok(text) => Ok(Some(text)),
@@ -61,28 +75,6 @@ impl Run {
             })
         };
         let (manifest, summary) = (json("manifest.json")?, json("summary.json")?);
-        let mut stages: Vec<(String, Stage)> = Vec::new();
-        for (index, line) in text("metrics.jsonl")?.unwrap_or_default().split_inclusive('\n').enumerate() {
-            if !line.ends_with('\n') {
-                // A run that is still going writes it, or a kill cut it: either way it is no record yet.
-                break;
-            }
-            let record: Value = serde_json::from_str(line).map_err(|error| {
-                let file = path.join("metrics.jsonl");
-                Failure::mistake(format!("line {} of {} is damaged: {error}", index + 1, file.display()))
-                    .help(check(path))
-            })?;
-            if record.get("step").is_none() {
-                // A row of results, which the summary has: no curve.
-                continue;
-            }
-            let name = record["stage"].as_str().unwrap_or_default();
-            let at = stages.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
-                stages.push((name.to_owned(), Stage::default()));
-                stages.len() - 1
-            });
-            stages[at].1.add(&record);
-        }
         let results = match summary {
             Value::Object(results) => results,
             _ => Map::new(),
@@ -121,20 +113,11 @@ fn check(path: &Path) -> String {
 }
 
 impl Stage {
-    fn add(&mut self, record: &Value) {
-        let epoch = record["epoch"].as_f64().unwrap_or_default();
-        let mut open: Vec<(String, &Value)> = vec![(String::new(), record)];
-        while let Some((path, value)) = open.pop() {
-            match value {
-                Value::Object(members) => open.extend(members.iter().map(|(name, value)| {
-                    let path = if path.is_empty() { name.clone() } else { format!("{path}/{name}") };
-                    (path, value)
-                })),
-                value => {
-                    if let Some(number) = value.as_f64().filter(|_| path != "epoch" && path != "step") {
-                        self.series.entry(path).or_default().push((epoch, number));
-                    }
-                }
+    fn add(&mut self, record: &Record) {
+        let epoch = record.values.get("epoch").and_then(Value::as_f64).unwrap_or_default();
+        for (path, value) in record.values.iter().filter(|(path, _)| *path != "epoch" && *path != "step") {
+            if let Some(number) = value.as_f64() {
+                self.series.entry(path.clone()).or_default().push((epoch, number));
             }
         }
     }

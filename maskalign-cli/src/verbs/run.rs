@@ -32,7 +32,7 @@ use crate::{
     report,
     session::{COMMIT, Session},
     signals,
-    table::{Table, count},
+    table::{self, Table, count},
 };
 
 const EXAMPLES: &str = "\
@@ -372,23 +372,9 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Every number under a value, with its path.
+/// Every number under a value, with its path, as people read it.
 fn leaves(value: &Value) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    let mut open = vec![(String::new(), value)];
-    while let Some((path, value)) = open.pop() {
-        match value {
-            Value::Object(entries) => {
-                // The last one put in is taken out first.
-                for (key, value) in entries.iter().rev() {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    open.push((path, value));
-                }
-            }
-            value => found.push((path.clone(), number(&path, value))),
-        }
-    }
-    found
+    table::leaves(value).into_iter().map(|(path, value)| (path.clone(), number(&path, value))).collect()
 }
 
 #[cfg(test)]

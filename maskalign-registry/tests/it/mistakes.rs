@@ -26,7 +26,8 @@ impl RecipeSource for Papers {
     }
 }
 
-fn report_of(name: &str, text: &str) -> Report {
+/// The flags and variables that comments of a recipe give: `# --set PATH=VALUE`, `# env NAME=VALUE`.
+pub(crate) fn said_in_comments(text: &str) -> (Vec<String>, HashMap<&str, &str>) {
     let mut sets = Vec::new();
     let mut variables = HashMap::new();
     for line in text.lines() {
@@ -36,6 +37,11 @@ fn report_of(name: &str, text: &str) -> Report {
             variables.insert(name, value);
         }
     }
+    (sets, variables)
+}
+
+fn report_of(name: &str, text: &str) -> Report {
+    let (sets, variables) = said_in_comments(text);
     let request = LoadRequest {
         input: Input::Text { name: name.to_owned(), text: text.to_owned() },
         sets: &sets,

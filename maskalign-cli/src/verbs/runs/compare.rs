@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use maskalign_core::run::{BadLines, Difference, Metric, Overview, RunState, differences, measured, overview};
 use serde_json::{Value, json};
 
-use super::{name, recipe, told};
+use super::told;
 use crate::{
     failure::Failure,
     output,
     progress::number,
+    recipes,
     render::{self, paint},
+    report::run_name,
     table::Table,
 };
 
@@ -78,13 +80,13 @@ impl Run {
         let Some(text) = &overview.recipe else {
             return Err(Failure::mistake(format!("{} is not there: the run has no recipe to compare", file.display())));
         };
-        let recipe =
-            recipe(text).map_err(|error| Failure::mistake(format!("{} is damaged: {error}", file.display())))?;
+        let recipe = recipes::resolved(text)
+            .map_err(|error| Failure::mistake(format!("{} is damaged: {error}", file.display())))?;
         Ok(Run { overview, recipe, metrics, bad })
     }
 
     fn name(&self) -> String {
-        name(&self.overview.path)
+        run_name(&self.overview.path)
     }
 
     fn recipe_name(&self) -> &str {

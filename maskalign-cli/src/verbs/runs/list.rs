@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use maskalign_core::run::{Overview, RunState, find, overview};
 use serde_json::{Value, json};
 
-use super::{name, recipe};
-use crate::{failure::Failure, output, progress::number, table::Table};
+use crate::{failure::Failure, output, progress::number, recipes, report::run_name, table::Table};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -74,12 +73,12 @@ impl Args {
 
 impl Row {
     fn of(overview: Overview, folder: &Path) -> Row {
-        let recipe = overview.recipe.as_deref().and_then(|text| recipe(text).ok());
+        let recipe = overview.recipe.as_deref().and_then(|text| recipes::resolved(text).ok());
         let stages = recipe.as_ref().and_then(|recipe| recipe.get("stages")?.as_object());
         let epochs = overview.position.as_ref().and_then(|at| stages?.get(&at.stage)?.get("epochs")?.as_f64());
         let inside = overview.path.strip_prefix(folder).ok().filter(|inside| !inside.as_os_str().is_empty());
         Row {
-            name: inside.map_or_else(|| name(&overview.path), |inside| inside.display().to_string()),
+            name: inside.map_or_else(|| run_name(&overview.path), |inside| inside.display().to_string()),
             stages: stages.map(serde_json::Map::len),
             epochs,
             recipe: recipe.as_ref().and_then(|recipe| Some(recipe.get("name")?.as_str()?.to_owned())),

@@ -8,7 +8,6 @@ mod metrics;
 use std::path::Path;
 
 use maskalign_core::run::BadLines;
-use maskalign_registry::source::parse_value;
 use serde_json::Value;
 
 use crate::{failure::Failure, output, session::Session};
@@ -45,28 +44,6 @@ impl Args {
             What::Check(args) => args.run(session),
         }
     }
-}
-
-/// A run's resolved recipe. It is read as it stands, without components, so that those of other versions are read too.
-fn recipe(text: &str) -> Result<Value, String> {
-    let mut recipe = parse_value(text)?;
-    let mut open = vec![&mut recipe];
-    while let Some(value) = open.pop() {
-        match value {
-            // A dollar is written twice there.
-            Value::String(text) => *text = text.replace("$$", "$"),
-            Value::Array(items) => open.extend(items),
-            Value::Object(entries) => open.extend(entries.values_mut()),
-            _ => {}
-        }
-    }
-    Ok(recipe)
-}
-
-/// What a run is called: the name of its directory.
-fn name(run: &Path) -> String {
-    let whole = run.canonicalize().unwrap_or_else(|_| run.to_owned());
-    whole.file_name().map_or_else(|| run.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Says which lines of a run's metrics are none; what is sound has been shown.
@@ -130,7 +107,6 @@ impl Pieces {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
 
     use super::*;
 
@@ -138,11 +114,5 @@ mod tests {
     fn a_line_of_csv_quotes_what_would_break_it() {
         let cells = ["a", "b,c", "say \"d\"", "e\nf", ""].map(str::to_owned);
         assert_eq!(csv_line(cells), "a,\"b,c\",\"say \"\"d\"\"\",\"e\nf\",\n");
-    }
-
-    #[test]
-    fn a_resolved_recipe_is_read_with_its_dollars() {
-        let read = recipe("name: x\nstages:\n  a:\n    root: a$$b\n    list: [$$c]\n").expect("YAML");
-        assert_eq!(read, json!({ "name": "x", "stages": { "a": { "root": "a$b", "list": ["$c"] } } }));
     }
 }

@@ -2,12 +2,12 @@
 
 mod run;
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{fs, path::Path};
 
 use maskalign_registry::{Input, LoadRequest, Loaded, NoRecipes, Recipe, RecipeSource, Report, ShowOrigin};
 use serde_json::Value;
 
-use crate::components::registry;
+use crate::{components::registry, mistakes::said_in_comments};
 use run::{Outcome, Random, Target, any_decimal, files_in};
 
 /// What a word may become.
@@ -65,15 +65,8 @@ impl RecipeSource for Papers {
 fn load(path: &Path, bytes: &[u8], environment: bool) -> Result<Loaded, Report> {
     fs::write(path, bytes).expect("it is written");
     let text = String::from_utf8_lossy(bytes);
-    let mut sets = Vec::new();
-    let mut variables = HashMap::from([("IMAGENET_DIR", "/data/imagenet")]);
-    for line in text.lines() {
-        if let Some(set) = line.strip_prefix("# --set ") {
-            sets.push(set.to_owned());
-        } else if let Some((name, value)) = line.strip_prefix("# env ").and_then(|l| l.split_once('=')) {
-            variables.insert(name, value);
-        }
-    }
+    let (sets, mut variables) = said_in_comments(&text);
+    variables.entry("IMAGENET_DIR").or_insert("/data/imagenet");
     let request = LoadRequest {
         input: Input::Path(path.to_owned()),
         sets: &sets,
