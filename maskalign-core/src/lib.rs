@@ -6,6 +6,7 @@
 // `#[component]` and `register!` name this crate by its path, here as in a plugin.
 extern crate self as maskalign_core;
 
+pub mod chart;
 pub mod components;
 
 pub mod data;

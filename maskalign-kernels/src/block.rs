@@ -919,6 +919,30 @@ impl<'a> SplitWeights<'a> {
     }
 }
 
+/// The queries of the class tokens `[batch, dim]`, and keys and values of all tokens `[batch * tokens, 2 * dim]`.
+fn class_queries_and_keys(
+    pool: &Pool,
+    arena: &Arena,
+    shape: BlockShape,
+    weights: &SplitWeights<'_>,
+    x: &[f32],
+) -> (Buf, Buf) {
+    let (rows, dim) = (shape.rows(), shape.dim);
+    assert_eq!(x.len(), rows * dim, "input of the block");
+    let mut normed = arena.take(rows * dim);
+    let (gamma, beta) = (weights.block.norm1_gamma, weights.block.norm1_beta);
+    layer_norm(pool, x, dim, gamma, beta, shape.eps, &mut normed, None);
+    let mut kv = arena.take(rows * 2 * dim);
+    linear(pool, weights.kv, rows, dim, 2 * dim, &normed, &mut kv, Epilogue::default());
+    let first: Vec<u32> = (0..shape.batch).map(|b| (b * shape.tokens) as u32).collect();
+    let mut cls_normed = arena.take(shape.batch * dim);
+    gather_rows(pool, &[&normed], dim, &first, &mut cls_normed);
+    drop(normed);
+    let mut q = arena.take(shape.batch * dim);
+    linear(pool, weights.q, shape.batch, dim, dim, &cls_normed, &mut q, Epilogue::default());
+    (q, kv)
+}
+
 /// The last block of a frozen teacher, computed in two phases: [`begin`](Self::begin) computes the
 /// attention of the class token to the patches, from which a mask is drawn;
 /// [`finish`](Self::finish) computes the output of only those tokens that the mask needs.
@@ -940,22 +964,38 @@ impl LastBlock {
         x: &[f32],
         cls: &mut [f32],
     ) -> LastBlock {
-        let (rows, dim) = (shape.rows(), shape.dim);
-        assert_eq!(x.len(), rows * dim, "input of the block");
-        let mut normed = arena.take(rows * dim);
-        let (gamma, beta) = (weights.block.norm1_gamma, weights.block.norm1_beta);
-        layer_norm(pool, x, dim, gamma, beta, shape.eps, &mut normed, None);
-        let mut kv = arena.take(rows * 2 * dim);
-        linear(pool, weights.kv, rows, dim, 2 * dim, &normed, &mut kv, Epilogue::default());
-        let first: Vec<u32> = (0..shape.batch).map(|b| (b * shape.tokens) as u32).collect();
-        let mut cls_normed = arena.take(shape.batch * dim);
-        gather_rows(pool, &[&normed], dim, &first, &mut cls_normed);
-        drop(normed);
-        let mut q = arena.take(shape.batch * dim);
-        linear(pool, weights.q, shape.batch, dim, dim, &cls_normed, &mut q, Epilogue::default());
-        let (q, k) = (Heads::separate(&q, dim), Heads::new(&kv, 2 * dim, 0));
+        let (q, kv) = class_queries_and_keys(pool, arena, shape, weights, x);
+        let (q, k) = (Heads::separate(&q, shape.dim), Heads::new(&kv, 2 * shape.dim, 0));
         cls_attention(pool, arena, shape.attention(), q, 1, k, cls);
         LastBlock { kv }
+    }
+
+    /// The same attention of each head by itself, for people to look at: `[batch, heads, tokens - 1]`.
+    ///
+    /// # Panics
+    /// When a length does not fit the shape.
+    pub fn attention_by_head(
+        pool: &Pool,
+        arena: &Arena,
+        shape: BlockShape,
+        weights: &SplitWeights<'_>,
+        x: &[f32],
+    ) -> Vec<f32> {
+        let (q, kv) = class_queries_and_keys(pool, arena, shape, weights, x);
+        let all = shape.attention();
+        let patches = shape.tokens - 1;
+        let mut by_head = vec![0.0; shape.batch * all.heads * patches];
+        let mut one = vec![0.0; shape.batch * patches];
+        for head in 0..all.heads {
+            // A head is an attention of its own, over its channels.
+            let (first, alone) = (head * all.head_dim, AttentionShape { heads: 1, ..all });
+            let (q, k) = (Heads::new(&q, shape.dim, first), Heads::new(&kv, 2 * shape.dim, first));
+            cls_attention(pool, arena, alone, q, 1, k, &mut one);
+            for (image, row) in one.chunks_exact(patches).enumerate() {
+                by_head[(image * all.heads + head) * patches..][..patches].copy_from_slice(row);
+            }
+        }
+        by_head
     }
 
     /// The block's output for `tokens` `[batch, picked]`, the same number for each image:

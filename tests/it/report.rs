@@ -50,11 +50,18 @@ fn a_run_ends_with_a_page_of_its_own() {
     // Nothing is fetched: no address but the name of SVG's elements.
     assert_eq!(page.matches("://").count(), page.matches("http://www.w3.org/2000/svg").count());
     assert!(!page.contains("<script") && !page.contains("<link"));
-    for picture in ["masks", "features", "reconstructions-pixels"] {
-        let file = fs::read(sandbox.work().join(format!("run/pictures/pretrain.{picture}.png"))).expect("a picture");
-        assert_eq!(file[..8], *b"\x89PNG\r\n\x1a\n");
+    let shown = |name: &str| fs::read(sandbox.work().join("run/pictures").join(name)).expect("a picture");
+    let pixels =
+        ["pretrain.masks", "pretrain.attention-student", "pretrain.features", "pretrain.reconstructions-pixels"];
+    for picture in pixels.into_iter().chain(["knn.neighbours"]) {
+        assert_eq!(shown(&format!("{picture}.png"))[..8], *b"\x89PNG\r\n\x1a\n");
     }
-    assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 3, "and each is in the page");
+    assert_eq!(page.matches("src=\"data:image/png;base64,").count(), 5, "and each is in the page");
+    for chart in ["pretrain.curve-loss", "pretrain.curve-rate", "knn.map"] {
+        let file = String::from_utf8(shown(&format!("{chart}.svg"))).expect("text");
+        elements(&format!("<!doctype html>{file}"));
+    }
+    assert_eq!(page.matches("src=\"data:image/svg+xml;base64,").count(), 1, "curves are drawn in the page");
     let summary: Value =
         serde_json::from_str(&fs::read_to_string(sandbox.work().join("run/summary.json")).expect("results"))
             .expect("JSON");

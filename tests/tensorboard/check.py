@@ -30,7 +30,7 @@ for line in (run / "metrics.jsonl").read_text().splitlines():
                 expected.setdefault(tag, []).append((record.get("step", 0), number))
 
 # 0: all of them, without a sample's gaps. What TensorBoard would forget, were it there twice, is counted too.
-events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}, purge_orphaned_data=False)
 events.Reload()
 found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 assert found == expected, f"TensorBoard reads {found}, where metrics.jsonl has {expected}"
@@ -41,4 +41,16 @@ for level in ("embed", "1"):
 for stage, count in (("pretrain", 40), ("finetune", 10)):
     steps = [step for step, _ in found[f"{stage}/loss"]]
     assert steps == list(range(count)), f"steps {steps} of {stage}"
-print(f"tensorboard: {len(found)} tags, every step once")
+
+# Pictures of pixels are there once, as the files beside them.
+images = {tag: [image.encoded_image_string for image in events.Images(tag)] for tag in events.Tags()["images"]}
+pictures = json.loads((run / "pictures/pictures.json").read_text())
+files = {
+    f"{picture['stage']}/{picture['name']}": [(run / f"pictures/{picture['stage']}.{picture['name']}.png").read_bytes()]
+    for picture in pictures
+    if picture.get("format", "png") == "png"
+}
+assert images == files, f"TensorBoard reads the images {sorted(images)}, where the run has {sorted(files)}"
+for tag in ("pretrain/masks", "pretrain/attention-student", "pretrain/reconstructions-pixels", "knn/neighbours"):
+    assert tag in images, f"{tag} is missing from {sorted(images)}"
+print(f"tensorboard: {len(found)} tags, every step once; {len(images)} images")

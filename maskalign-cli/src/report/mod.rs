@@ -1,6 +1,5 @@
 //! `report.html`: what one or several runs measured, as one page that needs nothing else.
 
-mod chart;
 mod page;
 mod run;
 

@@ -3,14 +3,14 @@
 use std::{collections::BTreeSet, fmt::Write as _};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use maskalign_core::run::PictureRecord;
+use maskalign_core::{
+    chart::{self, Curve, escape},
+    run::{PictureFormat, PictureRecord},
+};
 use maskalign_registry::diff;
 use serde_json::Value;
 
-use super::{
-    chart::{self, Curve, escape},
-    run::{Run, run_name},
-};
+use super::run::{Run, run_name};
 use crate::{
     progress::number,
     recipes,
@@ -39,7 +39,8 @@ th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px so
 td.number { text-align: right; white-space: nowrap; } th { font-weight: 600; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
-img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: .25rem; }
+img { display: block; width: 100%; height: auto; border-radius: .25rem; }
+img.pixels { image-rendering: pixelated; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--ink); }
 svg [stroke='#000000'] { stroke: var(--soft); }
@@ -183,12 +184,14 @@ fn numbers<'r>(run: &'r Run, stage: &str) -> Vec<(String, &'r Value)> {
 fn pictures(names: &[String], runs: &[Run]) -> String {
     let mut figures = String::new();
     for (run_name, run) in names.iter().zip(runs) {
-        for (PictureRecord { stage, name, caption }, file) in &run.pictures {
+        for (PictureRecord { stage, name, caption, format }, file) in &run.pictures {
             let of = if runs.len() > 1 { format!("{run_name}: ") } else { String::new() };
             let _ = writeln!(
                 figures,
-                "<figure><h3>{}</h3>\n<img alt=\"{caption}\" src=\"data:image/png;base64,{}\"/>\n<figcaption class=\"soft\">{caption}</figcaption></figure>",
+                "<figure><h3>{}</h3>\n<img{} alt=\"{caption}\" src=\"data:{};base64,{}\"/>\n<figcaption class=\"soft\">{caption}</figcaption></figure>",
                 escape(&format!("{of}{stage} {}", name.replace('-', " "))),
+                if *format == PictureFormat::Png { " class=\"pixels\"" } else { "" },
+                format.media_type(),
                 BASE64_STANDARD.encode(file),
                 caption = escape(caption),
             );
@@ -202,11 +205,10 @@ fn pictures(names: &[String], runs: &[Run]) -> String {
 
 /// The curves of a stage.
 fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
-    let paths =
-        in_order(runs, |run| run.stage(stage).map_or(Vec::new(), |stage| stage.series.keys().cloned().collect()));
+    let paths = in_order(runs, |run| run.stage(stage).map_or(Vec::new(), |series| series.keys().cloned().collect()));
     let of = |path: &str| -> Vec<Curve> {
         let curve = |(name, run): (&String, &Run)| {
-            let points = run.stage(stage)?.series.get(path)?.clone();
+            let points = run.stage(stage)?.get(path)?.clone();
             Some(Curve { name: name.clone(), points })
         };
         names.iter().zip(runs).filter_map(curve).collect()
@@ -246,7 +248,7 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
     }
     let mut figures = String::new();
     for (title, curves) in charts {
-        let Some(svg) = chart::svg(&title, &curves) else { continue };
+        let Some(drawn) = chart::curves(&title, &curves) else { continue };
         let last = match &curves[..] {
             [only] => only.points.last().map_or(String::new(), |(_, value)| {
                 let value = if title.contains("accuracy") { percent(*value) } else { chart::short(*value) };
@@ -254,7 +256,7 @@ fn curves(stage: &str, names: &[String], runs: &[Run]) -> String {
             }),
             _ => String::new(),
         };
-        let _ = writeln!(figures, "<figure><h3>{}{last}</h3>\n{svg}</figure>", escape(&title));
+        let _ = writeln!(figures, "<figure><h3>{}{last}</h3>\n{}</figure>", escape(&title), drawn.inline());
     }
     if figures.is_empty() {
         return String::new();

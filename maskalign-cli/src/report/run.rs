@@ -1,12 +1,11 @@
 //! What a report takes from a run directory.
 
 use std::{
-    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
 
-use maskalign_core::run::{PictureRecord, Record, pictures, read_records};
+use maskalign_core::run::{CURVE, PictureRecord, Series, pictures, read_series};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
@@ -21,17 +20,10 @@ pub(super) struct Run {
     pub(super) recipe: String,
     /// Each finished stage's results.
     pub(super) results: Map<String, Value>,
-    /// What stages show, with each picture's file.
+    /// What stages show besides curves, with each picture's file.
     pub(super) pictures: Vec<(PictureRecord, Vec<u8>)>,
     /// What was measured, by stage, in the order in which they ran.
-    pub(super) stages: Vec<(String, Stage)>,
-}
-
-/// What was measured in a stage.
-#[derive(Default)]
-pub(super) struct Stage {
-    /// Epochs and values, by the path of the number in a line of `metrics.jsonl`, such as `terms.align`.
-    pub(super) series: BTreeMap<String, Vec<(f64, f64)>>,
+    pub(super) stages: Vec<(String, Series)>,
 }
 
 /// What a run is called: the name of its directory.
@@ -42,19 +34,7 @@ pub(crate) fn run_name(run: &Path) -> String {
 
 impl Run {
     pub(super) fn read(path: &Path) -> Result<Run, Failure> {
-        let mut stages: Vec<(String, Stage)> = Vec::new();
-        let bad = read_records(path, &mut |record| {
-            // A row of results without a step is in the summary: no curve.
-            if record.values.contains_key("step") {
-                let name = record.stage();
-                let at = stages.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
-                    stages.push((name.to_owned(), Stage::default()));
-                    stages.len() - 1
-                });
-                stages[at].1.add(&record);
-            }
-            true
-        })?;
+        let (stages, bad) = read_series(path, &|_, _| true)?;
         // A last line without its end is no record yet: a run that is still going writes it, or a kill cut it.
         if let Some(line) = bad.lines.first() {
             let file = path.join("metrics.jsonl");
@@ -79,7 +59,9 @@ impl Run {
             Value::Object(results) => results,
             _ => Map::new(),
         };
-        let shown = pictures(path).into_iter().filter_map(|record| {
+        // Curves are drawn anew, of several runs together.
+        let kept = pictures(path).into_iter().filter(|record| !record.name.starts_with(CURVE));
+        let shown = kept.filter_map(|record| {
             let file = fs::read(record.path(path)?).ok()?;
             Some((record, file))
         });
@@ -95,7 +77,7 @@ impl Run {
     }
 
     /// The stage of that name.
-    pub(super) fn stage(&self, name: &str) -> Option<&Stage> {
+    pub(super) fn stage(&self, name: &str) -> Option<&Series> {
         self.stages.iter().find(|(known, _)| known == name).map(|(_, stage)| stage)
     }
 
@@ -110,15 +92,4 @@ impl Run {
 
 fn check(path: &Path) -> String {
     format!("`maskalign runs check {}` says what is whole", path.display())
-}
-
-impl Stage {
-    fn add(&mut self, record: &Record) {
-        let epoch = record.values.get("epoch").and_then(Value::as_f64).unwrap_or_default();
-        for (path, value) in record.values.iter().filter(|(path, _)| *path != "epoch" && *path != "step") {
-            if let Some(number) = value.as_f64() {
-                self.series.entry(path.clone()).or_default().push((epoch, number));
-            }
-        }
-    }
 }

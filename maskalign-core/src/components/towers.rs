@@ -243,6 +243,14 @@ pub trait StudentModel: Module {
     /// # Errors
     /// Out of memory on the device.
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor>;
+    /// How much the class token attends to each patch in the last block that runs, of each head by itself: `[batch, heads,
+    /// patches]`, for people to look at. `None` where there is nothing to show.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn class_attention(&self, _cx: &Context, _images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 }
 
 /// What is known of the student that an earlier stage leaves, before it has run.

@@ -34,6 +34,15 @@ impl RgbImage {
         (self.width, self.height)
     }
 
+    /// The square image of `[3, side, side]` numbers in [0, 1].
+    pub fn from_planes(planes: &[f32], side: usize) -> Self {
+        let area = side * side;
+        debug_assert_eq!(planes.len(), 3 * area);
+        let value = |at: usize| (255.0 * planes[at]).round().clamp(0.0, 255.0) as u8;
+        let pixels = (0..area).flat_map(|i| [value(i), value(area + i), value(2 * area + i)]).collect();
+        Self { width: side, height: side, pixels }
+    }
+
     /// Writes the image as `[3, height, width]` numbers in [0, 1]: each value / 255, as torchvision's `ToTensor` does.
     /// `planes` has `3 * height * width` elements.
     pub fn write_planes(&self, planes: &mut [f32]) {

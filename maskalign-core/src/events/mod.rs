@@ -18,7 +18,7 @@ pub use pictures::PicturesFolder;
 pub use summary::StageSummary;
 pub use tensorboard::TensorBoardFile;
 
-use crate::{data::RgbImage, error::Result};
+use crate::{chart::Chart, data::RgbImage, error::Result};
 
 /// Something that happened.
 ///
@@ -163,7 +163,16 @@ pub struct Picture {
     /// What there is to see, in a sentence.
     pub caption: String,
     /// The picture.
-    pub image: RgbImage,
+    pub drawing: Drawing,
+}
+
+/// What a picture is made of.
+#[derive(Clone, Debug)]
+pub enum Drawing {
+    /// Pixels.
+    Image(RgbImage),
+    /// Lines, marks and text.
+    Chart(Chart),
 }
 
 /// A result that a stage has while it trains.
@@ -269,7 +278,7 @@ pub trait Sink {
 pub struct Events<'a> {
     sinks: Vec<Box<dyn Sink + 'a>>,
     records: u64,
-    /// The stage that began, until its first recorded event: its sinks still hold what an earlier attempt recorded.
+    /// The stage that began, until its first measurement or picture: its sinks still hold those of an earlier attempt.
     begun: Option<String>,
 }
 
@@ -292,12 +301,13 @@ impl<'a> Events<'a> {
         if let Event::StageStarted { stage, .. } = event {
             self.begun = Some(stage.to_string());
         }
-        if event.is_recorded() {
-            if let Some(stage) = self.begun.take() {
-                self.rewind(Mark { records: self.records, stage: &stage, step: 0 })?;
-            }
-            self.records += 1;
+        // Pictures are no measurements, but sinks that keep them hold those of an earlier attempt too.
+        if (event.is_recorded() || matches!(event, Event::Picture(_)))
+            && let Some(stage) = self.begun.take()
+        {
+            self.rewind(Mark { records: self.records, stage: &stage, step: 0 })?;
         }
+        self.records += u64::from(event.is_recorded());
         self.sinks.iter_mut().try_for_each(|sink| sink.handle(&event))?;
         match event {
             // Nothing else makes it last: a stage that trains nothing writes no checkpoint.

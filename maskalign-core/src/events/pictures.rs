@@ -1,11 +1,15 @@
-//! `pictures/`: what stages show, as PNG files.
+//! `pictures/`: what stages show, as PNG and SVG files.
 
-use super::{Event, Picture, Sink};
+use super::{Drawing, Event, Picture, Sink};
 use crate::{
+    chart::{Curve, curves},
     data::png,
     error::{Error, Result},
-    run::{PictureRecord, RunDir},
+    run::{CURVE, PictureFormat, PictureRecord, RunDir, read_series},
 };
+
+/// What each stage that trains has a curve of: its name, its path in `metrics.jsonl`, and its title.
+const CURVES: [(&str, &str, &str); 2] = [("loss", "loss", "Loss"), ("rate", "lr", "Learning rate")];
 
 /// The folder of pictures in a run directory.
 pub struct PicturesFolder<'a> {
@@ -17,15 +21,47 @@ impl<'a> PicturesFolder<'a> {
     pub fn new(dir: &'a RunDir) -> Self {
         PicturesFolder { dir }
     }
+
+    fn write(&self, Picture { stage, name, caption, drawing }: &Picture) -> Result<()> {
+        let (format, file) = match drawing {
+            Drawing::Chart(chart) => (PictureFormat::Svg, chart.file().into_bytes()),
+            Drawing::Image(image) => {
+                let failed = |error| Error::Usage(format!("the picture `{name}` cannot be written: {error}"));
+                (PictureFormat::Png, png(image).map_err(failed)?)
+            }
+        };
+        let record = PictureRecord { stage: stage.clone(), name: name.clone(), caption: caption.clone(), format };
+        Ok(self.dir.write_picture(&record, &file)?)
+    }
+
+    /// The curves of a stage that trained.
+    fn curves(&self, ended: &str) -> Result<()> {
+        let wanted = |stage: &str, path: &str| stage == ended && CURVES.iter().any(|(_, wanted, _)| *wanted == path);
+        // What is damaged is left out: others tell of it.
+        let (stages, _) = read_series(self.dir.path(), &wanted)?;
+        for (name, path, title) in CURVES {
+            let points = stages.first().and_then(|(_, series)| series.get(path)).cloned().unwrap_or_default();
+            if let Some(chart) = curves(title, &[Curve { name: title.to_lowercase(), points }]) {
+                let (stage, name) = (ended.to_owned(), format!("{CURVE}{name}"));
+                self.write(&Picture {
+                    stage,
+                    name,
+                    caption: chart.label().to_owned(),
+                    drawing: Drawing::Chart(chart),
+                })?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Sink for PicturesFolder<'_> {
     fn handle(&mut self, event: &Event) -> Result<()> {
-        let Event::Picture(Picture { stage, name, caption, image }) = event else { return Ok(()) };
-        let file =
-            png(image).map_err(|error| Error::Usage(format!("the picture `{name}` cannot be written: {error}")))?;
-        let record = PictureRecord { stage: stage.clone(), name: name.clone(), caption: caption.clone() };
-        Ok(self.dir.write_picture(&record, &file)?)
+        match event {
+            Event::Picture(picture) => self.write(picture),
+            Event::StageEnded { stage, .. } => self.curves(stage),
+            _ => Ok(()),
+        }
     }
 
     fn takes_pictures(&self) -> bool {

@@ -4,8 +4,8 @@
 //! TensorBoard groups its charts; so the steps of two stages, which both count from 0, never share a chart. A file of
 //! their own for each stage would list each run several times where runs are compared.
 //!
-//! After the record of its version, the file has one record for each line of `metrics.jsonl`. A run that goes on is cut
-//! back to its checkpoint like that file, to the byte. TensorBoard's own remedy, a mark that tells it to forget later
+//! After the record of its version, the file has one record for each line of `metrics.jsonl`, and between them the images
+//! that stages show. A run that goes on is cut back to its checkpoint like that file, to the byte. TensorBoard's own remedy, a mark that tells it to forget later
 //! steps, forgets them in every stage, and other readers of the format do not know it.
 
 use std::{
@@ -18,9 +18,10 @@ use std::{
 use crc::{CRC_32_ISCSI, Crc};
 use serde_json::{Value, json};
 
-use super::{Evaluation, Event, Mark, Sink, metrics::result_record};
+use super::{Drawing, Evaluation, Event, Mark, Picture, Sink, metrics::result_record};
 use crate::{
-    error::Result,
+    data::png,
+    error::{Error, Result},
     files::{atomic_write, create_folders, is_plain_folder, is_shared, open_plain, sync_parent},
     run::{RunDir, RunError},
 };
@@ -34,31 +35,56 @@ const FRAME: usize = 8 + 4 + 4;
 pub struct TensorBoardFile<'a> {
     dir: &'a RunDir,
     file: Option<EventFile>,
+    /// The step that the next picture belongs to.
+    step: u64,
 }
 
 impl<'a> TensorBoardFile<'a> {
     /// The sink of a directory; nothing is opened yet.
     pub fn new(dir: &'a RunDir) -> Self {
-        TensorBoardFile { dir, file: None }
+        TensorBoardFile { dir, file: None, step: 0 }
     }
 
-    fn append(&mut self, line: &Value) -> Result<()> {
+    fn append(&mut self, message: &Message) -> Result<()> {
         let file = match self.file.take() {
             Some(file) => file,
-            None => EventFile::open(&self.dir.tensorboard_path(), &[])?,
+            None => EventFile::open(&self.dir.tensorboard_path(), &[], "")?,
         };
-        Ok(self.file.insert(file).append(&scalars(line))?)
+        Ok(self.file.insert(file).append(message)?)
+    }
+
+    /// A line of `metrics.jsonl`.
+    fn line(&mut self, line: &Value) -> Result<()> {
+        self.step = line["step"].as_u64().unwrap_or_default();
+        self.append(&scalars(line))
+    }
+
+    /// An image; TensorBoard takes no charts.
+    fn image(&mut self, Picture { stage, name, drawing, .. }: &Picture) -> Result<()> {
+        let Drawing::Image(image) = drawing else { return Ok(()) };
+        let failed = |error| Error::Usage(format!("the picture `{name}` cannot be written: {error}"));
+        let file = png(image).map_err(failed)?;
+        let (width, height) = image.size();
+        // The number of colours, then the file.
+        let image = Message::default().varint(1, height as u64).varint(2, width as u64).varint(3, 3).bytes(4, &file);
+        let value = Message::default().bytes(1, format!("{stage}/{name}").as_bytes()).bytes(4, &image.0);
+        self.append(&Message::default().varint(2, self.step).bytes(5, &Message::default().bytes(1, &value.0).0))
     }
 }
 
 impl Sink for TensorBoardFile<'_> {
     fn handle(&mut self, event: &Event) -> Result<()> {
         match event {
-            Event::Step(report) => self.append(&json!(report)),
-            Event::Evaluated(Evaluation { stage, step, name, result, .. }) => {
-                self.append(&json!({ "stage": stage, "step": step, name: result }))
+            Event::StageStarted { .. } => {
+                self.step = 0;
+                Ok(())
             }
-            Event::Result { stage, result } => self.append(&result_record(stage, result)),
+            Event::Step(report) => self.line(&json!(report)),
+            Event::Evaluated(Evaluation { stage, step, name, result, .. }) => {
+                self.line(&json!({ "stage": stage, "step": step, name: result }))
+            }
+            Event::Result { stage, result } => self.line(&result_record(stage, result)),
+            Event::Picture(picture) => self.image(picture),
             _ => Ok(()),
         }
     }
@@ -67,8 +93,13 @@ impl Sink for TensorBoardFile<'_> {
         // Closed first: the file is opened again at another length.
         self.file = None;
         let lines = first_lines(&self.dir.metrics_path(), to.records)?;
-        self.file = Some(EventFile::open(&self.dir.tensorboard_path(), &lines)?);
+        self.file = Some(EventFile::open(&self.dir.tensorboard_path(), &lines, to.stage)?);
+        self.step = to.step;
         Ok(())
+    }
+
+    fn takes_pictures(&self) -> bool {
+        true
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -97,8 +128,9 @@ struct EventFile {
 
 impl EventFile {
     /// Opens or creates the file so that it has the scalars of these lines and no more: whole records that are there
-    /// stay, a torn one and those beyond go, and missing ones are added.
-    fn open(path: &Path, lines: &[Value]) -> Result<EventFile, RunError> {
+    /// stay, a torn one and those beyond go, and missing ones are added. Images between them stay too, and behind them those
+    /// of other stages than `stage`, which will show its own again.
+    fn open(path: &Path, lines: &[Value], stage: &str) -> Result<EventFile, RunError> {
         let writing = |source| RunError::writing("TensorBoard file", path, source);
         let reading = |source| RunError::reading("TensorBoard file", path, source);
         let folder = path.parent().expect("a file in a folder");
@@ -109,7 +141,7 @@ impl EventFile {
         let mut file = open_plain(path, options.create(true).read(true).append(true)).map_err(writing)?;
         let mut found = Vec::new();
         file.read_to_end(&mut found).map_err(reading)?;
-        let (records, bytes) = whole_records(&found, 1 + lines.len());
+        let (records, bytes) = whole_records(&found, 1 + lines.len(), stage);
         if is_shared(&file).map_err(reading)? {
             // Such as a copy of the directory that is made of links to the same files.
             atomic_write(path, "TensorBoard file", |out| out.write_all(&found[..bytes]))?;
@@ -231,16 +263,55 @@ fn checksum(bytes: &[u8]) -> [u8; 4] {
     CRC32C.checksum(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
 }
 
-/// The number and the length in bytes of the leading whole records, at most `limit`.
-fn whole_records(file: &[u8], limit: usize) -> (usize, usize) {
+/// The number of the leading whole records but for images, at most `limit`, and the length in bytes of all of them. An image
+/// behind the last stays if another stage than `stage` showed it.
+fn whole_records(file: &[u8], limit: usize, stage: &str) -> (usize, usize) {
     let (mut records, mut bytes) = (0, 0);
-    while records < limit
-        && let Some(length) = whole_record(&file[bytes..])
-    {
-        records += 1;
+    while let Some(length) = whole_record(&file[bytes..]) {
+        let content = &file[bytes + FRAME - 4..bytes + length - 4];
+        match image_tag(content).map(|tag| tag.split_once('/').map_or(tag, |(stage, _)| stage)) {
+            Some(shown_by) if records == limit && shown_by == stage => break,
+            None if records == limit => break,
+            Some(_) => {}
+            None => records += 1,
+        }
         bytes += length;
     }
     (records, bytes)
+}
+
+/// The tag of an event that is an image.
+fn image_tag(event: &[u8]) -> Option<&str> {
+    let value = field(field(event, 5)?, 1)?;
+    field(value, 4)?;
+    std::str::from_utf8(field(value, 1)?).ok()
+}
+
+/// The first field of bytes with this number, of a message that was written here.
+fn field(mut message: &[u8], wanted: u8) -> Option<&[u8]> {
+    while let Some((&key, rest)) = message.split_first() {
+        message = match key & 7 {
+            0 => varint(rest)?.1,
+            1 => rest.get(8..)?,
+            2 => {
+                let (length, rest) = varint(rest)?;
+                let (content, rest) = rest.split_at_checked(usize::try_from(length).ok()?)?;
+                if key >> 3 == wanted {
+                    return Some(content);
+                }
+                rest
+            }
+            5 => rest.get(4..)?,
+            _ => return None,
+        };
+    }
+    None
+}
+
+fn varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let end = bytes.iter().take(10).position(|byte| byte & 0x80 == 0)?;
+    let value = bytes[..=end].iter().rev().fold(0, |value: u64, byte| value << 7 | u64::from(byte & 0x7f));
+    Some((value, &bytes[end + 1..]))
 }
 
 /// The length of the record that the bytes begin with; nothing where it is torn or damaged.
@@ -261,6 +332,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        data::RgbImage,
         events::{Events, MetricsFile, StepReport},
         run::Mode,
     };
@@ -361,6 +433,59 @@ mod tests {
         events.rewind(Mark { records: 4, stage: "pretrain", step: 4 }).unwrap();
         events.send(Event::Step(&report(4))).unwrap();
         assert_eq!(contents(&dir), expected(0..5));
+    }
+
+    fn picture(stage: &str) -> Picture {
+        let drawing = Drawing::Image(RgbImage::black(3, 2));
+        Picture { stage: stage.to_owned(), name: "masks".to_owned(), caption: String::new(), drawing }
+    }
+
+    /// The tags of images, and in between the number of other records.
+    fn shown(dir: &RunDir) -> Vec<String> {
+        let tag = |event: &Vec<u8>| image_tag(event).map_or("-".to_owned(), str::to_owned);
+        contents(dir).iter().map(tag).collect()
+    }
+
+    /// Images count as no line of `metrics.jsonl`, and none is there twice.
+    #[test]
+    fn images_of_finished_stages_stay_and_others_come_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(folder.path(), Mode::Fresh).unwrap();
+        let mut events = stream(&dir);
+        events.rewind(BEGINNING).unwrap();
+        events.send(Event::Step(&report(0))).unwrap();
+        events.sync().unwrap();
+        events.send(Event::Step(&report(1))).unwrap();
+        events.sync().unwrap();
+        events.send(Event::Picture(&picture("pretrain"))).unwrap();
+        assert_eq!(shown(&dir), ["-", "-", "-", "pretrain/masks"]);
+        // The stage ended, and the next one begins.
+        events.rewind(Mark { records: 2, stage: "knn", step: 0 }).unwrap();
+        events.send(Event::Picture(&picture("knn"))).unwrap();
+        assert_eq!(shown(&dir), ["-", "-", "-", "pretrain/masks", "knn/masks"]);
+        // It begins again, and then measures.
+        events.rewind(Mark { records: 2, stage: "knn", step: 0 }).unwrap();
+        events.send(Event::Picture(&picture("knn"))).unwrap();
+        events.send(Event::Result { stage: "knn", result: &json!({ "accuracy": 0.5 }) }).unwrap();
+        assert_eq!(shown(&dir), ["-", "-", "-", "pretrain/masks", "knn/masks", "-"]);
+        // The first stage was killed before it ended after all: it shows its images again.
+        events.rewind(Mark { records: 2, stage: "pretrain", step: 2 }).unwrap();
+        assert_eq!(shown(&dir), ["-", "-", "-"]);
+        events.rewind(Mark { records: 1, stage: "pretrain", step: 1 }).unwrap();
+        assert_eq!(contents(&dir), expected(0..1));
+    }
+
+    /// ```python
+    /// event = Event(step=300); value = event.summary.value.add(tag="a/b")
+    /// value.image.height, value.image.width, value.image.colorspace = 2, 3, 3
+    /// value.image.encoded_image_string = b"PNG"
+    /// ```
+    #[test]
+    fn an_image_is_found_among_events() {
+        let event = b"\x10\xac\x02\x2a\x14\x0a\x12\x0a\x03a/b\x22\x0b\x08\x02\x10\x03\x18\x03\x22\x03PNG";
+        assert_eq!(image_tag(event), Some("a/b"));
+        let scalar = scalars(&json!({ "stage": "a", "step": 300, "b": 0.5 }));
+        assert_eq!((image_tag(&scalar.0), image_tag(&event[..20]), image_tag(b"")), (None, None, None));
     }
 
     #[test]

@@ -625,6 +625,20 @@ impl Vit {
         last.finish(cx, &features.last, &run, begun, rows)
     }
 
+    /// How much the class token attends to each patch in the last block that runs, of each head by itself: `[batch, heads,
+    /// patches]`, for people to look at. `None` without a class token, or where no block runs.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        let (Some(last), true) = (self.reach.checked_sub(1), self.config.cls_token) else { return Ok(None) };
+        let tape = &mut Tape::inference();
+        let mut features = self.embed(cx, tape, images, None)?;
+        self.run_blocks(cx, tape, &mut features, 0..last, None, |_| false)?;
+        let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
+        self.blocks[last].class_attention_by_head(cx, &features.last, &run).map(Some)
+    }
+
     /// The final norm.
     ///
     /// # Errors

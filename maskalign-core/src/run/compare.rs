@@ -1,6 +1,6 @@
 //! What runs have measured, and where recipes differ.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
@@ -116,6 +116,38 @@ pub fn read_records(path: &Path, read: &mut dyn FnMut(Record) -> bool) -> Result
             None => bad.lines.push(number),
         }
     }
+}
+
+/// What was measured along a stage: epochs and values, by the path of the number in a line of `metrics.jsonl`, such as
+/// `terms.align`.
+pub type Series = BTreeMap<String, Vec<(f64, f64)>>;
+
+/// Reads what was measured along the stages of a run, in the order in which they ran, of the stages and paths that are
+/// `wanted`. Rows without a step are results, and no part of it.
+///
+/// # Errors
+/// As [`read_records`].
+pub fn read_series(
+    path: &Path,
+    wanted: &dyn Fn(&str, &str) -> bool,
+) -> Result<(Vec<(String, Series)>, BadLines), RunError> {
+    let mut stages: Vec<(String, Series)> = Vec::new();
+    let bad = read_records(path, &mut |record| {
+        if !record.values.contains_key("step") {
+            return true;
+        }
+        let (stage, epoch) = (record.stage(), record.values.get("epoch").and_then(Value::as_f64).unwrap_or_default());
+        for (path, value) in record.values.iter().filter(|(path, _)| *path != "epoch" && *path != "step") {
+            let Some(number) = value.as_f64().filter(|_| wanted(stage, path)) else { continue };
+            let at = stages.iter().position(|(known, _)| known == stage).unwrap_or_else(|| {
+                stages.push((stage.to_owned(), Series::new()));
+                stages.len() - 1
+            });
+            stages[at].1.entry(path.clone()).or_default().push((epoch, number));
+        }
+        true
+    })?;
+    Ok((stages, bad))
 }
 
 /// A run's directory to read from, unless an earlier version made the run.

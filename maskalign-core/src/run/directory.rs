@@ -602,8 +602,8 @@ impl RunDir {
     ///
     /// # Errors
     /// Names that no file can have; a file that cannot be written; a link where the folder should be.
-    pub fn write_picture(&self, record: &PictureRecord, png: &[u8]) -> Result<(), RunError> {
-        self.writing(|| pictures::write(&self.path, record, png))
+    pub fn write_picture(&self, record: &PictureRecord, file: &[u8]) -> Result<(), RunError> {
+        self.writing(|| pictures::write(&self.path, record, file))
     }
 
     /// Makes a stage unfinished again, so that it goes on from its last checkpoint.

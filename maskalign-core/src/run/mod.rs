@@ -34,13 +34,15 @@ mod stop;
 
 pub use check::{Findings, Item, check};
 pub(crate) use clock::this_moment;
-pub use compare::{Aim, BadLines, Difference, Metric, Record, aim, columns, differences, measured, read_records};
+pub use compare::{
+    Aim, BadLines, Difference, Metric, Record, Series, aim, columns, differences, measured, read_records, read_series,
+};
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
-pub use pictures::{PictureRecord, pictures};
+pub use pictures::{CURVE, PictureFormat, PictureRecord, pictures};
 pub use stop::{Stop, StopFlag};
 
 pub use crate::{

@@ -12,6 +12,38 @@ use crate::files::{RunError, atomic_write, create_folders, is_plain_folder};
 pub(super) const PICTURES: &str = "pictures";
 const INDEX: &str = "pictures.json";
 
+/// How the names of curves begin: a report draws those itself, of several runs in one chart.
+pub const CURVE: &str = "curve-";
+
+/// What a picture's file holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PictureFormat {
+    /// Pixels.
+    #[default]
+    Png,
+    /// Lines, marks and text.
+    Svg,
+}
+
+impl PictureFormat {
+    /// The ending of its files.
+    pub fn extension(self) -> &'static str {
+        match self {
+            PictureFormat::Png => "png",
+            PictureFormat::Svg => "svg",
+        }
+    }
+
+    /// Its media type.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            PictureFormat::Png => "image/png",
+            PictureFormat::Svg => "image/svg+xml",
+        }
+    }
+}
+
 /// A picture in a run's directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PictureRecord {
@@ -21,6 +53,9 @@ pub struct PictureRecord {
     pub name: String,
     /// What there is to see.
     pub caption: String,
+    /// What its file holds.
+    #[serde(default)]
+    pub format: PictureFormat,
 }
 
 impl PictureRecord {
@@ -32,7 +67,7 @@ impl PictureRecord {
                 && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
         };
         let is_plain = plain(&self.stage) && plain(&self.name);
-        is_plain.then(|| run.join(PICTURES).join(format!("{}.{}.png", self.stage, self.name)))
+        is_plain.then(|| run.join(PICTURES).join(format!("{}.{}.{}", self.stage, self.name, self.format.extension())))
     }
 }
 
@@ -48,7 +83,7 @@ pub fn pictures(run: &Path) -> Vec<PictureRecord> {
     serde_json::from_str(&text).unwrap_or_default()
 }
 
-/// Writes a picture, a PNG file, in place of an earlier one of the same stage and name.
+/// Writes a picture's file, in place of an earlier one of the same stage and name.
 pub(super) fn write(run: &Path, record: &PictureRecord, png: &[u8]) -> Result<(), RunError> {
     let Some(path) = record.path(run) else {
         return Err(RunError::Name { what: "picture", name: record.name.clone() });
@@ -102,7 +137,12 @@ mod tests {
     use crate::run::{Mode, RunDir};
 
     fn record(stage: &str, name: &str, caption: &str) -> PictureRecord {
-        PictureRecord { stage: stage.to_owned(), name: name.to_owned(), caption: caption.to_owned() }
+        PictureRecord {
+            stage: stage.to_owned(),
+            name: name.to_owned(),
+            caption: caption.to_owned(),
+            format: PictureFormat::Png,
+        }
     }
 
     #[test]

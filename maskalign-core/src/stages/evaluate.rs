@@ -8,11 +8,12 @@ use serde_json::{Map, Value, json};
 use super::{
     Data, Outcome, PlannedClassifier, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, keep,
     memory,
+    pictures::show_chart,
     supervised::{best_class, each_scored, largest_label},
     under,
 };
 use crate::{
-    component,
+    chart, component,
     error::{Error, Result},
     events::Event,
     register,
@@ -135,6 +136,19 @@ impl PlannedStage for PlannedEvaluate {
             results.insert("skipped".into(), (data.images.len() - seen).into());
         }
         run.events.send(Event::Result { stage: run.name, result: &Value::Object(results.clone()) })?;
+        if run.events.take_pictures() {
+            let (classes, counts) = tally.most_confused(chart::MOST_CLASSES);
+            let names: Vec<String> = classes.iter().map(|&class| name(class)).collect();
+            if let Some(chart) = chart::confusion(&names, &counts) {
+                let of = match model.classes() {
+                    all if all == classes.len() => String::new(),
+                    all => format!("; of {all} classes those that are confused most"),
+                };
+                let caption =
+                    format!("{}. Rows: the images' class; columns: what they were taken for{of}", chart.label());
+                show_chart(&mut run, "confusion", caption, chart)?;
+            }
+        }
         results.insert("classes".into(), tally.by_class(&name));
         results.insert("confusion".into(), tally.confusion(&name));
         Ok(Outcome { results: Value::Object(results), student: None })
@@ -215,6 +229,27 @@ impl Tally {
         Value::Object(self.taken_for.iter().map(row).collect())
     }
 
+    /// The classes whose images are most often taken for others, or others for them, at most so many and in their order, and
+    /// how often each was taken for each of them.
+    fn most_confused(&self, most: usize) -> (Vec<usize>, Vec<Vec<u64>>) {
+        let mut mistakes = vec![0; self.classes];
+        for (&class, found) in &self.taken_for {
+            for (&other, images) in found.iter().filter(|(other, _)| **other != class) {
+                mistakes[class] += images;
+                mistakes[other] += images;
+            }
+        }
+        let mut classes: Vec<usize> = (0..self.classes).collect();
+        classes.sort_by_key(|&class| std::cmp::Reverse(mistakes[class]));
+        classes.truncate(most);
+        classes.sort_unstable();
+        let count = |class: usize, other: usize| -> u64 {
+            self.taken_for.get(&class).and_then(|found| found.get(&other)).map_or(0, |&images| images as u64)
+        };
+        let rows = classes.iter().map(|&class| classes.iter().map(|&other| count(class, other)).collect()).collect();
+        (classes, rows)
+    }
+
     /// For each class that has images, the classes that they were taken for, with their number.
     fn confusion(&self, name: &dyn Fn(usize) -> String) -> Value {
         let row = |found: &BTreeMap<usize, usize>| {
@@ -233,6 +268,20 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+
+    #[test]
+    fn the_most_confused_classes_are_shown() {
+        let mut tally = Tally::new(4);
+        // Two of class 1 are taken for 3, one of class 0 for itself, one of class 2 for 1.
+        for (found, label) in [(3, 1), (3, 1), (0, 0), (1, 2)] {
+            let mut scores = [0.0; 4];
+            scores[found] = 1.0;
+            tally.add(&scores, label);
+        }
+        assert_eq!(tally.most_confused(2), (vec![1, 3], vec![vec![0, 2], vec![0, 0]]));
+        let (classes, counts) = tally.most_confused(9);
+        assert_eq!((classes, counts.concat().iter().sum::<u64>()), (vec![0, 1, 2, 3], 4));
+    }
 
     /// What scikit-learn and torchmetrics say of the same scores (`tests/fixtures/stages/make_evaluate.py`).
     #[test]

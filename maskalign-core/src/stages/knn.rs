@@ -12,6 +12,7 @@ use super::{
     measured::{MeasuredTowers, PlannedTowers, batch},
     memory::NeighbourSearch,
     neighbours::{Neighbour, Search},
+    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
 };
 use crate::{component, components::students::StudentModel, error::Result, register};
 
@@ -104,7 +105,7 @@ impl PlannedKnn {
     /// The accuracy of a student in training.
     pub(super) fn measure(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
         let view = View { pooling: Pooling::Mean, tap: FeatureTap::Block, batch: batch() };
-        let measured = measure(run, &self.sides, &Tower::Student(student), view, None, &[self.k])?;
+        let measured = measure(run, &self.sides, &Tower::Student(student), view, None, &[self.k], None)?;
         Ok(json!({ "accuracy": measured.accuracies[0][0] }))
     }
 }
@@ -113,7 +114,8 @@ fn sides<'a>(train: &'a Data, test: &'a Data) -> Sides<'a> {
     Sides { searched: ("train", train), seekers: ("test", test) }
 }
 
-/// A tower's accuracies for each number of neighbours, of the last level or of those given.
+/// A tower's accuracies for each number of neighbours, of the last level or of those given. The last level is shown in
+/// pictures of the tower that is called so.
 fn measure(
     run: &mut StageRun,
     sides: &PlannedSides,
@@ -121,6 +123,7 @@ fn measure(
     view: View,
     levels: Option<&[LevelRef]>,
     ks: &[usize],
+    shown: Option<&str>,
 ) -> Result<Measured> {
     let (cx, train, test) = (run.cx, sides.searched.open()?, sides.seekers.open()?);
     let k = ks.iter().copied().max().unwrap_or(1).min(train.images.len());
@@ -135,8 +138,30 @@ fn measure(
     let searched =
         extract_blocks(run, tower, train, view, levels, &mut |level, block| searches[level].search(cx, &block))?;
     let labels = (searched.labels(train)?, seekers.labels(test)?);
-    let accuracies = searches.into_iter().map(|search| accuracies(search.finish(), &labels.0, &labels.1, ks));
-    Ok(Measured { accuracies: accuracies.collect(), skipped: searched.skipped + seekers.skipped })
+    let last = searches.len() - 1;
+    let seeking = spread(seekers.places.len(), if shown.is_some() { SEEKERS } else { 0 });
+    if let Some(whose) = shown {
+        let mapped = spread(seekers.places.len(), MAPPED);
+        let (features, width) = searches[last].seekers(&mapped);
+        let places: Vec<usize> = mapped.iter().map(|&row| seekers.places[row]).collect();
+        show_map(run, whose, test, &places, &features, width)?;
+    }
+    let mut found = Vec::new();
+    let mut of_level = |(level, search): (usize, Search)| {
+        let neighbours = search.finish().enumerate().map(|(row, neighbours)| {
+            if level == last && seeking.contains(&row) {
+                let nearest = neighbours.iter().take(NEIGHBOURS).map(|near| searched.places[near.place as usize]);
+                found.push((seekers.places[row], nearest.collect()));
+            }
+            neighbours
+        });
+        accuracies(neighbours, &labels.0, &labels.1, ks)
+    };
+    let accuracies = searches.into_iter().enumerate().map(&mut of_level).collect();
+    if let Some(whose) = shown {
+        show_neighbours(run, &Neighbours { whose, seekers: test, searched: train, found: &found })?;
+    }
+    Ok(Measured { accuracies, skipped: searched.skipped + seekers.skipped })
 }
 
 /// What k-NN says of a tower.
@@ -229,8 +254,12 @@ impl PlannedStage for PlannedKnnStage {
     }
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let (at, whose) = self.towers.shown();
+        let mut measured = 0..;
         let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
-            let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k)?;
+            let is_shown = measured.next() == Some(at) && run.events.take_pictures();
+            let shown = is_shown.then_some(&*whose);
+            let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k, shown)?;
             Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
         })?;
         Ok(Outcome { results, student: None })

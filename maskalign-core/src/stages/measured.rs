@@ -174,6 +174,20 @@ impl PlannedTowers {
         self.baselines.contains(&Baseline::Pixels)
     }
 
+    /// Of the towers in the order in which they are measured, the one that pictures are made of, and what it is called: the
+    /// student, or else the first teacher, or else the pixels.
+    pub(super) fn shown(&self) -> (usize, String) {
+        let before = usize::from(self.pixels());
+        match (&self.student, self.teachers.first()) {
+            (Some(_), _) => {
+                let untrained = self.baselines.contains(&Baseline::Untrained);
+                (before + usize::from(untrained), "the student".to_owned())
+            }
+            (None, Some(teacher)) => (before, format!("teacher `{}`", teacher.name)),
+            (None, None) => (0, "the pixels".to_owned()),
+        }
+    }
+
     /// Builds one tower after another and measures it: `measure` gives the result of each level, or of the last alone.
     /// Each is told of as a result of its own as soon as it is there; all of them by tower, and by level where levels are
     /// asked for, are what this gives.

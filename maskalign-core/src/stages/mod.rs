@@ -15,6 +15,7 @@ mod measured;
 mod memory;
 mod neighbours;
 mod outline;
+mod pictures;
 mod pretrain;
 mod quality;
 mod retrieval;

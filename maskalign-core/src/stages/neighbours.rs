@@ -86,6 +86,20 @@ impl Search {
         Ok(())
     }
 
+    /// Some seekers' features, row by row, by the order in which they were added, and their width.
+    pub(super) fn seekers(&self, wanted: &[usize]) -> (Vec<f32>, usize) {
+        let width = self.blocks.first().map_or(0, |block| block.features.weight.columns());
+        let (mut features, mut first) = (Vec::with_capacity(wanted.len() * width), 0);
+        for block in &self.blocks {
+            let (rows, values) = (block.features.weight.rows(), block.features.weight.values());
+            for at in wanted.iter().filter(|at| (first..first + rows).contains(at)) {
+                features.extend_from_slice(&values[(at - first) * width..][..width]);
+            }
+            first += rows;
+        }
+        (features, width)
+    }
+
     /// The nearest of each seeker in the order in which those were added, the nearest first; of equally near ones the
     /// earlier first.
     pub(super) fn finish(self) -> impl Iterator<Item = Vec<Neighbour>> {

@@ -14,10 +14,12 @@ use serde_json::{Map, Value};
 use super::{
     Data, OpenData, Outcome, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     eigenvalues::eigenvalues,
-    features::{Blocks, State, each_batch, scale_to_length_1},
+    features::{Blocks, Seen, State, each_batch, scale_to_length_1},
     keep,
     measured::{MeasuredTowers, PlannedTowers},
     memory,
+    neighbours::{Neighbour, Search},
+    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
 };
 use crate::{component, error::Result, register};
 
@@ -107,9 +109,16 @@ impl PlannedStage for PlannedQuality {
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let data = self.data.open()?.spread(self.images);
+        let (at, whose) = self.towers.shown();
+        let mut measured = 0..;
         let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
             let mut sketches: Vec<Sketch> = Vec::new();
-            let skipped = sketch_all(run, tower, &data, view, levels, &mut sketches)?;
+            let seen = sketch_all(run, tower, &data, view, levels, &mut sketches)?;
+            if measured.next() == Some(at) && run.events.take_pictures() {
+                let last = sketches.last().expect("a level of a tower");
+                show(run, &whose, &data, &seen.places, &last.blocks)?;
+            }
+            let skipped = seen.skipped;
             let cx = run.cx;
             let result = |sketch: Sketch| -> Result<Value> {
                 let mut result = sketch.measure(cx)?;
@@ -124,7 +133,33 @@ impl PlannedStage for PlannedQuality {
     }
 }
 
-/// Takes in all images in one pass. Gives the number of those that could not be read.
+/// Shows some images with those nearest to them, and many in a plane. `features` are those of the images at `places`.
+fn show(run: &mut StageRun, whose: &str, data: &OpenData, places: &[usize], features: &[Tensor]) -> Result<()> {
+    let width = features.first().map_or(0, Tensor::columns);
+    let rows = |wanted: &[usize]| {
+        let all = features
+            .iter()
+            .flat_map(|block| block.values().chunks_exact(width).map(<[f32]>::to_vec).collect::<Vec<_>>());
+        let wanted = all.enumerate().filter(|(row, _)| wanted.binary_search(row).is_ok());
+        wanted.flat_map(|(_, row)| row).collect::<Vec<f32>>()
+    };
+    let mapped = spread(places.len(), MAPPED);
+    let mapped_places: Vec<usize> = mapped.iter().map(|&row| places[row]).collect();
+    show_map(run, whose, data, &mapped_places, &rows(&mapped), width)?;
+    let seekers = spread(places.len(), SEEKERS);
+    // One more: each image is its own nearest.
+    let mut search = Search::new((NEIGHBOURS + 1).min(places.len()));
+    search.add(run.cx.tensor(rows(&seekers), seekers.len(), width)?);
+    features.iter().try_for_each(|block| search.search(run.cx, block))?;
+    let others = |(&row, found): (&usize, Vec<Neighbour>)| {
+        let found = found.into_iter().map(|near| near.place as usize).filter(|place| *place != row);
+        (places[row], found.take(NEIGHBOURS).map(|row| places[row]).collect())
+    };
+    let found: Vec<(usize, Vec<usize>)> = seekers.iter().zip(search.finish()).map(others).collect();
+    show_neighbours(run, &Neighbours { whose, seekers: data, searched: data, found: &found })
+}
+
+/// Takes in all images in one pass.
 fn sketch_all(
     run: &mut StageRun,
     tower: &Tower,
@@ -132,7 +167,7 @@ fn sketch_all(
     view: View,
     levels: Option<&[LevelRef]>,
     sketches: &mut Vec<Sketch>,
-) -> Result<usize> {
+) -> Result<Seen> {
     let cx = run.cx;
     let mut blocks = Blocks::default();
     let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
@@ -144,7 +179,7 @@ fn sketch_all(
         blocks.add(level, &features, &mut |level, values, _| sketches[level].add(cx, values))
     })?;
     blocks.finish(&mut |level, values, _| sketches[level].add(cx, values))?;
-    Ok(seen.skipped)
+    Ok(seen)
 }
 
 /// What is kept of the features at a level.

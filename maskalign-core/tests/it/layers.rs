@@ -7,6 +7,7 @@ mod source;
 
 /// The crate's modules, the lowest first.
 const LAYERS: &[&str] = &[
+    "chart",
     "plugin",
     "files",
     "nn",
@@ -73,6 +74,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "eigenvalues",
             "data",
             "training",
+            "pictures",
             "features",
             "measured",
             "neighbours",

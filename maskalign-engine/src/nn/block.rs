@@ -125,6 +125,14 @@ impl Block {
         ops::finish_block(cx, x, &self.weights(), run, begun, rows)
     }
 
+    /// The attention of the class token to the other tokens, of each head by itself: `[batch, heads, tokens - 1]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn class_attention_by_head(&self, cx: &Context, x: &Tensor, run: &BlockRun) -> Result<Vec<f32>> {
+        ops::class_attention_by_head(cx, x, &self.weights(), run)
+    }
+
     /// Freezes the block and packs its weights.
     ///
     /// # Errors

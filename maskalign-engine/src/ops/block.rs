@@ -272,7 +272,8 @@ pub fn begin_block(cx: &Context, x: &Tensor, weights: &BlockWeights, run: &Block
         Form::Composed | Form::Gpu => {
             let off = &mut Tape::inference();
             let heads = heads(cx, off, x, weights)?;
-            let attention = class_attention(&heads[0], &heads[1], run.attention(weights.heads))?;
+            let by_head = composed_attention_by_head(&heads[0], &heads[1], run.attention(weights.heads))?;
+            let attention = mean_of_heads(&by_head, weights.heads, run.tokens - 1);
             let y = after_heads(cx, off, x, heads, weights, run)?;
             Ok(Begun { attention, state: State::Done(y) })
         }
@@ -310,6 +311,24 @@ pub fn finish_block(
             let mut y = vec![0.0; rows.len() * shape.dim];
             half.finish(cx.pool(), cx.arena(), shape, &weights.split(), x.cpu(), rows, &mut y);
             cx.tensor(y, rows.len(), shape.dim)
+        }
+    }
+}
+
+/// The attention of the class token, the first token of each image, to the others, of each head by itself: `[batch, heads,
+/// tokens - 1]`. For people to look at; it has no gradient.
+///
+/// # Errors
+/// Out of memory on the device.
+pub fn class_attention_by_head(cx: &Context, x: &Tensor, weights: &BlockWeights, run: &BlockRun) -> Result<Vec<f32>> {
+    match cx.form("class_attention_by_head", &[x])? {
+        Form::Cpu => {
+            let shape = weights.shape(run);
+            Ok(LastBlock::attention_by_head(cx.pool(), cx.arena(), shape, &weights.split(), x.cpu()))
+        }
+        Form::Composed | Form::Gpu => {
+            let [q, k, _] = heads(cx, &mut Tape::inference(), x, weights)?;
+            composed_attention_by_head(&q, &k, run.attention(weights.heads))
         }
     }
 }
@@ -366,22 +385,26 @@ fn scaled(
     Ok(x)
 }
 
-/// The attention of the class token, the first token of each image: its probabilities over the other tokens, averaged over
-/// heads, `[batch, tokens - 1]`. Only its rows of the probabilities are computed.
-fn class_attention(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>> {
+/// The attention of the class token, the first token of each image: its probabilities over the other tokens for each head,
+/// `[batch, heads, tokens - 1]`. Only its rows of the probabilities are computed.
+fn composed_attention_by_head(q: &Tensor, k: &Tensor, s: AttentionShape) -> Result<Vec<f32>> {
     use dfdx::prelude::TensorFromVec;
     let matrix = |x: &Tensor| crate::host::cpu().try_tensor_from_vec(x.to_vec(), x.shape());
     let off = &mut crate::graph::Graph::inference();
     let class = flat_rows(&vec![0; s.batch], s.batch, s.queries);
     let q = super::rows::composed_gather_rows(off, &[matrix(q)?], &class)?;
     let p = attention::probabilities(off, &q, &matrix(k)?, AttentionShape { queries: 1, ..s })?.as_vec();
-    let others = s.keys - 1;
-    let mut out = vec![0.0; s.batch * others];
-    for (row, p) in p.chunks_exact(s.keys).enumerate() {
-        let out = &mut out[row / s.heads * others..][..others];
-        out.iter_mut().zip(&p[1..]).for_each(|(sum, p)| *sum += p / s.heads as f32);
+    Ok(p.chunks_exact(s.keys).flat_map(|p| &p[1..]).copied().collect())
+}
+
+/// The mean over heads of `[batch, heads, others]`.
+fn mean_of_heads(by_head: &[f32], heads: usize, others: usize) -> Vec<f32> {
+    let mut out = vec![0.0; by_head.len() / heads];
+    for (row, p) in by_head.chunks_exact(others).enumerate() {
+        let out = &mut out[row / heads * others..][..others];
+        out.iter_mut().zip(p).for_each(|(sum, p)| *sum += p / heads as f32);
     }
-    Ok(out)
+    out
 }
 
 #[cfg(test)]
@@ -503,7 +526,10 @@ mod tests {
                     let begun = begin_block(cx, &tensors[0], &weights, &run).unwrap();
                     let attention = begun.attention.clone();
                     let y = finish_block(cx, &tensors[0], &weights, &run, begun, rows).unwrap();
-                    (attention, y.to_vec())
+                    let by_head = class_attention_by_head(cx, &tensors[0], &weights, &run).unwrap();
+                    let mean = mean_of_heads(&by_head, heads, tokens - 1);
+                    near("the mean of the heads", &mean, &attention, 2e-5);
+                    ([attention, by_head].concat(), y.to_vec())
                 };
                 for rows in [None, Some(&some[..])] {
                     let expected = of(&composed, rows);

@@ -38,7 +38,7 @@ use dfdx::prelude::{ReshapeTo, TensorFromVec};
 
 pub use attention::{AttentionShape, attention, cross_attention};
 pub use batch_norm::{BatchStatistics, batch_norm, batch_norm_by};
-pub use block::{Begun, BlockRun, BlockWeights, begin_block, block, finish_block};
+pub use block::{Begun, BlockRun, BlockWeights, begin_block, block, class_attention_by_head, finish_block};
 pub use linear::{Act, LinearWeights, Packed, linear, pack};
 pub use loss::{Distance, cross_entropy, distance, weighted_sum};
 pub use matrix::{concat_columns, matmul, matmul_transposed, slice_columns, transposed};

@@ -187,4 +187,8 @@ impl StudentModel for Tower {
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
         self.vit.final_norm(cx, tape, x)
     }
+
+    fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        self.vit.class_attention(cx, images)
+    }
 }

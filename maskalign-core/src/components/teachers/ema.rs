@@ -136,6 +136,10 @@ impl TeacherModel for MovingTeacher {
         });
         outcome
     }
+
+    fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        self.tower.class_attention(cx, images)
+    }
 }
 
 register!(teacher "ema" => Ema, "a moving average of the student",

@@ -256,4 +256,12 @@ pub trait TeacherModel: Module {
     fn after_update(&mut self, _cx: &Context, _student: &mut dyn StudentModel, _progress: f64) -> Result<()> {
         Ok(())
     }
+    /// How much the class token attends to each patch in the last block, of each head by itself: `[batch, heads, patches]`,
+    /// for people to look at. `None` where there is nothing to show.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn class_attention(&self, _cx: &Context, _images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 }

@@ -96,4 +96,8 @@ impl TeacherModel for TowerTeacher {
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {
         towers::tap(cx, &mut Tape::inference(), &self.vit, x, tap)
     }
+
+    fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {
+        self.vit.class_attention(cx, images)
+    }
 }

@@ -1,22 +1,20 @@
 //! What a pre-training stage looks like: masks, attention, features and reconstructions of a few images.
 
-use maskalign_engine::{Context, ImageBatch, Tape, Tensor, random::Stream};
+use maskalign_engine::{Context, ImageBatch, Tape, Tensor};
 
 use super::model::PretrainModel;
 use crate::{
     components::{targets::TargetSource, teachers::Wants, tokens::Masks},
     data::{RgbImage, sheet},
     error::Result,
-    events::Picture,
-    stages::{MicroBatch, Task},
+    events::{Drawing, Picture},
+    stages::{MicroBatch, Task, pictures::principal_components},
 };
 
 /// Images that are shown.
 const IMAGES: usize = 6;
 /// What a masked patch keeps of its brightness, so that one sees what was hidden.
 const MASKED: f32 = 0.12;
-/// Passes of the power iteration; colours need no more.
-const PASSES: usize = 24;
 
 impl PretrainModel {
     /// Pictures of the first images of a micro-batch: the mask, the attention that it was drawn by, the features of
@@ -42,7 +40,12 @@ impl PretrainModel {
             return Ok(Vec::new());
         }
         let shown = Shown {
-            originals: (0..count).map(|i| image_of(&batch.images, i)).collect(),
+            originals: batch
+                .images
+                .pixels
+                .chunks_exact(3 * size * size)
+                .map(|i| RgbImage::from_planes(i, size))
+                .collect(),
             patch: size / grid.rows,
             side: grid.rows,
         };
@@ -51,7 +54,7 @@ impl PretrainModel {
             stage: stage.to_owned(),
             name: name.to_owned(),
             caption,
-            image: sheet(rows),
+            drawing: Drawing::Image(sheet(rows)),
         };
         let mut pictures = Vec::new();
         if masks.visible_each() < grid.patches() {
@@ -68,6 +71,20 @@ impl PretrainModel {
             let caption = "Images, and how much the class token of the teacher's last block attends to each patch, mean over \
                            heads: masks are drawn by it";
             pictures.push(picture("attention", caption.to_owned(), &[shown.originals.clone(), rows]));
+        }
+        let student = self.student();
+        if let Some(by_head) = student.class_attention(cx, &batch.images)? {
+            pictures.push(picture("attention-student", by_head_of("the student"), &shown.by_head(&by_head)));
+        }
+        for (name, teacher, _) in self.taught() {
+            let by_head = match teacher.shape().grid == grid {
+                true => teacher.class_attention(cx, &batch.images)?,
+                false => None,
+            };
+            if let Some(by_head) = by_head {
+                let caption = by_head_of(&format!("teacher `{name}`"));
+                pictures.push(picture(&format!("attention-of-{name}"), caption, &shown.by_head(&by_head)));
+            }
         }
         pictures.push(self.features(cx, &batch.images, &shown, &picture)?);
         self.reconstructions(cx, &batch, &masks, &targets, &shown, &mut |name, caption, rows| {
@@ -157,6 +174,14 @@ impl PretrainModel {
     }
 }
 
+/// What a picture of attention by head shows.
+fn by_head_of(whose: &str) -> String {
+    format!(
+        "Images, and below them how much the class token of {whose} attends to each patch in the last block: a row for each \
+         head"
+    )
+}
+
 /// The images that are shown, cut into patches.
 struct Shown {
     originals: Vec<RgbImage>,
@@ -192,6 +217,18 @@ impl Shown {
         let most = weights.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
         let weights: Vec<f32> = weights.iter().map(|weight| MASKED + (1.0 - MASKED) * weight / most).collect();
         self.weighted(image, &weights)
+    }
+
+    /// The images, and below them a row for each head's weights, `[images, heads, patches]`.
+    fn by_head(&self, weights: &[f32]) -> Vec<Vec<RgbImage>> {
+        let images = self.originals.len();
+        let patches = self.side * self.side;
+        let heads = weights.len() / (images * patches);
+        let row = |head: usize| {
+            let lit = |image: usize| self.lit(image, &weights[(image * heads + head) * patches..][..patches]);
+            (0..images).map(lit).collect()
+        };
+        std::iter::once(self.originals.clone()).chain((0..heads).map(row)).collect()
     }
 
     fn weighted(&self, image: usize, weights: &[f32]) -> RgbImage {
@@ -292,58 +329,16 @@ impl Line {
 
 /// The three principal components of rows, each from 0 to 255 over all of them.
 fn principal_colours(rows: &[f32], width: usize) -> Vec<[u8; 3]> {
-    let count = rows.len() / width;
-    let mut mean = vec![0.0f64; width];
-    for row in rows.chunks_exact(width) {
-        mean.iter_mut().zip(row).for_each(|(mean, value)| *mean += f64::from(*value) / count as f64);
-    }
-    let centred: Vec<f64> = rows
-        .chunks_exact(width)
-        .flat_map(|row| row.iter().zip(&mean).map(|(value, mean)| f64::from(*value) - mean))
-        .collect();
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let mut stream = Stream::new(0, "principal components", 0, 0);
-    let mut found: Vec<Vec<f64>> = Vec::new();
-    let mut colours = vec![[0; 3]; count];
-    for component in 0..3 {
-        let mut axis: Vec<f64> = (0..width).map(|_| stream.uniform() - 0.5).collect();
-        for _ in 0..PASSES {
-            let mut next = vec![0.0; width];
-            for row in centred.chunks_exact(width) {
-                let along = dot(row, &axis);
-                next.iter_mut().zip(row).for_each(|(next, value)| *next += along * value);
-            }
-            for known in &found {
-                let along = dot(&next, known);
-                next.iter_mut().zip(known).for_each(|(next, value)| *next -= along * value);
-            }
-            let norm = dot(&next, &next).sqrt();
-            if norm == 0.0 {
-                break;
-            }
-            axis = next.into_iter().map(|value| value / norm).collect();
-        }
-        // Of the two directions the one in which the largest entry grows: colours do not flip from run to run.
-        let largest =
-            axis.iter().copied().fold(0.0f64, |most, value| if value.abs() > most.abs() { value } else { most });
-        let along: Vec<f64> = centred.chunks_exact(width).map(|row| dot(row, &axis) * largest.signum()).collect();
+    let components = principal_components(rows, width, 3);
+    let mut colours = vec![[0; 3]; rows.len() / width];
+    for (component, along) in components.iter().enumerate() {
         let (low, high) = along.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
-        for (colour, value) in colours.iter_mut().zip(&along) {
+        for (colour, value) in colours.iter_mut().zip(along) {
             let share = if high > low { (value - low) / (high - low) } else { 0.5 };
             colour[component] = (255.0 * share).round() as u8;
         }
-        found.push(axis);
     }
     colours
-}
-
-/// One image of a batch.
-fn image_of(images: &ImageBatch, image: usize) -> RgbImage {
-    let area = images.size * images.size;
-    let planes = &images.pixels[image * 3 * area..][..3 * area];
-    let value = |at: usize| (255.0 * planes[at]).round().clamp(0.0, 255.0) as u8;
-    let pixels = (0..area).flat_map(|i| [value(i), value(area + i), value(2 * area + i)]).collect();
-    RgbImage { width: images.size, height: images.size, pixels }
 }
 
 #[cfg(test)]
