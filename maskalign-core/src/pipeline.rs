@@ -162,10 +162,7 @@ pub fn run(
     }
     // A run of which nothing is left to do shows its results anywhere.
     let mut computed_on = earlier.as_ref().map(|earlier| earlier.computed_on().to_string());
-    let mut idle = earlier.is_some();
-    for (name, summary) in plan.summaries() {
-        idle = idle && dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, &options));
-    }
+    let idle = earlier.is_some() && has_every_stage(&plan, dir, options.step_limit)?;
     if !idle {
         same_kernels(cx, computed_on.take(), &options)?;
     }
@@ -185,7 +182,7 @@ pub fn run(
     for (place, (name, stage)) in plan.stages.into_iter().enumerate() {
         let summary = stage.summary();
         let finished = dir.finished_stage(&name)?;
-        let wanted = wanted_steps(summary, &options);
+        let wanted = wanted_steps(summary, options.step_limit);
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
@@ -266,9 +263,28 @@ pub fn run(
     Ok(results)
 }
 
+/// Whether nothing is left to do of a run: it has ended, and its stages have made the steps that the plan asks for.
+///
+/// # Errors
+/// A record of it is damaged, or of an earlier version.
+pub fn is_done(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
+    let has_ended = dir.read_manifest()?.is_some_and(|manifest| manifest.ended.is_some());
+    Ok(has_ended && has_every_stage(plan, dir, step_limit)?)
+}
+
+/// Whether every stage has been finished with the steps that are asked for.
+fn has_every_stage(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
+    for (name, summary) in plan.summaries() {
+        if !dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, step_limit)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The steps that a stage is to make, 0 for one that makes none.
-fn wanted_steps(summary: &StageSummary, options: &RunOptions) -> u64 {
-    summary.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)))
+fn wanted_steps(summary: &StageSummary, step_limit: Option<u64>) -> u64 {
+    summary.steps.map_or(0, |all| step_limit.map_or(all, |limit| all.min(limit)))
 }
 
 /// Refuses to go on with other kernels, unless that is accepted.

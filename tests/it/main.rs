@@ -21,3 +21,4 @@ mod run_tables;
 mod runs;
 mod state;
 mod support;
+mod sweep;

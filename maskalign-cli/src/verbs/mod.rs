@@ -16,6 +16,7 @@ mod run;
 mod runs;
 mod schema;
 mod show;
+mod sweep;
 mod validate;
 mod verify;
 
@@ -29,6 +30,7 @@ use crate::{failure::Failure, session::Session};
 #[derive(Subcommand)]
 pub(crate) enum Verb {
     Run(run::Args),
+    Sweep(sweep::Args),
     Runs(runs::Args),
     Report(report::Args),
     Validate(validate::Args),
@@ -71,6 +73,7 @@ impl Verb {
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Verb::Run(args) => args.run(session),
+            Verb::Sweep(args) => args.run(session),
             Verb::Runs(args) => args.run(session),
             Verb::Report(args) => args.run(),
             Verb::Validate(args) => args.run(session),

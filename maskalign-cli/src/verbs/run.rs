@@ -42,8 +42,9 @@ Examples:
   maskalign run mine.yaml --steps 20              end each training stage after 20 steps
   maskalign run --resume runs/short               go on after Ctrl-C, SIGTERM or a power cut
   maskalign run mine.yaml --out runs/short --force
+  maskalign run mine.yaml --out runs/job --resume-or-start     for schedulers: the same command each time
 
-Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
+Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129; SIGUSR1 saves it and goes on.";
 
 /// Run a recipe: train and evaluate what it says
 ///
@@ -51,7 +52,11 @@ Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
 /// and prints their results. What was
 /// measured is then in report.html, to look at.
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("what").args(["recipe", "resume"]).multiple(true).required(true))]
+#[command(
+    after_help = EXAMPLES,
+    group = ArgGroup::new("what").args(["recipe", "resume"]).multiple(true).required(true),
+    group = ArgGroup::new("resuming").args(["resume", "resume_or_start"])
+)]
 pub(crate) struct Args {
     /// A recipe's file, or the name of a built-in recipe; may be left out with --resume
     recipe: Option<PathBuf>,
@@ -65,11 +70,14 @@ pub(crate) struct Args {
     /// The recipe must be the one of that run, and so must the instruction set; threads and the other flags may differ.
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
+    /// Start the run in --out, or go on with it where it is there; a run that is done ends at once, with exit code 0
+    #[arg(long, requires_all = ["out", "recipe"], conflicts_with = "force")]
+    resume_or_start: bool,
     /// Go on where another instruction set computes: the last bits differ, and manifest.json says so
-    #[arg(long, requires = "resume", help_heading = "Machine")]
+    #[arg(long, requires = "resuming", help_heading = "Machine")]
     accept_other_kernels: bool,
     /// Go on where metrics.jsonl is damaged, with what is valid in it; manifest.json says how much is lost
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resuming")]
     accept_lost_metrics: bool,
     /// Replace the run that is in the run directory; deletes only files that a run made
     #[arg(long, conflicts_with = "resume", requires = "out")]
@@ -96,7 +104,9 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
-        let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
+        let there = self.out.as_ref().filter(|out| self.resume_or_start && out.is_dir());
+        let resumed = self.resume.as_ref().or(there);
+        let resumed = resumed.map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
         let (loaded, plan, cx) = match self.prepare(session, resumed.as_ref()) {
             Ok(prepared) => prepared,
             Err(failure) => {
@@ -104,7 +114,12 @@ impl Args {
                 return Err(failure);
             }
         };
+        let step_limit = self.steps.map(NonZeroU64::get);
         let dir = match resumed {
+            Some(dir) if self.resume_or_start && pipeline::is_done(&plan, &dir, step_limit)? => {
+                let results = dir.read_summary()?;
+                return Ok(output::print(&format!("{}the run is done\n", table_of_results(&results, dir.path())))?);
+            }
             Some(dir) => dir,
             None => {
                 let name = &loaded.recipe().name;

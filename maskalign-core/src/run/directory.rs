@@ -148,7 +148,10 @@ impl RunDir {
     }
 
     /// A run's directory to read from: it is not locked, and nothing in it is changed.
-    pub(super) fn look_at(path: &Path) -> Result<RunDir, RunError> {
+    ///
+    /// # Errors
+    /// The folder is no run's; links where a run has files of its own; an earlier process began to delete it.
+    pub fn look_at(path: &Path) -> Result<RunDir, RunError> {
         let marker = open_plain(&path.join(MARKER), OpenOptions::new().read(true));
         let marker = marker.map_err(|_| RunError::NotARun { path: path.to_owned(), marker: MARKER })?;
         let folder = open_folder(path).map_err(|source| RunError::reading("run directory", path, source))?;
@@ -161,7 +164,7 @@ impl RunDir {
     }
 
     /// Whether another process has the lock. It is not kept, so that a run may begin.
-    pub(super) fn is_in_use(&self) -> bool {
+    pub fn is_in_use(&self) -> bool {
         let in_use = matches!(self.marker.try_lock_shared(), Err(TryLockError::WouldBlock));
         let _ = self.marker.unlock();
         in_use

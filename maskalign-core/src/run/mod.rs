@@ -30,17 +30,21 @@ mod metrics;
 mod overview;
 mod pictures;
 mod seal;
+mod spread;
 mod stop;
 
 pub use check::{Findings, Item, check};
 pub(crate) use clock::this_moment;
-pub use compare::{Aim, BadLines, Difference, Metric, Record, aim, columns, differences, measured, read_records};
+pub use compare::{
+    Aim, BadLines, Difference, Metric, Record, aim, columns, differences, measured, read_records, results,
+};
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
 pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{PictureRecord, pictures};
+pub use spread::{Spread, spread};
 pub use stop::{Stop, StopFlag};
 
 pub use crate::{

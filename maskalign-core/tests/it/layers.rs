@@ -47,7 +47,22 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "read",
         ],
     ),
-    ("run", &["clock", "stop", "seal", "metrics", "manifest", "pictures", "directory", "compare", "overview", "check"]),
+    (
+        "run",
+        &[
+            "clock",
+            "stop",
+            "spread",
+            "seal",
+            "metrics",
+            "manifest",
+            "pictures",
+            "directory",
+            "compare",
+            "overview",
+            "check",
+        ],
+    ),
     (
         "components",
         &[
