@@ -14,7 +14,7 @@ use crate::{
     events::{Event, Events, Mark},
     plugin::Build,
     run::{
-        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, as_text,
+        CheckpointHeader, DataRecord, FileRecord, Manifest, Origin, Resumption, RunDir, RunError, StopFlag, as_text,
         fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
@@ -132,6 +132,8 @@ pub struct RunOptions<'a> {
     pub lost_metrics: Deviation,
     /// Threads that read images.
     pub workers: usize,
+    /// What a fork has taken over into its directory; for a run that begins.
+    pub origin: Option<Origin>,
     /// For the manifest.
     pub command_line: Vec<String>,
     /// The commit the binary was built from, where known.
@@ -154,7 +156,7 @@ pub fn run(
     mut options: RunOptions,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
     let earlier = dir.read_manifest()?;
-    if earlier.is_none() && dir.is_trained()? {
+    if earlier.is_none() && options.origin.is_none() && dir.is_trained()? {
         return Err(Error::Usage(format!(
             "{} is gone, so that what the run began with is not known: put back a copy of it, or start a new run",
             dir.manifest_path().display()
@@ -275,7 +277,7 @@ pub fn is_done(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<boo
 /// Whether every stage has been finished with the steps that are asked for.
 fn has_every_stage(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
     for (name, summary) in plan.summaries() {
-        if !dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, step_limit)) {
+        if dir.read_done(name)?.is_none_or(|done| done.step < wanted_steps(summary, step_limit)) {
             return Ok(false);
         }
     }
@@ -378,6 +380,7 @@ fn manifest(
         started: now.clone(),
         ended: None,
         peak_memory_mib: None,
+        origin: options.origin.clone(),
         resumed: Vec::new(),
     };
     let Some(earlier) = earlier else { return Ok(begun) };
@@ -401,6 +404,7 @@ fn manifest(
         working_directory: earlier.working_directory,
         started: earlier.started,
         isa: earlier.isa,
+        origin: earlier.origin,
         resumed: earlier.resumed.into_iter().chain([resumption]).collect(),
         ..begun
     })

@@ -6,6 +6,7 @@ mod cp;
 mod doctor;
 mod explain;
 mod export;
+mod features;
 mod init;
 mod list;
 mod machine;
@@ -44,6 +45,7 @@ pub(crate) enum Verb {
     Verify(verify::Args),
     Bench(bench::Args),
     Export(export::Args),
+    Features(features::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
 }
@@ -87,6 +89,7 @@ impl Verb {
             Verb::Verify(args) => args.run(session),
             Verb::Bench(args) => args.run(session),
             Verb::Export(args) => args.run(),
+            Verb::Features(args) => args.run(session),
             Verb::Doctor(args) => args.run(session),
             Verb::Completions(args) => args.run(session),
         }

@@ -40,7 +40,7 @@ pub use compare::{
 };
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
-pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
+pub use manifest::{DataRecord, FileRecord, Manifest, Origin, Resumption};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{PictureRecord, pictures};

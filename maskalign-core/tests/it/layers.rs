@@ -20,6 +20,7 @@ const LAYERS: &[&str] = &[
     "stages",
     "kinds",
     "pipeline",
+    "fork",
 ];
 
 /// The modules of its folders, the lowest first.

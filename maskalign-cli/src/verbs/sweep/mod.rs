@@ -133,6 +133,9 @@ impl Args {
             }
         };
         let ended = self.processes().run(&mut jobs, &told)?;
+        for job in jobs.iter_mut().filter(|job| job.state == State::Elsewhere) {
+            job.state = taken(&job.path).unwrap_or(State::Elsewhere);
+        }
         let done = |job: &&Job| job.state == State::Done;
         let count = jobs.iter().filter(done).count();
         if let Some(stop) = ended.stopped {
@@ -308,9 +311,13 @@ impl Args {
     }
 }
 
-/// Whether another process runs it now.
-fn is_running(path: &Path) -> bool {
-    overview(path).is_ok_and(|overview| overview.state == RunState::Running)
+/// What another process has made of a run by now: it runs it, or has ended it.
+fn taken(path: &Path) -> Option<State> {
+    match overview(path).ok()?.state {
+        RunState::Running => Some(State::Elsewhere),
+        RunState::Finished => Some(State::Done),
+        _ => None,
+    }
 }
 
 /// Every combination of values, the first path's changing last.

@@ -13,7 +13,7 @@ use std::{
 
 use maskalign_core::run::Stop;
 
-use super::{Job, State, is_running};
+use super::{Job, State, taken};
 use crate::{
     failure::Failure,
     signals::{self, Request},
@@ -50,6 +50,37 @@ struct Running {
     since: Instant,
 }
 
+impl Running {
+    /// Notes how it ended.
+    fn end(&self, status: ExitStatus, jobs: &mut [Job], ended: &mut Ended, told: &dyn Fn(&str)) {
+        let all = jobs.len();
+        let job = &mut jobs[self.job];
+        let time = clock(self.since.elapsed().as_secs_f64());
+        // Two sweeps of one grid may come to a run at the same time. What had ended before is not what the other one made.
+        let other = taken(&job.path).filter(|state| *state == State::Elsewhere || job.state == State::New);
+        let text = match (status.success(), ended.stopped) {
+            (true, _) => {
+                job.state = State::Done;
+                format!("done in {time}")
+            }
+            (false, Some(_)) => {
+                job.state = State::Stopped;
+                "stopped".to_owned()
+            }
+            (false, None) if other.is_some() => {
+                job.state = other.unwrap_or(job.state);
+                "another process has it".to_owned()
+            }
+            (false, None) => {
+                let why = why(&log_path(&job.path)).unwrap_or_else(|| status.to_string());
+                ended.failed.push((self.job, why.clone()));
+                format!("failed: {why}")
+            }
+        };
+        told(&format!("{} of {all}, {}: {text}\n", self.job + 1, job.name));
+    }
+}
+
 /// The file that a run's output goes to.
 pub(super) fn log_path(run: &Path) -> PathBuf {
     let mut name = run.file_name().map(OsString::from).unwrap_or_default();
@@ -80,7 +111,7 @@ impl Processes {
             while running.len() < self.at_a_time && ended.stopped.is_none() {
                 let Some(at) = waiting.pop_front() else { break };
                 let say = |what: &str| told(&format!("{} of {all}, {}: {what}\n", at + 1, jobs[at].name));
-                if is_running(&jobs[at].path) {
+                if taken(&jobs[at].path) == Some(State::Elsewhere) {
                     say("another process runs it");
                     jobs[at].state = State::Elsewhere;
                     continue;
@@ -90,15 +121,21 @@ impl Processes {
                     Ok(child) => running.push(Running { job: at, child, since: Instant::now() }),
                     Err(error) => {
                         // Those that go on are not left alone.
-                        running.iter().for_each(|one| signals::pass_on(Request::End(Stop::Terminate), &one.child));
-                        running.iter_mut().for_each(|one| drop(one.child.wait()));
+                        for one in &running {
+                            signals::pass_on(Request::End(Stop::Terminate), &one.child);
+                        }
+                        for one in &mut running {
+                            let _ = one.child.wait();
+                        }
                         return Err(failed("start a run", error));
                     }
                 }
             }
             match requests.recv_timeout(TICK) {
                 Ok(request) => {
-                    running.iter().for_each(|one| signals::pass_on(request, &one.child));
+                    for one in &running {
+                        signals::pass_on(request, &one.child);
+                    }
                     if let Request::End(stop) = request {
                         if ended.stopped.is_none() {
                             let name = stop.name();
@@ -114,35 +151,13 @@ impl Processes {
             for mut one in running {
                 match one.child.try_wait() {
                     Ok(None) => still.push(one),
-                    Ok(Some(status)) => self.end(&one, status, jobs, &mut ended, told),
+                    Ok(Some(status)) => one.end(status, jobs, &mut ended, told),
                     Err(error) => ended.failed.push((one.job, format!("its process is lost: {error}"))),
                 }
             }
             running = still;
         }
         Ok(ended)
-    }
-
-    fn end(&self, one: &Running, status: ExitStatus, jobs: &mut [Job], ended: &mut Ended, told: &dyn Fn(&str)) {
-        let all = jobs.len();
-        let job = &mut jobs[one.job];
-        let time = clock(one.since.elapsed().as_secs_f64());
-        let text = match (status.success(), ended.stopped) {
-            (true, _) => {
-                job.state = State::Done;
-                format!("done in {time}")
-            }
-            (false, Some(_)) => {
-                job.state = State::Stopped;
-                "stopped".to_owned()
-            }
-            (false, None) => {
-                let why = why(&log_path(&job.path)).unwrap_or_else(|| status.to_string());
-                ended.failed.push((one.job, why.clone()));
-                format!("failed: {why}")
-            }
-        };
-        told(&format!("{} of {all}, {}: {text}\n", one.job + 1, job.name));
     }
 
     fn start(&self, job: &Job) -> std::io::Result<Child> {
@@ -168,5 +183,5 @@ fn why(log: &Path) -> Option<String> {
     file.take(END).read_to_end(&mut end).ok()?;
     let end = String::from_utf8_lossy(&end);
     let line = end.lines().rev().find_map(|line| line.strip_prefix("error"))?;
-    Some(line.trim_start_matches(|c: char| c == ':' || c == ' ').to_owned())
+    Some(line.trim_start_matches([':', ' ']).to_owned())
 }

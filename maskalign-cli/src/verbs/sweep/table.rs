@@ -129,7 +129,9 @@ fn wide(labels: &[String], rows: &[Row], format: Format) -> (String, String) {
         Format::Markdown => markdown(&lines, labels.len()),
         _ => {
             let mut table = Table::of_words();
-            lines.into_iter().for_each(|line| table.row(line));
+            for line in lines {
+                table.row(line);
+            }
             table.render(0)
         }
     };
