@@ -14,6 +14,7 @@ pub mod embedded;
 pub mod error;
 pub mod events;
 mod files;
+pub mod fork;
 pub mod kinds;
 pub mod nn;
 pub mod pipeline;

@@ -14,7 +14,7 @@ use crate::{
     events::{Event, Events, Mark},
     plugin::Build,
     run::{
-        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, as_text,
+        CheckpointHeader, DataRecord, FileRecord, Manifest, Origin, Resumption, RunDir, RunError, StopFlag, as_text,
         fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
@@ -132,6 +132,8 @@ pub struct RunOptions<'a> {
     pub lost_metrics: Deviation,
     /// Threads that read images.
     pub workers: usize,
+    /// What a fork has taken over into its directory; for a run that begins.
+    pub origin: Option<Origin>,
     /// For the manifest.
     pub command_line: Vec<String>,
     /// The commit the binary was built from, where known.
@@ -154,7 +156,7 @@ pub fn run(
     mut options: RunOptions,
 ) -> Result<serde_json::Map<String, serde_json::Value>> {
     let earlier = dir.read_manifest()?;
-    if earlier.is_none() && dir.is_trained()? {
+    if earlier.is_none() && options.origin.is_none() && dir.is_trained()? {
         return Err(Error::Usage(format!(
             "{} is gone, so that what the run began with is not known: put back a copy of it, or start a new run",
             dir.manifest_path().display()
@@ -162,10 +164,7 @@ pub fn run(
     }
     // A run of which nothing is left to do shows its results anywhere.
     let mut computed_on = earlier.as_ref().map(|earlier| earlier.computed_on().to_string());
-    let mut idle = earlier.is_some();
-    for (name, summary) in plan.summaries() {
-        idle = idle && dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, &options));
-    }
+    let idle = earlier.is_some() && has_every_stage(&plan, dir, options.step_limit)?;
     if !idle {
         same_kernels(cx, computed_on.take(), &options)?;
     }
@@ -185,7 +184,7 @@ pub fn run(
     for (place, (name, stage)) in plan.stages.into_iter().enumerate() {
         let summary = stage.summary();
         let finished = dir.finished_stage(&name)?;
-        let wanted = wanted_steps(summary, &options);
+        let wanted = wanted_steps(summary, options.step_limit);
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
@@ -266,9 +265,28 @@ pub fn run(
     Ok(results)
 }
 
+/// Whether nothing is left to do of a run: it has ended, and its stages have made the steps that the plan asks for.
+///
+/// # Errors
+/// A record of it is damaged, or of an earlier version.
+pub fn is_done(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
+    let has_ended = dir.read_manifest()?.is_some_and(|manifest| manifest.ended.is_some());
+    Ok(has_ended && has_every_stage(plan, dir, step_limit)?)
+}
+
+/// Whether every stage has been finished with the steps that are asked for.
+fn has_every_stage(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
+    for (name, summary) in plan.summaries() {
+        if dir.read_done(name)?.is_none_or(|done| done.step < wanted_steps(summary, step_limit)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// The steps that a stage is to make, 0 for one that makes none.
-fn wanted_steps(summary: &StageSummary, options: &RunOptions) -> u64 {
-    summary.steps.map_or(0, |all| options.step_limit.map_or(all, |limit| all.min(limit)))
+fn wanted_steps(summary: &StageSummary, step_limit: Option<u64>) -> u64 {
+    summary.steps.map_or(0, |all| step_limit.map_or(all, |limit| all.min(limit)))
 }
 
 /// Refuses to go on with other kernels, unless that is accepted.
@@ -362,6 +380,7 @@ fn manifest(
         started: now.clone(),
         ended: None,
         peak_memory_mib: None,
+        origin: options.origin.clone(),
         resumed: Vec::new(),
     };
     let Some(earlier) = earlier else { return Ok(begun) };
@@ -385,6 +404,7 @@ fn manifest(
         working_directory: earlier.working_directory,
         started: earlier.started,
         isa: earlier.isa,
+        origin: earlier.origin,
         resumed: earlier.resumed.into_iter().chain([resumption]).collect(),
         ..begun
     })

@@ -2,16 +2,19 @@
 
 mod bad_input;
 mod cli;
+mod clusters;
 mod corpus;
 mod docs;
 mod exact;
 mod files;
+mod fork;
 mod init;
 #[cfg(feature = "failpoints")]
 mod kill;
 mod layers;
 #[cfg(target_os = "linux")]
 mod memory;
+mod own_images;
 mod papers;
 mod recipes;
 mod reference;
@@ -21,3 +24,4 @@ mod run_tables;
 mod runs;
 mod state;
 mod support;
+mod sweep;

@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::support::Sandbox;
 #[cfg(unix)]
 use crate::support::after_records;
+use crate::support::{Sandbox, run_record};
 use serde_json::Value;
 
 fn json(path: &Path) -> Value {
@@ -199,6 +199,38 @@ fn classifiers_are_evaluated_as_they_were_left() {
     assert_eq!(json(&path), summary);
 }
 
+/// What a scheduler runs each time it gives a job its turn.
+#[test]
+fn one_command_starts_a_run_goes_on_with_it_and_knows_when_it_is_done() {
+    let sandbox = Sandbox::new();
+    let run = |more: &[&str]| {
+        let output = sandbox.run([&["run", "tiny.yaml", "--out", "job", "--resume-or-start", "-q"], more].concat());
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output, text)
+    };
+    let (output, text) = run(&["--steps", "3"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!text.contains("the run is done"), "{text}");
+    let (output, first) = run(&[]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let manifest = sandbox.work().join("job/manifest.json");
+    assert_eq!(json(&manifest)["resumed"].as_array().expect("a list").len(), 1);
+    let (output, text) = run(&[]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(text.contains("the run is done") && first.contains(text.trim_end_matches("the run is done\n")), "{text}");
+    assert_eq!(json(&manifest)["resumed"].as_array().expect("a list").len(), 1, "nothing was resumed");
+    let whole = sandbox.run(["run", "tiny.yaml", "--out", "whole", "-q"]);
+    assert_eq!(whole.status.code(), Some(0));
+    let record = |name: &str| run_record(&sandbox.work().join(name));
+    record("whole").assert_same(&record("job"), "started, and continued by the same command");
+    let (output, _) = run(&["--set", "seed=7"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("seed: 5 -> 7"));
+    fs::create_dir(sandbox.work().join("empty")).expect("a folder");
+    let empty = ["run", "good.yaml", "--out", "empty", "--resume-or-start", "--steps", "1", "-q"];
+    assert_eq!(sandbox.run(empty).status.code(), Some(0));
+}
+
 #[test]
 fn a_refused_recipe_leaves_no_directory() {
     let sandbox = Sandbox::new();
@@ -272,6 +304,36 @@ mod signals {
             let steps: Vec<u64> = updates.map(|record| record["step"].as_u64().expect("a step")).collect();
             assert_eq!(steps, (0..done as u64).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_run_that_is_asked_to_save_goes_on() {
+        let sandbox = Sandbox::new();
+        let seldom = ["--set", "stages.pretrain.checkpoints={every_epochs: 10000}"];
+        let mut child = after_two_steps(&sandbox, sandbox.command([&LONG[..], &seldom].concat()));
+        let checkpoints = sandbox.work().join("run/checkpoints/pretrain");
+        let saved = || checkpoints.read_dir().map_or(0, Iterator::count);
+        assert_eq!(saved(), 0);
+        signal(&child, "USR1");
+        let limit = Instant::now() + Duration::from_secs(60);
+        while saved() == 0 {
+            assert!(child.try_wait().expect("a process").is_none(), "it goes on");
+            assert!(Instant::now() < limit, "nothing was saved");
+            sleep(Duration::from_millis(5));
+        }
+        let steps = || fs::read_to_string(sandbox.work().join("run/metrics.jsonl")).map_or(0, |m| m.lines().count());
+        let then = steps();
+        while steps() <= then + 1 {
+            assert!(Instant::now() < limit, "no step follows");
+            sleep(Duration::from_millis(5));
+        }
+        // A scheduler's signal reaches a run twice: from the scheduler, and from what started the run.
+        signal(&child, "TERM");
+        signal(&child, "TERM");
+        let output = child.wait_with_output().expect("it ends");
+        let err = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(143), "{err}");
+        assert!(err.contains("SIGUSR1: saving") && err.contains("--resume run"), "{err}");
     }
 
     /// Whether threads of its own read the images or none do.

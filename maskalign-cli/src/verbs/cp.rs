@@ -1,18 +1,12 @@
 //! `maskalign cp`: a built-in recipe as a file to change.
 
-use std::{
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::PathBuf};
 
 use maskalign_core::run::atomic_write;
-use maskalign_registry::{RecipeSource, plugin::nearest, recipe_schema};
+use maskalign_registry::{RecipeSource, plugin::nearest};
 
+use super::schema::{SCHEMA, schema_beside};
 use crate::{failure::Failure, output, recipes::Embedded, session::Session};
-
-/// The file that the first line of a built-in recipe names, for editors.
-const SCHEMA: &str = "recipe.schema.json";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -55,26 +49,10 @@ impl Args {
                 .help("name another file, or replace it with `--force`"));
         }
         atomic_write(&file, "recipe", |out| out.write_all(text.as_bytes()))?;
-        let schema = file.with_file_name(SCHEMA);
-        let says = match text.contains(SCHEMA) && schema != file {
-            true => schema_beside(&schema, &format!("{:#}\n", recipe_schema(session.registry)))?,
+        let says = match text.contains(SCHEMA) {
+            true => schema_beside(session, &file)?,
             false => String::new(),
         };
         Ok(output::print(&format!("wrote {}\n{says}", file.display()))?)
-    }
-}
-
-/// Writes the schema where there is none, and says what an editor has there now. Another one may be somebody's own.
-fn schema_beside(schema: &Path, text: &str) -> Result<String, Failure> {
-    let shown = schema.display();
-    match fs::read_to_string(schema) {
-        Ok(there) if there == text => Ok(String::new()),
-        _ if schema.symlink_metadata().is_ok() => {
-            Ok(format!("{shown}, which editors read, is of another version; renew it: maskalign schema > {shown}\n"))
-        }
-        _ => {
-            atomic_write(schema, "schema", |out| out.write_all(text.as_bytes()))?;
-            Ok(format!("wrote {shown}, by which editors complete and check it\n"))
-        }
     }
 }

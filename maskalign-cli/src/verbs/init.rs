@@ -17,6 +17,7 @@ use maskalign_core::{
 use maskalign_registry::{DatasetTag, Input, LoadRequest, Recipe, Slot};
 use serde_json::json;
 
+use super::schema::{SCHEMA, schema_beside};
 use crate::{failure::Failure, output, recipes::Embedded, session::Session, table::count};
 
 const EXAMPLES: &str = "\
@@ -35,7 +36,8 @@ const SHARE_OF_MEMORY: f64 = 0.6;
 /// Write a recipe for a folder of images
 ///
 /// Asks nothing: looks at the images, with labels (one folder a class, or `train` and `val` of that kind) or without, and at
-/// the memory of this machine, and writes a recipe with comments that pre-trains a student on them. Change it as you like.
+/// the memory of this machine, and writes a recipe with comments that pre-trains a student on them. Change it as you like. The
+/// schema of recipes is written beside it, unless one is there, so that an editor completes and checks it.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -84,9 +86,10 @@ impl Args {
         let micro = micro_batch(session, &sizes);
         let text = recipe(&name, &train, held_out.as_deref(), &seen, &sizes, micro);
         atomic_write(&file, "recipe", |out| out.write_all(text.as_bytes()))?;
+        let schema = schema_beside(session, &file)?;
         let labels = seen.classes.map_or("without labels".to_owned(), |classes| format!("in {classes} classes"));
         Ok(output::print(&format!(
-            "wrote {file}: {images} images {labels}, at {size} pixels\n\
+            "wrote {file}: {images} images {labels}, at {size} pixels\n{schema}\
              next: `maskalign validate {file}` shows steps and memory, `maskalign run {file}` trains\n",
             file = file.display(),
             images = count(seen.images as u64),
@@ -220,7 +223,8 @@ fn recipe(name: &str, train: &Path, held_out: Option<&Path>, seen: &Seen, sizes:
     };
     let labels = seen.classes.map_or("without labels".to_owned(), |classes| format!("in {classes} classes"));
     let mut text = format!(
-        "# {images} images {labels}, {side} pixels a side (the median).\n\
+        "# yaml-language-server: $schema=./{SCHEMA}\n\
+         # {images} images {labels}, {side} pixels a side (the median).\n\
          # A student learns to predict the pixels of hidden patches (MAE), which needs no weights of others. `maskalign explain\n\
          # stage.pretrain` has all options; `maskalign cp maskalign_vitb_clip` shows alignment with a teacher such as CLIP.\n\
          name: {name}\nseed: 0\nstages:\n  pretrain:\n    type: pretrain\n    \

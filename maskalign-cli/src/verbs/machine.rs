@@ -35,6 +35,17 @@ impl Machine {
         if self.recompute { Recompute::Blocks } else { Recompute::Never }
     }
 
+    /// The device and the memory as flags, for another process.
+    pub(super) fn flags(&self) -> Vec<String> {
+        let device = match self.device {
+            DeviceChoice::Auto => "auto".to_owned(),
+            DeviceChoice::Cpu => "cpu".to_owned(),
+            DeviceChoice::Cuda(ordinal) => format!("cuda:{ordinal}"),
+        };
+        let recompute = self.recompute.then(|| "--recompute".to_owned());
+        ["--device".to_owned(), device].into_iter().chain(recompute).collect()
+    }
+
     /// Opens the device, with these threads.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ mod cp;
 mod doctor;
 mod explain;
 mod export;
+mod features;
 mod init;
 mod list;
 mod machine;
@@ -16,6 +17,7 @@ mod run;
 mod runs;
 mod schema;
 mod show;
+mod sweep;
 mod validate;
 mod verify;
 
@@ -29,6 +31,7 @@ use crate::{failure::Failure, session::Session};
 #[derive(Subcommand)]
 pub(crate) enum Verb {
     Run(run::Args),
+    Sweep(sweep::Args),
     Runs(runs::Args),
     Report(report::Args),
     Validate(validate::Args),
@@ -42,6 +45,7 @@ pub(crate) enum Verb {
     Verify(verify::Args),
     Bench(bench::Args),
     Export(export::Args),
+    Features(features::Args),
     Doctor(doctor::Args),
     Completions(completions::Args),
 }
@@ -71,6 +75,7 @@ impl Verb {
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
             Verb::Run(args) => args.run(session),
+            Verb::Sweep(args) => args.run(session),
             Verb::Runs(args) => args.run(session),
             Verb::Report(args) => args.run(),
             Verb::Validate(args) => args.run(session),
@@ -84,6 +89,7 @@ impl Verb {
             Verb::Verify(args) => args.run(session),
             Verb::Bench(args) => args.run(session),
             Verb::Export(args) => args.run(),
+            Verb::Features(args) => args.run(session),
             Verb::Doctor(args) => args.run(session),
             Verb::Completions(args) => args.run(session),
         }

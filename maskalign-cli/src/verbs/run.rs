@@ -13,8 +13,9 @@ use maskalign_core::{
     components::towers::{Environment, MissingWeights},
     error::Result as CoreResult,
     events::{Events, MetricsFile, PicturesFolder, Sink, TensorBoardFile},
+    fork::{self, At, Fork, Parent, Recipes},
     pipeline::{self, Deviation, Plan, PlanOptions, RunOptions},
-    run::{Mode, RunDir, StopFlag},
+    run::{Mode, Origin, RunDir, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
 use serde_json::{Map, Value};
@@ -42,8 +43,11 @@ Examples:
   maskalign run mine.yaml --steps 20              end each training stage after 20 steps
   maskalign run --resume runs/short               go on after Ctrl-C, SIGTERM or a power cut
   maskalign run mine.yaml --out runs/short --force
+  maskalign run --from runs/short --set stages.pretrain.epochs=50 --out runs/longer
+  maskalign run --from runs/short@400 --set stages.pretrain.optimizer.base_lr=1e-4
+  maskalign run mine.yaml --out runs/job --resume-or-start     for schedulers: the same command each time
 
-Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
+Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129; SIGUSR1 saves it and goes on.";
 
 /// Run a recipe: train and evaluate what it says
 ///
@@ -51,9 +55,13 @@ Ctrl-C, SIGTERM and SIGHUP save the state and exit with 130, 143 and 129.";
 /// and prints their results. What was
 /// measured is then in report.html, to look at.
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("what").args(["recipe", "resume"]).multiple(true).required(true))]
+#[command(
+    after_help = EXAMPLES,
+    group = ArgGroup::new("what").args(["recipe", "resume", "from"]).multiple(true).required(true),
+    group = ArgGroup::new("resuming").args(["resume", "resume_or_start"])
+)]
 pub(crate) struct Args {
-    /// A recipe's file, or the name of a built-in recipe; may be left out with --resume
+    /// A recipe's file, or the name of a built-in recipe; may be left out with --resume and --from
     recipe: Option<PathBuf>,
     #[command(flatten)]
     sets: Sets,
@@ -65,11 +73,21 @@ pub(crate) struct Args {
     /// The recipe must be the one of that run, and so must the instruction set; threads and the other flags may differ.
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
+    /// Begin a run that goes on from another one, under its recipe with what --set changes, or under another recipe
+    ///
+    /// Finished stages whose options are the same are taken over. The next one goes on from its last checkpoint, with weights,
+    /// optimizer and place in the data; @STEP or @STAGE:STEP names an earlier one. What follows begins anew. The new run's
+    /// manifest.json says what it goes on from, and what differs.
+    #[arg(long, value_name = "RUN[@STEP]", value_parser = from, conflicts_with = "resume")]
+    from: Option<Parent>,
+    /// Start the run in --out, or go on with it where it is there; a run that is done ends at once, with exit code 0
+    #[arg(long, requires = "out", conflicts_with = "force")]
+    resume_or_start: bool,
     /// Go on where another instruction set computes: the last bits differ, and manifest.json says so
-    #[arg(long, requires = "resume", help_heading = "Machine")]
+    #[arg(long, requires = "resuming", help_heading = "Machine")]
     accept_other_kernels: bool,
     /// Go on where metrics.jsonl is damaged, with what is valid in it; manifest.json says how much is lost
-    #[arg(long, requires = "resume")]
+    #[arg(long, requires = "resuming")]
     accept_lost_metrics: bool,
     /// Replace the run that is in the run directory; deletes only files that a run made
     #[arg(long, conflicts_with = "resume", requires = "out")]
@@ -96,15 +114,27 @@ pub(crate) struct Args {
 impl Args {
     pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
-        let resumed = self.resume.as_ref().map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
-        let (loaded, plan, cx) = match self.prepare(session, resumed.as_ref()) {
+        let there = self.out.as_ref().filter(|out| self.resume_or_start && out.is_dir());
+        let resumed = self.resume.as_ref().or(there);
+        let resumed = resumed.map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
+        let prepared = self.prepare(session, resumed.as_ref()).and_then(|(loaded, plan, cx)| {
+            let fork = self.from.as_ref().filter(|_| resumed.as_ref().is_none_or(RunDir::is_new));
+            let fork = fork.map(|from| self.fork(session, from, &loaded, &plan)).transpose()?;
+            Ok((loaded, plan, cx, fork))
+        });
+        let (loaded, plan, cx, fork) = match prepared {
             Ok(prepared) => prepared,
             Err(failure) => {
                 resumed.map(RunDir::withdraw).transpose()?;
                 return Err(failure);
             }
         };
+        let step_limit = self.steps.map(NonZeroU64::get);
         let dir = match resumed {
+            Some(dir) if self.resume_or_start && pipeline::is_done(&plan, &dir, step_limit)? => {
+                let results = dir.read_summary()?;
+                return Ok(output::print(&format!("{}the run is done\n", table_of_results(&results, dir.path())))?);
+            }
             Some(dir) => dir,
             None => {
                 let name = &loaded.recipe().name;
@@ -118,10 +148,17 @@ impl Args {
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let mut reporter = Reporter::new(session.screen.clone(), session.verbosity.quiet);
         reporter.say(&format!("{}\n{}", paint(render::STRONG, &loaded.recipe().name), outline::text(loaded.recipe())));
+        let origin = match fork {
+            None => None,
+            Some(fork) => {
+                reporter.say(&taken_over(fork.record()));
+                Some(fork.take_over(&dir, &loaded.fingerprint())?)
+            }
+        };
         let exported = plan.summaries().filter(|(_, summary)| summary.student.is_some() && summary.trainable > 0);
         let exported = exported.last().map(|(name, _)| name.to_owned());
         let job = Job { args: &self, loaded: &loaded, dir: &dir, stop: &stop, arguments: session.arguments };
-        let outcome = job.run_on(&cx, plan, &mut reporter);
+        let outcome = job.run_on(&cx, plan, origin, &mut reporter);
         reporter.clear();
         let results = match outcome {
             Ok(results) => results,
@@ -149,7 +186,10 @@ impl Args {
         let loaded = match (resumed, &self.recipe) {
             (Some(dir), _) => self.resumed_recipe(session, dir)?,
             (None, Some(recipe)) => recipes::load(session.registry, recipe, &self.sets.sets)?,
-            (None, None) => return Err(Failure::mistake("no recipe is named")),
+            (None, None) => match &self.from {
+                Some(from) => recipes::load(session.registry, &self.origin_recipe(from)?, &self.sets.sets)?,
+                None => return Err(Failure::mistake("no recipe is named")),
+            },
         };
         let options = PlanOptions {
             environment: Environment::Checked,
@@ -167,6 +207,37 @@ impl Args {
         Ok((loaded, plan, cx))
     }
 
+    /// The recipe of the run to go on from.
+    fn origin_recipe(&self, from: &Parent) -> Result<PathBuf, Failure> {
+        let dir = RunDir::look_at(&from.run)?;
+        let is_same = |out: &PathBuf| match (out.canonicalize(), from.run.canonicalize()) {
+            (Ok(out), Ok(run)) => out == run,
+            _ => false,
+        };
+        if self.out.as_ref().is_some_and(is_same) {
+            let message =
+                format!("{} is the run to go on from: a fork has a directory of its own", dir.path().display());
+            return Err(
+                Failure::mistake(message).help("name another one with `--out`, or go on in this one with `--resume`")
+            );
+        }
+        match dir.read_recipe()? {
+            Some(_) => Ok(dir.recipe_path()),
+            None => Err(Failure::mistake(format!(
+                "the run in {} was ended before it wrote its recipe",
+                dir.path().display()
+            ))),
+        }
+    }
+
+    /// What is taken over from another run.
+    fn fork(&self, session: &Session, from: &Parent, loaded: &Loaded, plan: &Plan) -> Result<Fork, Failure> {
+        let own = recipes::load(session.registry, &self.origin_recipe(from)?, &[])?;
+        let differences = diff(own.resolved(), loaded.resolved());
+        let recipes = Recipes { then: own.resolved(), now: loaded.resolved(), differences: &differences };
+        fork::fork(from, recipes, plan)?.map_err(|refusals| Failure::Recipe(loaded.locate_all(&refusals)))
+    }
+
     /// The recipe of a resumed run: the run's own, or the one given, which must mean the same.
     fn resumed_recipe(&self, session: &Session, dir: &RunDir) -> Result<Loaded, Failure> {
         let own = match dir.read_recipe()? {
@@ -176,6 +247,10 @@ impl Args {
         let given = match (&self.recipe, &own) {
             (Some(recipe), _) => recipes::load(session.registry, recipe, &self.sets.sets)?,
             (None, Some(_)) => recipes::load(session.registry, &dir.recipe_path(), &self.sets.sets)?,
+            (None, None) if self.from.is_some() && dir.is_new() => {
+                let from = self.from.as_ref().expect("it was looked at");
+                recipes::load(session.registry, &self.origin_recipe(from)?, &self.sets.sets)?
+            }
             (None, None) => {
                 return Err(Failure::mistake(format!(
                     "the run in {} was ended before it wrote its recipe",
@@ -202,6 +277,30 @@ impl Args {
     }
 }
 
+/// Reads `RUN`, `RUN@STEP` or `RUN@STAGE:STEP`. A folder may have an `@` in its name.
+fn from(text: &str) -> Result<Parent, String> {
+    let whole = Parent { run: PathBuf::from(text), at: None };
+    let Some((run, at)) = text.rsplit_once('@').filter(|_| !whole.run.is_dir()) else { return Ok(whole) };
+    let (stage, step) = match at.split_once(':') {
+        Some((stage, step)) => (Some(stage.to_owned()), step),
+        None => (None, at),
+    };
+    let step = step.parse().map_err(|_| "expected RUN, RUN@STEP or RUN@STAGE:STEP, with a whole number of steps")?;
+    Ok(Parent { run: PathBuf::from(run), at: Some(At { stage, step }) })
+}
+
+/// What a fork goes on from, for people.
+fn taken_over(origin: &Origin) -> String {
+    let stages = origin.finished_stages.iter().map(|stage| format!("`{stage}` as it ended")).collect::<Vec<_>>();
+    let on = origin.stage.iter().zip(origin.step).map(|(stage, step)| format!("`{stage}` after step {step}"));
+    let parts: Vec<String> = stages.into_iter().chain(on).collect();
+    let mut text = format!("from {}: {}\n", origin.run.display(), parts.join(", "));
+    for line in &origin.differences {
+        text.push_str(&format!("  {line}\n"));
+    }
+    text
+}
+
 /// Says where a run was started, if that is another folder: its recipe's relative paths start from there.
 fn elsewhere(dir: &RunDir) -> Option<String> {
     let started = dir.read_manifest().ok()??.working_directory?;
@@ -221,7 +320,13 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run_on(&self, cx: &Context, plan: Plan, reporter: &mut Reporter) -> CoreResult<Map<String, Value>> {
+    fn run_on(
+        &self,
+        cx: &Context,
+        plan: Plan,
+        origin: Option<Origin>,
+        reporter: &mut Reporter,
+    ) -> CoreResult<Map<String, Value>> {
         let mut sinks: Vec<Box<dyn Sink + '_>> =
             vec![Box::new(MetricsFile::new(self.dir)), Box::new(PicturesFolder::new(self.dir))];
         if self.args.tensorboard {
@@ -235,6 +340,7 @@ impl Job<'_> {
             other_kernels: deviation(self.args.accept_other_kernels),
             lost_metrics: deviation(self.args.accept_lost_metrics),
             workers: self.args.workers.unwrap_or(usize::from(cx.threads() > 1)),
+            origin,
             command_line: self.arguments.iter().map(|argument| argument.to_string_lossy().into_owned()).collect(),
             commit: COMMIT.map(str::to_owned),
             stop: self.stop,
@@ -261,7 +367,12 @@ fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
 fn next_steps(dir: &Path, exported: Option<&str>) -> String {
     let dir = dir.display();
     let export = exported
-        .map(|stage| format!("  maskalign export {dir} --stage {stage} --out student.safetensors\n"))
+        .map(|stage| {
+            format!(
+                "  maskalign features {dir} FOLDER-OF-IMAGES --stage {stage} --out features\n  \
+                 maskalign export {dir} --stage {stage} --out student.safetensors\n"
+            )
+        })
         .unwrap_or_default();
     format!("next:\n  maskalign runs metrics {dir}\n{export}  maskalign runs compare {dir} OTHER-RUN\n")
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 pub use metrics::MetricsFile;
 pub use pictures::PicturesFolder;
-pub use summary::StageSummary;
+pub use summary::{SavedParameter, StageSummary};
 pub use tensorboard::TensorBoardFile;
 
 use crate::{chart::Chart, data::RgbImage, error::Result};

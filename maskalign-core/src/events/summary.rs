@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::components::towers::StudentPlan;
+use crate::{components::towers::StudentPlan, nn::Role};
 
 /// What is known of a stage before its first step.
 ///
@@ -36,6 +36,22 @@ pub struct StageSummary {
     /// The student that the stage leaves.
     #[serde(skip)]
     pub student: Option<StudentPlan>,
+    /// What its checkpoints hold of the models.
+    #[serde(skip)]
+    pub saved: Vec<SavedParameter>,
+}
+
+/// A parameter that checkpoints hold.
+#[derive(Clone, Debug)]
+pub struct SavedParameter {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub dims: Vec<usize>,
+    /// Whose it is.
+    pub role: Role,
+    /// Whether an optimizer updates it: positions may be fixed.
+    pub is_trained: bool,
 }
 
 impl std::fmt::Debug for StageSummary {

@@ -209,9 +209,23 @@ pub fn measured(path: &Path) -> Result<(Vec<Metric>, BadLines), RunError> {
         }
         true
     })?;
+    for metric in results(path)? {
+        if !metrics.iter().any(|known| known.name == metric.name && known.stage == metric.stage) {
+            metrics.push(metric);
+        }
+    }
+    Ok((metrics, bad))
+}
+
+/// The results of a run's finished stages: every number of `summary.json` that says how good something is. What was measured
+/// in the course of a stage, which is a list there, is none of them.
+///
+/// # Errors
+/// The folder is no run's, the run is of an earlier version, or its results are damaged.
+pub fn results(path: &Path) -> Result<Vec<Metric>, RunError> {
+    let mut metrics = Vec::new();
     for (stage, results) in known_run(path)?.read_summary()? {
         let mut open = vec![(String::new(), results)];
-        let mut found = Vec::new();
         while let Some((name, value)) = open.pop() {
             match value {
                 Value::Object(entries) => {
@@ -219,16 +233,12 @@ pub fn measured(path: &Path) -> Result<(Vec<Metric>, BadLines), RunError> {
                     // The last one put in is taken out first.
                     open.extend(entries.into_iter().map(|(key, value)| (below(key), value)).rev());
                 }
-                value => found.extend(value.as_f64().map(|value| (name, value))),
-            }
-        }
-        for (name, value) in found.into_iter().filter(|(name, _)| is_measure(name)) {
-            if !metrics.iter().any(|metric| metric.name == name && metric.stage == stage) {
-                metrics.push(first(&stage, &name, value));
+                value => metrics
+                    .extend(value.as_f64().filter(|_| is_measure(&name)).map(|value| first(&stage, &name, value))),
             }
         }
     }
-    Ok((metrics, bad))
+    Ok(metrics)
 }
 
 fn first(stage: &str, name: &str, value: f64) -> Metric {

@@ -148,7 +148,10 @@ impl RunDir {
     }
 
     /// A run's directory to read from: it is not locked, and nothing in it is changed.
-    pub(super) fn look_at(path: &Path) -> Result<RunDir, RunError> {
+    ///
+    /// # Errors
+    /// The folder is no run's; links where a run has files of its own; an earlier process began to delete it.
+    pub fn look_at(path: &Path) -> Result<RunDir, RunError> {
         let marker = open_plain(&path.join(MARKER), OpenOptions::new().read(true));
         let marker = marker.map_err(|_| RunError::NotARun { path: path.to_owned(), marker: MARKER })?;
         let folder = open_folder(path).map_err(|source| RunError::reading("run directory", path, source))?;
@@ -160,8 +163,13 @@ impl RunDir {
         }
     }
 
+    /// Whether no run was there when the directory was opened.
+    pub fn is_new(&self) -> bool {
+        self.found != Found::Run
+    }
+
     /// Whether another process has the lock. It is not kept, so that a run may begin.
-    pub(super) fn is_in_use(&self) -> bool {
+    pub fn is_in_use(&self) -> bool {
         let in_use = matches!(self.marker.try_lock_shared(), Err(TryLockError::WouldBlock));
         let _ = self.marker.unlock();
         in_use
@@ -351,6 +359,27 @@ impl RunDir {
         let marks = self.marks()?;
         let checked = metrics::check(&self.metrics_path(), &self.mark_at(&marks, records)?, &marks);
         checked.map(drop).map_err(|error| error.advised(RESTORE_METRICS))
+    }
+
+    /// Takes over the first `records` records of another run, with the marks up to there.
+    ///
+    /// # Errors
+    /// These records are not as they were written.
+    pub(crate) fn take_metrics(&self, from: &RunDir, records: u64) -> Result<(), RunError> {
+        from.check_metrics(records)?;
+        if records == 0 {
+            return Ok(());
+        }
+        let mut marks = from.marks()?;
+        let length = from.mark_at(&marks, records)?.bytes;
+        marks.marks.retain(|mark| mark.records <= records);
+        let (source, path) = (from.metrics_path(), self.metrics_path());
+        let reading = |error| RunError::reading("metrics", &source, error);
+        let mut file = open_plain(&source, OpenOptions::new().read(true)).map_err(reading)?;
+        self.writing(|| {
+            atomic_write(&path, "metrics", |out| io::copy(&mut (&mut file).take(length), out).map(drop))?;
+            write_json(&self.marks_path(), "marks", &marks)
+        })
     }
 
     /// Keeps what is valid in `metrics.jsonl` where it is damaged before a checkpoint, and a copy of the whole. Gives the
@@ -546,7 +575,7 @@ impl RunDir {
     }
 
     /// `final.safetensors` of a stage, which must agree with its record.
-    pub(super) fn read_final(&self, stage: &str, finished: &FinishedStage) -> Result<Checkpoint, RunError> {
+    pub(crate) fn read_final(&self, stage: &str, finished: &FinishedStage) -> Result<Checkpoint, RunError> {
         let path = self.final_path(stage)?;
         let left = load(&path)?;
         agrees(&path, &left.header, stage, finished.step)?;
@@ -559,7 +588,7 @@ impl RunDir {
     }
 
     /// A checkpoint that is whole, and that the metrics agree with.
-    pub(super) fn read_checkpoint(&self, stage: &str, step: u64) -> Result<Checkpoint, RunError> {
+    pub(crate) fn read_checkpoint(&self, stage: &str, step: u64) -> Result<Checkpoint, RunError> {
         let path = self.checkpoint_path(stage, step)?;
         let checkpoint = load(&path)?;
         agrees(&path, &checkpoint.header, stage, step)?;

@@ -41,8 +41,28 @@ pub struct Manifest {
     /// The most memory that the process had resident, in MiB, where the system tells; known when it ended.
     #[serde(default)]
     pub peak_memory_mib: Option<f64>,
+    /// The run that it goes on from, where it is a fork.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Each time it was resumed, in order.
     pub resumed: Vec<Resumption>,
+}
+
+/// What a fork took over, and from where.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The directory of the other run.
+    pub run: PathBuf,
+    /// The fingerprint of its recipe.
+    pub fingerprint: String,
+    /// Its stages that were taken over as they were.
+    pub finished_stages: Vec<String>,
+    /// The stage that went on from a checkpoint of it; absent where what follows the finished stages began anew.
+    pub stage: Option<String>,
+    /// Optimizer steps of that checkpoint.
+    pub step: Option<u64>,
+    /// Where the recipes differ, one line each.
+    pub differences: Vec<String>,
 }
 
 impl Manifest {

@@ -30,19 +30,22 @@ mod metrics;
 mod overview;
 mod pictures;
 mod seal;
+mod spread;
 mod stop;
 
 pub use check::{Findings, Item, check};
 pub(crate) use clock::this_moment;
 pub use compare::{
     Aim, BadLines, Difference, Metric, Record, Series, aim, columns, differences, measured, read_records, read_series,
+    results,
 };
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
-pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
+pub use manifest::{DataRecord, FileRecord, Manifest, Origin, Resumption};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{CURVE, PictureFormat, PictureRecord, pictures};
+pub use spread::{Spread, spread};
 pub use stop::{Stop, StopFlag};
 
 pub use crate::{

@@ -1,7 +1,7 @@
-//! Requests to end a run early, raised by signal handlers.
+//! Requests to end a run early, or to save it, raised by signal handlers.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 /// Why a run is asked to end early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +41,7 @@ pub struct StopFlag(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     why: AtomicU8,
+    save: AtomicBool,
     /// Odd while images are waited for; a number for each wait.
     waits: AtomicU64,
 }
@@ -69,6 +70,16 @@ impl StopFlag {
             2 => Some(Stop::Terminate),
             _ => Some(Stop::HangUp),
         }
+    }
+
+    /// Asks for a checkpoint after the step that is being made; a single atomic store. The run goes on.
+    pub fn request_save(&self) {
+        self.0.save.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a checkpoint was asked for since this was last asked.
+    pub fn take_save(&self) -> bool {
+        self.0.save.swap(false, Ordering::SeqCst)
     }
 
     /// Waits for images by `wait`, and lets others see that this is what the run does: a file that never answers keeps it
@@ -100,6 +111,14 @@ mod tests {
             assert_eq!(seen.get(), Some(stop));
             assert_eq!(stop.exit_code(), code);
         }
+    }
+
+    #[test]
+    fn a_request_to_save_is_taken_once_and_ends_nothing() {
+        let flag = StopFlag::new();
+        assert!(!flag.take_save());
+        flag.clone().request_save();
+        assert_eq!((flag.get(), flag.take_save(), flag.take_save()), (None, true, false));
     }
 
     #[test]

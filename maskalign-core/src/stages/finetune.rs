@@ -16,7 +16,7 @@ use super::{
     Data, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
     StageSummary, Task, Training, TrainingStep, branch_scales, keep, memory,
     supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::count_parameters,
+    training::{count_parameters, saved_parameters},
     under,
 };
 use crate::{
@@ -324,6 +324,7 @@ impl FinetunePlan {
     fn summarize(&self, recompute: Recompute, summary: &mut StageSummary) -> Result<()> {
         let mut model = self.model(&Init::shapes(), &TrainedStudents::default())?;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
+        summary.saved = saved_parameters(&mut model);
         let (shape, micro) = (self.supervised.student.shape(), self.supervised.training.batch.micro());
         summary.tokens = Some((shape.tokens(), shape.tokens()));
         let step = TrainingStep {

@@ -14,7 +14,7 @@ use super::{
     Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
     StageRun, StageSummary, Task, Tower, Training, View, keep, memory,
     supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::count_parameters,
+    training::{count_parameters, saved_parameters},
     under,
 };
 use crate::{
@@ -173,6 +173,7 @@ impl LinearProbe {
         let model = plan.model(&Init::shapes(), &TrainedStudents::default());
         let mut model = model.map_err(|error| vec![error.into_refusal()])?;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
+        summary.saved = saved_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
         summary.memory +=
             memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], plan.supervised.training.data.size);

@@ -34,6 +34,7 @@ pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
 pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
 pub use memory::TrainingStep;
+pub use neighbours::nearest_others;
 pub use outline::{OutlineLine, outline};
 pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, PretrainModel};
 pub use quality::Quality;

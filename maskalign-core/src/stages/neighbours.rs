@@ -114,6 +114,31 @@ impl Search {
     }
 }
 
+/// Rows that are searched, and that seek, together.
+const ROWS: usize = 4096;
+
+/// The `k` nearest others of each of some features of length 1, `[rows, width]`: place and cosine, the nearest first. There
+/// are fewer where there are not as many others.
+///
+/// # Errors
+/// Out of memory on the device.
+pub fn nearest_others(cx: &Context, features: &[f32], width: usize, k: usize) -> Result<Vec<Vec<(usize, f32)>>> {
+    // Each is its own nearest, and left out.
+    let mut search = Search::new(k + 1);
+    let blocks = || features.chunks(ROWS * width);
+    for block in blocks() {
+        search.add(cx.tensor(block.to_vec(), block.len() / width, width)?);
+    }
+    for block in blocks() {
+        search.search(cx, &cx.tensor(block.to_vec(), block.len() / width, width)?)?;
+    }
+    let others = |(own, found): (usize, Vec<Neighbour>)| {
+        let found = found.into_iter().map(|one| (one.place as usize, one.similarity));
+        found.filter(|(place, _)| *place != own).take(k).collect()
+    };
+    Ok(search.finish().enumerate().map(others).collect())
+}
+
 impl Group {
     /// Shows one of the searched to all seekers: its similarity to each, and perhaps to seekers of other groups behind them.
     fn meet(&mut self, similarities: &[f32], place: u32, k: usize) {

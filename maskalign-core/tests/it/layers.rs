@@ -21,6 +21,7 @@ const LAYERS: &[&str] = &[
     "stages",
     "kinds",
     "pipeline",
+    "fork",
 ];
 
 /// The modules of its folders, the lowest first.
@@ -48,7 +49,22 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "read",
         ],
     ),
-    ("run", &["clock", "stop", "seal", "metrics", "manifest", "pictures", "directory", "compare", "overview", "check"]),
+    (
+        "run",
+        &[
+            "clock",
+            "stop",
+            "spread",
+            "seal",
+            "metrics",
+            "manifest",
+            "pictures",
+            "directory",
+            "compare",
+            "overview",
+            "check",
+        ],
+    ),
     (
         "components",
         &[

@@ -69,6 +69,7 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
         other_kernels: Deviation::Refused,
         lost_metrics: Deviation::Refused,
         workers: 0,
+        origin: None,
         command_line: Vec::new(),
         commit: None,
         stop: &StopFlag::new(),

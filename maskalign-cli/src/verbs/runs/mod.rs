@@ -71,7 +71,7 @@ fn told(run: &Path, bad: &BadLines) -> Result<(), Failure> {
 }
 
 /// Writes a line of CSV, as RFC 4180 has it.
-fn csv_line(cells: impl IntoIterator<Item = String>) -> String {
+pub(super) fn csv_line(cells: impl IntoIterator<Item = String>) -> String {
     let quoted = |cell: String| match cell.contains([',', '"', '\n', '\r']) {
         true => format!("\"{}\"", cell.replace('"', "\"\"")),
         false => cell,
@@ -80,7 +80,7 @@ fn csv_line(cells: impl IntoIterator<Item = String>) -> String {
 }
 
 /// A value as a cell: text without its quotes, nothing for null.
-fn cell(value: &Value) -> String {
+pub(super) fn cell(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),

@@ -23,7 +23,7 @@ use super::{
     StageSummary, Training, TrainingStep, finish, image_batch, keep,
     knn::{PeriodicKnn, PlannedKnn},
     memory, train,
-    training::count_parameters,
+    training::{count_parameters, saved_parameters},
 };
 use crate::{
     component,
@@ -269,6 +269,7 @@ impl PlannedPretrain {
         let frozen = self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect();
         let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
+        self.summary.saved = saved_parameters(&mut model);
         self.summary.tokens = Some((seen, student.tokens()));
         self.summary.student =
             Some(StudentPlan { tower: Arc::clone(&self.student), reach: self.reach(), init_scope: self.scope.clone() });

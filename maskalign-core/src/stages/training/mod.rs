@@ -6,4 +6,5 @@ mod trainer;
 
 pub use options::{BatchSize, Checkpoints, Length, PlannedTraining, Precision, Training};
 pub use run::{EpochEvaluation, Loop, Trained, finish, train};
+pub(super) use trainer::saved_parameters;
 pub use trainer::{ForwardTimes, MicroBatch, Phases, Step, Task, Term, Trainer, branch_scales, count_parameters};

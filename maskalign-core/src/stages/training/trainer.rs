@@ -20,6 +20,7 @@ use crate::{
         schedules::Schedule,
     },
     error::{Error, Result},
+    events::SavedParameter,
     nn::{BranchScales, Param},
     weights::{TensorData, TensorMap, TensorRef},
 };
@@ -148,6 +149,18 @@ pub fn count_parameters(task: &mut dyn Task) -> (usize, usize) {
         trained += if p.is_trained() { p.len() } else { 0 };
     });
     (all, trained)
+}
+
+/// What checkpoints hold of a task.
+pub(in crate::stages) fn saved_parameters(task: &mut dyn Task) -> Vec<SavedParameter> {
+    let mut all = Vec::new();
+    task.visit(&mut |p| {
+        if p.role().is_saved() {
+            let (name, dims) = (p.name.clone(), p.dims.clone());
+            all.push(SavedParameter { name, dims, role: p.role(), is_trained: p.is_trained() });
+        }
+    });
+    all
 }
 
 /// An optimizer with its state, gradient buffers and schedule.

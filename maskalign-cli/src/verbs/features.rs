@@ -1,0 +1,360 @@
+//! `maskalign features`: what a trained student makes of a folder of images, and which of them are alike.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use clap::ValueEnum;
+use maskalign_core::{
+    Context, Recompute,
+    components::{
+        students::StudentModel,
+        towers::{Environment, MissingWeights, TrainedStudents},
+    },
+    data::Position,
+    error::Error,
+    nn::Init,
+    pipeline::{self, Plan, PlanOptions},
+    run::{Checkpoint, RunDir, StopFlag, atomic_write},
+    stages::{Data, FeatureTap, OpenData, Pooling, Tower, View, image_batch, nearest_others},
+};
+use maskalign_registry::Loaded;
+use serde_json::json;
+
+use super::{machine::Machine, runs::csv_line};
+use crate::{failure::Failure, output, recipes, session::Session, signals, table::count};
+
+const EXAMPLES: &str = "\
+Examples:
+  maskalign features runs/photos ~/photos --out features
+  maskalign features runs/photos ~/photos --out features --neighbours 10 --stage pretrain
+
+In Python: numpy.load(\"features/features.npy\"), a row for each line of features/images.csv.";
+
+/// Images whose neighbours are shown on the page.
+const SHOWN: usize = 24;
+/// Images that go through the student together.
+const BATCH: usize = 32;
+
+/// Compute the features of a folder of images with a trained student, and list which images are alike
+///
+/// Needs no labels. Writes a folder with features.npy (a row of 32-bit numbers for each image), images.csv (the image of each
+/// row), neighbours.csv (for each image those whose features point most in its direction), and neighbours.html, a page that
+/// shows some of them.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The run directory
+    run: PathBuf,
+    /// The folder of images
+    images: PathBuf,
+    /// The folder to write
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// The stage whose student it is [default: the last that trains one]
+    #[arg(long, value_name = "NAME")]
+    stage: Option<String>,
+    /// Neighbours of each image
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    neighbours: usize,
+    /// How the tokens of an image become one feature
+    #[arg(long, value_enum, default_value_t)]
+    pooling: Pooled,
+    /// Replace the files if they are there
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    machine: Machine,
+}
+
+/// How tokens become one feature.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+enum Pooled {
+    /// The mean of the patches' tokens.
+    #[default]
+    Mean,
+    /// The class token.
+    Cls,
+}
+
+/// The features of images that could be read.
+struct Found {
+    names: Vec<String>,
+    features: Vec<f32>,
+    width: usize,
+    skipped: usize,
+}
+
+impl Args {
+    pub(crate) fn run(self, session: &Session) -> Result<(), Failure> {
+        let files = ["features.npy", "images.csv", "neighbours.csv", "neighbours.html"].map(|name| self.out.join(name));
+        if let Some(there) = files.iter().find(|file| file.symlink_metadata().is_ok()).filter(|_| !self.force) {
+            return Err(Failure::mistake(format!("{} is there already", there.display()))
+                .help("name another folder with `--out`, or replace the files with `--force`"));
+        }
+        let dir = RunDir::look_at(&self.run)?;
+        let (loaded, plan) = planned(session, &dir)?;
+        let stage = self.stage(&dir, &plan)?;
+        let cx = self.machine.open()?;
+        let student = student(&cx, &loaded, &plan, &dir, &stage)?;
+        let shape = student.shape();
+        let pooling = match self.pooling {
+            Pooled::Mean => Pooling::Mean,
+            Pooled::Cls => Pooling::Cls,
+        };
+        pooling.check("the student", &shape).map_err(|refusal| Failure::mistake(refusal.message))?;
+        let data = images(&self.images, shape.image_size)?;
+        let stop = StopFlag::new();
+        signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
+        let view = View { pooling, tap: FeatureTap::Block, batch: BATCH };
+        let found = features(&cx, &Tower::Student(&*student), &data, view, &stop)?;
+        let unit = of_length_1(&found)?;
+        let nearest = nearest_others(&cx, &unit, found.width, self.neighbours)?;
+        fs::create_dir_all(&self.out)
+            .map_err(|error| Failure::failed(format!("cannot create {}: {error}", self.out.display())))?;
+        let [npy, list, neighbours, page] = &files;
+        let write = |path: &Path, bytes: &[u8]| atomic_write(path, "features", |file| file.write_all(bytes));
+        write(npy, &as_npy(&found.features, found.width))?;
+        let rows = found.names.iter().enumerate().map(|(row, name)| csv_line([row.to_string(), name.clone()]));
+        write(list, (csv_line(["row", "image"].map(str::to_owned)) + &rows.collect::<String>()).as_bytes())?;
+        write(neighbours, neighbours_csv(&found.names, &nearest).as_bytes())?;
+        write(page, page_of(&found.names, &nearest).as_bytes())?;
+        let skipped = match found.skipped {
+            0 => String::new(),
+            skipped => format!(", {} that could not be read left out", count(skipped as u64)),
+        };
+        Ok(output::print(&format!(
+            "{} images{skipped}, {} numbers each, of the student of `{stage}`\nwrote {}, {}, {}\nto look at: {}\n",
+            count(found.names.len() as u64),
+            found.width,
+            npy.display(),
+            list.display(),
+            neighbours.display(),
+            page.display(),
+        ))?)
+    }
+
+    /// The stage whose student is asked for: it must have ended.
+    fn stage(&self, dir: &RunDir, plan: &Plan) -> Result<String, Failure> {
+        let with_student = plan.summaries().filter(|(_, summary)| summary.student.is_some());
+        let names: Vec<&str> = with_student.map(|(name, _)| name).collect();
+        let has_ended = |name: &&str| dir.is_finished(name).unwrap_or(false);
+        let ended: Vec<&str> = names.iter().copied().filter(|name| has_ended(name)).collect();
+        let shown = self.run.display();
+        match &self.stage {
+            Some(stage) if ended.contains(&stage.as_str()) => Ok(stage.clone()),
+            Some(stage) if names.contains(&stage.as_str()) => {
+                Err(Failure::mistake(format!("stage `{stage}` of {shown} has not ended"))
+                    .help(format!("go on with it: maskalign run --resume {shown}")))
+            }
+            Some(stage) => Err(Failure::mistake(format!("{shown} has no stage `{stage}` that trains a student"))
+                .help(format!("stages that do: {}", names.join(", ")))),
+            None => match ended.last() {
+                Some(stage) => Ok((*stage).to_owned()),
+                None => Err(Failure::mistake(format!("no stage of {shown} has left a student"))
+                    .help(format!("go on with it: maskalign run --resume {shown}"))),
+            },
+        }
+    }
+}
+
+/// The recipe of a run, and the plan of its stages, whatever became of its data.
+fn planned(session: &Session, dir: &RunDir) -> Result<(Loaded, Plan), Failure> {
+    let path = dir.recipe_path();
+    let loaded = recipes::load_anywhere(session.registry, &path, &[])?;
+    let options = PlanOptions {
+        environment: Environment::Ignored,
+        missing_weights: MissingWeights::Random,
+        recompute: Recompute::Never,
+    };
+    let plan =
+        pipeline::plan(loaded.recipe(), options).map_err(|refusals| Failure::Recipe(loaded.locate_all(&refusals)))?;
+    Ok((loaded, plan))
+}
+
+/// The student that a stage left.
+fn student(
+    cx: &Context,
+    loaded: &Loaded,
+    plan: &Plan,
+    dir: &RunDir,
+    stage: &str,
+) -> Result<Box<dyn StudentModel>, Failure> {
+    let mut trained = TrainedStudents::default();
+    let mut found = None;
+    for (name, summary) in plan.summaries() {
+        let Some(student) = &summary.student else { continue };
+        if dir.is_finished(name)? {
+            let left = Checkpoint::load_parameters(&dir.final_path(name)?)?;
+            trained.insert(name, Arc::new(left.into_parameters().0));
+        }
+        if name == stage {
+            found = Some(student);
+            break;
+        }
+    }
+    let Some(found) = found else { return Err(Failure::mistake(format!("stage `{stage}` trains no student"))) };
+    let init = Init::new(cx.device(), loaded.recipe().seed, &*found.init_scope);
+    let mut model = found.tower.build(&init, &trained)?;
+    model.set_reach(found.reach);
+    model.load(trained.get(stage)?).map_err(Error::from)?;
+    Ok(model)
+}
+
+/// The images of a folder, at the size that the student runs at.
+fn images(folder: &Path, size: usize) -> Result<OpenData, Failure> {
+    let data = json!({
+        "dataset": { "type": "image_folder", "root": folder.to_string_lossy() },
+        "transforms": [{ "type": "resize", "size": size }, { "type": "center_crop", "size": size }],
+        "on_error": "skip",
+    });
+    let data: Data = serde_json::from_value(data).expect("what a recipe may say");
+    let planned = data.plan(Environment::Checked).map_err(|refusal| {
+        let failure = Failure::mistake(refusal.message);
+        match refusal.help {
+            Some(help) => failure.help(help),
+            None => failure,
+        }
+    })?;
+    Ok(planned.open()?.clone())
+}
+
+/// One feature for each image that can be read.
+fn features(cx: &Context, tower: &Tower, data: &OpenData, view: View, stop: &StopFlag) -> Result<Found, Failure> {
+    let mut found = Found { names: Vec::new(), features: Vec::new(), width: 0, skipped: 0 };
+    let loader = data.pass(view.batch, 1).map_err(|refusal| Failure::mistake(refusal.message))?;
+    let mut batches = loader.batches(Position::default(), None);
+    while let Some(batch) = stop.while_waiting(|| batches.next()) {
+        let mut batch = batch.map_err(Error::from)?;
+        found.names.extend(batch.indices.iter().map(|place| data.images.name(*place)));
+        let features = tower.features(cx, &image_batch(&mut batch), view)?;
+        found.width = features.columns();
+        found.features.extend_from_slice(&features.values());
+        if let Some(stop) = stop.get() {
+            return Err(Failure::Told(stop.exit_code()));
+        }
+    }
+    found.skipped = data.images.len() - found.names.len();
+    match found.names.is_empty() {
+        true => Err(Failure::mistake("none of the images can be read")),
+        false => Ok(found),
+    }
+}
+
+/// The features divided by their lengths.
+fn of_length_1(found: &Found) -> Result<Vec<f32>, Failure> {
+    let mut unit = found.features.clone();
+    for row in unit.chunks_exact_mut(found.width) {
+        let length = row.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt().max(1e-12);
+        if !length.is_finite() {
+            return Err(Failure::failed("a feature is not finite: the weights of the student are no good"));
+        }
+        for value in row {
+            *value = (f64::from(*value) / length) as f32;
+        }
+    }
+    Ok(unit)
+}
+
+/// Rows of 32-bit numbers as numpy's format 1.0: a magic number, the length of the header, the header padded to 64 bytes.
+fn as_npy(values: &[f32], width: usize) -> Vec<u8> {
+    let header =
+        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {width}), }}", values.len() / width.max(1));
+    let start = 10;
+    let padded = (start + header.len() + 1).next_multiple_of(64) - start;
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((padded as u16).to_le_bytes());
+    bytes.extend(format!("{header:<width$}\n", width = padded - 1).bytes());
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
+}
+
+fn neighbours_csv(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
+    let mut out = csv_line(["image", "rank", "neighbour", "similarity"].map(str::to_owned));
+    for (name, nearest) in names.iter().zip(nearest) {
+        for (rank, (place, similarity)) in nearest.iter().enumerate() {
+            let cells = [name.clone(), (rank + 1).to_string(), names[*place].clone(), similarity.to_string()];
+            out.push_str(&csv_line(cells));
+        }
+    }
+    out
+}
+
+/// A page with some images, equally spaced, each before its neighbours. It shows the files where they are.
+fn page_of(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
+    let mut out = "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Neighbours</title>\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n\
+         <style>:root{color-scheme:light dark}body{font:14px system-ui,sans-serif;margin:1em}\n\
+         div{display:flex;gap:6px;overflow-x:auto;margin-bottom:10px}figure{margin:0;width:110px;flex:none}\n\
+         figure:first-child{margin-right:16px}img{width:110px;height:110px;object-fit:cover}\n\
+         figcaption{font-size:11px;overflow-wrap:anywhere}</style>\n\
+         <p>Each image on the left, and the images whose features are most alike, with their cosine.</p>\n"
+        .to_owned();
+    let figure = |out: &mut String, name: &str, says: &str| {
+        let _ = write!(
+            out,
+            "<figure><img loading=\"lazy\" src=\"{}\" alt=\"\"><figcaption>{says}{}</figcaption></figure>",
+            url(name),
+            escaped(name.rsplit(['/', '\\']).next().unwrap_or(name))
+        );
+    };
+    let shown = SHOWN.min(names.len());
+    for at in (0..shown).map(|at| at * names.len() / shown) {
+        out.push_str("<div>");
+        figure(&mut out, &names[at], "");
+        for (place, similarity) in &nearest[at] {
+            figure(&mut out, &names[*place], &format!("{similarity:.2} "));
+        }
+        out.push_str("</div>\n");
+    }
+    out + "</html>\n"
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+/// The address of a file for a browser.
+fn url(path: &str) -> String {
+    let path = fs::canonicalize(path).map_or_else(|_| path.to_owned(), |path| path.to_string_lossy().into_owned());
+    let mut out = "file://".to_owned();
+    for byte in path.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => out.push(char::from(byte)),
+            _ => {
+                let _ = write!(out, "%{byte:02X}");
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_what_numpy_reads() {
+        let bytes = as_npy(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3);
+        assert_eq!((&bytes[..8], bytes.len()), (&b"\x93NUMPY\x01\x00"[..], 128 + 24));
+        let header = usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+        let text = std::str::from_utf8(&bytes[10..10 + header]).expect("text");
+        assert!(
+            text.starts_with("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }") && text.ends_with('\n')
+        );
+        assert_eq!(bytes[128..132], 1.0_f32.to_le_bytes());
+    }
+
+    #[test]
+    fn a_page_shows_each_image_before_its_neighbours() {
+        let names = ["a b.png", "c<d>.png"].map(str::to_owned);
+        let page = page_of(&names, &[vec![(1, 0.5)], vec![(0, 0.5)]]);
+        assert!(page.contains("src=\"file://a%20b.png\"") && page.contains("0.50 c&lt;d&gt;.png"), "{page}");
+        let csv = neighbours_csv(&names, &[vec![(1, 0.5)], vec![]]);
+        assert_eq!(csv, "image,rank,neighbour,similarity\na b.png,1,c<d>.png,0.5\n");
+    }
+}
