@@ -302,10 +302,12 @@ fn sentence(result: &Value) -> String {
     parts.join(", ")
 }
 
-/// A value of a result by its path: accuracies as per cent, other fractions with four digits.
+/// A value of a result by its path: accuracies and their deviations as per cent, other fractions with four digits.
 pub(crate) fn number(path: &str, value: &Value) -> String {
     match value.as_f64() {
-        Some(share) if path.contains("accuracy") || path.contains("by_k.") => percent(share),
+        Some(share) if path.contains("accuracy") || path.contains("by_k.") || path.ends_with("deviation") => {
+            percent(share)
+        }
         Some(number) if value.is_f64() && number.fract() != 0.0 => format!("{number:.4}"),
         Some(number) if value.is_f64() => format!("{number}"),
         _ => match value {
@@ -327,6 +329,8 @@ mod tests {
         assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
         assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
         assert_eq!(sentence(&json!({ "loss": 0.5, "knn": [{ "accuracy": 0.5 }] })), "loss 0.5000");
+        let few = json!({ "student": { "1_per_class": { "accuracy": 0.5, "deviation": 0.015 } } });
+        assert_eq!(sentence(&few), "student 1_per_class accuracy 50.0 %, student 1_per_class deviation 1.5 %");
         let by_k = json!({ "student": { "accuracy": 0.5, "by_k": { "10": 0.5, "20": 0.25 } } });
         assert_eq!(sentence(&by_k), "student by_k 10 50.0 %, student by_k 20 25.0 %");
     }

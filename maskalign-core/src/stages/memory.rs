@@ -2,7 +2,7 @@
 
 use maskalign_engine::Recompute;
 
-use super::StageSummary;
+use super::{StageSummary, logistic::HISTORY};
 use crate::components::towers::TowerShape;
 
 /// Bytes of a value.
@@ -129,6 +129,47 @@ pub(super) fn ranking(
     let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
     let ranked = (ranked_rows(searched).min(seekers) * searched) as u64;
     held + FLOAT * (parameters + BATCHES * batch(images, size) + passing.max(ranked)) + BASE
+}
+
+/// Classifiers that are fitted to the features of a few images by logistic regression.
+#[derive(Clone, Copy)]
+pub(super) struct Fits {
+    /// Images that the classifiers are fitted to, together.
+    pub images: usize,
+    /// Images that one of them is fitted to, at most.
+    pub most: usize,
+    /// Classes that they tell apart.
+    pub classes: usize,
+    /// Classifiers of each level.
+    pub fits: usize,
+    /// Images that they classify.
+    pub tested: usize,
+}
+
+impl Fits {
+    /// Bytes for towers with their levels, and for pixels, images of `size` pixels going through `batch` at a time. They
+    /// follow one another.
+    pub(super) fn bytes(&self, towers: &[(TowerShape, usize)], pixels: bool, size: usize, images: usize) -> u64 {
+        let raw = batch(1, size) as usize;
+        let fitted = towers.iter().map(|(tower, levels)| self.of_features(tower.arch.dim, *levels));
+        let fitted = fitted.chain(pixels.then(|| self.of_features(raw, 1))).max().unwrap_or(0);
+        let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+        let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
+        fitted + FLOAT * (held + BATCHES * batch(images, size) + passing) + BASE
+    }
+
+    /// Bytes for features of `width` values at so many levels: the classifiers, with the larger of two: the features that they
+    /// are fitted to, once more those of one of them, and its search for the optimum; and a block of those that are classified.
+    fn of_features(&self, width: usize, levels: usize) -> u64 {
+        let classifier = 8 * ((width + 1) * self.classes) as u64;
+        // The steps and changes that directions come from, the point, the next, their gradients and what leads from one to
+        // the other.
+        let search = classifier * (2 * HISTORY as u64 + 6) + 8 * (self.most * self.classes) as u64;
+        let fitting = FLOAT * ((levels * self.images + self.most) * width) as u64 + search;
+        let block = block_rows(width).min(self.tested.max(self.images));
+        let classifying = FLOAT * ((levels + 1) * block * width + levels * self.fits * self.tested) as u64;
+        (levels * self.fits) as u64 * classifier + fitting.max(classifying)
+    }
 }
 
 /// Seekers whose similarities to all of `searched` images are held at once.

@@ -69,6 +69,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
         "stages",
         &[
             "outline",
+            "logistic",
             "memory",
             "eigenvalues",
             "data",
@@ -83,6 +84,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "evaluate",
             "quality",
             "retrieval",
+            "few_shot",
             "pretrain",
         ],
     ),
