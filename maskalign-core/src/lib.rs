@@ -88,7 +88,7 @@ pub mod prelude {
             tokens::{Masks, TokenKind, Tokens},
             towers::{
                 Environment, MissingWeights, PlanContext, PlannedTower, StudentPlan, Tap, TowerOptions, TowerShape,
-                TrainedStudents, input,
+                TrainedStudents, input, timm_config,
             },
         },
         data::{DataError, Dataset, Images, Position, RgbImage, Transform},

@@ -19,5 +19,6 @@ mod report;
 mod robustness;
 mod run_tables;
 mod runs;
+mod sources;
 mod state;
 mod support;

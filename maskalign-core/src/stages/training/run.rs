@@ -7,13 +7,14 @@ use serde_json::Value;
 
 use super::{MicroBatch, PlannedTraining, Step, Task, Trainer};
 use crate::{
+    components::towers::timm_config,
     data::Batch,
     error::{Error, Result},
     events::{Evaluation, Event, Mark, StepReport, StepSeconds},
     nn::Role,
     run::{Checkpoint, CheckpointHeader, Retention},
     stages::{StageRun, image_batch},
-    weights::{TensorMap, TensorRef},
+    weights::{NOTED_TOWER, TRAINED_BLOCKS, TensorMap, TensorRef},
 };
 
 /// What a training loop is told besides the run.
@@ -76,6 +77,9 @@ struct Notes {
     unmeasured: bool,
     /// Places of the images that could not be read so far.
     skipped: BTreeSet<usize>,
+    /// The student, for whoever takes the checkpoint as weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tower: Option<Value>,
 }
 
 /// What a training loop leaves besides the task.
@@ -123,6 +127,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         }
         tracing::info!("stage `{}` goes on from step {}", run.name, trainer.updates);
     }
+    notes.tower = tower_of(task);
     let start = trainer.updates;
     let mut last_saved = (start > 0).then_some(start);
     // A kill may have come between a checkpoint and the deletion of those that it replaces.
@@ -249,6 +254,16 @@ fn save(run: &mut StageRun, task: &mut dyn Task, trainer: &Trainer, notes: &Note
     Ok(run.dir.prune_checkpoints(run.name, retention)?)
 }
 
+/// What checkpoints note of the student.
+fn tower_of(task: &dyn Task) -> Option<Value> {
+    let (tower, reach) = task.tower()?;
+    let mut noted = timm_config(&tower);
+    if reach.blocks < tower.arch.depth {
+        noted[TRAINED_BLOCKS] = reach.blocks.into();
+    }
+    Some(noted)
+}
+
 fn header(run: &StageRun, task: &mut dyn Task, step: u64, meta: Value) -> CheckpointHeader {
     let mut student = Vec::new();
     task.visit(&mut |p| {
@@ -292,7 +307,8 @@ pub fn finish(run: &StageRun, task: &mut dyn Task, trainer: Trainer, trained: &T
             weights.insert(p.name.clone(), p.to_host());
         }
     });
-    let header = header(run, task, step, Value::Null);
+    let meta = tower_of(task).map_or(Value::Null, |tower| serde_json::json!({ NOTED_TOWER: tower }));
+    let header = header(run, task, step, meta);
     run.dir.finish_stage(&header, &TensorRef::all_of(&weights), trained.results.clone())?;
     weights.retain(|name, _| header.student.contains(name));
     Ok(Arc::new(weights))
