@@ -56,6 +56,13 @@ pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]:
     FLOAT * (plan.parameters as u64 + trained + images + 4 * features + pass(tower, micro.min(at_a_time), 1)) + BASE
 }
 
+/// Bytes for a probe at several rates: the features of so many images, and a pass of some of them at a time; training on
+/// features needs little.
+pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_size: usize) -> u64 {
+    let held = (features * tower.arch.dim) as u64;
+    FLOAT * (held + weights(tower) + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
+}
+
 /// Bytes for the classes of images, some at a time.
 pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
     let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
@@ -112,8 +119,8 @@ impl NeighbourSearch {
     }
 }
 
-/// Bytes for the features of so many searched images and seekers at the towers' levels and as pixels, `images` at a time, and
-/// for the similarities of some seekers to all that is searched.
+/// Bytes for the features of so many searched images at the towers' levels and as pixels, `images` at a time, and for the
+/// similarities of some seekers to all of them, with what they are sorted in.
 pub(super) fn ranking(
     towers: &[(TowerShape, usize)],
     pixels: bool,
@@ -122,12 +129,13 @@ pub(super) fn ranking(
     images: usize,
 ) -> u64 {
     let raw = batch(1, size) as usize;
-    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + seekers) * width) as u64;
+    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + block_rows(width)) * width) as u64;
     let held = towers.iter().map(|(tower, levels)| of_features(tower.arch.dim, *levels));
     let held = held.chain(pixels.then(|| of_features(raw, 1))).max().unwrap_or(0);
     let parameters: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
     let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
-    let ranked = (ranked_rows(searched).min(seekers) * searched) as u64;
+    // A similarity is sorted beside whether it is of an image of the class: on some threads at a time.
+    let ranked = ((ranked_rows(searched).min(seekers).min(images) + 2 * THREADS) * searched) as u64;
     held + FLOAT * (parameters + BATCHES * batch(images, size) + passing.max(ranked)) + BASE
 }
 
@@ -171,6 +179,9 @@ impl Fits {
         (levels * self.fits) as u64 * classifier + fitting.max(classifying)
     }
 }
+
+/// Threads that an estimate counts with where each needs room of its own.
+const THREADS: usize = 4;
 
 /// Seekers whose similarities to all of `searched` images are held at once.
 pub(super) fn ranked_rows(searched: usize) -> usize {

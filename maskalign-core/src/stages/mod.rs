@@ -18,6 +18,7 @@ mod memory;
 mod neighbours;
 mod outline;
 mod pretrain;
+mod probe_sweep;
 mod quality;
 mod retrieval;
 mod supervised;

@@ -135,7 +135,7 @@ fn sketch_all(
 ) -> Result<usize> {
     let cx = run.cx;
     let mut blocks = Blocks::default();
-    let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
+    let seen = each_batch(run, tower, data, view, levels, &mut |level, state, _| {
         let features = state.pooled(cx, view.pooling)?;
         if sketches.len() <= level {
             sketches.push(Sketch::new(features.columns()));

@@ -80,6 +80,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "supervised",
             "knn",
             "finetune",
+            "probe_sweep",
             "linear_probe",
             "evaluate",
             "quality",

@@ -129,7 +129,7 @@ fn stages_conform_on_an_earlier_stages_student() {
     passes(check_as(Kind::Stage, &format!("{{ type: evaluate, classifier: {{ stage: finetune }}, {evaluated} }}")));
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
         eval: { dataset: { type: sample, split: test } }, student: { type: vit, weights: { stage: pretrain } }";
-    for rest in ["", ", pooling: mean, tap: block"] {
+    for rest in ["", ", pooling: mean, tap: block", ", base_lrs: [0.01, 0.1]"] {
         passes(check_as(
             Kind::Stage,
             &format!(
