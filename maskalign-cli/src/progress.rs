@@ -12,7 +12,7 @@ use maskalign_core::{
     events::{Event, Mark, Sink, StepReport},
     stages::StageSummary,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     output,
@@ -157,10 +157,7 @@ impl Sink for &mut Reporter {
             Event::StageStarted { stage, summary } => self.stage(stage, summary),
             Event::Step(report) => self.step(report),
             Event::Evaluated(evaluation) => {
-                let mut result = evaluation.result.clone();
-                if let Value::Object(result) = &mut result {
-                    result.shift_insert(0, "epoch".into(), evaluation.epoch.into());
-                }
+                let result = json!({ "epoch": evaluation.epoch, evaluation.name.as_str(): evaluation.result });
                 self.result(&evaluation.stage, &result);
             }
             Event::Result { stage, result } => {
@@ -320,8 +317,6 @@ pub(crate) fn number(path: &str, value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

@@ -4,6 +4,7 @@ mod bad_input;
 mod cli;
 mod corpus;
 mod docs;
+mod evaluations;
 mod exact;
 mod files;
 mod init;

@@ -12,14 +12,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Data, OpenData, Outcome, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, OpenData, Outcome, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::{PlannedSides, Sides},
     features::extract_blocks,
     logistic::{Examples, Logistic},
     measured::{MeasuredTowers, PlannedTowers},
     memory::Fits,
 };
-use crate::{component, error::Result, events::Event, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    events::Event,
+    register,
+};
 
 /// Draws of training images: an accuracy is the mean over them.
 const SUBSETS: usize = 3;
@@ -104,8 +110,9 @@ impl Amount {
     }
 }
 
-impl Stage for FewShot {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl FewShot {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(&self, cx: &StageContext, trained: Option<&StudentPlan>) -> Result<PlannedFewShot, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
@@ -127,7 +134,7 @@ impl Stage for FewShot {
             }
         }
         let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
         if !refusals.is_empty() {
             return Err(refusals);
@@ -140,7 +147,27 @@ impl Stage for FewShot {
             tested: sides.lengths()[1],
         };
         summary.memory += fits.bytes(&towers.shapes(), towers.pixels(), size, shared.batch);
-        Ok(Box::new(PlannedFewShot { summary, sides, towers, amounts, penalty: own.penalty }))
+        Ok(PlannedFewShot { summary, sides, towers, amounts, penalty: own.penalty })
+    }
+}
+
+impl Stage for FewShot {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedFewShot {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
     }
 }
 

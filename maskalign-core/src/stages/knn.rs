@@ -6,14 +6,20 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Data, FeatureTap, Outcome, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, FeatureTap, Outcome, PlannedJudge, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower,
+    View,
     data::{PlannedSides, Sides},
     features::extract_blocks,
     measured::{MeasuredTowers, PlannedTowers, batch},
     memory::NeighbourSearch,
     neighbours::{Neighbour, Search},
 };
-use crate::{component, components::students::StudentModel, error::Result, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    register,
+};
 
 /// Divisor of similarities before they are exponentiated into votes.
 const TEMPERATURE: f64 = 0.07;
@@ -196,8 +202,9 @@ struct PlannedKnnStage {
     k: Vec<usize>,
 }
 
-impl Stage for Knn {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl Knn {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(&self, cx: &StageContext, trained: Option<&StudentPlan>) -> Result<PlannedKnnStage, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
@@ -213,13 +220,33 @@ impl Stage for Knn {
             options.record(sides, cx.name, &mut summary);
         }
         let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
         let [_, seekers] = sides.lengths();
         let k = own.k.iter().copied().max().unwrap_or(1);
         let search = NeighbourSearch { seekers, k, image_size: size, images: shared.batch };
         summary.memory += search.bytes(&towers.shapes(), towers.pixels());
-        Ok(Box::new(PlannedKnnStage { summary, sides, towers, k: own.k.clone() }))
+        Ok(PlannedKnnStage { summary, sides, towers, k: own.k.clone() })
+    }
+}
+
+impl Stage for Knn {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedKnnStage {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
     }
 }
 
@@ -229,11 +256,22 @@ impl PlannedStage for PlannedKnnStage {
     }
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
-            let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k)?;
-            Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
-        })?;
+        let results =
+            self.towers.measure(&mut run, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))?;
         Ok(Outcome { results, student: None })
+    }
+}
+
+impl PlannedKnnStage {
+    fn measure(
+        &self,
+        run: &mut StageRun,
+        tower: &Tower,
+        view: View,
+        levels: Option<&[LevelRef]>,
+    ) -> Result<Vec<Value>> {
+        let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k)?;
+        Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
     }
 }
 

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     component,
     components::{
+        students::StudentModel,
         teachers::{PlannedTeacher, TeacherBuild},
         towers::{Environment, MissingWeights, PlanContext, StudentPlan, Tap, TowerShape},
     },
@@ -157,9 +158,19 @@ struct MeasuredTeacher {
 }
 
 impl MeasuredTowers {
-    /// Plans the towers for images of `size` pixels. Every refusal is noted; `None` where there is one.
-    pub(super) fn plan(&self, cx: &StageContext, size: usize, refusals: &mut Vec<Refusal>) -> Option<PlannedTowers> {
+    /// Plans the towers for images of `size` pixels, or `trained`, a student in training, in place of any. Every refusal is
+    /// noted; `None` where there is one.
+    pub(super) fn plan(
+        &self,
+        cx: &StageContext,
+        trained: Option<&StudentPlan>,
+        size: usize,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<PlannedTowers> {
         let towers = cx.towers(size);
+        if let Some(trained) = trained {
+            return self.plan_trained(trained, refusals);
+        }
         let student = self.student.as_ref().and_then(|student| {
             let planned = student.plan(&towers, cx.name).map_err(|refusal| refusal.under("student"));
             keep(refusals, planned)
@@ -199,6 +210,27 @@ impl MeasuredTowers {
         }
         let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
         let planned = PlannedTowers { student, baselines: self.baselines.clone(), teachers, view };
+        refusals.is_empty().then_some(planned)
+    }
+
+    /// Plans to measure a student in training alone.
+    fn plan_trained(&self, trained: &StudentPlan, refusals: &mut Vec<Refusal>) -> Option<PlannedTowers> {
+        let given = [
+            ("student", self.student.is_some()),
+            ("baselines", !self.baselines.is_empty()),
+            ("teachers", !self.teachers.is_empty()),
+        ];
+        for (option, _) in given.into_iter().filter(|(_, is_given)| *is_given) {
+            let refusal =
+                Refusal::new(option, "in the course of training, the student that is trained is judged alone");
+            refusals.push(refusal.help("leave this out, or judge in a stage of its own after the training"));
+        }
+        keep(refusals, check_levels(self.levels.as_ref(), self.pooling));
+        let (shape, blocks) = (trained.shape(), trained.reach.blocks);
+        let levels = self.check_tower("the student", &shape, blocks, refusals);
+        let student = MeasuredStudent { stage: None, plan: trained.clone(), levels };
+        let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
+        let planned = PlannedTowers { student: Some(student), baselines: Vec::new(), teachers: Vec::new(), view };
         refusals.is_empty().then_some(planned)
     }
 
@@ -268,6 +300,16 @@ impl PlannedTowers {
     /// Whether pixels are measured too.
     pub(super) fn pixels(&self) -> bool {
         self.baselines.contains(&Baseline::Pixels)
+    }
+
+    /// Measures a student in training: the result, by level where levels are asked for.
+    pub(super) fn judge(&self, run: &mut StageRun, student: &dyn StudentModel, measure: Measure) -> Result<Value> {
+        let levels = self.student.as_ref().and_then(|student| student.levels.as_deref());
+        let measured = measure(run, &Tower::Student(student), self.view, levels)?;
+        Ok(match levels {
+            None => measured.into_iter().next().unwrap_or_default(),
+            Some(levels) => levels.iter().map(ToString::to_string).zip(measured).collect(),
+        })
     }
 
     /// Builds one tower after another and measures it: `measure` gives the result of each level, or of the last alone.

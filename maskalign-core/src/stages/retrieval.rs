@@ -15,13 +15,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Data, Outcome, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, Outcome, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::{PlannedSides, Sides},
     features::{each_batch, extract_blocks, scale_to_length_1},
     measured::{MeasuredTowers, PlannedTowers},
     memory,
 };
-use crate::{component, error::Result, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    register,
+};
 
 /// Mean average precision of the images of a query's class among all images of a gallery, ranked by the cosine similarity of
 /// features.
@@ -50,8 +55,13 @@ struct PlannedRetrieval {
     towers: PlannedTowers,
 }
 
-impl Stage for Retrieval {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl Retrieval {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(
+        &self,
+        cx: &StageContext,
+        trained: Option<&StudentPlan>,
+    ) -> Result<PlannedRetrieval, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
@@ -62,10 +72,30 @@ impl Stage for Retrieval {
             summary.images = sides.searched.opened().map(|_| sides.lengths().iter().sum());
         }
         let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
         summary.memory += memory::ranking(&towers.shapes(), towers.pixels(), sides.lengths(), size, shared.batch);
-        Ok(Box::new(PlannedRetrieval { summary, sides, towers }))
+        Ok(PlannedRetrieval { summary, sides, towers })
+    }
+}
+
+impl Stage for Retrieval {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedRetrieval {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
     }
 }
 
