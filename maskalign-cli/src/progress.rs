@@ -12,7 +12,7 @@ use maskalign_core::{
     events::{Event, Mark, Sink, StepReport},
     stages::StageSummary,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     output,
@@ -157,10 +157,7 @@ impl Sink for &mut Reporter {
             Event::StageStarted { stage, summary } => self.stage(stage, summary),
             Event::Step(report) => self.step(report),
             Event::Evaluated(evaluation) => {
-                let mut result = evaluation.result.clone();
-                if let Value::Object(result) = &mut result {
-                    result.shift_insert(0, "epoch".into(), evaluation.epoch.into());
-                }
+                let result = json!({ "epoch": evaluation.epoch, evaluation.name.as_str(): evaluation.result });
                 self.result(&evaluation.stage, &result);
             }
             Event::Result { stage, result } => {
@@ -302,10 +299,12 @@ fn sentence(result: &Value) -> String {
     parts.join(", ")
 }
 
-/// A value of a result by its path: accuracies as per cent, other fractions with four digits.
+/// A value of a result by its path: accuracies and their deviations as per cent, other fractions with four digits.
 pub(crate) fn number(path: &str, value: &Value) -> String {
     match value.as_f64() {
-        Some(share) if path.contains("accuracy") || path.contains("by_k.") => percent(share),
+        Some(share) if path.contains("accuracy") || path.contains("by_k.") || path.ends_with("deviation") => {
+            percent(share)
+        }
         Some(number) if value.is_f64() && number.fract() != 0.0 => format!("{number:.4}"),
         Some(number) if value.is_f64() => format!("{number}"),
         _ => match value {
@@ -318,8 +317,6 @@ pub(crate) fn number(path: &str, value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -327,6 +324,8 @@ mod tests {
         assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
         assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
         assert_eq!(sentence(&json!({ "loss": 0.5, "knn": [{ "accuracy": 0.5 }] })), "loss 0.5000");
+        let few = json!({ "student": { "1_per_class": { "accuracy": 0.5, "deviation": 0.015 } } });
+        assert_eq!(sentence(&few), "student 1_per_class accuracy 50.0 %, student 1_per_class deviation 1.5 %");
         let by_k = json!({ "student": { "accuracy": 0.5, "by_k": { "10": 0.5, "20": 0.25 } } });
         assert_eq!(sentence(&by_k), "student by_k 10 50.0 %, student by_k 20 25.0 %");
     }

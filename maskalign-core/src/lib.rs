@@ -90,7 +90,7 @@ pub mod prelude {
             tokens::{Masks, TokenKind, Tokens},
             towers::{
                 Environment, MissingWeights, PlanContext, PlannedTower, StudentPlan, Tap, TowerOptions, TowerShape,
-                TrainedStudents, input,
+                TrainedStudents, input, timm_config,
             },
         },
         data::{DataError, Dataset, Images, Position, RgbImage, Transform},
@@ -104,9 +104,9 @@ pub mod prelude {
         register, register_naming,
         stages::{
             Bank, Classify, Data, FeatureTap, Loop, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedClassifier,
-            PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun, StageSummary, Task,
-            Tower, Training, View, accuracy, class_targets, count_parameters, extract, finish, image_batch, keep,
-            train,
+            PlannedData, PlannedJudge, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
+            StageSummary, Task, Tower, Training, View, accuracy, class_targets, count_parameters, extract, finish,
+            image_batch, keep, train,
         },
         weights::Family,
     };

@@ -170,10 +170,14 @@ fn weights_that_do_not_fit_are_known_before_the_run_directory_is_made() {
         )
     };
     let own = "run/checkpoints/pretrain/final.safetensors";
+    // A checkpoint says what it holds; another file has names and shapes alone.
+    let tensors = weights::read(&sandbox.work().join(own)).expect("weights");
+    weights::write_safetensors(&sandbox.work().join("plain"), &tensors, None).expect("written");
     for (set, says) in [
         (arch(24, "garbage"), "neither safetensors nor"),
-        (arch(32, own), "the weights in run/checkpoints/pretrain/final.safetensors do not fit:"),
-        (arch(32, own), "`blocks.0.norm1.bias` is [24], expected [32]"),
+        (arch(32, own), "`arch` has 32 channels, 128 channels inside the MLP, and the tower in `weights` 24, 96"),
+        (arch(32, "plain"), "the weights in plain do not fit:"),
+        (arch(32, "plain"), "`blocks.0.norm1.bias` is [24], expected [32]"),
         (
             "stages.finetune.student={type: vit, arch: {dim: 24, depth: 2, heads: 2, patch: 7}, weights: nothing}"
                 .into(),

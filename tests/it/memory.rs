@@ -107,3 +107,10 @@ fn nearest_neighbours_at_every_level() {
     );
     compare("quickstart", &[&stages], &[]);
 }
+
+#[test]
+fn retrieval() {
+    let stages = "stages={retrieval: {type: retrieval, gallery: {dataset: {type: sample, split: train}}, \
+                  queries: {dataset: {type: sample, split: test}}, baselines: [pixels]}}";
+    compare("quickstart", &[stages], &[]);
+}

@@ -121,6 +121,18 @@ impl<'o> Beside<'o> {
         self
     }
 
+    /// With the option `layer_scale`.
+    #[must_use]
+    pub fn layer_scale(mut self) -> Self {
+        let layer_scale = self.description.layer_scale.take();
+        // Only that there are scales matters: their values are those of the weights.
+        match self.options.get("layer_scale") {
+            None => self.option("layer_scale", layer_scale, |value| json!(value)),
+            Some(_) => {}
+        }
+        self
+    }
+
     /// Without that option: the tower has a class token.
     #[must_use]
     pub fn class_token(mut self) -> Self {

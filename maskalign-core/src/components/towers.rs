@@ -9,6 +9,7 @@ use std::{
 
 use maskalign_engine::{Context, ImageBatch, Result, Tape, Tensor, ops::Act};
 use maskalign_registry::{Kind, Refusal, Weights};
+use serde_json::{Value, json};
 
 use crate::{
     component,
@@ -111,6 +112,50 @@ impl TowerShape {
         self.grid.patches() + usize::from(self.cls_token)
     }
 }
+
+/// A tower as timm's `config.json` describes it: what checkpoints note of a student, and exports have beside them.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
+/// let noted = timm_config(&TowerShape::from(&config));
+/// assert_eq!(noted["model_args"]["embed_dim"], 8);
+/// ```
+pub fn timm_config(tower: &TowerShape) -> Value {
+    let Arch { dim, depth, heads, mlp, patch } = tower.arch;
+    // timm takes the whole part of the product.
+    let exact = mlp as f64 / dim as f64;
+    let ratio = if (exact * dim as f64) as usize == mlp { exact } else { (mlp as f64 + 0.5) / dim as f64 };
+    let mut arguments = json!({
+        "img_size": tower.image_size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads,
+        "mlp_ratio": ratio, "class_token": tower.cls_token,
+    });
+    if !tower.cls_token {
+        // The norm stays before the mean, where the tower has it.
+        arguments["global_pool"] = "avg".into();
+        arguments["fc_norm"] = false.into();
+    }
+    if let Some(scale) = tower.layer_scale {
+        arguments["init_values"] = scale.into();
+    }
+    // As numbers are written: those of f32 have more digits in f64.
+    let written = |values: [f32; 3]| values.map(|value| value.to_string().parse::<f64>().unwrap_or_default());
+    let mut config = json!({
+        "architecture": "vit_base_patch16_224", "num_classes": 0, "num_features": dim, "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, tower.image_size, tower.image_size], "fixed_input_size": true, "crop_pct": 1.0,
+            "interpolation": "bicubic", "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head",
+            "mean": written(tower.statistics.mean), "std": written(tower.statistics.std),
+        },
+    });
+    if tower.eps != TIMM_EPS {
+        config["layer_norm_eps"] = tower.eps.into();
+    }
+    config
+}
+
+/// What timm adds to the variance in the LayerNorms of the architecture in [`timm_config`].
+const TIMM_EPS: f64 = 1e-6;
 
 /// Where a tower's hidden states are taken.
 ///

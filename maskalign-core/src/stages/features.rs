@@ -316,7 +316,7 @@ pub struct Bank {
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let (mut features, mut width) = (Vec::new(), 0);
     let cx = run.cx;
-    let seen = each_batch(run, tower, data, view, None, &mut |_, state| {
+    let seen = each_batch(run, tower, data, view, None, &mut |_, state, _| {
         let x = state.pooled(cx, view.pooling)?;
         width = x.columns();
         if features.is_empty() {
@@ -371,7 +371,7 @@ pub(super) fn extract_blocks(
         let rows = values.len() / width;
         take(level, cx.tensor(values, rows, width)?)
     };
-    let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
+    let seen = each_batch(run, tower, data, view, levels, &mut |level, state, _| {
         blocks.add(level, &state.pooled(cx, view.pooling)?, &mut block)
     })?;
     blocks.finish(&mut block)?;
@@ -414,7 +414,8 @@ impl Blocks {
     }
 }
 
-/// Gives what a tower says of each batch of images to `take`, one level after another by its place.
+/// Gives what a tower says of each batch of images to `take`, one level after another by its place, with the places of the
+/// images in the dataset.
 ///
 /// # Errors
 /// No image that can be read; a stop that the user asked for; those of `take`.
@@ -424,7 +425,7 @@ pub(super) fn each_batch(
     data: &OpenData,
     view: View,
     levels: Option<&[LevelRef]>,
-    take: &mut dyn FnMut(usize, State) -> Result<()>,
+    take: &mut dyn FnMut(usize, State, &[usize]) -> Result<()>,
 ) -> Result<Seen> {
     let mut places = Vec::new();
     let all = data.images.len();
@@ -433,7 +434,7 @@ pub(super) fn each_batch(
         let mut batch = batch?;
         places.extend(&batch.indices);
         let states = tower.states(run.cx, &image_batch(&mut batch), view.tap, levels)?;
-        states.into_iter().enumerate().try_for_each(|(level, state)| take(level, state))?;
+        states.into_iter().enumerate().try_for_each(|(level, state)| take(level, state, &batch.indices))?;
         run.events.send(Event::Progress { what: "features", done: places.len() as u64, all: all as u64 })?;
         run.check_stop()?;
     }

@@ -197,6 +197,12 @@ impl Task for Classifier {
         self.head.visit(f);
     }
 
+    fn tower(&self) -> Option<(TowerShape, Reach)> {
+        let shape = self.student.shape();
+        // The mean of the tokens has a norm of its own.
+        Some((shape, Reach { blocks: shape.arch.depth, norm: self.norm.is_none() }))
+    }
+
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
         let mut images = batch.images.clone();
         let targets = self.targets(&mut images, batch)?;

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Data, FeatureTap, Outcome, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, FeatureTap, Outcome, PlannedJudge, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower,
+    View,
     data::{PlannedSides, Sides},
     features::extract_blocks,
     measured::{MeasuredTowers, PlannedTowers, batch},
@@ -14,7 +15,12 @@ use super::{
     neighbours::{Neighbour, Search},
     pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
 };
-use crate::{component, components::students::StudentModel, error::Result, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    register,
+};
 
 /// Divisor of similarities before they are exponentiated into votes.
 const TEMPERATURE: f64 = 0.07;
@@ -221,8 +227,9 @@ struct PlannedKnnStage {
     k: Vec<usize>,
 }
 
-impl Stage for Knn {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl Knn {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(&self, cx: &StageContext, trained: Option<&StudentPlan>) -> Result<PlannedKnnStage, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
@@ -238,13 +245,33 @@ impl Stage for Knn {
             options.record(sides, cx.name, &mut summary);
         }
         let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
         let [_, seekers] = sides.lengths();
         let k = own.k.iter().copied().max().unwrap_or(1);
         let search = NeighbourSearch { seekers, k, image_size: size, images: shared.batch };
         summary.memory += search.bytes(&towers.shapes(), towers.pixels());
-        Ok(Box::new(PlannedKnnStage { summary, sides, towers, k: own.k.clone() }))
+        Ok(PlannedKnnStage { summary, sides, towers, k: own.k.clone() })
+    }
+}
+
+impl Stage for Knn {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedKnnStage {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels, None))
     }
 }
 
@@ -258,11 +285,23 @@ impl PlannedStage for PlannedKnnStage {
         let mut measured = 0..;
         let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
             let is_shown = measured.next() == Some(at) && run.events.take_pictures();
-            let shown = is_shown.then_some(&*whose);
-            let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k, shown)?;
-            Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
+            self.measure(run, tower, view, levels, is_shown.then_some(&*whose))
         })?;
         Ok(Outcome { results, student: None })
+    }
+}
+
+impl PlannedKnnStage {
+    fn measure(
+        &self,
+        run: &mut StageRun,
+        tower: &Tower,
+        view: View,
+        levels: Option<&[LevelRef]>,
+        shown: Option<&str>,
+    ) -> Result<Vec<Value>> {
+        let Measured { accuracies, skipped } = measure(run, &self.sides, tower, view, levels, &self.k, shown)?;
+        Ok(accuracies.iter().map(|accuracies| report(&self.k, accuracies, skipped)).collect())
     }
 }
 

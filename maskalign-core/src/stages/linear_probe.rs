@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
-    StageRun, StageSummary, Task, Tower, Training, View, keep, memory,
+    StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
+    probe_sweep::{Head, PlannedSweep, Sides, sweep},
     supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
     training::{count_parameters, saved_parameters},
     under,
@@ -48,8 +49,8 @@ fn head_std() -> f64 {
 /// Trains a linear classifier on a frozen student's features, behind a BatchNorm without scale and shift (MAE's and
 /// MaskAlign's linear probe); the loss is the cross entropy.
 ///
-/// The student runs on every image anew, so that images may be augmented. It stays as it is: later stages take it from
-/// where this one took it.
+/// The student runs on every image anew, so that images may be augmented; with `base_lrs` it runs on each once, and several
+/// classifiers are trained. It stays as it is: later stages take it from where this one took it.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct LinearProbe(With<Training, LinearProbeOptions>);
@@ -72,6 +73,13 @@ struct LinearProbeOptions {
     #[serde(default = "head_std")]
     #[schemars(range(min = 0.0))]
     head_std: f64,
+    /// Learning rates that are tried in place of `optimizer.base_lr`; absent: that one.
+    ///
+    /// Features are computed once, so that random transforms are drawn once for each image; a classifier is trained on them
+    /// at each rate, and the one with the highest accuracy on `eval` is left.
+    #[serde(default)]
+    #[schemars(inner(range(min = 1e-12)))]
+    base_lrs: Vec<f64>,
     /// Number of classes; absent: the dataset's.
     #[serde(default)]
     #[schemars(range(min = 2, max = 1000000))]
@@ -135,6 +143,7 @@ pub struct PlannedLinearProbe {
 /// What is trained, and on what.
 struct ProbePlan {
     supervised: PlannedSupervised,
+    sweep: Option<PlannedSweep>,
     options: LinearProbeOptions,
     seed: u64,
     scope: String,
@@ -169,14 +178,32 @@ impl LinearProbe {
         if supervised.student.is_drawn() {
             summary.warnings.push("the student has no `weights`: what is probed is its random initialisation".into());
         }
-        let plan = ProbePlan { supervised, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
+        let sweep = PlannedSweep::plan(&own.base_lrs, shared, &mut refusals);
+        if !own.base_lrs.is_empty() && own.eval.is_none() {
+            refusals.push(
+                Refusal::new("base_lrs", "without `eval` there are no images to tell the best rate by")
+                    .help("give `eval` images that are not trained on, or leave `base_lrs` out"),
+            );
+        }
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        let plan = ProbePlan { supervised, sweep, options: own.clone(), seed: cx.seed, scope: cx.name.to_string() };
         let model = plan.model(&Init::shapes(), &TrainedStudents::default());
         let mut model = model.map_err(|error| vec![error.into_refusal()])?;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
         summary.saved = saved_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
-        summary.memory +=
-            memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], plan.supervised.training.data.size);
+        let size = plan.supervised.training.data.size;
+        summary.memory += match &plan.sweep {
+            None => memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], size),
+            Some(_) => {
+                let open = [Some(&plan.supervised.training.data), plan.supervised.classes.eval.as_ref()];
+                let images =
+                    open.into_iter().flatten().filter_map(PlannedData::opened).map(|open| open.images.len()).sum();
+                memory::cached(&shape, images, AT_A_TIME, size)
+            }
+        };
         Ok(PlannedLinearProbe { summary, plan: Arc::new(plan) })
     }
 }
@@ -198,20 +225,38 @@ impl PlannedLinearProbe {
 
 impl ProbePlan {
     fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Probe> {
-        let LinearProbeOptions { pooling, tap, head_std, .. } = self.options;
+        let LinearProbeOptions { pooling, tap, .. } = self.options;
         let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let arch = student.shape().arch;
         student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm });
         student.set_role(Role::Frozen);
+        let Head { norm, head } = self.head(init)?;
+        Ok(Probe { student, pooling, tap, norm, head })
+    }
+
+    /// The classifier at its beginning.
+    fn head(&self, init: &Init) -> Result<Head> {
+        let (classes, width) = (self.supervised.classes.classes, self.supervised.student.shape().arch.dim);
         let init = &init.of_role(Role::Head);
-        let weight = init.truncated_normal("head.1.weight", &[self.supervised.classes.classes, arch.dim], head_std)?;
-        Ok(Probe {
-            student,
-            pooling,
-            tap,
-            norm: BatchNorm::plain(init, "head.0", arch.dim, EPS)?,
+        let weight = init.truncated_normal("head.1.weight", &[classes, width], self.options.head_std)?;
+        Ok(Head {
+            norm: BatchNorm::plain(init, "head.0", width, EPS)?,
             head: Linear::from_weight(init, "head.1", weight, Bias::With)?,
         })
+    }
+
+    /// Tries the rates, and leaves the best classifier.
+    fn sweep(&self, run: &mut StageRun, rates: &PlannedSweep, model: &mut Probe) -> Result<Outcome> {
+        let PlannedTraining { data, batch, length, .. } = &self.supervised.training;
+        let eval = self.supervised.classes.eval.as_ref().unwrap_or(data);
+        let sides = Sides { data: data.open()?, eval: eval.open()?, batch: *batch, length: *length };
+        let view = View { pooling: self.options.pooling, tap: self.options.tap, batch: AT_A_TIME };
+        let init = self.init(run.cx);
+        let swept = sweep(run, rates, &sides, &Tower::Student(&*model.student), view, &|| self.head(&init))?;
+        (model.norm, model.head) = (swept.head.norm, swept.head.head);
+        let trained = Trained { results: swept.results };
+        finish(run, model, swept.trainer, &trained)?;
+        Ok(Outcome { results: trained.results, student: None })
     }
 
     fn init(&self, cx: &Context) -> Init {
@@ -256,6 +301,9 @@ impl PlannedStage for PlannedLinearProbe {
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let mut model = self.model(&self.plan.init(run.cx), run.trained)?;
+        if let Some(rates) = &self.plan.sweep {
+            return self.plan.sweep(&mut run, rates, &mut model);
+        }
         // The student is what it was: later stages have it from where this one does.
         Ok(Outcome { student: None, ..self.plan.supervised.train(&mut run, &mut model)? })
     }

@@ -1,9 +1,11 @@
 //! The towers that an evaluation measures: which, at which levels, and what each gave.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use indexmap::IndexMap;
-use maskalign_registry::{LevelRef, Levels, Refusal, SharedOptions, Slot, TeacherTag, Weights};
+use maskalign_registry::{LevelRef, Levels, Options, Refusal, SharedOptions, Slot, StudentTag, TeacherTag, Weights};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, ser::SerializeMap as _};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -14,13 +16,15 @@ use super::{
 use crate::{
     component,
     components::{
+        students::StudentModel,
         teachers::{PlannedTeacher, TeacherBuild},
-        towers::{StudentPlan, Tap, TowerShape},
+        towers::{Environment, MissingWeights, PlanContext, StudentPlan, Tap, TowerShape},
     },
     error::Result,
     events::Event,
-    nn::Init,
+    nn::{Init, Reach},
     plugin::Build,
+    weights,
 };
 
 /// What a student is compared with.
@@ -41,9 +45,10 @@ pub(super) fn batch() -> usize {
 /// The towers that are measured, and how their features are taken.
 #[component]
 pub(super) struct MeasuredTowers {
-    /// The student of an earlier stage, as `{stage: NAME}`.
+    /// The student of an earlier stage, as `{stage: NAME}`; or a tower whose `weights` are a run directory, an exported folder
+    /// or a file, as `{type: vit, weights: PATH}`.
     #[serde(default)]
-    pub student: Option<Weights>,
+    pub student: Option<Judged>,
     /// What the student is compared with.
     #[serde(default)]
     pub baselines: Vec<Baseline>,
@@ -71,6 +76,65 @@ impl SharedOptions for MeasuredTowers {
     const LAST: &'static [&'static str] = &["student", "baselines", "teachers", "pooling", "tap", "levels", "batch"];
 }
 
+/// A student that is measured.
+#[derive(Clone, Debug)]
+pub(super) enum Judged {
+    /// That of an earlier stage.
+    Stage(String),
+    /// A tower with weights of its own.
+    Tower(Slot<StudentTag>),
+}
+
+impl Serialize for Judged {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        match self {
+            Judged::Stage(stage) => {
+                let mut map = serializer.serialize_map(Some(1))?;
+                map.serialize_entry("stage", stage)?;
+                map.end()
+            }
+            Judged::Tower(slot) => slot.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Judged {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let mut options = Options::deserialize(deserializer)?;
+        let name = options.shift_remove("type");
+        match (name, options.get("stage")) {
+            (Some(Value::String(name)), _) => Ok(Judged::Tower(Slot::with(name, options))),
+            (None, Some(Value::String(stage))) if options.len() == 1 => Ok(Judged::Stage(stage.clone())),
+            _ => Err(D::Error::custom("expected {stage: NAME} or {type: vit, weights: PATH}")),
+        }
+    }
+}
+
+impl JsonSchema for Judged {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Judged".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let stage = "The earlier stage whose student is meant.";
+        json_schema!({
+            "anyOf": [
+                { "$ref": "#/definitions/student" },
+                {
+                    "type": "object",
+                    "properties": { "stage": { "type": "string", "x-reference": "stage", "description": stage } },
+                    "required": ["stage"],
+                    "additionalProperties": false,
+                },
+            ],
+        })
+    }
+}
+
 /// Towers that are measured and fit.
 pub(super) struct PlannedTowers {
     student: Option<MeasuredStudent>,
@@ -79,9 +143,9 @@ pub(super) struct PlannedTowers {
     view: View,
 }
 
-/// A student that is measured, by the stage that leaves it.
+/// A student that is measured, by the stage that leaves it or with weights of its own.
 struct MeasuredStudent {
-    stage: String,
+    stage: Option<String>,
     plan: StudentPlan,
     levels: Option<Vec<LevelRef>>,
 }
@@ -94,17 +158,30 @@ struct MeasuredTeacher {
 }
 
 impl MeasuredTowers {
-    /// Plans the towers for images of `size` pixels. Every refusal is noted; `None` where there is one.
-    pub(super) fn plan(&self, cx: &StageContext, size: usize, refusals: &mut Vec<Refusal>) -> Option<PlannedTowers> {
+    /// Plans the towers for images of `size` pixels, or `trained`, a student in training, in place of any. Every refusal is
+    /// noted; `None` where there is one.
+    pub(super) fn plan(
+        &self,
+        cx: &StageContext,
+        trained: Option<&StudentPlan>,
+        size: usize,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<PlannedTowers> {
         let towers = cx.towers(size);
-        let student = keep(refusals, self.stage()).flatten().and_then(|stage| {
-            let planned = towers.student(stage).map_err(|r| r.under("student"));
-            let plan = keep(refusals, planned)?.clone();
-            Some(MeasuredStudent { stage: stage.to_string(), plan, levels: None })
+        if let Some(trained) = trained {
+            return self.plan_trained(trained, refusals);
+        }
+        let student = self.student.as_ref().and_then(|student| {
+            let planned = student.plan(&towers, cx.name).map_err(|refusal| refusal.under("student"));
+            keep(refusals, planned)
         });
-        if self.student.is_none() && self.baselines.contains(&Baseline::Untrained) {
-            refusals
-                .push(Refusal::new("baselines", "`untrained` is a student before training, but `student` is missing"));
+        if self.baselines.contains(&Baseline::Untrained) {
+            let missing = match &self.student {
+                None => Some("`untrained` is a student before training, but `student` is missing"),
+                Some(Judged::Stage(_)) => None,
+                Some(Judged::Tower(_)) => Some("`untrained` is the student of an earlier stage before its training"),
+            };
+            refusals.extend(missing.map(|message| Refusal::new("baselines", message)));
         }
         let no_tower = self.student.is_none() && self.teachers.is_empty();
         if no_tower && self.baselines.is_empty() {
@@ -136,13 +213,25 @@ impl MeasuredTowers {
         refusals.is_empty().then_some(planned)
     }
 
-    fn stage(&self) -> Result<Option<&str>, Refusal> {
-        match &self.student {
-            None => Ok(None),
-            Some(Weights::Stage(stage)) => Ok(Some(stage)),
-            Some(_) => Err(Refusal::new("student", "expected the student of an earlier stage, as `{stage: NAME}`")
-                .help("a tower from a file goes under `teachers`")),
+    /// Plans to measure a student in training alone.
+    fn plan_trained(&self, trained: &StudentPlan, refusals: &mut Vec<Refusal>) -> Option<PlannedTowers> {
+        let given = [
+            ("student", self.student.is_some()),
+            ("baselines", !self.baselines.is_empty()),
+            ("teachers", !self.teachers.is_empty()),
+        ];
+        for (option, _) in given.into_iter().filter(|(_, is_given)| *is_given) {
+            let refusal =
+                Refusal::new(option, "in the course of training, the student that is trained is judged alone");
+            refusals.push(refusal.help("leave this out, or judge in a stage of its own after the training"));
         }
+        keep(refusals, check_levels(self.levels.as_ref(), self.pooling));
+        let (shape, blocks) = (trained.shape(), trained.reach.blocks);
+        let levels = self.check_tower("the student", &shape, blocks, refusals);
+        let student = MeasuredStudent { stage: None, plan: trained.clone(), levels };
+        let view = View { pooling: self.pooling, tap: self.tap, batch: self.batch };
+        let planned = PlannedTowers { student: Some(student), baselines: Vec::new(), teachers: Vec::new(), view };
+        refusals.is_empty().then_some(planned)
     }
 
     /// Refuses what no feature of a tower of this name can be taken by, and gives the levels.
@@ -158,6 +247,45 @@ impl MeasuredTowers {
             keep(refusals, shape.check_tap(whose, Tap::Norm));
         }
         keep(refusals, resolve_levels(self.levels.as_ref(), whose, shape, blocks)).flatten()
+    }
+}
+
+impl Judged {
+    fn plan(&self, towers: &PlanContext, name: &str) -> Result<MeasuredStudent, Refusal> {
+        let slot = match self {
+            Judged::Stage(stage) => {
+                let plan = towers.student(stage)?.clone();
+                return Ok(MeasuredStudent { stage: Some(stage.clone()), plan, levels: None });
+            }
+            Judged::Tower(slot) => slot,
+        };
+        let tower = Build::build(slot)?.plan(towers)?;
+        if tower.is_drawn() && towers.missing_weights == MissingWeights::Refused {
+            return Err(Refusal::new(
+                "weights",
+                "a student without weights has random values: nothing is learnt of it",
+            )
+            .help(
+                "name a run directory, an exported folder or a file; `{stage: NAME}` is an earlier stage's student",
+            ));
+        }
+        let depth = tower.shape().arch.depth;
+        let blocks = trained_blocks(slot, towers).unwrap_or(depth).min(depth);
+        let plan = StudentPlan { tower, reach: Reach { blocks, norm: true }, init_scope: name.to_owned() };
+        Ok(MeasuredStudent { stage: None, plan, levels: None })
+    }
+}
+
+/// The blocks that training reached of a student whose weights note it.
+fn trained_blocks(slot: &Slot<StudentTag>, towers: &PlanContext) -> Option<usize> {
+    let weights: Weights = serde_json::from_value(slot.options.get("weights")?.clone()).ok()?;
+    match &weights {
+        Weights::Stage(stage) => towers.student(stage).ok().map(|student| student.reach.blocks),
+        _ if towers.environment == Environment::Ignored => None,
+        weights => {
+            let path = weights::locate(&weights.file()?.0.to_string()).ok()?;
+            Some(weights::describe(&path).ok()?.trained_blocks?.value)
+        }
     }
 }
 
@@ -186,6 +314,16 @@ impl PlannedTowers {
             (None, Some(teacher)) => (before, format!("teacher `{}`", teacher.name)),
             (None, None) => (0, "the pixels".to_owned()),
         }
+    }
+
+    /// Measures a student in training: the result, by level where levels are asked for.
+    pub(super) fn judge(&self, run: &mut StageRun, student: &dyn StudentModel, measure: Measure) -> Result<Value> {
+        let levels = self.student.as_ref().and_then(|student| student.levels.as_deref());
+        let measured = measure(run, &Tower::Student(student), self.view, levels)?;
+        Ok(match levels {
+            None => measured.into_iter().next().unwrap_or_default(),
+            Some(levels) => levels.iter().map(ToString::to_string).zip(measured).collect(),
+        })
     }
 
     /// Builds one tower after another and measures it: `measure` gives the result of each level, or of the last alone.
@@ -220,7 +358,9 @@ impl PlannedTowers {
             if self.baselines.contains(&Baseline::Untrained) {
                 tower(run, "untrained", &Tower::Student(&*model), levels.as_deref())?;
             }
-            model.load(run.trained.get(stage)?)?;
+            if let Some(stage) = stage {
+                model.load(run.trained.get(stage)?)?;
+            }
             tower(run, "student", &Tower::Student(&*model), levels.as_deref())?;
         }
         for MeasuredTeacher { name, plan, levels } in &self.teachers {

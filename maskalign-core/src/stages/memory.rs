@@ -2,7 +2,7 @@
 
 use maskalign_engine::Recompute;
 
-use super::StageSummary;
+use super::{StageSummary, logistic::HISTORY};
 use crate::components::towers::TowerShape;
 
 /// Bytes of a value.
@@ -54,6 +54,13 @@ pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]:
     let (trained, images) = (2 * plan.trainable as u64, BATCHES * batch(micro, image_size));
     let features = (micro * tower.arch.dim) as u64;
     FLOAT * (plan.parameters as u64 + trained + images + 4 * features + pass(tower, micro.min(at_a_time), 1)) + BASE
+}
+
+/// Bytes for a probe at several rates: the features of so many images, and a pass of some of them at a time; training on
+/// features needs little.
+pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_size: usize) -> u64 {
+    let held = (features * tower.arch.dim) as u64;
+    FLOAT * (held + weights(tower) + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
 }
 
 /// Bytes for the classes of images, some at a time.
@@ -112,8 +119,8 @@ impl NeighbourSearch {
     }
 }
 
-/// Bytes for the features of so many searched images and seekers at the towers' levels and as pixels, `images` at a time, and
-/// for the similarities of some seekers to all that is searched.
+/// Bytes for the features of so many searched images at the towers' levels and as pixels, `images` at a time, and for the
+/// similarities of some seekers to all of them, with what they are sorted in.
 pub(super) fn ranking(
     towers: &[(TowerShape, usize)],
     pixels: bool,
@@ -122,14 +129,59 @@ pub(super) fn ranking(
     images: usize,
 ) -> u64 {
     let raw = batch(1, size) as usize;
-    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + seekers) * width) as u64;
+    let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + block_rows(width)) * width) as u64;
     let held = towers.iter().map(|(tower, levels)| of_features(tower.arch.dim, *levels));
     let held = held.chain(pixels.then(|| of_features(raw, 1))).max().unwrap_or(0);
     let parameters: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
     let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
-    let ranked = (ranked_rows(searched).min(seekers) * searched) as u64;
+    // A similarity is sorted beside whether it is of an image of the class: on some threads at a time.
+    let ranked = ((ranked_rows(searched).min(seekers).min(images) + 2 * THREADS) * searched) as u64;
     held + FLOAT * (parameters + BATCHES * batch(images, size) + passing.max(ranked)) + BASE
 }
+
+/// Classifiers that are fitted to the features of a few images by logistic regression.
+#[derive(Clone, Copy)]
+pub(super) struct Fits {
+    /// Images that the classifiers are fitted to, together.
+    pub images: usize,
+    /// Images that one of them is fitted to, at most.
+    pub most: usize,
+    /// Classes that they tell apart.
+    pub classes: usize,
+    /// Classifiers of each level.
+    pub fits: usize,
+    /// Images that they classify.
+    pub tested: usize,
+}
+
+impl Fits {
+    /// Bytes for towers with their levels, and for pixels, images of `size` pixels going through `batch` at a time. They
+    /// follow one another.
+    pub(super) fn bytes(&self, towers: &[(TowerShape, usize)], pixels: bool, size: usize, images: usize) -> u64 {
+        let raw = batch(1, size) as usize;
+        let fitted = towers.iter().map(|(tower, levels)| self.of_features(tower.arch.dim, *levels));
+        let fitted = fitted.chain(pixels.then(|| self.of_features(raw, 1))).max().unwrap_or(0);
+        let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+        let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
+        fitted + FLOAT * (held + BATCHES * batch(images, size) + passing) + BASE
+    }
+
+    /// Bytes for features of `width` values at so many levels: the classifiers, with the larger of two: the features that they
+    /// are fitted to, once more those of one of them, and its search for the optimum; and a block of those that are classified.
+    fn of_features(&self, width: usize, levels: usize) -> u64 {
+        let classifier = 8 * ((width + 1) * self.classes) as u64;
+        // The steps and changes that directions come from, the point, the next, their gradients and what leads from one to
+        // the other.
+        let search = classifier * (2 * HISTORY as u64 + 6) + 8 * (self.most * self.classes) as u64;
+        let fitting = FLOAT * ((levels * self.images + self.most) * width) as u64 + search;
+        let block = block_rows(width).min(self.tested.max(self.images));
+        let classifying = FLOAT * ((levels + 1) * block * width + levels * self.fits * self.tested) as u64;
+        (levels * self.fits) as u64 * classifier + fitting.max(classifying)
+    }
+}
+
+/// Threads that an estimate counts with where each needs room of its own.
+const THREADS: usize = 4;
 
 /// Seekers whose similarities to all of `searched` images are held at once.
 pub(super) fn ranked_rows(searched: usize) -> usize {

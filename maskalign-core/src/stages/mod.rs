@@ -8,15 +8,18 @@ mod data;
 mod eigenvalues;
 mod evaluate;
 mod features;
+mod few_shot;
 mod finetune;
 mod knn;
 mod linear_probe;
+mod logistic;
 mod measured;
 mod memory;
 mod neighbours;
 mod outline;
 mod pictures;
 mod pretrain;
+mod probe_sweep;
 mod quality;
 mod retrieval;
 mod supervised;
@@ -30,6 +33,7 @@ use maskalign_registry::{Kind, Refusal};
 pub use data::{Data, OpenData, PlannedData, image_batch};
 pub use evaluate::Evaluate;
 pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract};
+pub use few_shot::FewShot;
 pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;
 pub use linear_probe::{LinearProbe, PlannedLinearProbe, Probe};
@@ -49,7 +53,10 @@ pub use training::{
 
 pub use crate::events::StageSummary;
 use crate::{
-    components::towers::{Environment, MissingWeights, PlanContext, StudentPlan, TrainedStudents},
+    components::{
+        students::StudentModel,
+        towers::{Environment, MissingWeights, PlanContext, StudentPlan, TrainedStudents},
+    },
     error::{Error, Result},
     events::Events,
     run::{RunDir, Stop, StopFlag},
@@ -216,6 +223,43 @@ pub trait Stage: Send + Sync {
     /// # Errors
     /// Every option that does not fit.
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>>;
+    /// As [`Stage::plan`], to judge a student in the course of its training; `cx` names the judgement.
+    ///
+    /// # Errors
+    /// Every option that does not fit; that it judges no student.
+    fn plan_judge(&self, _cx: &StageContext, _student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Err(vec![
+            Refusal::new("type", "this stage judges no student in training")
+                .help("`knn`, `few_shot`, `quality` and `retrieval` do"),
+        ])
+    }
+}
+
+/// A judgement of a student in training, whose options fit.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// /// Says how deep the student is.
+/// struct Depth(StageSummary);
+///
+/// impl PlannedJudge for Depth {
+///     fn summary(&self) -> &StageSummary {
+///         &self.0
+///     }
+///
+///     fn judge(&self, _: &mut StageRun, student: &dyn StudentModel) -> Result<Value, Error> {
+///         Ok(json!({ "blocks": student.shape().arch.depth }))
+///     }
+/// }
+/// ```
+pub trait PlannedJudge {
+    /// What is known of it: the images that it reads, and the memory that it takes.
+    fn summary(&self) -> &StageSummary;
+    /// Judges the student as it is, and leaves it so. What it finds depends on the student and the recipe alone.
+    ///
+    /// # Errors
+    /// Whatever ends a run early.
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<serde_json::Value>;
 }
 
 /// A stage whose options fit.

@@ -7,7 +7,7 @@ use serde_json::Value;
 /// One line of an outline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OutlineLine {
-    /// What it is about: `student`, `teacher`, `masker` or `objective`.
+    /// What it is about: `student`, `teacher`, `masker`, `objective` or `evaluation`.
     pub part: &'static str,
     /// Its name in the recipe, where it has one.
     pub name: Option<String>,
@@ -25,7 +25,7 @@ impl OutlineLine {
     }
 }
 
-/// The student, the teachers, the masker and the objectives of a stage whose defaults are filled in, in this order.
+/// The student, the teachers, the masker, the objectives and the evaluations of a stage whose defaults are filled in, in this order.
 ///
 /// It reads the recipe by the names of these options, so that it says the same of a plugin's stage.
 pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
@@ -37,6 +37,9 @@ pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
         .extend(entries("teachers").filter_map(|(name, slot)| Some(OutlineLine::named("teacher", name, tower(slot)?))));
     lines.extend(options.get("masker").map(|masker| OutlineLine::of("masker", component(masker))));
     lines.extend(entries("objectives").map(|(name, terms)| OutlineLine::named("objective", name, objective(terms))));
+    lines.extend(
+        entries("evaluations").map(|(name, judged)| OutlineLine::named("evaluation", name, evaluation(judged))),
+    );
     lines
 }
 
@@ -89,6 +92,15 @@ fn objective(terms: &Value) -> String {
     format!("weight {weight}, {} to {}{whose}, on {}", kind("loss"), kind("target"), tokens.join(", "))
 }
 
+/// A stage that judges the student in the course of its training.
+fn evaluation(judged: &Value) -> String {
+    let kind = judged.get("stage").and_then(|stage| word(stage, "type")).unwrap_or("nothing");
+    match judged.get("every_epochs").and_then(Value::as_u64) {
+        Some(1) => format!("{kind}, every epoch"),
+        every => format!("{kind}, every {} epochs", every.unwrap_or_default()),
+    }
+}
+
 /// A number, or the two that it moves between.
 fn scalar(value: &Value) -> Option<String> {
     match serde_json::from_value(value.clone()).ok()? {
@@ -128,6 +140,10 @@ mod tests {
                 },
                 "pixels": { "target": { "type": "pixels" }, "tokens": ["masked"], "loss": { "type": "mse" } },
             },
+            "evaluations": {
+                "few": { "every_epochs": 5, "stage": { "type": "few_shot", "levels": "all" } },
+                "rank": { "every_epochs": 1, "stage": { "type": "quality" } },
+            },
         }));
         let expected = [
             ("student", "vit, 96 wide, 4 deep"),
@@ -136,6 +152,8 @@ mod tests {
             ("masker", "attention, teacher clip, ratio 0.5 to 0.7"),
             ("objective align", "weight 2, smooth_l1 to features of clip, on cls, visible"),
             ("objective pixels", "weight 1, mse to pixels, on masked"),
+            ("evaluation few", "few_shot, every 5 epochs"),
+            ("evaluation rank", "quality, every epoch"),
         ];
         assert_eq!(found, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
     }

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Data, OpenData, Outcome, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, OpenData, Outcome, PlannedData, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary,
+    Tower, View,
     eigenvalues::eigenvalues,
     features::{Blocks, Seen, State, each_batch, scale_to_length_1},
     keep,
@@ -21,7 +22,12 @@ use super::{
     neighbours::{Neighbour, Search},
     pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
 };
-use crate::{component, error::Result, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    register,
+};
 
 /// Added to the share of each singular value, as in RankMe's paper.
 const RANKME_EPS: f64 = 1e-7;
@@ -71,14 +77,15 @@ struct PlannedQuality {
     towers: PlannedTowers,
 }
 
-impl Stage for Quality {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl Quality {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(&self, cx: &StageContext, trained: Option<&StudentPlan>) -> Result<PlannedQuality, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         let data = keep(&mut refusals, own.data.plan(cx.environment).map_err(|r| r.under("data")));
         let size = data.as_ref().map_or(0, |data| data.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(data), Some(towers)) = (data, towers) else { return Err(refusals) };
         if towers.pixels() {
             let message = "pixels are as wide as images: their singular values would take too long";
@@ -98,7 +105,27 @@ impl Stage for Quality {
             }
         }
         summary.memory += memory::quality(&towers.shapes(), images, size, shared.batch);
-        Ok(Box::new(PlannedQuality { summary, data, images, towers }))
+        Ok(PlannedQuality { summary, data, images, towers })
+    }
+}
+
+impl Stage for Quality {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedQuality {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels, None))
     }
 }
 
@@ -108,26 +135,11 @@ impl PlannedStage for PlannedQuality {
     }
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let data = self.data.open()?.spread(self.images);
         let (at, whose) = self.towers.shown();
         let mut measured = 0..;
         let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
-            let mut sketches: Vec<Sketch> = Vec::new();
-            let seen = sketch_all(run, tower, &data, view, levels, &mut sketches)?;
-            if measured.next() == Some(at) && run.events.take_pictures() {
-                let last = sketches.last().expect("a level of a tower");
-                show(run, &whose, &data, &seen.places, &last.blocks)?;
-            }
-            let skipped = seen.skipped;
-            let cx = run.cx;
-            let result = |sketch: Sketch| -> Result<Value> {
-                let mut result = sketch.measure(cx)?;
-                if skipped > 0 {
-                    result.insert("skipped".into(), skipped.into());
-                }
-                Ok(Value::Object(result))
-            };
-            sketches.into_iter().map(result).collect()
+            let is_shown = measured.next() == Some(at) && run.events.take_pictures();
+            self.measure(run, tower, view, levels, is_shown.then_some(&*whose))
         })?;
         Ok(Outcome { results, student: None })
     }
@@ -159,6 +171,34 @@ fn show(run: &mut StageRun, whose: &str, data: &OpenData, places: &[usize], feat
     show_neighbours(run, &Neighbours { whose, seekers: data, searched: data, found: &found })
 }
 
+impl PlannedQuality {
+    /// The measures of a tower at some levels, or at the last. The last is shown in pictures of the tower that is called so.
+    fn measure(
+        &self,
+        run: &mut StageRun,
+        tower: &Tower,
+        view: View,
+        levels: Option<&[LevelRef]>,
+        shown: Option<&str>,
+    ) -> Result<Vec<Value>> {
+        let data = self.data.open()?.spread(self.images);
+        let mut sketches: Vec<Sketch> = Vec::new();
+        let seen = sketch_all(run, tower, &data, view, levels, &mut sketches)?;
+        if let (Some(whose), Some(last)) = (shown, sketches.last()) {
+            show(run, whose, &data, &seen.places, &last.blocks)?;
+        }
+        let cx = run.cx;
+        let result = |sketch: Sketch| -> Result<Value> {
+            let mut result = sketch.measure(cx)?;
+            if seen.skipped > 0 {
+                result.insert("skipped".into(), seen.skipped.into());
+            }
+            Ok(Value::Object(result))
+        };
+        sketches.into_iter().map(result).collect()
+    }
+}
+
 /// Takes in all images in one pass.
 fn sketch_all(
     run: &mut StageRun,
@@ -170,7 +210,7 @@ fn sketch_all(
 ) -> Result<Seen> {
     let cx = run.cx;
     let mut blocks = Blocks::default();
-    let seen = each_batch(run, tower, data, view, levels, &mut |level, state| {
+    let seen = each_batch(run, tower, data, view, levels, &mut |level, state, _| {
         let features = state.pooled(cx, view.pooling)?;
         if sketches.len() <= level {
             sketches.push(Sketch::new(features.columns()));

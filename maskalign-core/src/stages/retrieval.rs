@@ -15,19 +15,25 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Data, OpenData, Outcome, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, Outcome, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::{PlannedSides, Sides},
-    features::extract_blocks,
+    features::{each_batch, extract_blocks, scale_to_length_1},
     measured::{MeasuredTowers, PlannedTowers},
     memory,
 };
-use crate::{component, error::Result, register};
+use crate::{
+    component,
+    components::{students::StudentModel, towers::StudentPlan},
+    error::Result,
+    register,
+};
 
 /// Mean average precision of the images of a query's class among all images of a gallery, ranked by the cosine similarity of
 /// features.
 ///
 /// The average precision of a query is the mean, over the gallery's images of its class, of the precision among the images
-/// that are at least as similar: images of equal similarity count together, as in scikit-learn. `map` is the mean over the
+/// that are at least as similar: images of equal similarity count together, as in scikit-learn. The features of the gallery
+/// are held, those of the queries go by in batches. `map` is the mean over the
 /// queries, `by_class` the means over those of each class. A query whose class the gallery lacks does not count.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
@@ -49,8 +55,13 @@ struct PlannedRetrieval {
     towers: PlannedTowers,
 }
 
-impl Stage for Retrieval {
-    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+impl Retrieval {
+    /// Plans to measure the towers of the options, or a student in training.
+    fn plan_measures(
+        &self,
+        cx: &StageContext,
+        trained: Option<&StudentPlan>,
+    ) -> Result<PlannedRetrieval, Vec<Refusal>> {
         let With { shared, own } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
@@ -61,10 +72,30 @@ impl Stage for Retrieval {
             summary.images = sides.searched.opened().map(|_| sides.lengths().iter().sum());
         }
         let size = sides.as_ref().map_or(0, |sides| sides.searched.size);
-        let towers = shared.plan(cx, size, &mut refusals);
+        let towers = shared.plan(cx, trained, size, &mut refusals);
         let (Some(sides), Some(towers)) = (sides, towers) else { return Err(refusals) };
         summary.memory += memory::ranking(&towers.shapes(), towers.pixels(), sides.lengths(), size, shared.batch);
-        Ok(Box::new(PlannedRetrieval { summary, sides, towers }))
+        Ok(PlannedRetrieval { summary, sides, towers })
+    }
+}
+
+impl Stage for Retrieval {
+    fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, None)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+    }
+}
+
+impl PlannedJudge for PlannedRetrieval {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
     }
 }
 
@@ -89,30 +120,38 @@ impl PlannedRetrieval {
         levels: Option<&[LevelRef]>,
     ) -> Result<Vec<Value>> {
         let (cx, gallery, queries) = (run.cx, self.sides.searched.open()?, self.sides.seekers.open()?);
-        let held = |run: &mut StageRun, data: &OpenData| -> Result<_> {
-            let mut blocks: Vec<Vec<Tensor>> = Vec::new();
-            let seen = extract_blocks(run, tower, data, view, levels, &mut |level, block| {
-                if blocks.len() <= level {
-                    blocks.push(Vec::new());
-                }
-                blocks[level].push(block);
-                Ok(())
-            })?;
-            Ok((blocks, seen.labels(data)?, seen.skipped))
-        };
-        let (sought, labels, missing) = held(run, gallery)?;
-        let (seekers, classes, more_missing) = held(run, queries)?;
+        let mut sought: Vec<Vec<Tensor>> = Vec::new();
+        let seen = extract_blocks(run, tower, gallery, view, levels, &mut |level, block| {
+            if sought.len() <= level {
+                sought.push(Vec::new());
+            }
+            sought[level].push(block);
+            Ok(())
+        })?;
+        let (labels, missing) = (seen.labels(gallery)?, seen.skipped);
+        // Queries go by: their number costs no memory.
+        let mut found: Vec<Vec<Option<f64>>> = vec![Vec::new(); sought.len()];
+        let seen = each_batch(run, tower, queries, view, levels, &mut |level, state, places| {
+            let features = state.pooled(cx, view.pooling)?;
+            let (mut values, width) = (features.to_vec(), features.columns());
+            scale_to_length_1(&mut values, width)?;
+            let block = cx.tensor(values, places.len(), width)?;
+            let label = |place: &usize| queries.images.label(*place).unwrap_or(u32::MAX);
+            let classes: Vec<u32> = places.iter().map(label).collect();
+            found[level].extend(precisions(cx, &sought[level], &labels, &block, &classes)?);
+            Ok(())
+        })?;
+        let (classes, more_missing) = (seen.labels(queries)?, seen.skipped);
         let names = gallery.images.classes();
         let name = |class: u32| match names.as_ref().and_then(|names| names.get(class as usize)) {
             Some(name) => name.clone(),
             None => class.to_string(),
         };
-        let result = |(gallery, queries): (&Vec<Tensor>, &Vec<Tensor>)| -> Result<Value> {
-            let found = precisions(cx, gallery, &labels, queries, &classes)?;
+        let result = |found: &Vec<Option<f64>>| {
             let mut result = Map::new();
             result.insert("map".into(), mean(found.iter().flatten()).into());
             let mut by_class: BTreeMap<u32, Vec<&f64>> = BTreeMap::new();
-            for (class, found) in classes.iter().zip(&found) {
+            for (class, found) in classes.iter().zip(found) {
                 by_class.entry(*class).or_default().extend(found);
             }
             let by_class = by_class.into_iter().filter(|(_, found)| !found.is_empty());
@@ -121,9 +160,9 @@ impl PlannedRetrieval {
             if missing + more_missing > 0 {
                 result.insert("skipped".into(), (missing + more_missing).into());
             }
-            Ok(Value::Object(result))
+            Value::Object(result)
         };
-        sought.iter().zip(&seekers).map(result).collect()
+        Ok(found.iter().map(result).collect())
     }
 }
 
@@ -137,39 +176,36 @@ fn mean<'a>(values: impl Iterator<Item = &'a f64>) -> f64 {
     sum / f64::from(count.max(1))
 }
 
-/// The average precision of each query, by the labels of both sides; `None` where the gallery has no image of its class.
+/// The average precision of each query of a block, by the labels of both sides; `None` where the gallery has no image of its
+/// class.
 fn precisions(
     cx: &Context,
     gallery: &[Tensor],
     labels: &[u32],
-    queries: &[Tensor],
+    queries: &Tensor,
     classes: &[u32],
 ) -> Result<Vec<Option<f64>>> {
     let mut found = Vec::with_capacity(classes.len());
     let some = memory::ranked_rows(labels.len());
-    for block in queries {
-        for rows in block.values().chunks(some * block.columns()) {
-            let rows = cx.tensor(rows.to_vec(), rows.len() / block.columns(), block.columns())?;
-            let mut similarities = Vec::with_capacity(gallery.len());
-            for part in gallery {
-                let part = LinearWeights { weight: part.clone(), bias: None, packed: None };
-                similarities.push(ops::linear(cx, &mut Tape::inference(), &rows, &part, Act::None)?);
-            }
-            let similarities: Vec<_> = similarities.iter().map(|part| (part.values(), part.columns())).collect();
-            let slots: Vec<Mutex<Option<f64>>> = (0..rows.rows()).map(|_| Mutex::default()).collect();
-            let first = found.len();
-            cx.pool().run(slots.len(), &|row| {
-                let parts =
-                    similarities.iter().flat_map(|(values, columns)| &values[row * columns..(row + 1) * columns]);
-                // A sum of zeros may be negative, which would be another similarity.
-                let ranked = parts
-                    .map(|similarity| similarity + 0.0)
-                    .zip(labels.iter().map(|label| *label == classes[first + row]));
-                let precision = average_precision(ranked.collect());
-                *slots[row].lock().unwrap_or_else(PoisonError::into_inner) = precision;
-            });
-            found.extend(slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)));
+    for rows in queries.values().chunks(some * queries.columns()) {
+        let rows = cx.tensor(rows.to_vec(), rows.len() / queries.columns(), queries.columns())?;
+        let mut similarities = Vec::with_capacity(gallery.len());
+        for part in gallery {
+            let part = LinearWeights { weight: part.clone(), bias: None, packed: None };
+            similarities.push(ops::linear(cx, &mut Tape::inference(), &rows, &part, Act::None)?);
         }
+        let similarities: Vec<_> = similarities.iter().map(|part| (part.values(), part.columns())).collect();
+        let slots: Vec<Mutex<Option<f64>>> = (0..rows.rows()).map(|_| Mutex::default()).collect();
+        let first = found.len();
+        cx.pool().run(slots.len(), &|row| {
+            let parts = similarities.iter().flat_map(|(values, columns)| &values[row * columns..(row + 1) * columns]);
+            // A sum of zeros may be negative, which would be another similarity.
+            let ranked =
+                parts.map(|similarity| similarity + 0.0).zip(labels.iter().map(|label| *label == classes[first + row]));
+            let precision = average_precision(ranked.collect());
+            *slots[row].lock().unwrap_or_else(PoisonError::into_inner) = precision;
+        });
+        found.extend(slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)));
     }
     Ok(found)
 }
@@ -214,8 +250,11 @@ mod tests {
                 let block = |part: &[f32]| cx.tensor(part.to_vec(), part.len() / width, width).unwrap();
                 recorded[name].data.chunks(rows * width).map(block).collect()
             };
-            let (gallery, queries) = (blocks("gallery"), blocks("queries"));
-            let ours = precisions(&cx, &gallery, &labels("labels"), &queries, &labels("classes")).unwrap();
+            let (gallery, labels_of_queries) = (blocks("gallery"), labels("classes"));
+            let mut ours = Vec::new();
+            for (queries, classes) in blocks("queries").iter().zip(labels_of_queries.chunks(rows)) {
+                ours.extend(precisions(&cx, &gallery, &labels("labels"), queries, classes).unwrap());
+            }
             assert_eq!(ours.len(), recorded["expected"].data.len());
             for (ours, theirs) in ours.iter().zip(&recorded["expected"].data) {
                 match ours {

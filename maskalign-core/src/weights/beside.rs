@@ -11,7 +11,10 @@ use serde_json::Value;
 
 use super::{
     WeightsError,
+    checkpoint::CheckpointHeader,
     hub::WEIGHT_FILES,
+    read::weights_file,
+    tensor_file::TensorFile,
     timm_names::{SaidActivation, TimmName, timm_name},
 };
 use crate::data::regular_file::{OpenError, open_regular};
@@ -70,19 +73,36 @@ pub struct Description {
     pub gated: Option<Said<bool>>,
     /// Outputs of the projection.
     pub projection: Option<Said<usize>>,
+    /// Initial value of learned scales of the branches (LayerScale), where there are any.
+    pub layer_scale: Option<Said<f64>>,
+    /// Blocks that training reached; the others have their initial values.
+    pub trained_blocks: Option<Said<usize>>,
     /// Mean of each colour channel, for values in [0, 1].
     pub mean: Option<Said<[f64; 3]>>,
     /// Standard deviation of each colour channel.
     pub std: Option<Said<[f64; 3]>>,
 }
 
+/// What a stage's checkpoints note of its student under, in their headers' `meta`: a document as timm's `config.json`.
+pub const NOTED_TOWER: &str = "tower";
+/// How many blocks of a student training reached, where those are not all, in that document.
+pub const TRAINED_BLOCKS: &str = "trained_blocks";
+
 /// Reads the documents beside weights. They count where the weights have a name that the programs give that write such
-/// documents, or are the only ones in their folder; else it is not known whose they are.
+/// documents, or are the only ones in their folder; else it is not known whose they are. A checkpoint of a run notes itself
+/// what there is to know.
 ///
 /// # Errors
 /// A document that cannot be read, or is no JSON.
 pub fn describe(weights: &Path) -> Result<Description, WeightsError> {
     let mut description = Description::default();
+    // A folder without weights is refused where these are read.
+    let weights = &weights_file(weights).unwrap_or_else(|_| weights.to_owned());
+    if let Some(tower) = noted_tower(weights) {
+        description.documents.push((weights.clone(), format!("{tower:#}")));
+        description.add(DOCUMENTS[0], &tower);
+        return Ok(description);
+    }
     let Some(folder) = folder_described(weights) else { return Ok(description) };
     let name = weights.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let mut names = DOCUMENTS;
@@ -99,6 +119,13 @@ pub fn describe(weights: &Path) -> Result<Description, WeightsError> {
         description.add(name, &value);
     }
     Ok(description)
+}
+
+/// What a checkpoint of a run notes of its student; `None` for another file.
+fn noted_tower(weights: &Path) -> Option<Value> {
+    let file = TensorFile::open(weights).ok()?;
+    let mut header = CheckpointHeader::of(weights, &file).ok()??;
+    header.meta.get_mut(NOTED_TOWER).map(Value::take).filter(Value::is_object)
 }
 
 /// The folder whose documents describe the weights.
@@ -249,6 +276,9 @@ impl Description {
         or(&mut self.image_size, image_size);
         or(&mut self.activation, activation);
         let Description { eps, cls_token, registers, gated, projection, mean, std, .. } = found;
+        let Description { layer_scale, trained_blocks, .. } = found;
+        or(&mut self.layer_scale, layer_scale);
+        or(&mut self.trained_blocks, trained_blocks);
         or(&mut self.eps, eps);
         or(&mut self.cls_token, cls_token);
         or(&mut self.registers, registers);
@@ -382,7 +412,13 @@ fn of_timm(root: &Part) -> Description {
         patch: size("patch_size", |named| named.patch),
         image_size: argument("img_size").or_else(|| trained.get("input_size")).and_then(|size| size.read(side)),
         activation: activation.or_else(|| Some(by_name?.map(|named| named.activation.clone()))),
-        eps: named.as_ref().map(|named| named.map(|named| named.eps)),
+        // Of a student of another value, which timm has no name for.
+        eps: root
+            .get("layer_norm_eps")
+            .and_then(|eps| eps.read(Value::as_f64))
+            .or_else(|| Some(named.as_ref()?.map(|named| named.eps))),
+        trained_blocks: root.size(TRAINED_BLOCKS),
+        layer_scale: argument("init_values").and_then(|part| part.read(Value::as_f64)),
         cls_token: cls_token.or_else(|| Some(named.as_ref()?.map(|named| named.cls_token))),
         registers: size("reg_tokens", |named| named.registers),
         mean: trained.triple("mean"),

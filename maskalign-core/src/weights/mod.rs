@@ -23,7 +23,7 @@ mod tensor_file;
 mod timm_names;
 mod torch_file;
 
-pub use beside::{Description, Said, describe};
+pub use beside::{Description, NOTED_TOWER, Said, TRAINED_BLOCKS, describe};
 pub(crate) use checkpoint::Sealed;
 pub use checkpoint::{Checkpoint, CheckpointHeader, Retention};
 pub use error::WeightsError;

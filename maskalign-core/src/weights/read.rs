@@ -21,8 +21,9 @@ const MAX_INDEX_BYTES: u64 = 64 << 20;
 ///
 /// Known by their content: safetensors; PyTorch's zip files (`.pth`, `.pt`, `.bin`, TorchScript too), read without running
 /// anything in them and unwrapped where a training script put the weights under `model`, `state_dict`, `teacher` or the
-/// like; and the `*.index.json` of a file in shards. A folder stands for the weights file in it. A checkpoint of a run
-/// stands for its student: the optimizer's state and what the student was aligned with are left out.
+/// like; and the `*.index.json` of a file in shards. A folder stands for the weights file in it, and a run directory for what
+/// its one stage that trained a student left. A checkpoint of a run stands for its student: the optimizer's state and what the
+/// student was aligned with are left out.
 ///
 /// Half, brain, double and integer numbers become `f32`. Memory is bounded by a small multiple of the file's size, whatever
 /// it claims.
@@ -157,15 +158,58 @@ enum Kind {
 }
 
 /// A folder's weights file, or the path itself.
-fn weights_file(path: &Path) -> Result<PathBuf, WeightsError> {
+pub(super) fn weights_file(path: &Path) -> Result<PathBuf, WeightsError> {
     if !path.is_dir() {
         return Ok(path.to_owned());
     }
-    let found = WEIGHT_FILES.iter().map(|name| path.join(name)).find(|file| file.is_file());
-    found.ok_or_else(|| {
-        let names = WEIGHT_FILES.join(", ");
-        WeightsError::format(path, format!("it is a folder that holds none of {names}; name the file"))
-    })
+    if let Some(file) = WEIGHT_FILES.iter().map(|name| path.join(name)).find(|file| file.is_file()) {
+        return Ok(file);
+    }
+    if let Some(file) = of_run(path)? {
+        return Ok(file);
+    }
+    let names = WEIGHT_FILES.join(", ");
+    Err(WeightsError::format(path, format!("it is a folder that holds none of {names}, and no run; name the file")))
+}
+
+/// What a stage of a run leaves.
+const LEFT: &str = "final.safetensors";
+
+/// What the one stage of a run left that trained a student, or what the stage of a folder in its `checkpoints` left. `None`
+/// for any other folder.
+fn of_run(folder: &Path) -> Result<Option<PathBuf>, WeightsError> {
+    let refuse = |reason: String| Err(WeightsError::format(folder, reason));
+    let left = folder.join(LEFT);
+    if left.is_file() {
+        return Ok(Some(left));
+    }
+    if folder.parent().is_some_and(|parent| parent.ends_with("checkpoints")) {
+        return refuse("the stage has not ended; name one of its checkpoints, step-N.safetensors".to_owned());
+    }
+    let checkpoints = folder.join("checkpoints");
+    if !checkpoints.is_dir() {
+        return Ok(None);
+    }
+    let entries = fs::read_dir(&checkpoints).map_err(|error| WeightsError::io(&checkpoints, error))?;
+    let mut stages: Vec<String> = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    stages.sort();
+    let left = |stage: &String| checkpoints.join(stage).join(LEFT);
+    // What is damaged is told where it is read. Stages that only evaluate leave no student.
+    let is_student = |path: &Path| !CheckpointHeader::read(path).is_ok_and(|header| header.student.is_empty());
+    stages.retain(|stage| left(stage).is_file() && is_student(&left(stage)));
+    match stages.as_slice() {
+        [stage] => Ok(Some(left(stage))),
+        [] => refuse(
+            "it is a run directory in which no stage has left a student; name one of its checkpoints, \
+             checkpoints/STAGE/step-N.safetensors"
+                .to_owned(),
+        ),
+        [first, ..] => refuse(format!(
+            "it is a run directory in which the stages `{}` left students; name one of them: {}",
+            stages.join("`, `"),
+            checkpoints.join(first).display()
+        )),
+    }
 }
 
 fn kind_of(path: &Path) -> Result<Kind, WeightsError> {

@@ -59,6 +59,16 @@ fn levels_are_measured_as_timm_and_scikit_learn_measure_them() {
     }
 }
 
+/// A file in timm's naming, without a stage before.
+#[test]
+fn a_student_with_weights_of_its_own_is_measured_as_in_a_stage() {
+    let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join(TOWER);
+    let own = format!("student: {{ type: vit, positions: learned, {ARCH}, weights: '{}' }}", weights.display());
+    let recipe = recipe("pooling: cls, tap: norm, levels: all");
+    let got = on_student::<Knn>(&recipe.replace("student: { stage: pretrain }", &own), TOWER, 3).unwrap();
+    assert_eq!(got["student"], on_student::<Knn>(&recipe, TOWER, 3).unwrap()["student"]);
+}
+
 #[test]
 fn levels_that_say_nothing_are_refused() {
     let refusals = |rest: &str, blocks| results(rest, blocks).unwrap_err().join("; ");

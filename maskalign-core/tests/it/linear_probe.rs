@@ -8,7 +8,7 @@ use maskalign_core::{
     weights::TensorMap,
 };
 
-use crate::support::{fixture, part, planned, relative_error, stage};
+use crate::support::{fixture, on_student, part, planned, relative_error, stage};
 
 const RECIPE: &str = "{ name: probe, stages: { probe: { type: linear_probe, epochs: 1, classes: 5,
     data: { dataset: { type: image_folder, root: elsewhere }, transforms: [{ type: center_crop, size: 28 }] },
@@ -85,6 +85,34 @@ fn its_steps_are_those_of_pytorch_and_timm() {
         let error = relative_error(&scores, &recorded["expect.scores"].data);
         assert!(error < 1e-5, "scores: {error:.1e}");
     }
+}
+
+/// A stage that tries several rates on a student of random values.
+fn tried(rest: &str) -> Result<serde_json::Value, Vec<String>> {
+    let recipe = format!(
+        "{{ name: probe, stages: {{ probe: {{ type: linear_probe, epochs: 3, student: {{ type: vit, weights: {{ stage: pretrain }} }},
+        data: {{ dataset: {{ type: sample, split: train, limit: 300 }} }}, optimizer: {{ type: adamw, base_lr: 1.0 }},
+        schedule: {{ type: cosine, min_lr: 1.0e-6 }}, batch: {{ effective: 30 }}, pooling: mean, {rest} }} }} }}"
+    );
+    on_student::<LinearProbe>(&recipe, "tests/fixtures/stages/knn_tower.safetensors", 3)
+}
+
+#[test]
+fn the_best_of_several_rates_is_left() {
+    let eval = "eval: { dataset: { type: sample, split: test, limit: 120 } }";
+    let results = tried(&format!("{eval}, base_lrs: [1.0e-4, 0.1, 1.0e+40, 0.1]")).unwrap();
+    let by_lr = results["by_lr"].as_object().unwrap();
+    assert_eq!(by_lr.len(), 3, "{results}");
+    assert!(by_lr.values().any(|found| found["diverged_at_step"].is_u64()), "{results}");
+    let accuracy = |rate: &str| by_lr[rate]["accuracy"].as_f64().unwrap();
+    assert!(accuracy("0.1") > accuracy("0.0001") && accuracy("0.1") > 0.3, "{results}");
+    assert_eq!((&results["base_lr"], &results["accuracy"]), (&0.1.into(), &by_lr["0.1"]["accuracy"]));
+    assert_eq!(results["steps"], 30);
+    let refusals = |rest: &str| tried(rest).unwrap_err().join("; ");
+    let unjudged = refusals("base_lrs: [0.1]");
+    assert!(unjudged.contains("`base_lrs`: without `eval` there are no images to tell the best rate by"), "{unjudged}");
+    let low = refusals(&format!("{eval}, base_lrs: [0.1, 1.0e-7]"));
+    assert!(low.contains("`base_lrs.1`: ") && low.contains("min_lr") | low.contains("above the peak"), "{low}");
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod beside;
 mod data2vec;
 mod decoder;
 mod dinov2;
+mod few_shot;
 mod finetune;
 mod fuzz;
 mod knn;

@@ -122,11 +122,14 @@ fn stages_conform_on_an_earlier_stages_student() {
             ),
         ));
     }
+    for rest in ["", ", levels: all, baselines: [pixels, untrained], shots: [3], shares: []"] {
+        passes(check_as(Kind::Stage, &format!("{{ type: few_shot, student: {{ stage: pretrain }}, {sides}{rest} }}")));
+    }
     let evaluated = "data: { dataset: { type: sample, split: test } }, batch: 7";
     passes(check_as(Kind::Stage, &format!("{{ type: evaluate, classifier: {{ stage: finetune }}, {evaluated} }}")));
     let training = "epochs: 2, data: { dataset: { type: sample, split: train } }, schedule: { type: cosine },
         eval: { dataset: { type: sample, split: test } }, student: { type: vit, weights: { stage: pretrain } }";
-    for rest in ["", ", pooling: mean, tap: block"] {
+    for rest in ["", ", pooling: mean, tap: block", ", base_lrs: [0.01, 0.1]"] {
         passes(check_as(
             Kind::Stage,
             &format!(

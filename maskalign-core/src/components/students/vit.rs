@@ -45,7 +45,8 @@ struct VitStudent {
     #[serde(default)]
     #[schemars(range(min = 1, max = 65536))]
     image_size: Option<usize>,
-    /// Weights to start from (the optimizer starts afresh): a file or an earlier stage's student. Absent: random.
+    /// Weights to start from (the optimizer starts afresh): an earlier stage's student, a run directory, a checkpoint, an
+    /// exported folder, or a file. Absent: random.
     #[serde(default)]
     weights: Option<Weights>,
     /// Kind of positions. Absent: those of the stage's student in `weights`, else `sincos`.
@@ -59,8 +60,8 @@ struct VitStudent {
     /// pre-training alone: later stages and exports leave it out.
     #[serde(default)]
     masked_patches: MaskedPatches,
-    /// Initial value of learned scales of each block's branches (LayerScale, arXiv 2103.17239); absent: those of the stage's
-    /// student in `weights`, else none.
+    /// Initial value of learned scales of each block's branches (LayerScale, arXiv 2103.17239). Absent: as for `cls_token`,
+    /// else none.
     #[serde(default)]
     #[schemars(extend("exclusiveMinimum" = 0))]
     layer_scale: Option<f64>,
@@ -141,7 +142,7 @@ impl PlannedStudent for PlannedVit {
 
 /// A student sees what the data yields: fine-tuning at another size than that of pre-training is common.
 fn beside(options: &Value) -> Result<Sidecar, Refusal> {
-    Ok(Beside::tower(options)?.gelu().cls_token().finish())
+    Ok(Beside::tower(options)?.gelu().cls_token().layer_scale().finish())
 }
 
 register!(student "vit" => VitStudent, "a vision transformer",

@@ -11,16 +11,19 @@ use std::{
 
 use indexmap::IndexMap;
 use maskalign_engine::{Context, Recompute};
-use maskalign_registry::{Kind, LevelRef, MaskerTag, Refusal, SharedOptions, Slot, StudentTag, TeacherTag, With};
+use maskalign_registry::{
+    Kind, LevelRef, MaskerTag, Refusal, SharedOptions, Slot, StageTag, StudentTag, TeacherTag, With,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 pub use model::PretrainModel;
 pub use objective::{Objective, PlannedObjective};
 
 use super::{
-    EpochEvaluation, Loop, MicroBatch, Outcome, PlannedStage, PlannedTraining, Stage, StageContext, StageRun,
-    StageSummary, Training, TrainingStep, finish, image_batch, keep,
+    EpochEvaluation, Loop, MicroBatch, Outcome, PlannedJudge, PlannedStage, PlannedTraining, Stage, StageContext,
+    StageRun, StageSummary, Training, TrainingStep, finish, image_batch, keep,
     knn::{PeriodicKnn, PlannedKnn},
     memory, train,
     training::{count_parameters, saved_parameters},
@@ -54,10 +57,87 @@ struct Periodic {
     /// Measures the student by k-NN every few epochs.
     #[serde(default)]
     knn: Option<PeriodicKnn>,
+    /// Judges the student by other stages every few epochs, by name: `knn`, `few_shot`, `quality` or `retrieval`. Training is
+    /// the same with and without.
+    #[serde(default)]
+    evaluations: IndexMap<String, PeriodicStage>,
 }
 
 impl SharedOptions for Periodic {
-    const LAST: &'static [&'static str] = &["knn"];
+    const LAST: &'static [&'static str] = &["knn", "evaluations"];
+}
+
+/// A stage that judges the student in the course of pre-training.
+#[component]
+struct PeriodicStage {
+    /// Epochs between judgements.
+    #[schemars(range(min = 1))]
+    every_epochs: u64,
+    /// The stage, without a student: it is the one that is trained.
+    stage: Slot<StageTag>,
+}
+
+/// The same, whose options fit.
+struct PlannedEvaluation {
+    name: String,
+    every_epochs: u64,
+    judge: Box<dyn PlannedJudge>,
+}
+
+/// Names that records and results have for other things.
+const RESERVED: [&str; 14] = [
+    "stage",
+    "step",
+    "steps",
+    "epoch",
+    "epochs",
+    "loss",
+    "terms",
+    "levels",
+    "lr",
+    "lr_groups",
+    "gradient_norm",
+    "seconds",
+    "images_per_s",
+    "skipped",
+];
+
+impl Periodic {
+    /// Plans the judgements of a student. `summary` is told of what they read, and of the memory of the largest.
+    fn plan(
+        &self,
+        cx: &StageContext,
+        epochs: f64,
+        student: &StudentPlan,
+        summary: &mut StageSummary,
+    ) -> Result<Vec<PlannedEvaluation>, Vec<Refusal>> {
+        let (mut planned, mut refusals, mut memory) = (Vec::new(), Vec::new(), 0);
+        for (name, PeriodicStage { every_epochs, stage }) in &self.evaluations {
+            let mut refuse = |refusal: Refusal| refusals.push(refusal.under(name).under("evaluations"));
+            if RESERVED.contains(&name.as_str()) || name == "knn" && self.knn.is_some() {
+                refuse(Refusal::whole(format!("`{name}` is the name of another number of this stage; choose another")));
+            }
+            if *every_epochs as f64 > epochs {
+                let text = format!("{every_epochs} epochs are more than the stage's {epochs}: nothing would be judged");
+                refuse(Refusal::new("every_epochs", text));
+            }
+            let named = format!("{}.evaluations.{name}", cx.name);
+            let cx = StageContext { name: &named, ..*cx };
+            let built = Build::build(stage).map_err(|refusal| vec![refusal]);
+            match built.and_then(|stage| stage.plan_judge(&cx, student)) {
+                Ok(judge) => {
+                    let told = judge.summary();
+                    summary.data.extend(told.data.iter().cloned());
+                    summary.warnings.extend(told.warnings.iter().cloned());
+                    memory = memory.max(told.memory);
+                    planned.push(PlannedEvaluation { name: name.clone(), every_epochs: *every_epochs, judge });
+                }
+                Err(more) => more.into_iter().for_each(|refusal| refuse(refusal.under("stage"))),
+            }
+        }
+        summary.memory += memory;
+        if refusals.is_empty() { Ok(planned) } else { Err(refusals) }
+    }
 }
 
 /// The options that are pre-training's own.
@@ -93,6 +173,7 @@ pub struct PlannedPretrain {
     masking: Option<Masking>,
     objectives: Vec<PlannedObjective>,
     knn: Option<PlannedKnn>,
+    evaluations: Vec<PlannedEvaluation>,
     seed: u64,
     scope: String,
 }
@@ -150,10 +231,14 @@ impl Pretrain {
             masking,
             objectives,
             knn,
+            evaluations: Vec::new(),
             seed: cx.seed,
             scope: cx.name.to_string(),
         };
         planned.summarize(cx.recompute).map_err(|error| vec![error.into_refusal()])?;
+        if let Some(student) = planned.summary.student.clone() {
+            planned.evaluations = periodic.plan(cx, shared.epochs, &student, &mut planned.summary)?;
+        }
         Ok(planned)
     }
 }
@@ -353,6 +438,20 @@ impl PlannedPretrain {
 }
 
 impl PlannedPretrain {
+    /// What is to be known of the student after so many epochs, by name.
+    fn judge(&self, run: &mut StageRun, model: &mut PretrainModel, epochs: u64) -> Result<Value> {
+        let mut found = Map::new();
+        if let Some(knn) = self.knn.as_ref().filter(|knn| epochs.is_multiple_of(knn.every_epochs)) {
+            found.insert("knn".to_owned(), knn.measure(run, model.student())?);
+        }
+        for PlannedEvaluation { name, every_epochs, judge } in &self.evaluations {
+            if epochs.is_multiple_of(*every_epochs) {
+                found.insert(name.clone(), judge.judge(run, model.student())?);
+            }
+        }
+        Ok(Value::Object(found))
+    }
+
     /// Sends pictures of the first images of the first epoch, so that they are the same whenever they are made.
     fn show(&self, run: &mut StageRun, model: &mut PretrainModel) -> Result<()> {
         if !run.events.take_pictures() {
@@ -390,15 +489,9 @@ impl PlannedStage for PlannedPretrain {
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
         let mut model = self.model(run.cx, run.trained)?;
         let mut trainer = self.training.trainer();
-        let mut measure = |run: &mut StageRun, model: &mut PretrainModel| match &self.knn {
-            Some(knn) => knn.measure(run, model.student()),
-            None => Ok(serde_json::Value::Null),
-        };
-        let evaluation = self.knn.as_ref().map(|knn| EpochEvaluation {
-            name: "knn",
-            every: knn.every_epochs,
-            measure: &mut measure,
-        });
+        let mut measure = |run: &mut StageRun, model: &mut PretrainModel, epochs| self.judge(run, model, epochs);
+        let is_judged = self.knn.is_some() || !self.evaluations.is_empty();
+        let evaluation = is_judged.then_some(EpochEvaluation { name: None, every: 1, measure: &mut measure });
         let trained = train(&mut run, &mut model, &mut trainer, Loop { training: &self.training, evaluation })?;
         self.show(&mut run, &mut model)?;
         let weights = finish(&run, &mut model, trainer, &trained)?;

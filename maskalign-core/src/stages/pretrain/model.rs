@@ -17,10 +17,10 @@ use crate::{
         targets::{TargetInput, TargetSource},
         teachers::{Level, Pass, TeacherBuild, TeacherModel, Wants},
         tokens::Masks,
-        towers::{Tap, TrainedStudents},
+        towers::{Tap, TowerShape, TrainedStudents},
     },
     error::{Error, Result},
-    nn::{Features, Init, Param},
+    nn::{Features, Init, Param, Reach},
     stages::{ForwardTimes, MicroBatch, Task, Term, branch_scales, under},
 };
 
@@ -32,6 +32,7 @@ pub struct PretrainModel {
     masking: Option<Masking>,
     objectives: Vec<(PlannedObjective, Box<dyn AlignerModel>)>,
     seed: u64,
+    reach: Reach,
     kept: BTreeSet<usize>,
     times: ForwardTimes,
     /// Of the losses since they were last asked for.
@@ -72,6 +73,7 @@ impl PretrainModel {
             masking: plan.masking.clone(),
             objectives,
             seed: plan.seed,
+            reach: plan.reach(),
             kept: plan.kept(),
             times: ForwardTimes::default(),
             terms: Vec::new(),
@@ -239,6 +241,10 @@ impl Task for PretrainModel {
         self.student.visit(f);
         self.objectives.iter_mut().for_each(|(_, aligner)| aligner.visit(f));
         self.teachers.values_mut().for_each(|(teacher, _)| teacher.visit(f));
+    }
+
+    fn tower(&self) -> Option<(TowerShape, Reach)> {
+        Some((self.student.shape(), self.reach))
     }
 
     fn take_times(&mut self) -> ForwardTimes {

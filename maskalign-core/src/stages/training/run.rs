@@ -3,17 +3,18 @@
 use std::{collections::BTreeSet, sync::Arc, time::Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use super::{MicroBatch, PlannedTraining, Step, Task, Trainer};
 use crate::{
+    components::towers::timm_config,
     data::Batch,
     error::{Error, Result},
     events::{Evaluation, Event, Mark, StepReport, StepSeconds},
     nn::Role,
     run::{Checkpoint, CheckpointHeader, Retention},
     stages::{StageRun, image_batch},
-    weights::{TensorMap, TensorRef},
+    weights::{NOTED_TOWER, TRAINED_BLOCKS, TensorMap, TensorRef},
 };
 
 /// What a training loop is told besides the run.
@@ -34,12 +35,13 @@ pub struct Loop<'a, T> {
 
 /// A measurement in the course of training.
 pub struct EpochEvaluation<'a, T> {
-    /// What it is called, such as `knn`.
-    pub name: &'a str,
+    /// What it is called, such as `knn`; `None` where each entry of what it gives is a result with a name of its own.
+    pub name: Option<&'a str>,
     /// Epochs between measurements.
     pub every: u64,
-    /// Measures; its numbers are recorded, and kept in checkpoints.
-    pub measure: &'a mut dyn FnMut(&mut StageRun, &mut T) -> Result<Value>,
+    /// Measures after so many epochs; its numbers are recorded, and kept in checkpoints. An empty object: there was nothing
+    /// to measure.
+    pub measure: &'a mut dyn FnMut(&mut StageRun, &mut T, u64) -> Result<Value>,
 }
 
 impl<T> EpochEvaluation<'_, T> {
@@ -49,19 +51,47 @@ impl<T> EpochEvaluation<'_, T> {
             return Ok(None);
         }
         let mut result = serde_json::json!({ "epoch": epochs });
-        let measured = (self.measure)(run, task)?;
-        let (stage, name) = (run.name.to_string(), self.name.to_string());
-        run.events.send(Event::Evaluated(&Evaluation {
-            stage,
-            step,
-            epoch: epochs as f64,
-            name,
-            result: measured.clone(),
-        }))?;
+        let measured = (self.measure)(run, task, epochs)?;
+        if measured.as_object().is_some_and(Map::is_empty) {
+            return Ok(None);
+        }
+        // All of it is there before the first is told of: a stop comes before all or after all.
+        for (name, result) in self.named(&measured) {
+            let stage = run.name.to_string();
+            run.events.send(Event::Evaluated(&Evaluation { stage, step, epoch: epochs as f64, name, result }))?;
+        }
         if let (Value::Object(result), Value::Object(measured)) = (&mut result, measured) {
             result.extend(measured);
         }
         Ok(Some(result))
+    }
+
+    /// What was measured, by name.
+    fn named(&self, measured: &Value) -> Vec<(String, Value)> {
+        let each = || measured.as_object().into_iter().flatten().map(|(name, result)| (name.clone(), result.clone()));
+        self.name.map_or_else(|| each().collect(), |name| vec![(name.to_owned(), measured.clone())])
+    }
+
+    /// What was measured in the course of training, by name, each with its epochs.
+    fn courses(&self, measured: Vec<Value>) -> Map<String, Value> {
+        let mut courses = Map::new();
+        if let Some(name) = self.name {
+            courses.insert(name.to_owned(), measured.into());
+            return courses;
+        }
+        for measured in &measured {
+            for (name, result) in measured.as_object().into_iter().flatten() {
+                let (Value::Object(result), course) = (result, courses.entry(name.as_str())) else { continue };
+                let mut row = json!({ "epoch": measured["epoch"] });
+                if let Value::Object(row) = &mut row {
+                    row.extend(result.clone());
+                }
+                if let Value::Array(course) = course.or_insert_with(|| json!([])) {
+                    course.push(row);
+                }
+            }
+        }
+        courses
     }
 }
 
@@ -76,6 +106,9 @@ struct Notes {
     unmeasured: bool,
     /// Places of the images that could not be read so far.
     skipped: BTreeSet<usize>,
+    /// The student, for whoever takes the checkpoint as weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tower: Option<Value>,
 }
 
 /// What a training loop leaves besides the task.
@@ -123,6 +156,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         }
         tracing::info!("stage `{}` goes on from step {}", run.name, trainer.updates);
     }
+    notes.tower = tower_of(task);
     let start = trainer.updates;
     let mut last_saved = (start > 0).then_some(start);
     // A kill may have come between a checkpoint and the deletion of those that it replaces.
@@ -211,8 +245,10 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     if let Some(loss) = notes.loss {
         results["loss"] = loss.into();
     }
-    if let (Some(evaluation), false) = (&evaluation, notes.measured.is_empty()) {
-        results[evaluation.name] = notes.measured.into();
+    if let (Some(evaluation), Value::Object(results)) = (&evaluation, &mut results)
+        && !notes.measured.is_empty()
+    {
+        results.extend(evaluation.courses(notes.measured));
     }
     Ok(Trained { results })
 }
@@ -248,6 +284,16 @@ fn save(run: &mut StageRun, task: &mut dyn Task, trainer: &Trainer, notes: &Note
     let path = run.dir.save_checkpoint(&header(run, task, trainer.updates, meta), &tensors)?;
     run.events.send(Event::Saved { path: &path })?;
     Ok(run.dir.prune_checkpoints(run.name, retention)?)
+}
+
+/// What checkpoints note of the student.
+fn tower_of(task: &dyn Task) -> Option<Value> {
+    let (tower, reach) = task.tower()?;
+    let mut noted = timm_config(&tower);
+    if reach.blocks < tower.arch.depth {
+        noted[TRAINED_BLOCKS] = reach.blocks.into();
+    }
+    Some(noted)
 }
 
 fn header(run: &StageRun, task: &mut dyn Task, step: u64, meta: Value) -> CheckpointHeader {
@@ -293,7 +339,8 @@ pub fn finish(run: &StageRun, task: &mut dyn Task, trainer: Trainer, trained: &T
             weights.insert(p.name.clone(), p.to_host());
         }
     });
-    let header = header(run, task, step, Value::Null);
+    let meta = tower_of(task).map_or(Value::Null, |tower| serde_json::json!({ NOTED_TOWER: tower }));
+    let header = header(run, task, step, meta);
     run.dir.finish_stage(&header, &TensorRef::all_of(&weights), trained.results.clone())?;
     weights.retain(|name, _| header.student.contains(name));
     Ok(Arc::new(weights))

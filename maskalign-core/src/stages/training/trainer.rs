@@ -18,10 +18,11 @@ use crate::{
     components::{
         optimizers::{Optimizer, Update},
         schedules::Schedule,
+        towers::TowerShape,
     },
     error::{Error, Result},
     events::SavedParameter,
-    nn::{BranchScales, Param},
+    nn::{BranchScales, Param, Reach},
     weights::{TensorData, TensorMap, TensorRef},
 };
 
@@ -112,6 +113,10 @@ pub trait Task {
     /// Out of memory on the device.
     fn after_update(&mut self, _cx: &Context, _progress: f64) -> Result<()> {
         Ok(())
+    }
+    /// The student that is trained, and what of it training reaches, which checkpoints note; `None` where there is none.
+    fn tower(&self) -> Option<(TowerShape, Reach)> {
+        None
     }
     /// Where forward passes went since this was last asked.
     fn take_times(&mut self) -> ForwardTimes {
