@@ -10,6 +10,7 @@ mod fuzz;
 mod knn;
 mod layers;
 mod linear_probe;
+mod optimizing;
 mod papers;
 mod prelude;
 mod quality;
