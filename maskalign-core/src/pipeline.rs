@@ -14,8 +14,8 @@ use crate::{
     events::{Event, Events, Mark},
     plugin::Build,
     run::{
-        CheckpointHeader, DataRecord, FileRecord, Manifest, Origin, Resumption, RunDir, RunError, StopFlag, as_text,
-        fail_point, this_moment,
+        BestRecord, CheckpointHeader, DataRecord, FileRecord, Manifest, Origin, Resumption, RunDir, RunError, StopFlag,
+        as_text, fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
@@ -188,7 +188,7 @@ pub fn run(
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
-        if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
+        if let Some((finished, left)) = finished.filter(|(finished, _)| finished.is_complete(wanted)) {
             dir.check_metrics(finished.metrics_records)?;
             tracing::info!("stage `{name}` is finished already");
             options.events.pass_over(finished.metrics_records);
@@ -258,6 +258,7 @@ pub fn run(
     }
     options.events.sync()?;
     dir.still_has(names.iter())?;
+    manifest.best = results.iter().filter_map(|(stage, results)| BestRecord::of(stage, results)).collect();
     manifest.ended = Some(this_moment());
     manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
@@ -277,7 +278,7 @@ pub fn is_done(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<boo
 /// Whether every stage has been finished with the steps that are asked for.
 fn has_every_stage(plan: &Plan, dir: &RunDir, step_limit: Option<u64>) -> Result<bool> {
     for (name, summary) in plan.summaries() {
-        if dir.read_done(name)?.is_none_or(|done| done.step < wanted_steps(summary, step_limit)) {
+        if dir.read_done(name)?.is_none_or(|done| !done.is_complete(wanted_steps(summary, step_limit))) {
             return Ok(false);
         }
     }
@@ -377,6 +378,7 @@ fn manifest(
                 fingerprint: fingerprint.clone(),
             })
             .collect(),
+        best: Vec::new(),
         started: now.clone(),
         ended: None,
         peak_memory_mib: None,

@@ -12,6 +12,7 @@
 //!   pictures/                              what stages show of a few images, and an index of it
 //!   report.html                            results and curves as a page, written when the run ends
 //!   checkpoints/STAGE/step-00001234.safetensors
+//!   checkpoints/STAGE/best-00001234.safetensors   the best state so far, where it is kept
 //!   checkpoints/STAGE/final.safetensors    the stage's outcome
 //!   checkpoints/STAGE/done.json            the stage is finished; its results
 //! ```
@@ -41,7 +42,7 @@ pub use compare::{
 };
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
-pub use manifest::{DataRecord, FileRecord, Manifest, Origin, Resumption};
+pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Origin, Resumption, STOPPED_EARLY};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{CURVE, PictureFormat, PictureRecord, pictures};

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Data, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
     StageSummary, Task, Training, TrainingStep, branch_scales, keep, memory,
-    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::{count_parameters, saved_parameters},
+    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised, class_targets},
+    training::{count_parameters, load_kept, saved_parameters},
     under,
 };
 use crate::{
@@ -65,7 +65,7 @@ struct Mixup {
 /// class token.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Finetune(With<Training, FinetuneOptions>);
+pub struct Finetune(With<Kept, With<Training, FinetuneOptions>>);
 
 /// The options that are fine-tuning's own.
 #[component]
@@ -151,42 +151,47 @@ impl Classifier {
             return Ok(targets);
         }
         let beta = Beta::new(alpha, alpha).expect("positive coefficients");
-        let mut kept: f64 = beta.sample(&mut rng);
-        let (size, area) = (images.size, images.size * images.size);
-        let original = images.pixels.clone();
-        // Each image meets the one opposite in the batch, as in timm.
-        let opposite = |i: usize| images.batch - 1 - i;
-        if paste {
-            let side = (size as f64 * (1.0 - kept).sqrt()) as usize;
-            let (cy, cx) = (rng.below(size), rng.below(size));
-            let range = |c: usize| c.saturating_sub(side / 2)..(c + side / 2).min(size);
-            let (rows, columns) = (range(cy), range(cx));
-            for i in 0..images.batch {
-                for channel in 0..3 {
-                    for row in rows.clone() {
-                        let at = |image: usize| (image * 3 + channel) * area + row * size;
-                        let from = &original[at(opposite(i))..][columns.clone()];
-                        images.pixels[at(i)..][columns.clone()].copy_from_slice(from);
-                    }
-                }
-            }
-            kept = 1.0 - (rows.len() * columns.len()) as f64 / area as f64;
-        } else {
-            for i in 0..images.batch {
-                let other = &original[opposite(i) * 3 * area..][..3 * area];
-                for (v, o) in images.pixels[i * 3 * area..][..3 * area].iter_mut().zip(other) {
-                    *v = *v * kept as f32 + o * (1.0 - kept) as f32;
-                }
-            }
-        }
-        let unmixed = targets.clone();
-        for i in 0..images.batch {
-            for class in 0..classes {
-                targets[i * classes + class] = unmixed[i * classes + class] * kept as f32
-                    + unmixed[opposite(i) * classes + class] * (1.0 - kept) as f32;
-            }
-        }
+        let kept: f64 = beta.sample(&mut rng);
+        let centre = paste.then(|| (rng.below(images.size), rng.below(images.size)));
+        mix(images, &mut targets, kept, centre);
         Ok(targets)
+    }
+}
+
+/// Mixes each image and its target `[batch, classes]` with the one opposite in the batch, as timm does: a share `kept` of it
+/// stays. With the row and column of a centre a box of the other image is pasted around it, without one they are blended.
+fn mix(images: &mut ImageBatch, targets: &mut [f32], mut kept: f64, centre: Option<(usize, usize)>) {
+    let (size, area) = (images.size, images.size * images.size);
+    let original = images.pixels.clone();
+    let opposite = |i: usize| images.batch - 1 - i;
+    if let Some((cy, cx)) = centre {
+        let side = (size as f64 * (1.0 - kept).sqrt()) as usize;
+        let range = |c: usize| c.saturating_sub(side / 2)..(c + side / 2).min(size);
+        let (rows, columns) = (range(cy), range(cx));
+        for i in 0..images.batch {
+            for channel in 0..3 {
+                for row in rows.clone() {
+                    let at = |image: usize| (image * 3 + channel) * area + row * size;
+                    let from = &original[at(opposite(i))..][columns.clone()];
+                    images.pixels[at(i)..][columns.clone()].copy_from_slice(from);
+                }
+            }
+        }
+        kept = 1.0 - (rows.len() * columns.len()) as f64 / area as f64;
+    } else {
+        for i in 0..images.batch {
+            let other = &original[opposite(i) * 3 * area..][..3 * area];
+            for (v, o) in images.pixels[i * 3 * area..][..3 * area].iter_mut().zip(other) {
+                *v = *v * kept as f32 + o * (1.0 - kept) as f32;
+            }
+        }
+    }
+    let (unmixed, classes) = (targets.to_vec(), targets.len() / images.batch);
+    for i in 0..images.batch {
+        for class in 0..classes {
+            targets[i * classes + class] = unmixed[i * classes + class] * kept as f32
+                + unmixed[opposite(i) * classes + class] * (1.0 - kept) as f32;
+        }
     }
 }
 
@@ -276,7 +281,7 @@ impl Finetune {
     /// # Errors
     /// Every option that does not fit.
     pub fn plan_finetune(&self, cx: &StageContext) -> Result<PlannedFinetune, Vec<Refusal>> {
-        let With { shared, own } = &self.0;
+        let With { shared: kept, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         if own.mixing.is_some() && shared.batch.micro() == 1 {
@@ -288,7 +293,7 @@ impl Finetune {
                     .help("the paper's are `{ mixup: 0.8, cutmix: 1.0 }`; leave `mixing` out for none"),
             );
         }
-        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student, kept: *kept };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(supervised) = planned else { return Err(refusals) };
         let student = Arc::clone(&supervised.student);
@@ -343,7 +348,8 @@ impl FinetunePlan {
             aligned: 0,
             recompute,
         };
-        summary.memory += memory::training(summary, &step);
+        summary.memory +=
+            memory::training(summary, &step) + memory::average(summary, self.supervised.kept.ema.is_some());
         Ok(())
     }
 
@@ -426,3 +432,49 @@ register!(stage "finetune" => Finetune, "trains a student and a linear head on l
       student: { type: vit, arch: { dim: 96, depth: 4, heads: 3, patch: 4 } },
       optimizer: { type: adamw, base_lr: 1.0e-3 }, schedule: { type: cosine }, batch: { effective: 64 } }",
     paper: "MAE, arXiv 2111.06377, appendix A.1");
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::weights::read;
+
+    /// What timm's `Mixup` makes of the same draws (`tests/fixtures/stages/make_training.py`).
+    #[test]
+    fn images_and_targets_are_mixed_as_timm_does() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages/training.safetensors");
+        let recorded = read(&file).unwrap();
+        let images = &recorded["mix.images"];
+        let size = images.shape[3];
+        let labels = recorded["mix.labels"].data.iter().map(|label| Some(*label as u32)).collect::<Vec<_>>();
+        let cases = recorded.keys().filter_map(|name| name.strip_prefix("mix.")?.strip_suffix(".draw"));
+        let mut seen = 0;
+        for case in cases {
+            let [pastes, kept, row, column] = recorded[&format!("mix.{case}.draw")].data[..] else { panic!("{case}") };
+            let mut mixed = ImageBatch { pixels: images.data.clone(), batch: labels.len(), size };
+            let batch = MicroBatch {
+                images: mixed.clone(),
+                labels: labels.clone(),
+                indices: (0..labels.len()).collect(),
+                epoch: 0,
+                progress: 0.0,
+            };
+            let mut targets = class_targets(&batch, 5, 0.1).unwrap();
+            let centre = (pastes == 1.0).then_some((row as usize, column as usize));
+            mix(&mut mixed, &mut targets, f64::from(kept), centre);
+            for (what, ours) in [("images", &mixed.pixels), ("targets", &targets)] {
+                let theirs = &recorded[&format!("mix.{case}.{what}")].data;
+                assert_eq!(ours.len(), theirs.len(), "{case}: {what}");
+                for (ours, theirs) in ours.iter().zip(theirs) {
+                    assert!(
+                        (ours - theirs).abs() <= 1e-5 * theirs.abs() + 1e-7,
+                        "{case}: {what} {ours}, timm {theirs}"
+                    );
+                }
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, 6);
+    }
+}

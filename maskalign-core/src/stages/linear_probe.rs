@@ -14,8 +14,8 @@ use super::{
     Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
     StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
     probe_sweep::{Head, PlannedSweep, Sides, sweep},
-    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::{count_parameters, saved_parameters},
+    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised, class_targets},
+    training::{count_parameters, load_kept, saved_parameters},
     under,
 };
 use crate::{
@@ -53,7 +53,7 @@ fn head_std() -> f64 {
 /// classifiers are trained. It stays as it is: later stages take it from where this one took it.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct LinearProbe(With<Training, LinearProbeOptions>);
+pub struct LinearProbe(With<Kept, With<Training, LinearProbeOptions>>);
 
 /// The options that are the probe's own.
 #[component]
@@ -155,7 +155,7 @@ impl LinearProbe {
     /// # Errors
     /// Every option that does not fit.
     pub fn plan_probe(&self, cx: &StageContext) -> Result<PlannedLinearProbe, Vec<Refusal>> {
-        let With { shared, own } = &self.0;
+        let With { shared: kept, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         let batch = shared.batch;
@@ -164,7 +164,7 @@ impl LinearProbe {
             let option = if batch.micro.is_some() { "micro" } else { "effective" };
             refusals.push(Refusal::new(option, message).under("batch"));
         }
-        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student, kept: *kept };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(supervised) = planned else { return Err(refusals) };
         let shape = supervised.student.shape();
@@ -179,6 +179,15 @@ impl LinearProbe {
             summary.warnings.push("the student has no `weights`: what is probed is its random initialisation".into());
         }
         let sweep = PlannedSweep::plan(&own.base_lrs, shared, &mut refusals);
+        for (option, is_given) in [("ema", kept.ema.is_some()), ("best", kept.best.is_some())] {
+            if is_given && !own.base_lrs.is_empty() {
+                refusals.push(
+                    Refusal::new(option, "several learning rates are tried, and of each the last state is compared")
+                        .related(["base_lrs"], "the learning rates")
+                        .help(format!("leave out `base_lrs`, or `{option}`")),
+                );
+            }
+        }
         if !own.base_lrs.is_empty() && own.eval.is_none() {
             refusals.push(
                 Refusal::new("base_lrs", "without `eval` there are no images to tell the best rate by")
@@ -196,7 +205,10 @@ impl LinearProbe {
         summary.tokens = Some((shape.tokens(), shape.tokens()));
         let size = plan.supervised.training.data.size;
         summary.memory += match &plan.sweep {
-            None => memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], size),
+            None => {
+                memory::average(&summary, plan.supervised.kept.ema.is_some())
+                    + memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], size)
+            }
             Some(_) => {
                 let open = [Some(&plan.supervised.training.data), plan.supervised.classes.eval.as_ref()];
                 let images =

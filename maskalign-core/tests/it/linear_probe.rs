@@ -4,7 +4,7 @@ use maskalign_core::{
     Context, Device, Forms, ImageBatch,
     components::towers::TrainedStudents,
     nn::{Init, Role},
-    stages::{Classify, LinearProbe, MicroBatch, Probe, Task},
+    stages::{Classify, LinearProbe, MicroBatch, MovingAverage, Probe, Task},
     weights::TensorMap,
 };
 
@@ -54,7 +54,8 @@ fn its_steps_are_those_of_pytorch_and_timm() {
             let given = p.name.strip_prefix("head.").map_or(student.get(&p.name), |name| head.get(name));
             p.load(&given.unwrap_or_else(|| panic!("timm has no {}", p.name)).data).unwrap();
         });
-        let mut trainer = plan.training().trainer_for(12);
+        let average = Some(MovingAverage { momentum: 0.6 });
+        let mut trainer = plan.training().trainer_for(12).with_average(average);
         for (step, lr) in recorded["lr"].data.iter().enumerate() {
             let before = values(&mut probe, &[Role::Head]);
             let mut parts = (0..2).map(|part| batch(&recorded, step * 12 + part * 6..step * 12 + (part + 1) * 6));
@@ -68,6 +69,13 @@ fn its_steps_are_those_of_pytorch_and_timm() {
                 let error = relative_error(&ours.data, &recorded[&format!("expect.{step}.{name}")].data);
                 assert!(error < 1e-5, "step {step}, {name}: {error:.1e}");
             }
+            let roles = [Role::Head, Role::Buffer];
+            let averaged = trainer.averaged(&mut probe, |probe| Ok(values(probe, &roles))).unwrap();
+            for (name, ours) in &averaged {
+                let error = relative_error(&ours.data, &recorded[&format!("expect.{step}.ema.{name}")].data);
+                assert!(error < 1e-5, "step {step}, average of {name}: {error:.1e}");
+            }
+            assert_eq!(values(&mut probe, &roles), after, "what is trained is back in its place");
             // One step moves a weight by little: its direction is compared by itself.
             for (name, before) in &before {
                 let moved: Vec<f32> =
