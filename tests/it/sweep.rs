@@ -48,7 +48,7 @@ fn every_combination_runs_once_and_is_averaged_over_seeds() {
         let number = |at: usize| cells[at].parse::<f64>().expect("a number");
         assert_eq!((cells[0].as_str(), cells[1].as_str(), cells[3].as_str()), (ratio, "knn", "2"));
         // Of two numbers, the standard error is half of what they differ by.
-        assert!((number(4) - (a + b) / 2.0).abs() < 1e-12 && (number(5) - (a - b).abs() / 2.0).abs() < 1e-12);
+        assert!((number(4) - f64::midpoint(a, b)).abs() < 1e-12 && (number(5) - (a - b).abs() / 2.0).abs() < 1e-12);
     }
     let alone = ["--set", "stages.pretrain.masker.ratio=0.75", "--set", "seed=1", "--out", "alone"];
     ends(&sandbox.run([&["run", "good.yaml", "--steps", "2", "-q"][..], &alone].concat()), 0, &[]);
