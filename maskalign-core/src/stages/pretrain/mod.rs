@@ -491,7 +491,8 @@ impl PlannedStage for PlannedPretrain {
         let mut trainer = self.training.trainer();
         let mut measure = |run: &mut StageRun, model: &mut PretrainModel, epochs| self.judge(run, model, epochs);
         let is_judged = self.knn.is_some() || !self.evaluations.is_empty();
-        let evaluation = is_judged.then_some(EpochEvaluation { name: None, every: 1, best: None, measure: &mut measure });
+        let evaluation =
+            is_judged.then_some(EpochEvaluation { name: None, every: 1, best: None, measure: &mut measure });
         let trained = train(&mut run, &mut model, &mut trainer, Loop { training: &self.training, evaluation })?;
         self.show(&mut run, &mut model)?;
         let weights = finish(&run, &mut model, trainer, &trained)?;

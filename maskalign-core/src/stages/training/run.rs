@@ -277,12 +277,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         }
         let stop = run.stop.get();
         let is_asked_for = run.stop.take_save();
-        if done == end
-            || over
-            || checkpoints.is_due(done, length.steps_per_epoch)
-            || stop.is_some()
-            || is_asked_for
-        {
+        if done == end || over || checkpoints.is_due(done, length.steps_per_epoch) || stop.is_some() || is_asked_for {
             save(run, task, trainer, &notes, retention)?;
             last_saved = Some(done);
             saved_best.clone_from(&notes.best);
