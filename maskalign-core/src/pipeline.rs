@@ -14,8 +14,8 @@ use crate::{
     events::{Event, Events, Mark},
     plugin::Build,
     run::{
-        CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag, as_text,
-        fail_point, this_moment,
+        BestRecord, CheckpointHeader, DataRecord, FileRecord, Manifest, Resumption, RunDir, RunError, StopFlag,
+        as_text, fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
@@ -164,7 +164,7 @@ pub fn run(
     let mut computed_on = earlier.as_ref().map(|earlier| earlier.computed_on().to_string());
     let mut idle = earlier.is_some();
     for (name, summary) in plan.summaries() {
-        idle = idle && dir.read_done(name)?.is_some_and(|done| done.step >= wanted_steps(summary, &options));
+        idle = idle && dir.read_done(name)?.is_some_and(|done| done.is_complete(wanted_steps(summary, &options)));
     }
     if !idle {
         same_kernels(cx, computed_on.take(), &options)?;
@@ -189,7 +189,7 @@ pub fn run(
         if finished.as_ref().is_some_and(|(finished, _)| finished.fingerprint != options.fingerprint) {
             return Err(Error::Usage(format!("stage `{name}` of this run was finished with another recipe")));
         }
-        if let Some((finished, left)) = finished.filter(|(finished, _)| finished.step >= wanted) {
+        if let Some((finished, left)) = finished.filter(|(finished, _)| finished.is_complete(wanted)) {
             dir.check_metrics(finished.metrics_records)?;
             tracing::info!("stage `{name}` is finished already");
             options.events.pass_over(finished.metrics_records);
@@ -259,6 +259,7 @@ pub fn run(
     }
     options.events.sync()?;
     dir.still_has(names.iter())?;
+    manifest.best = results.iter().filter_map(|(stage, results)| BestRecord::of(stage, results)).collect();
     manifest.ended = Some(this_moment());
     manifest.peak_memory_mib = maskalign_engine::peak_memory_mib();
     dir.write_manifest(&manifest)?;
@@ -359,6 +360,7 @@ fn manifest(
                 fingerprint: fingerprint.clone(),
             })
             .collect(),
+        best: Vec::new(),
         started: now.clone(),
         ended: None,
         peak_memory_mib: None,

@@ -1,10 +1,10 @@
 //! What must not change a run's result does not; and what a run may delete.
 
-use std::{fs, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 #[cfg(unix)]
 use crate::support::after_records;
-use crate::support::{Sandbox, run_record};
+use crate::support::{Sandbox, ends, files_below, run_record};
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
     let output = sandbox.run(["run", "tiny.yaml", "-q"].iter().chain(arguments));
@@ -72,6 +72,120 @@ fn a_moving_teacher_and_a_probe_go_on_exactly() {
     let exported = fs::read(sandbox.work().join("student.safetensors")).expect("it");
     let text = String::from_utf8_lossy(&exported[..exported.len().min(4096)]).into_owned();
     assert!(text.contains("blocks.0.ls1.gamma") && !text.contains("mask_token"), "{text}");
+}
+
+/// Fine-tuning and probing that leave the best state of a moving average, and give up early.
+const KEPT: [&str; 7] = [
+    "stages.pretrain.epochs=1",
+    "stages.finetune.epochs=12",
+    "stages.finetune.optimizer.base_lr=0.2",
+    "stages.finetune.ema={momentum: 0.5}",
+    "stages.finetune.best={patience_epochs: 2}",
+    "stages.probe={type: linear_probe, epochs: 2.5, data: {dataset: {type: sample, split: train, limit: 64}}, \
+     eval: {dataset: {type: sample, split: test, limit: 20}}, student: {type: vit, weights: {stage: pretrain}}, \
+     optimizer: {type: lars, base_lr: 1}, schedule: {type: cosine}, batch: {effective: 16}, ema: {momentum: 0.9}, \
+     best: {metric: top_5_accuracy, every_epochs: 2}, checkpoints: {every_steps: 3}}",
+    "stages.evaluate={type: evaluate, classifier: {stage: finetune}, data: {dataset: {type: sample, split: test, limit: 20}}}",
+];
+
+/// What of a run's checkpoints must be the same, however it came about: all but what only goes on from it.
+fn checkpoints(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = files_below(&dir.join("checkpoints"));
+    let read = |name: String| (name.clone(), fs::read(dir.join("checkpoints").join(name)).expect("a file"));
+    files.into_iter().map(read).collect()
+}
+
+#[test]
+fn the_best_state_and_an_early_end_are_those_of_a_run_that_was_not_interrupted() {
+    let sandbox = Sandbox::new();
+    let run = |arguments: &[&str]| {
+        let sets = KEPT.iter().flat_map(|set| ["--set", set]);
+        let output = sandbox.run(["run", "tiny.yaml", "-q"].into_iter().chain(sets).chain(arguments.iter().copied()));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["--out", "whole"]);
+    let dir = sandbox.work().join("whole");
+    let whole = run_record(&dir);
+    let (summary, left) = (&whole.summary, checkpoints(&dir));
+
+    let tuned = &summary["finetune"];
+    let (best, measured) = (&tuned["best"], tuned["eval"].as_array().expect("one an epoch"));
+    let accuracies: Vec<f64> = measured.iter().map(|epoch| epoch["accuracy"].as_f64().expect("a share")).collect();
+    let most = accuracies.iter().copied().fold(0.0, f64::max);
+    let at = accuracies.iter().position(|accuracy| *accuracy == most).expect("one of them");
+    assert!(at > 0, "the first is not the best in this recipe: {accuracies:?}");
+    assert_eq!((best["accuracy"].as_f64(), best["epoch"].as_u64()), (Some(most), Some(at as u64 + 1)), "{tuned}");
+    assert_eq!(best["step"], 4 * (at + 1));
+    assert_eq!((tuned["stopped_early"].as_bool(), measured.len()), (Some(true), at + 3), "two epochs more: {tuned}");
+    assert_eq!(tuned["steps"], 4 * (at + 3));
+    assert_eq!(tuned["accuracy"], best["accuracy"]);
+    assert_eq!(summary["evaluate"]["accuracy"], best["accuracy"], "later stages take what was the best");
+    let probe = &summary["probe"];
+    let epochs: Vec<f64> =
+        probe["eval"].as_array().expect("some").iter().map(|at| at["epoch"].as_f64().expect("it")).collect();
+    assert_eq!(epochs, [2.0, 2.5], "the end is measured too");
+    assert!(probe["stopped_early"].is_null());
+    let manifest = fs::read_to_string(dir.join("manifest.json")).expect("a manifest");
+    let manifest: serde_json::Value = serde_json::from_str(&manifest).expect("JSON");
+    assert_eq!(manifest["best"][0]["stage"], "finetune");
+    assert_eq!(manifest["best"][0]["value"].as_f64(), Some(most));
+    assert_eq!(manifest["best"][0]["stopped_early"], true);
+
+    // What is left is the best file's, tensor for tensor.
+    let tensors = |name: &str| {
+        let bytes = &left[name];
+        let header = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+        bytes[8 + header..].to_vec()
+    };
+    let best_file = format!("finetune/best-{:08}.safetensors", best["step"].as_u64().expect("a step"));
+    assert!(tensors(&best_file) == tensors("finetune/final.safetensors"));
+    let files = |stage: &str| left.keys().filter(|name| name.starts_with(stage)).count();
+    assert_eq!((files("finetune/best-"), files("probe/best-")), (1, 1), "{:?}", left.keys());
+
+    // In the midst of an epoch, at its end, before the best state, at it, and after it.
+    let step = best["step"].as_u64().expect("a step");
+    for stops in [vec![1], vec![step - 1, step, step + 1], vec![4, step + 5, step + 8]] {
+        let name = format!("parts{}", stops[0]);
+        let _ = fs::remove_dir_all(sandbox.work().join(&name));
+        let mut begin = ["--out", &name];
+        for end in &stops {
+            run(&[&begin[..], &["--steps", &end.to_string()]].concat());
+            begin[0] = "--resume";
+        }
+        run(&["--resume", &name]);
+        let dir = sandbox.work().join(&name);
+        whole.assert_same(&run_record(&dir), &format!("{stops:?}"));
+        let parts = checkpoints(&dir);
+        assert_eq!(parts.keys().collect::<Vec<_>>(), left.keys().collect::<Vec<_>>(), "{stops:?}");
+        for (name, bytes) in &left {
+            assert!(parts[name] == *bytes, "{stops:?}: {name}");
+        }
+    }
+    // A stage that ended early is finished.
+    let before = checkpoints(&dir);
+    run(&["--resume", "whole"]);
+    assert!(checkpoints(&dir) == before);
+
+    fs::remove_file(dir.join("checkpoints").join(&best_file)).expect("removed");
+    fs::remove_file(dir.join("checkpoints/finetune/done.json")).expect("removed");
+    let sets = KEPT.iter().flat_map(|set| ["--set", set]);
+    let gone = sandbox.run(["run", "tiny.yaml", "--resume", "whole", "-q"].into_iter().chain(sets));
+    ends(&gone, 2, &[&best_file, "the best state of the stage is gone", "put back a copy"]);
+}
+
+/// With a momentum of 0 the average is what was trained, and the run is the one without an average.
+#[test]
+fn an_average_of_the_last_state_alone_changes_nothing() {
+    let sandbox = Sandbox::new();
+    run(&sandbox, &["--out", "plain"]);
+    run(&sandbox, &["--out", "average", "--set", "stages.finetune.ema={momentum: 0}"]);
+    run(&sandbox, &["--out", "still", "--set", "stages.finetune.ema={momentum: 0.999999}"]);
+    let [plain, average, still] = ["plain", "average", "still"].map(|dir| run_record(&sandbox.work().join(dir)));
+    assert_eq!(average.steps, plain.steps);
+    assert_eq!(average.summary, plain.summary);
+    assert_eq!(still.summary["pretrain"], plain.summary["pretrain"]);
+    assert_eq!(still.summary["finetune"]["loss"], plain.summary["finetune"]["loss"], "what is trained is the same");
+    assert_ne!(still.finals["finetune"], plain.finals["finetune"], "what is left is not");
 }
 
 #[test]

@@ -89,6 +89,12 @@ pub fn check(path: &Path) -> Result<Findings, RunError> {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             items.push(Item::of(&inside(&name), read, |read| format!("{} tensors", read.tensors.len())));
         }
+        for (step, file) in run.bests(&stage)? {
+            let read = run.read_best(&stage, step);
+            let read = read.and_then(|best| agrees(&best.header.fingerprint).map(|()| best));
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            items.push(Item::of(&inside(&name), read, |read| format!("{} tensors", read.tensors.len())));
+        }
         match run.read_done(&stage) {
             Ok(None) => {}
             Ok(Some(done)) => {

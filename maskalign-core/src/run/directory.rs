@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::clock::utc;
-use super::manifest::Manifest;
+use super::manifest::{Manifest, STOPPED_EARLY};
 use super::metrics::{self, Marks, Metrics, MetricsMark, Salvaged, Stood, Tail};
 use super::pictures::{self, PICTURES, PictureRecord};
 use super::seal::{Broken, seal, unseal};
@@ -34,6 +34,7 @@ const SUMMARY: &str = "summary.json";
 const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final.safetensors";
 const DONE: &str = "done.json";
+const BEST: &str = "best-";
 const TENSORBOARD: &str = "tensorboard";
 const REPORT: &str = "report.html";
 /// Behind the name of a checkpoint that cannot be gone on from.
@@ -84,6 +85,13 @@ pub struct FinishedStage {
     pub metrics_records: u64,
     /// The stage's results, as in `summary.json`.
     pub results: Value,
+}
+
+impl FinishedStage {
+    /// Whether nothing is left to do of `steps` steps.
+    pub fn is_complete(&self, steps: u64) -> bool {
+        self.step >= steps || self.results.get(STOPPED_EARLY) == Some(&Value::Bool(true))
+    }
 }
 
 impl RunDir {
@@ -421,11 +429,55 @@ impl RunDir {
 
     /// The checkpoints of a stage in ascending order of steps, whether they can be read or not.
     pub fn checkpoints(&self, stage: &str) -> Result<Vec<(u64, PathBuf)>, RunError> {
+        self.steps_of(stage, "step-")
+    }
+
+    /// The files of a stage whose names are a word and a step.
+    fn steps_of(&self, stage: &str, word: &str) -> Result<Vec<(u64, PathBuf)>, RunError> {
         let folder = self.stage_folder(stage)?;
-        let mut found: Vec<_> =
-            file_names(&folder)?.into_iter().filter_map(|name| Some((step_of(&name)?, folder.join(&name)))).collect();
+        let at = |name: String| Some((step_of(&name, word)?, folder.join(&name)));
+        let mut found: Vec<_> = file_names(&folder)?.into_iter().filter_map(at).collect();
         found.sort();
         Ok(found)
+    }
+
+    /// Writes the best state of `header.stage` so far, `checkpoints/STAGE/best-00001234.safetensors` after step 1234: what the
+    /// stage would leave if it ended there. Returns its path.
+    pub fn save_best(&self, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<PathBuf, RunError> {
+        let path = self.stage_folder(&header.stage)?.join(format!("{BEST}{:08}.safetensors", header.step));
+        self.create_stage_folder(&header.stage)?;
+        let sealed = Sealed::of(&path, "best", header, tensors)?;
+        self.writing(|| sealed.write(&path, "best", tensors))?;
+        Ok(path)
+    }
+
+    /// The best state of a stage, of the step that its checkpoints note.
+    ///
+    /// # Errors
+    /// It is gone or damaged.
+    pub fn read_best(&self, stage: &str, step: u64) -> Result<Checkpoint, RunError> {
+        let folder = self.stage_folder(stage)?;
+        let path = folder.join(format!("{BEST}{step:08}.safetensors"));
+        let read = load(&path).and_then(|best| agrees(&path, &best.header, stage, step).map(|()| best));
+        let remedy = format!("put back a copy, or move {} away to train the stage again", folder.display());
+        read.map_err(|error| match error {
+            RunError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                RunError::damaged(&path, "the best state of the stage is gone").advised(&remedy)
+            }
+            error => error.advised(&remedy),
+        })
+    }
+
+    /// Deletes the best states of a stage but those that are needed.
+    pub fn prune_best(&self, stage: &str, is_needed: &dyn Fn(u64) -> bool) -> Result<(), RunError> {
+        let found = self.bests(stage)?;
+        self.still_there()?;
+        found.iter().filter(|(step, _)| !is_needed(*step)).try_for_each(|(_, path)| delete(path))
+    }
+
+    /// The best states of a stage in ascending order of steps: one, and one more between two checkpoints.
+    pub(super) fn bests(&self, stage: &str) -> Result<Vec<(u64, PathBuf)>, RunError> {
+        self.steps_of(stage, BEST)
     }
 
     /// The newest checkpoint of a stage that is whole, and that `metrics.jsonl` agrees with. Others are passed over, set
@@ -624,6 +676,7 @@ impl RunDir {
     /// Deletes all that a stage made: what it began with has changed.
     pub fn discard_stage(&self, stage: &str) -> Result<(), RunError> {
         self.reopen_stage(stage)?;
+        self.prune_best(stage, &|_| false)?;
         self.checkpoints(stage)?.iter().try_for_each(|(_, path)| delete(path))
     }
 
@@ -845,7 +898,7 @@ fn open_marker(folder: &Path) -> Result<File, RunError> {
 
 /// Whether a stage leaves a file of this name.
 fn is_stages(name: &str) -> bool {
-    name == FINAL || name == DONE || step_of(name).is_some()
+    name == FINAL || name == DONE || ["step-", BEST].iter().any(|word| step_of(name, word).is_some())
 }
 
 /// The name of what was set aside under another, if it is one.
@@ -853,9 +906,9 @@ fn aside_of(name: &str) -> Option<&str> {
     Some(name.split_once(SET_ASIDE)?.0)
 }
 
-/// `step-00001234.safetensors` -> 1234.
-fn step_of(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix("step-")?.strip_suffix(".safetensors")?;
+/// `step-00001234.safetensors` -> 1234, for the word `step-`.
+fn step_of(name: &str, word: &str) -> Option<u64> {
+    let digits = name.strip_prefix(word)?.strip_suffix(".safetensors")?;
     (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 

@@ -4,8 +4,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::files::RunError;
+
+/// The result that says of a stage that it ended before its last step, since nothing better was waited for.
+pub const STOPPED_EARLY: &str = "stopped_early";
 
 /// `manifest.json`: with what, where and when a run was made. Times are RFC 3339 in UTC.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -34,6 +38,8 @@ pub struct Manifest {
     pub weights: Vec<FileRecord>,
     /// The data of each stage.
     pub data: Vec<DataRecord>,
+    /// The stages that left their best state, known when the run ended.
+    pub best: Vec<BestRecord>,
     /// When the run began.
     pub started: String,
     /// When it ended; absent while it runs, and after a kill.
@@ -68,6 +74,39 @@ impl Manifest {
             }
         }
         found
+    }
+}
+
+/// The state that a stage left since it was the best.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BestRecord {
+    /// The stage's name.
+    pub stage: String,
+    /// Updates that had been made when it was measured.
+    pub step: u64,
+    /// What decided.
+    pub metric: String,
+    /// Its value; absent where it is not known.
+    pub value: Option<f64>,
+    /// Updates that were made in all.
+    pub steps: u64,
+    /// Whether the stage ended before its last step, since nothing better was waited for.
+    pub stopped_early: bool,
+}
+
+impl BestRecord {
+    /// The record of a stage with these results, where it left its best state.
+    pub(crate) fn of(stage: &str, results: &Value) -> Option<BestRecord> {
+        let best = results.get("best")?;
+        let metric = best.get("metric")?.as_str()?;
+        Some(BestRecord {
+            stage: stage.to_owned(),
+            step: best.get("step")?.as_u64()?,
+            metric: metric.to_owned(),
+            value: best.get(metric).and_then(Value::as_f64),
+            steps: results.get("steps")?.as_u64()?,
+            stopped_early: results.get(STOPPED_EARLY) == Some(&Value::Bool(true)),
+        })
     }
 }
 

@@ -12,6 +12,7 @@
 //!   pictures/                              what stages show of a few images, and an index of it
 //!   report.html                            results and curves as a page, written when the run ends
 //!   checkpoints/STAGE/step-00001234.safetensors
+//!   checkpoints/STAGE/best-00001234.safetensors   the best state so far, where it is kept
 //!   checkpoints/STAGE/final.safetensors    the stage's outcome
 //!   checkpoints/STAGE/done.json            the stage is finished; its results
 //! ```
@@ -37,7 +38,7 @@ pub(crate) use clock::this_moment;
 pub use compare::{Aim, BadLines, Difference, Metric, Record, aim, columns, differences, measured, read_records};
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use manifest::as_text;
-pub use manifest::{DataRecord, FileRecord, Manifest, Resumption};
+pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Resumption, STOPPED_EARLY};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{PictureRecord, pictures};

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Data, Outcome, PlannedClassifier, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, keep,
     memory,
-    supervised::{best_class, each_scored, largest_label},
+    supervised::{TOP, best_class, each_scored, is_among_best, largest_label},
     under,
 };
 use crate::{
@@ -20,8 +20,6 @@ use crate::{
 
 /// Bins of confidence, as in the paper.
 const BINS: usize = 15;
-/// Of so many best classes, one has to be the right one.
-const TOP: usize = 5;
 
 fn batch() -> usize {
     64
@@ -167,12 +165,7 @@ impl Tally {
     /// Notes the scores of an image, one for each class: logits.
     fn add(&mut self, scores: &[f32], label: usize) {
         let found = best_class(scores);
-        // Of classes with the same score the first come first.
-        let before = |(class, score): &(usize, &f32)| match score.total_cmp(&scores[label]) {
-            std::cmp::Ordering::Equal => *class < label,
-            order => order.is_gt(),
-        };
-        self.top += usize::from(scores.iter().enumerate().filter(before).count() < TOP);
+        self.top += usize::from(is_among_best(scores, label));
         *self.taken_for.entry(label).or_default().entry(found).or_default() += 1;
         let highest = f64::from(scores[found]);
         let confidence = 1.0 / scores.iter().map(|&score| (f64::from(score) - highest).exp()).sum::<f64>();

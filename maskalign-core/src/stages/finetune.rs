@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Data, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
     StageSummary, Task, Training, TrainingStep, branch_scales, keep, memory,
-    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::count_parameters,
+    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised, class_targets},
+    training::{count_parameters, load_kept},
     under,
 };
 use crate::{
@@ -65,7 +65,7 @@ struct Mixup {
 /// class token.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Finetune(With<Training, FinetuneOptions>);
+pub struct Finetune(With<Kept, With<Training, FinetuneOptions>>);
 
 /// The options that are fine-tuning's own.
 #[component]
@@ -270,7 +270,7 @@ impl Finetune {
     /// # Errors
     /// Every option that does not fit.
     pub fn plan_finetune(&self, cx: &StageContext) -> Result<PlannedFinetune, Vec<Refusal>> {
-        let With { shared, own } = &self.0;
+        let With { shared: kept, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         if own.mixing.is_some() && shared.batch.micro() == 1 {
@@ -282,7 +282,7 @@ impl Finetune {
                     .help("the paper's are `{ mixup: 0.8, cutmix: 1.0 }`; leave `mixing` out for none"),
             );
         }
-        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student, kept: *kept };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(supervised) = planned else { return Err(refusals) };
         let student = Arc::clone(&supervised.student);
@@ -336,7 +336,8 @@ impl FinetunePlan {
             aligned: 0,
             recompute,
         };
-        summary.memory += memory::training(summary, &step);
+        summary.memory +=
+            memory::training(summary, &step) + memory::average(summary, self.supervised.kept.ema.is_some());
         Ok(())
     }
 

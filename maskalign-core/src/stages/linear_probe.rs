@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
     StageRun, StageSummary, Task, Tower, Training, View, keep, memory,
-    supervised::{Classify, Labelled, PlannedClassifier, PlannedSupervised, class_targets, load_kept},
-    training::count_parameters,
+    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised, class_targets},
+    training::{count_parameters, load_kept},
     under,
 };
 use crate::{
@@ -52,7 +52,7 @@ fn head_std() -> f64 {
 /// where this one took it.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct LinearProbe(With<Training, LinearProbeOptions>);
+pub struct LinearProbe(With<Kept, With<Training, LinearProbeOptions>>);
 
 /// The options that are the probe's own.
 #[component]
@@ -146,7 +146,7 @@ impl LinearProbe {
     /// # Errors
     /// Every option that does not fit.
     pub fn plan_probe(&self, cx: &StageContext) -> Result<PlannedLinearProbe, Vec<Refusal>> {
-        let With { shared, own } = &self.0;
+        let With { shared: kept, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         let batch = shared.batch;
@@ -155,7 +155,7 @@ impl LinearProbe {
             let option = if batch.micro.is_some() { "micro" } else { "effective" };
             refusals.push(Refusal::new(option, message).under("batch"));
         }
-        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student, kept: *kept };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(supervised) = planned else { return Err(refusals) };
         let shape = supervised.student.shape();
@@ -174,8 +174,9 @@ impl LinearProbe {
         let mut model = model.map_err(|error| vec![error.into_refusal()])?;
         (summary.parameters, summary.trainable) = count_parameters(&mut model);
         summary.tokens = Some((shape.tokens(), shape.tokens()));
-        summary.memory +=
-            memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], plan.supervised.training.data.size);
+        let has_average = plan.supervised.kept.ema.is_some();
+        summary.memory += memory::average(&summary, has_average)
+            + memory::probe(&summary, &shape, [batch.micro(), AT_A_TIME], plan.supervised.training.data.size);
         Ok(PlannedLinearProbe { summary, plan: Arc::new(plan) })
     }
 }

@@ -48,6 +48,11 @@ pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
 }
 
+/// Bytes for a moving average of what is trained, where there is one.
+pub(super) fn average(plan: &StageSummary, has_one: bool) -> u64 {
+    if has_one { FLOAT * plan.trainable as u64 } else { 0 }
+}
+
 /// Bytes for training on the features of a frozen tower that runs again at each step, on a micro-batch of images some at a
 /// time: its weights and pass, and what is trained with its gradient and one moment.
 pub(super) fn probe(plan: &StageSummary, tower: &TowerShape, [micro, at_a_time]: [usize; 2], image_size: usize) -> u64 {

@@ -38,11 +38,13 @@ pub use pretrain::{Objective, PlannedObjective, PlannedPretrain, Pretrain, Pretr
 pub use quality::Quality;
 pub use retrieval::Retrieval;
 pub use supervised::{
-    Classify, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets, largest_label,
+    Classify, Kept, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets,
+    largest_label,
 };
 pub use training::{
-    BatchSize, Checkpoints, EpochEvaluation, ForwardTimes, Length, Loop, MicroBatch, Phases, PlannedTraining,
-    Precision, Step, Task, Term, Trained, Trainer, Training, branch_scales, count_parameters, finish, train,
+    BatchSize, Best, Checkpoints, EpochEvaluation, EvalMetric, ForwardTimes, Length, Loop, MicroBatch, MovingAverage,
+    Phases, PlannedTraining, Precision, Step, Task, Term, Trained, Trainer, Training, branch_scales, count_parameters,
+    finish, train,
 };
 
 pub use crate::events::StageSummary;

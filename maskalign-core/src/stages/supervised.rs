@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use maskalign_engine::{Context, ImageBatch, Tensor};
-use maskalign_registry::{Refusal, Slot, StudentTag};
+use maskalign_registry::{Refusal, SharedOptions, Slot, StudentTag};
+use serde_json::{Value, json};
 
 use super::{
-    Data, Loop, MicroBatch, OpenData, Outcome, PlannedData, PlannedTraining, StageContext, StageRun, StageSummary,
-    Task, Training, finish, image_batch, keep, train,
+    Best, Data, EpochEvaluation, EvalMetric, Loop, MicroBatch, MovingAverage, OpenData, Outcome, PlannedData,
+    PlannedTraining, StageContext, StageRun, StageSummary, Task, Trained, Training, finish, image_batch, keep, train,
 };
 use crate::{
+    component,
     components::{
         students::PlannedStudent,
         towers::{TowerShape, TrainedStudents},
@@ -20,6 +22,45 @@ use crate::{
     plugin::Build,
     weights::TensorMap,
 };
+
+/// Of so many best classes, one has to be the right one.
+pub(super) const TOP: usize = 5;
+
+/// What of training on labelled images a stage leaves: what it trained last, an average of it, or the best.
+#[component]
+#[derive(Copy)]
+pub struct Kept {
+    /// A moving average of what is trained, which is measured and left in its place; absent: none.
+    #[serde(default)]
+    pub ema: Option<MovingAverage>,
+    /// Measures on the images of `eval` while it trains, and leaves the best state; absent: the last one.
+    #[serde(default)]
+    pub best: Option<Best>,
+}
+
+impl SharedOptions for Kept {
+    const LAST: &'static [&'static str] = &["ema", "best"];
+}
+
+impl Kept {
+    /// Refuses a metric that nothing could be measured by.
+    ///
+    /// # Errors
+    /// Names `best`.
+    fn check(self, classes: &PlannedClasses) -> Result<(), Refusal> {
+        match self.best {
+            Some(_) if classes.eval.is_none() => {
+                Err(Refusal::new("best", "without `eval` there are no images to tell the best state by")
+                    .help("give `eval` images that are not trained on, or leave `best` out"))
+            }
+            Some(Best { metric: EvalMetric::Top5Accuracy, .. }) if classes.classes <= TOP => {
+                let message = format!("the five best of {} classes are all of them", classes.classes);
+                Err(Refusal::new("metric", message).under("best"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// Classes that are assumed where the data was not looked at: ImageNet's, for estimates.
 const UNSEEN_CLASSES: usize = 1000;
@@ -32,6 +73,8 @@ pub struct PlannedSupervised {
     pub classes: PlannedClasses,
     /// The tower.
     pub student: Arc<dyn PlannedStudent>,
+    /// What the stage leaves.
+    pub kept: Kept,
 }
 
 impl PlannedSupervised {
@@ -47,11 +90,15 @@ impl PlannedSupervised {
         let training = training.plan(cx, format!("{}.data", cx.name), summary, refusals);
         let data = training.as_ref().map(|training| &training.data);
         let classes = PlannedClasses::plan(cx, labelled.classes, data, labelled.eval, summary, refusals);
+        // An `eval` that was refused is not missing.
+        if labelled.eval.is_none() || classes.eval.is_some() {
+            keep(refusals, labelled.kept.check(&classes));
+        }
         let training = training?;
         let towers = cx.towers(training.data.size);
         let student = Build::build(labelled.student).and_then(|student| student.plan(&towers));
         let student = keep(refusals, student.map_err(|refusal| refusal.under("student")))?;
-        Some(PlannedSupervised { training, classes, student })
+        Some(PlannedSupervised { training, classes, student, kept: labelled.kept })
     }
 
     /// Trains `model` to its end, measures its accuracy, and writes what it leaves.
@@ -59,10 +106,26 @@ impl PlannedSupervised {
     /// # Errors
     /// Whatever ends a run early.
     pub fn train<T: Task + Classify>(&self, run: &mut StageRun, model: &mut T) -> Result<Outcome> {
-        let training = &self.training;
-        let mut trainer = training.trainer();
-        let mut trained = train(run, model, &mut trainer, Loop { training, evaluation: None })?;
-        self.classes.evaluate(run, model, training.batch.micro(), &mut trained.results)?;
+        let (training, micro) = (&self.training, self.training.batch.micro());
+        let mut trainer = training.trainer().with_average(self.kept.ema);
+        let mut measure = |run: &mut StageRun, model: &mut T| self.classes.measure(run, model, micro);
+        let evaluation = self.kept.best.map(|best| EpochEvaluation {
+            name: "eval",
+            every: best.every_epochs,
+            best: Some(best),
+            measure: &mut measure,
+        });
+        let Trained { mut results } = train(run, model, &mut trainer, Loop { training, evaluation })?;
+        let measured = match results.get("best") {
+            Some(best) => best.clone(),
+            None => self.classes.measure(run, model, micro)?,
+        };
+        for (name, result) in [("accuracy", "accuracy"), ("skipped", "eval_skipped")] {
+            if let Some(value) = measured.get(name) {
+                results[result] = value.clone();
+            }
+        }
+        let trained = Trained { results };
         let weights = finish(run, model, trainer, &trained)?;
         Ok(Outcome { results: trained.results, student: Some(weights) })
     }
@@ -76,6 +139,8 @@ pub struct Labelled<'a> {
     pub eval: Option<&'a Data>,
     /// The tower.
     pub student: &'a Slot<StudentTag>,
+    /// What the stage leaves.
+    pub kept: Kept,
 }
 
 /// What is classified: how many classes there are, and the images that the accuracy is measured on.
@@ -123,25 +188,47 @@ impl PlannedClasses {
         PlannedClasses { classes, eval }
     }
 
-    /// The accuracy on the images that it is measured on, added to a stage's results.
+    /// The accuracy, also among the five best where there are more classes, and the mean cross entropy on the images that
+    /// they are measured on, and how many of these could not be read; null without such images.
     ///
     /// # Errors
     /// None of the images can be read; a stop that the user asked for.
-    pub fn evaluate(
-        &self,
-        run: &mut StageRun,
-        model: &dyn Classify,
-        batch: usize,
-        results: &mut serde_json::Value,
-    ) -> Result<()> {
-        let Some(eval) = &self.eval else { return Ok(()) };
-        let (accuracy, skipped) = accuracy(run, model, eval.open()?, batch)?;
-        results["accuracy"] = accuracy.into();
-        if skipped > 0 {
-            results["eval_skipped"] = skipped.into();
+    pub fn measure(&self, run: &mut StageRun, model: &dyn Classify, batch: usize) -> Result<Value> {
+        let Some(eval) = &self.eval else { return Ok(Value::Null) };
+        let data = eval.open()?;
+        let (mut right, mut among, mut loss) = (0usize, 0usize, 0.0f64);
+        let seen = each_scored(run, model, data, batch, "eval", &mut |scores, label| {
+            let label = label as usize;
+            right += usize::from(best_class(scores) == label);
+            among += usize::from(is_among_best(scores, label));
+            loss += cross_entropy(scores, label);
+        })?;
+        let share = |count: usize| count as f64 / seen as f64;
+        let mut measured = json!({ "accuracy": share(right), "loss": loss / seen as f64 });
+        if model.classes() > TOP {
+            measured["top_5_accuracy"] = share(among).into();
         }
-        Ok(())
+        if seen < data.images.len() {
+            measured["skipped"] = (data.images.len() - seen).into();
+        }
+        Ok(measured)
     }
+}
+
+/// Whether the class is among the five with the best scores. Of classes with the same score the first come first.
+pub(super) fn is_among_best(scores: &[f32], label: usize) -> bool {
+    let before = |(class, score): &(usize, &f32)| match score.total_cmp(&scores[label]) {
+        std::cmp::Ordering::Equal => *class < label,
+        order => order.is_gt(),
+    };
+    scores.iter().enumerate().filter(before).count() < TOP
+}
+
+/// The cross entropy of scores that are logits, in double precision.
+fn cross_entropy(scores: &[f32], label: usize) -> f64 {
+    let highest = f64::from(scores.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = scores.iter().map(|&score| (f64::from(score) - highest).exp()).sum();
+    highest + sum.ln() - f64::from(scores[label])
 }
 
 /// The number of classes, which the labels must stay below.
@@ -259,24 +346,6 @@ pub trait PlannedClassifier: Send + Sync {
     /// # Errors
     /// Parameters that are missing or do not fit; weights that have gone or changed; out of memory.
     fn build(&self, cx: &Context, trained: &TrainedStudents, left: &TensorMap) -> Result<Box<dyn Classify>>;
-}
-
-/// Loads every parameter that a finished stage keeps.
-///
-/// # Errors
-/// One that is missing or has another shape.
-pub(super) fn load_kept(model: &mut dyn Task, left: &TensorMap) -> Result<()> {
-    let mut loaded = Ok(());
-    model.visit(&mut |p| {
-        if !p.role().is_kept() || loaded.is_err() {
-            return;
-        }
-        loaded = match left.get(&p.name).filter(|tensor| tensor.shape == p.dims) {
-            Some(tensor) => p.load(&tensor.data).map_err(Error::from),
-            None => Err(Error::Usage(format!("the stage has not left `{}` in the classifier's shape", p.name))),
-        };
-    });
-    loaded
 }
 
 /// Share of the images whose class the model finds, and how many could not be read.

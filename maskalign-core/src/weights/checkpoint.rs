@@ -57,7 +57,7 @@ impl CheckpointHeader {
 
 /// A stage's state at a step, read back.
 ///
-/// Tensors are named by what they are: `model.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`.
+/// Tensors are named by what they are: `model.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`, `ema.NAME`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Checkpoint {
     /// All but the tensors.
@@ -181,11 +181,14 @@ impl Checkpoint {
     pub fn into_parameters(self) -> (TensorMap, TensorMap) {
         let Checkpoint { header, tensors } = self;
         let student: BTreeSet<String> = header.student.into_iter().collect();
+        // Beside the parameters a checkpoint holds what goes on with them; a stage's final weights have no prefixes.
+        let is_checkpoint = tensors.keys().any(|name| name.starts_with("model."));
+        let is_beside =
+            move |name: &str| name.starts_with("optimizer.") || is_checkpoint && !name.starts_with("model.");
         tensors
             .into_iter()
-            .filter(|(name, _)| !name.starts_with("optimizer."))
+            .filter(|(name, _)| !is_beside(name))
             .map(|(name, tensor)| {
-                // A stage's final weights have no prefix.
                 let name = name.strip_prefix("model.").map_or(name.clone(), str::to_owned);
                 (name, tensor)
             })

@@ -293,11 +293,11 @@ fn defaults_of_components_are_those_of_the_papers_code() {
 /// The training of a recipe's stage, whatever its kind.
 fn training(name: &str) -> PlannedTraining {
     match name {
-        "finetune" => {
-            let stage: Finetune = options(&loaded(name, &["~stages.finetune.student.weights"]), name);
+        "finetune" | "finetune_vitb" | "finetune_vitl" | "finetune_vitb_mae" | "finetune_vitl_mae" => {
+            let stage: Finetune = options(&loaded(name, &["~stages.finetune.student.weights"]), "finetune");
             planned(|context| stage.plan_finetune(context)).unwrap_or_else(|r| panic!("{r:?}")).training().clone()
         }
-        "linear_probe_vitb" => {
+        "linear_probe_vitb" | "linear_probe_vitl" => {
             // The learning rate is MaskAlign's; the schedule that is recorded has it too.
             let stage: LinearProbe = options(&loaded(name, &["stages.probe.classes=1000"]), "probe");
             planned(|context| stage.plan_probe(context)).unwrap_or_else(|r| panic!("{r:?}")).training().clone()
@@ -312,7 +312,7 @@ fn learning_rates_are_those_of_the_papers_code() {
     let mut schedules = derived("schedules");
     schedules["finetune"] = derived("finetune")["schedule"].take();
     let schedules = schedules.as_object().expect("schedules");
-    assert_eq!(schedules.len(), 8);
+    assert_eq!(schedules.len(), 13);
     for (name, theirs) in schedules {
         let training = training(name);
         let mut trainer = training.trainer_for(IMAGENET);

@@ -396,6 +396,7 @@ impl PlannedStage for PlannedPretrain {
         let evaluation = self.knn.as_ref().map(|knn| EpochEvaluation {
             name: "knn",
             every: knn.every_epochs,
+            best: None,
             measure: &mut measure,
         });
         let trained = train(&mut run, &mut model, &mut trainer, Loop { training: &self.training, evaluation })?;

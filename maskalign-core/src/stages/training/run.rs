@@ -5,13 +5,13 @@ use std::{collections::BTreeSet, sync::Arc, time::Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{MicroBatch, PlannedTraining, Step, Task, Trainer};
+use super::{Best, Length, MicroBatch, PlannedTraining, Step, Task, Trainer, best::Found, trainer::on_device};
 use crate::{
     data::Batch,
     error::{Error, Result},
     events::{Evaluation, Event, Mark, StepReport, StepSeconds},
     nn::Role,
-    run::{Checkpoint, CheckpointHeader, Retention},
+    run::{Checkpoint, CheckpointHeader, Retention, STOPPED_EARLY},
     stages::{StageRun, image_batch},
     weights::{TensorMap, TensorRef},
 };
@@ -38,30 +38,61 @@ pub struct EpochEvaluation<'a, T> {
     pub name: &'a str,
     /// Epochs between measurements.
     pub every: u64,
+    /// By what the best state is kept and left; absent: the last is left. With it, the end of training is measured too.
+    pub best: Option<Best>,
     /// Measures; its numbers are recorded, and kept in checkpoints.
     pub measure: &'a mut dyn FnMut(&mut StageRun, &mut T) -> Result<Value>,
 }
 
-impl<T> EpochEvaluation<'_, T> {
-    /// Measures where that many epochs call for it.
-    fn after(&mut self, run: &mut StageRun, task: &mut T, epochs: u64, step: u64) -> Result<Option<Value>> {
-        if !epochs.is_multiple_of(self.every) {
-            return Ok(None);
-        }
-        let mut result = serde_json::json!({ "epoch": epochs });
-        let measured = (self.measure)(run, task)?;
-        let (stage, name) = (run.name.to_string(), self.name.to_string());
-        run.events.send(Event::Evaluated(&Evaluation {
-            stage,
-            step,
-            epoch: epochs as f64,
-            name,
-            result: measured.clone(),
-        }))?;
+impl<T: Task> EpochEvaluation<'_, T> {
+    /// Whether it is to measure after so many steps.
+    fn is_due(&self, steps: u64, length: &Length) -> bool {
+        let epochs = steps / length.steps_per_epoch;
+        let ends_epoch = steps.is_multiple_of(length.steps_per_epoch);
+        ends_epoch && epochs.is_multiple_of(self.every) || self.best.is_some() && steps == length.steps()
+    }
+
+    /// Measures, and keeps the state where it is the best.
+    fn measure(
+        &mut self,
+        run: &mut StageRun,
+        task: &mut T,
+        trainer: &mut Trainer,
+        length: &Length,
+        notes: &mut Notes,
+    ) -> Result<()> {
+        let step = trainer.updates;
+        let measured = trainer.averaged(task, |task| (self.measure)(run, task))?;
+        let epoch = step as f64 / length.steps_per_epoch as f64;
+        let (stage, name, result) = (run.name.to_string(), self.name.to_string(), measured.clone());
+        run.events.send(Event::Evaluated(&Evaluation { stage, step, epoch, name, result }))?;
+        let mut result = match step.is_multiple_of(length.steps_per_epoch) {
+            true => serde_json::json!({ "epoch": step / length.steps_per_epoch }),
+            false => serde_json::json!({ "epoch": epoch }),
+        };
         if let (Value::Object(result), Value::Object(measured)) = (&mut result, measured) {
             result.extend(measured);
         }
-        Ok(Some(result))
+        if self.best.is_some_and(|best| best.is_better(&result, notes.best.as_ref())) {
+            trainer.averaged(task, |task| {
+                let header = header(run, task, step, result.clone());
+                let mut tensors = Vec::new();
+                task.visit(&mut |p| {
+                    if p.role().is_kept() {
+                        tensors.push(on_device(p.name.clone(), &p.dims, &p.value));
+                    }
+                });
+                Ok(run.dir.save_best(&header, &tensors)?)
+            })?;
+            notes.best = Some(Found { step, measured: result.clone() });
+        }
+        notes.measured.push(result);
+        Ok(())
+    }
+
+    /// Whether nothing better is waited for.
+    fn is_over(&self, notes: &Notes) -> bool {
+        self.best.is_some_and(|best| best.is_out_of_patience(&notes.measured, notes.best.as_ref()))
     }
 }
 
@@ -72,6 +103,9 @@ struct Notes {
     loss: Option<f32>,
     /// What was measured after epochs, in order.
     measured: Vec<Value>,
+    /// The best of it, where the best state is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    best: Option<Found>,
     /// Whether the run was stopped before what follows the checkpoint's epoch was measured.
     unmeasured: bool,
     /// Places of the images that could not be read so far.
@@ -80,12 +114,15 @@ struct Notes {
 
 /// What a training loop leaves besides the task.
 pub struct Trained {
-    /// Steps, epochs, the last loss, and what was measured.
+    /// Steps, epochs, the last loss, what was measured and the best of it, and whether training ended early.
     pub results: Value,
 }
 
-/// Trains to the end of the stage, from its last checkpoint where there is one. The state at the end is saved too: what
-/// follows may be interrupted, and a run that `--steps` ended may go on.
+/// Trains to the end of the stage, from its last checkpoint where there is one, or until nothing better is waited for. The
+/// state at the end is saved too: what follows may be interrupted, and a run that `--steps` ended may go on.
+///
+/// The task then holds what the stage leaves: the best state where one is kept, else the trainer's average where it has one,
+/// else what was trained.
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -115,11 +152,11 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         notes = serde_json::from_value(checkpoint.header.meta).map_err(|error| {
             Error::Usage(format!("the notes in the checkpoint of step {} do not parse: {error}", trainer.updates))
         })?;
+        keep_best(run, [&notes.best, &None])?;
         if std::mem::take(&mut notes.unmeasured)
             && let Some(evaluation) = &mut evaluation
         {
-            let epochs = trainer.updates / length.steps_per_epoch;
-            notes.measured.extend(evaluation.after(run, task, epochs, trainer.updates)?);
+            evaluation.measure(run, task, trainer, length, &mut notes)?;
         }
         tracing::info!("stage `{}` goes on from step {}", run.name, trainer.updates);
     }
@@ -134,7 +171,10 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     let groups = task.lr_groups();
     // A checkpoint is known to be good once a loss computed from it is finite.
     let mut last_good = None;
-    while trainer.updates < end {
+    // The best state as the last checkpoint knows it: it stays as long as the run may go on from there.
+    let mut saved_best = notes.best.clone();
+    let mut over = evaluation.as_ref().is_some_and(|evaluation| evaluation.is_over(&notes));
+    while trainer.updates < end && !over {
         let began = Instant::now();
         let step = trainer.updates;
         let progress = trainer.progress();
@@ -182,11 +222,9 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
             skipped: notes.skipped.len(),
         }))?;
         let done = trainer.updates;
-        if done.is_multiple_of(length.steps_per_epoch)
-            && let Some(evaluation) = &mut evaluation
-        {
-            match evaluation.after(run, task, done / length.steps_per_epoch, done) {
-                Ok(result) => notes.measured.extend(result),
+        if let Some(evaluation) = evaluation.as_mut().filter(|evaluation| evaluation.is_due(done, length)) {
+            match evaluation.measure(run, task, trainer, length, &mut notes) {
+                Ok(()) => keep_best(run, [&notes.best, &saved_best])?,
                 Err(stopped @ Error::Stopped { .. }) => {
                     notes.unmeasured = true;
                     save(run, task, trainer, &notes, retention)?;
@@ -194,11 +232,14 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
                 }
                 Err(error) => return Err(error),
             }
+            over = evaluation.is_over(&notes);
         }
         let stop = run.stop.get();
-        if done == end || checkpoints.is_due(done, length.steps_per_epoch) || stop.is_some() {
+        if done == end || over || checkpoints.is_due(done, length.steps_per_epoch) || stop.is_some() {
             save(run, task, trainer, &notes, retention)?;
             last_saved = Some(done);
+            saved_best.clone_from(&notes.best);
+            keep_best(run, [&notes.best, &None])?;
         }
         if let Some(stop) = stop {
             return Err(run.stopped(stop));
@@ -213,7 +254,45 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     if let (Some(evaluation), false) = (&evaluation, notes.measured.is_empty()) {
         results[evaluation.name] = notes.measured.into();
     }
+    trainer.leave_average(task);
+    if let Some(best) = evaluation.and_then(|evaluation| evaluation.best)
+        && let Some(Found { step, measured }) = notes.best
+    {
+        load_kept(task, &run.dir.read_best(run.name, step)?.tensors)?;
+        let mut result = serde_json::json!({ "metric": best.metric.name(), "step": step });
+        if let (Value::Object(result), Value::Object(measured)) = (&mut result, measured) {
+            result.extend(measured);
+        }
+        results["best"] = result;
+        if over && trainer.updates < length.steps() {
+            results[STOPPED_EARLY] = true.into();
+        }
+    }
     Ok(Trained { results })
+}
+
+/// Deletes the best states but those that the run may still need.
+fn keep_best(run: &StageRun, needed: [&Option<Found>; 2]) -> Result<()> {
+    let steps = needed.map(|found| found.as_ref().map(|found| found.step));
+    Ok(run.dir.prune_best(run.name, &|step| steps.contains(&Some(step)))?)
+}
+
+/// Loads every parameter that a finished stage keeps.
+///
+/// # Errors
+/// One that is missing or has another shape.
+pub(in crate::stages) fn load_kept(task: &mut dyn Task, left: &TensorMap) -> Result<()> {
+    let mut loaded = Ok(());
+    task.visit(&mut |p| {
+        if !p.role().is_kept() || loaded.is_err() {
+            return;
+        }
+        loaded = match left.get(&p.name).filter(|tensor| tensor.shape == p.dims) {
+            Some(tensor) => p.load(&tensor.data).map_err(Error::from),
+            None => Err(Error::Usage(format!("the stage has not left `{}` in the classifier's shape", p.name))),
+        };
+    });
+    loaded
 }
 
 /// The newest checkpoint of the stage that can be read.

@@ -13,7 +13,10 @@ use maskalign_engine::{
 };
 use serde::Serialize;
 
-use super::Length;
+use super::{
+    Length,
+    average::{self, Average, MovingAverage},
+};
 use crate::{
     components::{
         optimizers::{Optimizer, Update},
@@ -158,6 +161,7 @@ pub struct Trainer {
     gradients: Option<Gradients>,
     length: Length,
     peak_lr: f64,
+    average: Option<Average>,
     /// Updates so far.
     pub updates: u64,
 }
@@ -194,7 +198,33 @@ impl Trainer {
     /// An optimizer before its first step, for `effective` images an update.
     pub fn new(optimizer: Arc<dyn Optimizer>, schedule: Arc<dyn Schedule>, effective: usize, length: Length) -> Self {
         let peak_lr = optimizer.peak_lr(effective);
-        Trainer { optimizer, schedule, state: BTreeMap::new(), gradients: None, length, peak_lr, updates: 0 }
+        let (state, gradients, average) = (BTreeMap::new(), None, None);
+        Trainer { optimizer, schedule, state, gradients, length, peak_lr, average, updates: 0 }
+    }
+
+    /// Has a moving average follow what is trained.
+    #[must_use]
+    pub fn with_average(self, average: Option<MovingAverage>) -> Self {
+        Trainer { average: average.map(Average::new), ..self }
+    }
+
+    /// Calls `f` on the task with its average in place of what is trained, where there is one.
+    ///
+    /// # Errors
+    /// What `f` answers.
+    pub fn averaged<T: Task, R>(&mut self, task: &mut T, f: impl FnOnce(&mut T) -> Result<R>) -> Result<R> {
+        let Some(average) = &mut self.average else { return f(task) };
+        average.exchange(task);
+        let answer = f(task);
+        average.exchange(task);
+        answer
+    }
+
+    /// Leaves the average in the task for good, where there is one: training is over.
+    pub(super) fn leave_average(&mut self, task: &mut dyn Task) {
+        if let Some(mut average) = self.average.take() {
+            average.exchange(task);
+        }
     }
 
     /// The learning rate of the next step.
@@ -233,6 +263,10 @@ impl Trainer {
         micro_batches: &mut dyn FnMut() -> Result<MicroBatch>,
         lr: f64,
     ) -> Result<Step> {
+        if let Some(average) = &mut self.average {
+            // A forward pass moves running statistics.
+            average.begin(cx, task)?;
+        }
         // Those of the last step have no room beside this one's.
         self.gradients = None;
         let mut gradients = Gradients::default();
@@ -267,6 +301,9 @@ impl Trainer {
             let _span = tracing::info_span!("optimizer").entered();
             self.update(cx, task, &gradients, lr)?
         };
+        if let Some(average) = &mut self.average {
+            average.follow(cx, task)?;
+        }
         self.gradients = Some(gradients);
         let progress = self.progress();
         self.updates += 1;
@@ -331,7 +368,7 @@ impl Trainer {
         outcome.map(|()| norm)
     }
 
-    /// Parameters and optimizer state as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`.
+    /// Parameters, optimizer state and average as a checkpoint holds them: `model.NAME`, `optimizer.STATE.NAME`, `ema.NAME`.
     pub(super) fn tensors(&self, task: &mut dyn Task) -> Vec<TensorRef<'static>> {
         let mut all = Vec::new();
         task.visit(&mut |p| {
@@ -342,6 +379,9 @@ impl Trainer {
             let states = self.state.get(name).into_iter().flatten();
             for (kind, vector) in self.optimizer.state_names().iter().zip(states) {
                 all.push(on_device(format!("optimizer.{kind}.{name}"), &p.dims, vector));
+            }
+            if let Some(average) = self.average.as_ref().and_then(|average| average.of(name)) {
+                all.push(on_device(format!("{}{name}", average::PREFIX), &p.dims, average));
             }
             all.push(on_device(format!("model.{name}"), &p.dims, &p.value));
         });
@@ -394,6 +434,9 @@ impl Trainer {
             }
         });
         outcome?;
+        if let Some(average) = &mut self.average {
+            average.restore(cx, task, tensors)?;
+        }
         (self.state, self.updates, self.gradients) = (state, updates, None);
         Ok(())
     }
@@ -418,7 +461,7 @@ fn mean_terms(losses: Vec<Vec<Term>>) -> Vec<Term> {
 }
 
 /// A tensor that is copied from its device when it is written.
-fn on_device(name: String, dims: &[usize], values: &Tensor) -> TensorRef<'static> {
+pub(super) fn on_device(name: String, dims: &[usize], values: &Tensor) -> TensorRef<'static> {
     let (len, values) = (dims.iter().product(), values.clone());
     TensorRef { name, shape: dims.to_vec(), data: TensorData::Device(len, Box::new(move || values.to_vec())) }
 }
