@@ -1,5 +1,6 @@
 //! Models and weights against oracles from outside, and the order of the sources: one binary, so that it is linked once.
 
+mod ablations;
 mod beside;
 mod data2vec;
 mod decoder;
