@@ -7,7 +7,7 @@ use serde_json::Value;
 /// One line of an outline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OutlineLine {
-    /// What it is about: `student`, `teacher`, `masker`, `objective`, or what is `left`.
+    /// What it is about: `student`, `teacher`, `masker` or `objective`.
     pub part: &'static str,
     /// Its name in the recipe, where it has one.
     pub name: Option<String>,
@@ -25,8 +25,7 @@ impl OutlineLine {
     }
 }
 
-/// The student, the teachers, the masker and the objectives of a stage whose defaults are filled in, in this order; then
-/// what it leaves, where that is not what it trained last.
+/// The student, the teachers, the masker and the objectives of a stage whose defaults are filled in, in this order.
 ///
 /// It reads the recipe by the names of these options, so that it says the same of a plugin's stage.
 pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
@@ -139,22 +138,6 @@ mod tests {
             ("objective pixels", "weight 1, mse to pixels, on masked"),
         ];
         assert_eq!(found, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
-    }
-
-    #[test]
-    fn what_is_left_is_said_where_it_is_not_the_last() {
-        let left = |ema: Value, best: Value| lines(json!({ "ema": ema, "best": best })).pop().map(|(_, says)| says);
-        assert_eq!(left(Value::Null, Value::Null), None);
-        assert_eq!(
-            left(json!({ "momentum": 0.9999 }), Value::Null).as_deref(),
-            Some("the moving average, momentum 0.9999")
-        );
-        let best = json!({ "metric": "accuracy", "every_epochs": 1, "patience_epochs": 5 });
-        let says = "the best by accuracy on eval, each epoch; ends early after 5 epochs without a better one";
-        assert_eq!(left(Value::Null, best).as_deref(), Some(says));
-        let best = json!({ "metric": "loss", "every_epochs": 2, "patience_epochs": null });
-        let says = "the moving average, momentum 0.5, of it the best by loss on eval, every 2 epochs";
-        assert_eq!(left(json!({ "momentum": 0.5 }), best).as_deref(), Some(says));
     }
 
     #[test]
