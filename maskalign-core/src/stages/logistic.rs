@@ -4,7 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use maskalign_engine::Pool;
 
-/// No part of the gradient is above this at the end.
+/// No part of the gradient is above this share of the penalty at the end. The penalty is the least curvature of the weights:
+/// so far at most they are from the optimum.
 const TOLERANCE: f64 = 1e-7;
 /// Steps at most; the optimum of a penalised problem is there long before.
 const STEPS: usize = 2000;
@@ -46,7 +47,8 @@ impl Logistic {
         let mut at = vec![0.0; (examples.width + 1) * examples.classes];
         let (mut value, mut gradient) = examples.objective(pool, &at);
         let mut history: Vec<Pair> = Vec::new();
-        let is_small = |gradient: &[f64]| gradient.iter().all(|part| part.abs() <= TOLERANCE);
+        let tolerance = TOLERANCE * examples.penalty.min(1.0);
+        let is_small = |gradient: &[f64]| gradient.iter().all(|part| part.abs() <= tolerance);
         for _ in 0..STEPS {
             if is_small(&gradient) {
                 break;

@@ -41,6 +41,7 @@ pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
     lines.extend(
         entries("evaluations").map(|(name, judged)| OutlineLine::named("evaluation", name, evaluation(judged))),
     );
+    lines.extend(left(options).map(|says| OutlineLine::of("left", says)));
     lines
 }
 
@@ -91,6 +92,27 @@ fn objective(terms: &Value) -> String {
     let tokens: Vec<&str> = tokens.filter_map(Value::as_str).collect();
     let weight = terms.get("weight").and_then(scalar).unwrap_or_else(|| "1".to_owned());
     format!("weight {weight}, {} to {}{whose}, on {}", kind("loss"), kind("target"), tokens.join(", "))
+}
+
+/// What is left in place of what was trained last: an average, or the best by a metric.
+fn left(options: &Value) -> Option<String> {
+    let momentum = options.get("ema").and_then(|ema| ema.get("momentum")).map(Value::to_string);
+    let average = momentum.map(|momentum| format!("the moving average, momentum {momentum}"));
+    let best = options.get("best").filter(|best| best.is_object()).map(|best| {
+        let metric = word(best, "metric").unwrap_or("accuracy");
+        let every = match best.get("every_epochs").and_then(Value::as_u64) {
+            Some(1) | None => "each epoch".to_owned(),
+            Some(every) => format!("every {every} epochs"),
+        };
+        let ends = best.get("patience_epochs").and_then(Value::as_u64).map_or(String::new(), |patience| {
+            format!("; ends early after {patience} epochs without a better one")
+        });
+        format!("the best by {metric} on eval, {every}{ends}")
+    });
+    match (average, best) {
+        (Some(average), Some(best)) => Some(format!("{average}, of it {best}")),
+        (average, best) => average.or(best),
+    }
 }
 
 /// A stage that judges the student in the course of its training.
