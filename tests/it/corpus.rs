@@ -113,7 +113,7 @@ const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
         &[
             (("split: train }\n      transforms", "split: trian }\n      transforms"), UNKNOWN_VALUE, "trian"),
             (("{ stage: pretrain }", "{ stag: pretrain }"), UNKNOWN_KEY, "stag"),
-            (("{ stage: pretrain }", "{ stage: pretrain, path: a, key: b }"), OUT_OF_RANGE, "student"),
+            (("{ stage: pretrain }", "{ stage: pretrain, path: a }"), UNKNOWN_KEY, "path"),
             (("[pixels, untrained]", "[pixel]"), UNKNOWN_VALUE, "pixel"),
             (("[pixels, untrained]", "pixels"), WRONG_TYPE, "pixels"),
             (("    baselines: [pixels, untrained]\n", "    k: [0]\n"), OUT_OF_RANGE, "0"),

@@ -17,10 +17,9 @@ const STAGES: [(&str, &str); 4] = [
 
 /// Pre-training of four epochs that is judged on its way, and the same stages once more after it.
 fn recipe(evaluations: &str) -> String {
-    let after: String = STAGES
-        .iter()
-        .map(|(name, options)| format!("  {name}: {{ {options}, student: {{ stage: pretrain }} }}\n"))
-        .collect();
+    let after = STAGES.iter().fold(String::new(), |after, (name, options)| {
+        after + &format!("  {name}: {{ {options}, student: {{ stage: pretrain }} }}\n")
+    });
     format!(
         "name: judged
 seed: 3

@@ -126,9 +126,8 @@ impl<'o> Beside<'o> {
     pub fn layer_scale(mut self) -> Self {
         let layer_scale = self.description.layer_scale.take();
         // Only that there are scales matters: their values are those of the weights.
-        match self.options.get("layer_scale") {
-            None => self.option("layer_scale", layer_scale, |value| json!(value)),
-            Some(_) => {}
+        if self.options.get("layer_scale").is_none() {
+            self.option("layer_scale", layer_scale, |value| json!(value));
         }
         self
     }

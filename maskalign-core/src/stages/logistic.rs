@@ -127,7 +127,9 @@ fn direction(gradient: &[f64], history: &[Pair]) -> Vec<f64> {
     }
     if let Some(last) = history.last() {
         let scale = last.curvature / dot(&last.change, &last.change);
-        direction.iter_mut().for_each(|part| *part *= scale);
+        for part in &mut direction {
+            *part *= scale;
+        }
     }
     for (pair, factor) in history.iter().zip(factors.into_iter().rev()) {
         let correction = dot(&pair.change, &direction) / pair.curvature;
@@ -161,10 +163,14 @@ impl Examples<'_> {
                 let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let label = self.labels[image] as usize;
                 loss -= scores[label] - highest;
-                scores.iter_mut().for_each(|score| *score = (*score - highest).exp());
+                for score in &mut *scores {
+                    *score = (*score - highest).exp();
+                }
                 let all: f64 = scores.iter().sum();
                 loss += all.ln();
-                scores.iter_mut().for_each(|score| *score /= all);
+                for score in &mut *scores {
+                    *score /= all;
+                }
                 scores[label] -= 1.0;
             }
             *chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner) = (residuals, loss);

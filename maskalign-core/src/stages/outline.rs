@@ -95,7 +95,7 @@ fn objective(terms: &Value) -> String {
 }
 
 /// What is left in place of what was trained last: an average, or the best by a metric.
-fn left(options: &Value) -> Option<String> {
+fn left(options: &serde_json::Map<String, Value>) -> Option<String> {
     let momentum = options.get("ema").and_then(|ema| ema.get("momentum")).map(Value::to_string);
     let average = momentum.map(|momentum| format!("the moving average, momentum {momentum}"));
     let best = options.get("best").filter(|best| best.is_object()).map(|best| {
@@ -104,9 +104,10 @@ fn left(options: &Value) -> Option<String> {
             Some(1) | None => "each epoch".to_owned(),
             Some(every) => format!("every {every} epochs"),
         };
-        let ends = best.get("patience_epochs").and_then(Value::as_u64).map_or(String::new(), |patience| {
-            format!("; ends early after {patience} epochs without a better one")
-        });
+        let ends = best
+            .get("patience_epochs")
+            .and_then(Value::as_u64)
+            .map_or(String::new(), |patience| format!("; ends early after {patience} epochs without a better one"));
         format!("the best by {metric} on eval, {every}{ends}")
     });
     match (average, best) {

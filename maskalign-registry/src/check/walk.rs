@@ -120,6 +120,11 @@ impl<'a> Checker<'a> {
             // A slot or null: any value that is not a mapping was meant for the slot.
             fitting = branches.iter().filter(|branch| self.schemas.slot(branch).is_some()).collect();
         }
+        if matches!(&node.content, Content::Map(map) if !map.contains_key("type")) {
+            // What has no `type` was not meant to be a component, where it may be something else.
+            let others: Vec<_> = fitting.iter().copied().filter(|branch| self.schemas.slot(branch).is_none()).collect();
+            fitting = if others.is_empty() { fitting } else { others };
+        }
         match fitting.as_slice() {
             [] => {
                 self.wrong_type(node, schema);
