@@ -69,6 +69,11 @@ pub enum Event<'a> {
     },
     /// A stage shows what it does.
     Picture(&'a Picture),
+    /// A stage has made its updates. What it leaves is written after this: a run that is killed in between comes here again.
+    Trained {
+        /// Its name.
+        stage: &'a str,
+    },
     /// A checkpoint was written.
     Saved {
         /// The file.

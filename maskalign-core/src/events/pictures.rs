@@ -59,7 +59,7 @@ impl Sink for PicturesFolder<'_> {
     fn handle(&mut self, event: &Event) -> Result<()> {
         match event {
             Event::Picture(picture) => self.write(picture),
-            Event::StageEnded { stage, .. } => self.curves(stage),
+            Event::Trained { stage } => self.curves(stage),
             _ => Ok(()),
         }
     }

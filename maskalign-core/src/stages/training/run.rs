@@ -288,6 +288,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         }
     }
     run.events.sync()?;
+    run.events.send(Event::Trained { stage: run.name })?;
     let epochs = trainer.updates as f64 / length.steps_per_epoch as f64;
     let mut results = serde_json::json!({ "steps": trainer.updates, "epochs": epochs });
     if let Some(loss) = notes.loss {
