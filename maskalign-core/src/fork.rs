@@ -15,7 +15,7 @@ use crate::{
     nn::Role,
     pipeline::Plan,
     run::{Checkpoint, FinishedStage, Manifest, Origin, RunDir, as_text, pictures},
-    stages::Length,
+    stages::{Length, noted_best},
     weights::{TensorMap, TensorRef},
 };
 
@@ -45,6 +45,8 @@ pub struct Fork {
     finished: Vec<(String, FinishedStage, Checkpoint)>,
     /// What a stage goes on from.
     checkpoint: Option<Checkpoint>,
+    /// The best state that the checkpoint counts on.
+    best: Option<Checkpoint>,
     record: Origin,
 }
 
@@ -72,6 +74,10 @@ impl Fork {
         }
         records = self.checkpoint.as_ref().map_or(records, |checkpoint| checkpoint.header.metrics_records);
         dir.take_metrics(&self.origin, records)?;
+        if let Some(mut best) = self.best {
+            fingerprint.clone_into(&mut best.header.fingerprint);
+            dir.save_best(&best.header, &TensorRef::all_of(&best.tensors))?;
+        }
         if let Some(mut checkpoint) = self.checkpoint {
             fingerprint.clone_into(&mut checkpoint.header.fingerprint);
             dir.save_checkpoint(&checkpoint.header, &TensorRef::all_of(&checkpoint.tensors))?;
@@ -112,7 +118,7 @@ pub fn fork(from: &Parent, recipes: Recipes, plan: &Plan) -> Result<Result<Fork,
     for (name, summary) in plan.summaries() {
         let (then, now) = (stage_of(recipes.then, name), stage_of(recipes.now, name));
         let is_chosen = chosen.as_ref().is_some_and(|(stage, _)| stage == name);
-        let done = origin.read_done(name)?.filter(|done| done.step >= summary.steps.unwrap_or(0));
+        let done = origin.read_done(name)?.filter(|done| done.is_complete(summary.steps.unwrap_or(0)));
         if let (Some(done), true, false) = (done, then == now, is_chosen) {
             let left = origin.read_final(name, &done)?;
             finished.push((name.to_owned(), done, left));
@@ -148,6 +154,7 @@ pub fn fork(from: &Parent, recipes: Recipes, plan: &Plan) -> Result<Result<Fork,
              leaves under these options"
         )));
     }
+    let best = checkpoint.as_ref().map_or(Ok(None), |checkpoint| best_of(&origin, checkpoint))?;
     let record = Origin {
         run: as_text(&std::path::absolute(&from.run).unwrap_or_else(|_| from.run.clone())),
         fingerprint: manifest.fingerprint,
@@ -156,7 +163,21 @@ pub fn fork(from: &Parent, recipes: Recipes, plan: &Plan) -> Result<Result<Fork,
         step: checkpoint.as_ref().map(|checkpoint| checkpoint.header.step),
         differences: recipes.differences.to_vec(),
     };
-    Ok(Ok(Fork { origin, finished, checkpoint, record }))
+    Ok(Ok(Fork { origin, finished, checkpoint, best, record }))
+}
+
+/// The best state that a checkpoint counts on. The run keeps those that its own newest checkpoint needs.
+fn best_of(origin: &RunDir, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>> {
+    let Some(step) = noted_best(&checkpoint.header) else { return Ok(None) };
+    let stage = &checkpoint.header.stage;
+    let advised = |error| {
+        let at = checkpoint.header.step;
+        Error::Usage(format!(
+            "the checkpoint of step {at} of `{stage}` counts on the best state, of step {step}: {error}; go on from a later \
+             checkpoint"
+        ))
+    };
+    origin.read_best(stage, step).map(Some).map_err(advised)
 }
 
 /// The stage and the step of the checkpoint that is asked for.

@@ -124,3 +124,28 @@ fn what_cannot_go_on_is_refused_at_its_place() {
     ends(&itself, 2, &["is the run to go on from"]);
     assert!(sandbox.work().join("first/summary.json").is_file());
 }
+
+#[test]
+fn a_fork_takes_the_best_state_along() {
+    let sandbox = Sandbox::new();
+    let keeps = [
+        "stages.finetune.best={metric: accuracy, patience_epochs: 2}",
+        "stages.finetune.epochs=6",
+        "stages.finetune.optimizer.base_lr=0.3",
+    ];
+    let sets: Vec<&str> = keeps.iter().flat_map(|set| ["--set", set]).collect();
+    run(&sandbox, "whole", &[&["tiny.yaml"], &sets[..]].concat());
+    let whole = record(&sandbox, "whole");
+    let tuned = &whole.summary["finetune"];
+    assert_eq!((&tuned["stopped_early"], &tuned["best"]["step"]), (&true.into(), &12.into()), "{tuned}");
+    // From behind the best state, and from a stage that ended before its last step.
+    for (from, out) in [("whole@finetune:16", "inside"), ("whole", "behind")] {
+        run(&sandbox, out, &["--from", from]);
+        whole.assert_same(&record(&sandbox, out), from);
+        ends(&sandbox.run(["runs", "check", out]), 0, &[]);
+    }
+    assert_eq!(
+        manifest(&sandbox, "behind")["origin"]["finished_stages"],
+        serde_json::json!(["pretrain", "finetune", "knn"])
+    );
+}

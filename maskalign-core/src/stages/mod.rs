@@ -47,6 +47,7 @@ pub use supervised::{
     Classify, Kept, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised, accuracy, class_targets,
     largest_label,
 };
+pub(crate) use training::noted_best;
 pub use training::{
     BatchSize, Best, Checkpoints, EpochEvaluation, EvalMetric, ForwardTimes, Length, Loop, MicroBatch, MovingAverage,
     Phases, PlannedTraining, Precision, Step, Task, Term, Trained, Trainer, Training, branch_scales, count_parameters,

@@ -10,6 +10,7 @@ pub use average::MovingAverage;
 pub use best::{Best, EvalMetric};
 pub use options::{BatchSize, Checkpoints, Length, PlannedTraining, Precision, Training};
 pub(in crate::stages) use run::load_kept;
+pub(crate) use run::noted_best;
 pub use run::{EpochEvaluation, Loop, Trained, finish, train};
 pub(super) use trainer::saved_parameters;
 pub use trainer::{ForwardTimes, MicroBatch, Phases, Step, Task, Term, Trainer, branch_scales, count_parameters};

@@ -152,6 +152,11 @@ struct Notes {
     tower: Option<Value>,
 }
 
+/// The step of the best state that a checkpoint counts on: its file is beside it.
+pub(crate) fn noted_best(checkpoint: &CheckpointHeader) -> Option<u64> {
+    serde_json::from_value::<Notes>(checkpoint.meta.clone()).ok()?.best.map(|best| best.step)
+}
+
 /// What a training loop leaves besides the task.
 pub struct Trained {
     /// Steps, epochs, the last loss, what was measured and the best of it, and whether training ended early.
