@@ -20,7 +20,6 @@ Fashion-MNIST is Debian's package dataset-fashion-mnist (or $FASHION_MNIST_DIR).
 """
 
 import argparse
-import csv
 import functools
 import gzip
 import json
@@ -32,6 +31,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+
+from tables import rows_of, write_rows, write_tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "agreement.md"
@@ -625,20 +626,6 @@ def in_maskalign(options, job, seed):
     return {"knn": summary["knn"]["student"]["accuracy"], "probe": summary["probe"]["accuracy"]}
 
 
-def rows_of(file):
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def write_rows(file, rows):
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def runs(options):
     """Adds what is not there yet: a line for each side, job, seed and measure."""
     side = {"maskalign": in_maskalign, "pytorch": in_pytorch}[options.side]
@@ -741,13 +728,7 @@ def tables():
 
 def table(options):
     """Writes the tables between the page's two marks, or with --check says whether they are those."""
-    begin, end = "<!-- written by scripts/agreement.py table -->\n", "<!-- end -->"
-    before, rest = PAGE.read_text().split(begin)
-    written = before + begin + tables() + end + rest.split(end, 1)[1]
-    if not options.check:
-        PAGE.write_text(written)
-    elif written != PAGE.read_text():
-        sys.exit(f"{PAGE}: the tables are not those of the committed values: run scripts/agreement.py table")
+    write_tables(PAGE, "agreement.py", tables(), options.check)
 
 
 def main():

@@ -12,7 +12,6 @@ Standard library only. What is there already is not run again, so that `runs` go
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -23,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+
+from tables import rows_of, write_rows, write_tables
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -67,20 +68,6 @@ def run(options, name, out, *more):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-
-def rows_of(file):
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def write_rows(file, rows):
-    with file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def measure(options):
@@ -159,13 +146,7 @@ def tables():
 
 def table(options):
     """Writes the tables between the page's two marks; with --check, fails where they or the epochs are other ones."""
-    begin, end = "<!-- written by scripts/results.py table -->\n", "<!-- end -->"
-    before, rest = PAGE.read_text().split(begin)
-    written = before + begin + tables() + end + rest.split(end, 1)[1]
-    if not options.check:
-        PAGE.write_text(written)
-    elif written != PAGE.read_text():
-        sys.exit(f"{PAGE}: the tables are not those of the committed values: run scripts/results.py table")
+    write_tables(PAGE, "results.py", tables(), options.check)
     seconds = step_seconds()
     for name in names():
         if epochs_of(name) != fixed_epochs(name, seconds):

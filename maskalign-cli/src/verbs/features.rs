@@ -11,6 +11,7 @@ use std::{
 use clap::ValueEnum;
 use maskalign_core::{
     Context, Recompute,
+    chart::escape,
     components::{
         students::StudentModel,
         towers::{Environment, MissingWeights, TrainedStudents},
@@ -20,7 +21,7 @@ use maskalign_core::{
     nn::Init,
     pipeline::{self, Plan, PlanOptions},
     run::{Checkpoint, RunDir, StopFlag, atomic_write},
-    stages::{Data, FeatureTap, OpenData, Pooling, Tower, View, image_batch, nearest_others},
+    stages::{Data, FeatureTap, OpenData, Pooling, Tower, View, image_batch, nearest_others, scale_to_length_1},
 };
 use maskalign_registry::Loaded;
 use serde_json::json;
@@ -112,7 +113,8 @@ impl Args {
         signals::watch(&stop).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
         let view = View { pooling, tap: FeatureTap::Block, batch: BATCH };
         let found = features(&cx, &Tower::Student(&*student), &data, view, &stop)?;
-        let unit = of_length_1(&found)?;
+        let mut unit = found.features.clone();
+        scale_to_length_1(&mut unit, found.width).map_err(|error| Failure::failed(error.to_string()))?;
         let nearest = nearest_others(&cx, &unit, found.width, self.neighbours)?;
         fs::create_dir_all(&self.out)
             .map_err(|error| Failure::failed(format!("cannot create {}: {error}", self.out.display())))?;
@@ -245,21 +247,6 @@ fn features(cx: &Context, tower: &Tower, data: &OpenData, view: View, stop: &Sto
     }
 }
 
-/// The features divided by their lengths.
-fn of_length_1(found: &Found) -> Result<Vec<f32>, Failure> {
-    let mut unit = found.features.clone();
-    for row in unit.chunks_exact_mut(found.width) {
-        let length = row.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt().max(1e-12);
-        if !length.is_finite() {
-            return Err(Failure::failed("a feature is not finite: the weights of the student are no good"));
-        }
-        for value in row {
-            *value = (f64::from(*value) / length) as f32;
-        }
-    }
-    Ok(unit)
-}
-
 /// Rows of 32-bit numbers as numpy's format 1.0: a magic number, the length of the header, the header padded to 64 bytes.
 fn as_npy(values: &[f32], width: usize) -> Vec<u8> {
     let header =
@@ -299,7 +286,7 @@ fn page_of(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
             out,
             "<figure><img loading=\"lazy\" src=\"{}\" alt=\"\"><figcaption>{says}{}</figcaption></figure>",
             url(name),
-            escaped(name.rsplit(['/', '\\']).next().unwrap_or(name))
+            escape(name.rsplit(['/', '\\']).next().unwrap_or(name))
         );
     };
     let shown = SHOWN.min(names.len());
@@ -312,10 +299,6 @@ fn page_of(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
         out.push_str("</div>\n");
     }
     out + "</html>\n"
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// The address of a file for a browser.

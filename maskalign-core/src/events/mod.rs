@@ -18,7 +18,11 @@ pub use pictures::PicturesFolder;
 pub use summary::{SavedParameter, StageSummary};
 pub use tensorboard::TensorBoardFile;
 
-use crate::{chart::Chart, data::RgbImage, error::Result};
+use crate::{
+    chart::Chart,
+    data::{RgbImage, png},
+    error::{Error, Result},
+};
 
 /// Something that happened.
 ///
@@ -169,6 +173,16 @@ pub struct Picture {
     pub caption: String,
     /// The picture.
     pub drawing: Drawing,
+}
+
+impl Picture {
+    /// Its pixels as a PNG file.
+    ///
+    /// # Errors
+    /// An image that the format cannot hold.
+    fn png(&self, image: &RgbImage) -> Result<Vec<u8>> {
+        png(image).map_err(|error| Error::Usage(format!("the picture `{}` cannot be written: {error}", self.name)))
+    }
 }
 
 /// What a picture is made of.

@@ -3,8 +3,7 @@
 use super::{Drawing, Event, Picture, Sink};
 use crate::{
     chart::{Curve, curves},
-    data::png,
-    error::{Error, Result},
+    error::Result,
     run::{CURVE, PictureFormat, PictureRecord, RunDir, read_series},
 };
 
@@ -22,13 +21,11 @@ impl<'a> PicturesFolder<'a> {
         PicturesFolder { dir }
     }
 
-    fn write(&self, Picture { stage, name, caption, drawing }: &Picture) -> Result<()> {
+    fn write(&self, picture: &Picture) -> Result<()> {
+        let Picture { stage, name, caption, drawing } = picture;
         let (format, file) = match drawing {
             Drawing::Chart(chart) => (PictureFormat::Svg, chart.file().into_bytes()),
-            Drawing::Image(image) => {
-                let failed = |error| Error::Usage(format!("the picture `{name}` cannot be written: {error}"));
-                (PictureFormat::Png, png(image).map_err(failed)?)
-            }
+            Drawing::Image(image) => (PictureFormat::Png, picture.png(image)?),
         };
         let record = PictureRecord { stage: stage.clone(), name: name.clone(), caption: caption.clone(), format };
         Ok(self.dir.write_picture(&record, &file)?)

@@ -20,8 +20,7 @@ use serde_json::{Value, json};
 
 use super::{Drawing, Evaluation, Event, Mark, Picture, Sink, metrics::result_record};
 use crate::{
-    data::png,
-    error::{Error, Result},
+    error::Result,
     files::{atomic_write, create_folders, is_plain_folder, is_shared, open_plain, sync_parent},
     run::{RunDir, RunError},
 };
@@ -60,10 +59,10 @@ impl<'a> TensorBoardFile<'a> {
     }
 
     /// An image; TensorBoard takes no charts.
-    fn image(&mut self, Picture { stage, name, drawing, .. }: &Picture) -> Result<()> {
+    fn image(&mut self, picture: &Picture) -> Result<()> {
+        let Picture { stage, name, drawing, .. } = picture;
         let Drawing::Image(image) = drawing else { return Ok(()) };
-        let failed = |error| Error::Usage(format!("the picture `{name}` cannot be written: {error}"));
-        let file = png(image).map_err(failed)?;
+        let file = picture.png(image)?;
         let (width, height) = image.size();
         // The number of colours, then the file.
         let image = Message::default().varint(1, height as u64).varint(2, width as u64).varint(3, 3).bytes(4, &file);

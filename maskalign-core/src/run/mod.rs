@@ -46,6 +46,7 @@ pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Origin, Resumpt
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{CURVE, PictureFormat, PictureRecord, pictures};
+pub(crate) use spread::moments;
 pub use spread::{Spread, spread};
 pub use stop::{Stop, StopFlag};
 

@@ -20,12 +20,16 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
     if runs == 0 {
         return None;
     }
-    let mean = values.iter().sum::<f64>() / runs as f64;
-    let standard_error = (runs > 1).then(|| {
-        let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-        (squares / (runs as f64 - 1.0) / runs as f64).sqrt()
-    });
+    let (mean, variance) = moments(values);
+    let standard_error = (runs > 1).then(|| (variance / runs as f64).sqrt());
     Some(Spread { runs, mean, standard_error })
+}
+
+/// The mean of some values and their variance with n - 1 in the denominator, which is not finite for a single one.
+pub(crate) fn moments(values: &[f64]) -> (f64, f64) {
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, squares / (values.len() as f64 - 1.0))
 }
 
 #[cfg(test)]

@@ -170,15 +170,20 @@ impl OpenData {
     /// So many images of these, equally spaced: whatever the order, each class has its share.
     #[must_use]
     pub fn spread(&self, count: usize) -> OpenData {
-        let all = self.images.len() as u128;
-        let place = |index: usize| (index as u128 * all / count as u128) as usize;
-        if count as u128 >= all { self.clone() } else { self.pick((0..count).map(place).collect()) }
+        let all = self.images.len();
+        if count >= all { self.clone() } else { self.pick(spread(all, count)) }
     }
 
     /// The images at some places.
     #[must_use]
     pub fn pick(&self, places: Vec<usize>) -> OpenData {
         OpenData { images: Arc::new(Picked { images: Arc::clone(&self.images), places }), ..self.clone() }
+    }
+
+    /// What classes are called, by label: their names where the data has any, else their numbers.
+    pub(super) fn class_names(&self) -> impl Fn(usize) -> String + use<> {
+        let names = self.images.classes();
+        move |label| names.as_ref().and_then(|names| names.get(label).cloned()).unwrap_or_else(|| label.to_string())
     }
 
     /// Refuses data without labels; `purpose` says what needs them.
@@ -217,6 +222,12 @@ impl OpenData {
     pub fn record(&self, name: String) -> (String, usize, String) {
         (name, self.images.len(), self.images.fingerprint())
     }
+}
+
+/// So many places among `all`, equally spaced; all of them where there are no more.
+pub(super) fn spread(all: usize, count: usize) -> Vec<usize> {
+    let count = count.min(all);
+    (0..count).map(|index| (index as u128 * all as u128 / count as u128) as usize).collect()
 }
 
 /// Two sets of labelled images of the same classes, each with the name of its option: those that are searched, and those

@@ -124,11 +124,7 @@ impl PlannedStage for PlannedEvaluate {
         let seen = each_scored(&mut run, &*model, data, self.batch, "data", &mut |scores, label| {
             tally.add(scores, label as usize);
         })?;
-        let names = data.images.classes();
-        let name = |class: usize| match &names {
-            Some(names) => names.get(class).cloned().unwrap_or_else(|| class.to_string()),
-            None => class.to_string(),
-        };
+        let name = data.class_names();
         let mut results = tally.summary();
         if seen < data.images.len() {
             results.insert("skipped".into(), (data.images.len() - seen).into());

@@ -281,7 +281,7 @@ pub(super) fn check_levels(levels: Option<&Levels>, pooling: Pooling) -> Result<
     }
 }
 
-/// Features of length 1 with their labels.
+/// Features with their labels.
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -300,7 +300,18 @@ pub struct Bank {
     pub skipped: usize,
 }
 
-/// The features of all images that can be read.
+impl Bank {
+    /// Some of the features, `[rows, width]`.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub(super) fn rows(&self, cx: &Context, rows: &[usize]) -> Result<Tensor> {
+        let row = |row: &usize| &self.features[row * self.width..(row + 1) * self.width];
+        Ok(cx.tensor(rows.iter().flat_map(row).copied().collect(), rows.len(), self.width)?)
+    }
+}
+
+/// The features of all images that can be read, of length 1.
 ///
 /// # Errors
 /// An image without a label; none that can be read; a feature that is not finite; a stop that the user asked for.
@@ -314,6 +325,16 @@ pub struct Bank {
 /// }
 /// ```
 pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
+    let mut bank = extract_as_they_are(run, tower, data, view)?;
+    scale_to_length_1(&mut bank.features, bank.width)?;
+    Ok(bank)
+}
+
+/// The same of the length that the tower gives them.
+///
+/// # Errors
+/// As [`extract`], but for features that are not finite.
+pub(super) fn extract_as_they_are(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Bank> {
     let (mut features, mut width) = (Vec::new(), 0);
     let cx = run.cx;
     let seen = each_batch(run, tower, data, view, None, &mut |_, state, _| {
@@ -325,7 +346,6 @@ pub fn extract(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -
         features.extend_from_slice(&x.values());
         Ok(())
     })?;
-    scale_to_length_1(&mut features, width)?;
     Ok(Bank { features, width, labels: seen.labels(data)?, skipped: seen.skipped })
 }
 
@@ -449,7 +469,7 @@ pub(super) fn each_batch(
 ///
 /// # Errors
 /// A row that is not finite.
-pub(super) fn scale_to_length_1(rows: &mut [f32], width: usize) -> Result<()> {
+pub fn scale_to_length_1(rows: &mut [f32], width: usize) -> Result<()> {
     for row in rows.chunks_exact_mut(width) {
         let length = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt().max(1e-12);
         if !length.is_finite() {

@@ -12,20 +12,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Data, OpenData, Outcome, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, OpenData, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::{PlannedSides, Sides},
     features::extract_blocks,
     logistic::{Examples, Logistic},
-    measured::{MeasuredTowers, PlannedTowers},
+    measured::{MeasuredTowers, Measures, Measuring, PlannedTowers},
     memory::Fits,
 };
-use crate::{
-    component,
-    components::{students::StudentModel, towers::StudentPlan},
-    error::Result,
-    events::Event,
-    register,
-};
+use crate::{component, components::towers::StudentPlan, error::Result, events::Event, register, run::moments};
 
 /// Draws of training images: an accuracy is the mean over them.
 const SUBSETS: usize = 3;
@@ -153,21 +147,11 @@ impl FewShot {
 
 impl Stage for FewShot {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, None)?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, None)?)))
     }
 
     fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, Some(student))?))
-    }
-}
-
-impl PlannedJudge for PlannedFewShot {
-    fn summary(&self) -> &StageSummary {
-        &self.summary
-    }
-
-    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
-        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
+        Ok(Box::new(Measuring(self.plan_measures(cx, Some(student))?)))
     }
 }
 
@@ -180,8 +164,7 @@ impl FewShotOptions {
         }
         let Some((fewest, label)) = classes.iter().map(|(label, places)| (places.len(), *label)).min() else { return };
         if let Some(at) = self.shots.iter().position(|&shots| shots > fewest) {
-            let names = train.images.classes();
-            let name = names.and_then(|names| names.get(label as usize).cloned()).unwrap_or_else(|| label.to_string());
+            let name = train.class_names()(label as usize);
             let message = format!("{} images of each class, but class `{name}` has {fewest}", self.shots[at]);
             let help = "leave this number out, or leave the class out of the data";
             refusals.push(Refusal::new(at.to_string(), message).help(help).under("shots"));
@@ -234,25 +217,22 @@ fn take(subset: &Classes, amount: Amount) -> impl Iterator<Item = usize> + '_ {
     subset.values().flat_map(move |places| places[..amount.of(places.len())].iter().copied())
 }
 
-impl PlannedStage for PlannedFewShot {
+impl Measures for PlannedFewShot {
     fn summary(&self) -> &StageSummary {
         &self.summary
     }
 
-    fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let results =
-            self.towers.measure(&mut run, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))?;
-        Ok(Outcome { results, student: None })
+    fn towers(&self) -> &PlannedTowers {
+        &self.towers
     }
-}
 
-impl PlannedFewShot {
     fn measure(
         &self,
         run: &mut StageRun,
         tower: &Tower,
         view: View,
         levels: Option<&[LevelRef]>,
+        _shown: Option<&str>,
     ) -> Result<Vec<Value>> {
         let (cx, train, test) = (run.cx, self.sides.searched.open()?, self.sides.seekers.open()?);
         let subsets: Vec<Classes> = (0..SUBSETS).map(|subset| shuffled(by_class(train), run.seed, subset)).collect();
@@ -305,8 +285,8 @@ impl PlannedFewShot {
                     let right = found.iter().zip(&expected).filter(|(found, label)| found == label).count();
                     right as f64 / expected.len() as f64
                 };
-                let (accuracy, deviation) = spread(&found.iter().map(share).collect::<Vec<_>>());
-                result.insert(amount.name(), json!({ "accuracy": accuracy, "deviation": deviation }));
+                let (accuracy, variance) = moments(&found.iter().map(share).collect::<Vec<_>>());
+                result.insert(amount.name(), json!({ "accuracy": accuracy, "deviation": variance.sqrt() }));
             }
             if seen.skipped + tested.skipped > 0 {
                 result.insert("skipped".into(), (seen.skipped + tested.skipped).into());
@@ -315,13 +295,6 @@ impl PlannedFewShot {
         };
         Ok(found.iter().map(result).collect())
     }
-}
-
-/// The mean of some values, and their standard deviation as of a sample.
-fn spread(values: &[f64]) -> (f64, f64) {
-    let mean = values.iter().sum::<f64>() / values.len() as f64;
-    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    (mean, (squares / (values.len() - 1) as f64).sqrt())
 }
 
 /// The features of a level, `[images, width]`.

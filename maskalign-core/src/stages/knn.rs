@@ -6,14 +6,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{
-    Data, FeatureTap, Outcome, PlannedJudge, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower,
-    View,
-    data::{PlannedSides, Sides},
+    Data, FeatureTap, PlannedJudge, PlannedStage, Pooling, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    data::{PlannedSides, Sides, spread},
     features::extract_blocks,
-    measured::{MeasuredTowers, PlannedTowers, batch},
+    measured::{MeasuredTowers, Measures, Measuring, PlannedTowers, batch},
     memory::NeighbourSearch,
     neighbours::{Neighbour, Search},
-    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
+    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours},
 };
 use crate::{
     component,
@@ -257,41 +256,23 @@ impl Knn {
 
 impl Stage for Knn {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, None)?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, None)?)))
     }
 
     fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, Some(student))?)))
     }
 }
 
-impl PlannedJudge for PlannedKnnStage {
+impl Measures for PlannedKnnStage {
     fn summary(&self) -> &StageSummary {
         &self.summary
     }
 
-    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
-        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels, None))
-    }
-}
-
-impl PlannedStage for PlannedKnnStage {
-    fn summary(&self) -> &StageSummary {
-        &self.summary
+    fn towers(&self) -> &PlannedTowers {
+        &self.towers
     }
 
-    fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let (at, whose) = self.towers.shown();
-        let mut measured = 0..;
-        let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
-            let is_shown = measured.next() == Some(at) && run.events.take_pictures();
-            self.measure(run, tower, view, levels, is_shown.then_some(&*whose))
-        })?;
-        Ok(Outcome { results, student: None })
-    }
-}
-
-impl PlannedKnnStage {
     fn measure(
         &self,
         run: &mut StageRun,

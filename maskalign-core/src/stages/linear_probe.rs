@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use maskalign_engine::{
-    Context, ImageBatch, Role, Tape, Tensor,
-    ops::{self, Act},
-};
+use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor};
 use maskalign_registry::{Refusal, Slot, StudentTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,7 +11,7 @@ use super::{
     Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
     StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
     probe_sweep::{Head, PlannedSweep, Sides, sweep},
-    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised, class_targets},
+    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised},
     training::{count_parameters, load_kept, saved_parameters},
     under,
 };
@@ -91,10 +88,7 @@ pub struct Probe {
     student: Box<dyn StudentModel>,
     pooling: Pooling,
     tap: FeatureTap,
-    /// `head.0`, as the official checkpoints call it.
-    norm: BatchNorm,
-    /// `head.1`.
-    head: Linear,
+    head: Head,
 }
 
 impl Probe {
@@ -108,29 +102,22 @@ impl Probe {
 impl Task for Probe {
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
         self.student.visit(f);
-        self.norm.visit(f);
         self.head.visit(f);
     }
 
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
-        let targets = class_targets(batch, self.head.outputs(), 0.0)?;
         let features = self.features(cx, &batch.images)?;
-        let normed = self.norm.train(cx, tape, &features)?;
-        let logits = self.head.forward(cx, tape, &normed, Act::None)?;
-        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
-        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
+        self.head.loss(cx, tape, &features, batch)
     }
 }
 
 impl Classify for Probe {
     fn classes(&self) -> usize {
-        self.head.outputs()
+        self.head.head.outputs()
     }
 
     fn scores(&self, cx: &Context, images: &ImageBatch) -> Result<Tensor> {
-        let off = &mut Tape::inference();
-        let normed = self.norm.evaluate(cx, off, &self.features(cx, images)?)?;
-        Ok(self.head.forward(cx, off, &normed, Act::None)?)
+        self.head.scores(cx, &self.features(cx, images)?)
     }
 }
 
@@ -242,8 +229,7 @@ impl ProbePlan {
         let arch = student.shape().arch;
         student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm });
         student.set_role(Role::Frozen);
-        let Head { norm, head } = self.head(init)?;
-        Ok(Probe { student, pooling, tap, norm, head })
+        Ok(Probe { student, pooling, tap, head: self.head(init)? })
     }
 
     /// The classifier at its beginning.
@@ -265,7 +251,7 @@ impl ProbePlan {
         let view = View { pooling: self.options.pooling, tap: self.options.tap, batch: AT_A_TIME };
         let init = self.init(run.cx);
         let swept = sweep(run, rates, &sides, &Tower::Student(&*model.student), view, &|| self.head(&init))?;
-        (model.norm, model.head) = (swept.head.norm, swept.head.head);
+        model.head = swept.head;
         let trained = Trained { results: swept.results };
         finish(run, model, swept.trainer, &trained)?;
         Ok(Outcome { results: trained.results, student: None })

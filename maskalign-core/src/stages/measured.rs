@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _, se
 use serde_json::{Map, Value, json};
 
 use super::{
-    FeatureTap, Pooling, StageContext, StageRun, Tower, View,
+    FeatureTap, Outcome, PlannedJudge, PlannedStage, Pooling, StageContext, StageRun, StageSummary, Tower, View,
     features::{check_levels, resolve_levels},
     keep, under,
 };
@@ -302,37 +302,29 @@ impl PlannedTowers {
         self.baselines.contains(&Baseline::Pixels)
     }
 
-    /// Of the towers in the order in which they are measured, the one that pictures are made of, and what it is called: the
-    /// student, or else the first teacher, or else the pixels.
-    pub(super) fn shown(&self) -> (usize, String) {
-        let before = usize::from(self.pixels());
-        match (&self.student, self.teachers.first()) {
-            (Some(_), _) => {
-                let untrained = self.baselines.contains(&Baseline::Untrained);
-                (before + usize::from(untrained), "the student".to_owned())
-            }
-            (None, Some(teacher)) => (before, format!("teacher `{}`", teacher.name)),
-            (None, None) => (0, "the pixels".to_owned()),
-        }
-    }
-
     /// Measures a student in training: the result, by level where levels are asked for.
-    pub(super) fn judge(&self, run: &mut StageRun, student: &dyn StudentModel, measure: Measure) -> Result<Value> {
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel, measures: &dyn Measures) -> Result<Value> {
         let levels = self.student.as_ref().and_then(|student| student.levels.as_deref());
-        let measured = measure(run, &Tower::Student(student), self.view, levels)?;
+        let measured = measures.measure(run, &Tower::Student(student), self.view, levels, None)?;
         Ok(match levels {
             None => measured.into_iter().next().unwrap_or_default(),
             Some(levels) => levels.iter().map(ToString::to_string).zip(measured).collect(),
         })
     }
 
-    /// Builds one tower after another and measures it: `measure` gives the result of each level, or of the last alone.
-    /// Each is told of as a result of its own as soon as it is there; all of them by tower, and by level where levels are
-    /// asked for, are what this gives.
-    pub(super) fn measure(&self, run: &mut StageRun, measure: Measure) -> Result<Value> {
+    /// Builds one tower after another and measures it. Each result is told of as one of its own as soon as it is there; all
+    /// of them by tower, and by level where levels are asked for, are what this gives. Pictures show the student, or else
+    /// the first teacher, or else the pixels.
+    fn measure(&self, run: &mut StageRun, measures: &dyn Measures) -> Result<Value> {
         let mut results = Map::new();
-        let mut tower = |run: &mut StageRun, name: &str, tower: &Tower, levels: Option<&[LevelRef]>| -> Result<()> {
-            let measured = measure(run, tower, self.view, levels)?;
+        let mut tower = |run: &mut StageRun,
+                         name: &str,
+                         tower: &Tower,
+                         levels: Option<&[LevelRef]>,
+                         shown: Option<&str>|
+         -> Result<()> {
+            let shown = shown.filter(|_| run.events.take_pictures());
+            let measured = measures.measure(run, tower, self.view, levels, shown)?;
             let mut by_level = Map::new();
             for (place, result) in measured.into_iter().enumerate() {
                 let Some(level) = levels.map(|levels| levels[place].to_string()) else {
@@ -348,7 +340,8 @@ impl PlannedTowers {
             Ok(())
         };
         if self.pixels() {
-            tower(run, "pixels", &Tower::Pixels, None)?;
+            let alone = self.student.is_none() && self.teachers.is_empty();
+            tower(run, "pixels", &Tower::Pixels, None, alone.then_some("the pixels"))?;
         }
         if let Some(MeasuredStudent { stage, plan, levels }) = &self.student {
             let init = Init::new(run.cx.device(), run.seed, &*plan.init_scope);
@@ -356,21 +349,61 @@ impl PlannedTowers {
             let mut model = plan.tower.build(&init, run.trained).map_err(|e| under(e, "student"))?;
             model.set_reach(plan.reach);
             if self.baselines.contains(&Baseline::Untrained) {
-                tower(run, "untrained", &Tower::Student(&*model), levels.as_deref())?;
+                tower(run, "untrained", &Tower::Student(&*model), levels.as_deref(), None)?;
             }
             if let Some(stage) = stage {
                 model.load(run.trained.get(stage)?)?;
             }
-            tower(run, "student", &Tower::Student(&*model), levels.as_deref())?;
+            tower(run, "student", &Tower::Student(&*model), levels.as_deref(), Some("the student"))?;
         }
-        for MeasuredTeacher { name, plan, levels } in &self.teachers {
+        for (at, MeasuredTeacher { name, plan, levels }) in self.teachers.iter().enumerate() {
             let mut build = TeacherBuild { cx: run.cx, trained: run.trained, student: None };
             let teacher = plan.build(&mut build).map_err(|e| under(under(e, name), "teachers"))?;
-            tower(run, name, &Tower::Teacher(&*teacher), levels.as_deref())?;
+            let shown = (self.student.is_none() && at == 0).then(|| format!("teacher `{name}`"));
+            tower(run, name, &Tower::Teacher(&*teacher), levels.as_deref(), shown.as_deref())?;
         }
         Ok(Value::Object(results))
     }
 }
 
-/// Measures a tower at some levels, or at the last.
-pub(super) type Measure<'m> = &'m mut dyn FnMut(&mut StageRun, &Tower, View, Option<&[LevelRef]>) -> Result<Vec<Value>>;
+/// What is measured of a tower, the same of the towers of a stage and of a student in training.
+pub(super) trait Measures {
+    /// What is known of it.
+    fn summary(&self) -> &StageSummary;
+    /// The towers.
+    fn towers(&self) -> &PlannedTowers;
+    /// The results of a tower at some levels, or at the last. The last is shown in pictures where the tower has a name for
+    /// them.
+    fn measure(
+        &self,
+        run: &mut StageRun,
+        tower: &Tower,
+        view: View,
+        levels: Option<&[LevelRef]>,
+        shown: Option<&str>,
+    ) -> Result<Vec<Value>>;
+}
+
+/// Measures as a stage of their own, or in the course of one that trains.
+pub(super) struct Measuring<M>(pub M);
+
+impl<M: Measures> PlannedStage for Measuring<M> {
+    fn summary(&self) -> &StageSummary {
+        self.0.summary()
+    }
+
+    fn run(&self, mut run: StageRun) -> Result<Outcome> {
+        let results = self.0.towers().measure(&mut run, &self.0)?;
+        Ok(Outcome { results, student: None })
+    }
+}
+
+impl<M: Measures> PlannedJudge for Measuring<M> {
+    fn summary(&self) -> &StageSummary {
+        self.0.summary()
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        self.0.towers().judge(run, student, &self.0)
+    }
+}

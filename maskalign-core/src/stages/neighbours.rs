@@ -86,18 +86,9 @@ impl Search {
         Ok(())
     }
 
-    /// Some seekers' features, row by row, by the order in which they were added, and their width.
+    /// Some seekers' features, row by row, by their places in the order in which they were added, and their width.
     pub(super) fn seekers(&self, wanted: &[usize]) -> (Vec<f32>, usize) {
-        let width = self.blocks.first().map_or(0, |block| block.features.weight.columns());
-        let (mut features, mut first) = (Vec::with_capacity(wanted.len() * width), 0);
-        for block in &self.blocks {
-            let (rows, values) = (block.features.weight.rows(), block.features.weight.values());
-            for at in wanted.iter().filter(|at| (first..first + rows).contains(at)) {
-                features.extend_from_slice(&values[(at - first) * width..][..width]);
-            }
-            first += rows;
-        }
-        (features, width)
+        rows_of(self.blocks.iter().map(|block| &block.features.weight), wanted)
     }
 
     /// The nearest of each seeker in the order in which those were added, the nearest first; of equally near ones the
@@ -114,8 +105,28 @@ impl Search {
     }
 }
 
+/// Some rows of blocks, by their places in ascending order, and their width.
+pub(super) fn rows_of<'t>(blocks: impl Iterator<Item = &'t Tensor>, wanted: &[usize]) -> (Vec<f32>, usize) {
+    let (mut found, mut first, mut width) = (Vec::new(), 0, 0);
+    for block in blocks {
+        width = block.columns();
+        let (rows, values) = (block.rows(), block.values());
+        for at in wanted.iter().filter(|at| (first..first + rows).contains(at)) {
+            found.extend_from_slice(&values[(at - first) * width..][..width]);
+        }
+        first += rows;
+    }
+    (found, width)
+}
+
 /// Rows that are searched, and that seek, together.
 const ROWS: usize = 4096;
+
+/// The `k` nearest without the seeker itself, which is among them.
+pub(super) fn others(own: usize, found: Vec<Neighbour>, k: usize) -> Vec<(usize, f32)> {
+    let found = found.into_iter().map(|one| (one.place as usize, one.similarity));
+    found.filter(|(place, _)| *place != own).take(k).collect()
+}
 
 /// The `k` nearest others of each of some features of length 1, `[rows, width]`: place and cosine, the nearest first. There
 /// are fewer where there are not as many others.
@@ -132,11 +143,7 @@ pub fn nearest_others(cx: &Context, features: &[f32], width: usize, k: usize) ->
     for block in blocks() {
         search.search(cx, &cx.tensor(block.to_vec(), block.len() / width, width)?)?;
     }
-    let others = |(own, found): (usize, Vec<Neighbour>)| {
-        let found = found.into_iter().map(|one| (one.place as usize, one.similarity));
-        found.filter(|(place, _)| *place != own).take(k).collect()
-    };
-    Ok(search.finish().enumerate().map(others).collect())
+    Ok(search.finish().enumerate().map(|(own, found)| others(own, found, k)).collect())
 }
 
 impl Group {

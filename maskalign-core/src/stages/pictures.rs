@@ -19,12 +19,6 @@ pub(super) const MAPPED: usize = 1000;
 /// Passes of the power iteration: eyes need no more.
 const PASSES: usize = 24;
 
-/// So many places among `count`, equally spaced; all of them where there are no more.
-pub(super) fn spread(count: usize, wanted: usize) -> Vec<usize> {
-    let wanted = wanted.min(count);
-    (0..wanted).map(|i| i * count / wanted).collect()
-}
-
 /// Images with their neighbours, by their places in two sets of data.
 pub(super) struct Neighbours<'a> {
     /// Whose features they are neighbours by, such as `the student`.
@@ -78,9 +72,7 @@ pub(super) fn show_map(
     let components = principal_components(features, width, 2);
     let labels: Vec<Option<usize>> = places.iter().map(|&p| data.images.label(p).map(|l| l as usize)).collect();
     let classes = labels.iter().flatten().max().map_or(0, |most| most + 1);
-    let mut names = data.images.classes().unwrap_or_default();
-    (names.len()..classes).for_each(|class| names.push(class.to_string()));
-    names.truncate(classes);
+    let names: Vec<String> = (0..classes).map(data.class_names()).collect();
     let points = (0..places.len()).map(|i| ([components[0][i], components[1][i]], labels[i]));
     let Some(chart) = chart::map(&points.collect::<Vec<_>>(), &names) else { return Ok(()) };
     let caption = format!("{}: the two principal components of the features of {whose}", chart.label());

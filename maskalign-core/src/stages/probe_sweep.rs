@@ -7,8 +7,8 @@ use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, Slot};
 use serde_json::{Map, Value, json};
 
 use super::{
-    BatchSize, Length, MicroBatch, OpenData, StageRun, Task, Tower, Trainer, Training, View,
-    features::each_batch,
+    Bank, BatchSize, Length, MicroBatch, OpenData, StageRun, Task, Tower, Trainer, Training, View,
+    features::extract_as_they_are,
     keep,
     supervised::{best_class, class_targets},
 };
@@ -69,46 +69,9 @@ pub(super) struct Sides<'a> {
     pub length: Length,
 }
 
-/// Features of some images, and their classes.
-struct Cached {
-    values: Vec<f32>,
-    width: usize,
-    labels: Vec<u32>,
-    /// Images that could not be read.
-    skipped: usize,
-}
-
-impl Cached {
-    /// Computes them, in one pass.
-    fn of(run: &mut StageRun, tower: &Tower, data: &OpenData, view: View) -> Result<Cached> {
-        let (mut values, mut width) = (Vec::new(), 0);
-        let cx = run.cx;
-        let seen = each_batch(run, tower, data, view, None, &mut |_, state, _| {
-            let features = state.pooled(cx, view.pooling)?;
-            width = features.columns();
-            if values.is_empty() {
-                values.reserve_exact(data.images.len() * width);
-            }
-            values.extend_from_slice(&features.values());
-            Ok(())
-        })?;
-        Ok(Cached { values, width, labels: seen.labels(data)?, skipped: seen.skipped })
-    }
-
-    fn len(&self) -> usize {
-        self.labels.len()
-    }
-
-    /// `[rows, width]`.
-    fn rows(&self, cx: &Context, rows: &[usize]) -> Result<Tensor> {
-        let row = |row: &usize| &self.values[row * self.width..(row + 1) * self.width];
-        Ok(cx.tensor(rows.iter().flat_map(row).copied().collect(), rows.len(), self.width)?)
-    }
-}
-
-/// A classifier on features that are there.
+/// A classifier on features.
 pub(super) struct Head {
-    /// `head.0`.
+    /// `head.0`, as the official checkpoints call it.
     pub norm: BatchNorm,
     /// `head.1`.
     pub head: Linear,
@@ -117,23 +80,17 @@ pub(super) struct Head {
 /// A classifier that is trained.
 struct Trains {
     head: Head,
-    features: Rc<Cached>,
+    features: Rc<Bank>,
 }
 
 impl Task for Trains {
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
-        self.head.norm.visit(f);
-        self.head.head.visit(f);
+        self.head.visit(f);
     }
 
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
-        let Head { norm, head } = &mut self.head;
-        let targets = class_targets(batch, head.outputs(), 0.0)?;
         let features = self.features.rows(cx, &batch.indices)?;
-        let normed = norm.train(cx, tape, &features)?;
-        let logits = head.forward(cx, tape, &normed, Act::None)?;
-        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
-        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
+        self.head.loss(cx, tape, &features, batch)
     }
 }
 
@@ -153,7 +110,7 @@ impl Trains {
         while trainer.updates < end {
             let at = length.position(trainer.updates);
             if at.step == 0 {
-                order = Stream::new(seed, "probe", at.epoch, 0).permutation(self.features.len());
+                order = Stream::new(seed, "probe", at.epoch, 0).permutation(self.features.labels.len());
             }
             let first = at.step as usize * batch.effective;
             let mut parts = (0..batch.effective).step_by(batch.micro());
@@ -179,19 +136,44 @@ impl Trains {
 }
 
 impl Head {
+    pub(super) fn visit(&mut self, f: &mut dyn FnMut(&mut Param)) {
+        self.norm.visit(f);
+        self.head.visit(f);
+    }
+
+    /// The cross entropy of the features `[batch, width]` of a micro-batch, whose running statistics they move.
+    pub(super) fn loss(
+        &mut self,
+        cx: &Context,
+        tape: &mut Tape,
+        features: &Tensor,
+        batch: &MicroBatch,
+    ) -> Result<Tensor> {
+        let targets = class_targets(batch, self.head.outputs(), 0.0)?;
+        let normed = self.norm.train(cx, tape, features)?;
+        let logits = self.head.forward(cx, tape, &normed, Act::None)?;
+        let targets = cx.tensor(targets, logits.rows(), logits.columns())?;
+        Ok(ops::cross_entropy(cx, tape, &logits, &targets)?)
+    }
+
+    /// The logits of features, by the running statistics: `[rows, classes]`.
+    pub(super) fn scores(&self, cx: &Context, features: &Tensor) -> Result<Tensor> {
+        let off = &mut Tape::inference();
+        let normed = self.norm.evaluate(cx, off, features)?;
+        Ok(self.head.forward(cx, off, &normed, Act::None)?)
+    }
+
     /// The share of the features whose class is found.
-    fn accuracy(&self, cx: &Context, features: &Cached) -> Result<f64> {
+    fn accuracy(&self, cx: &Context, features: &Bank) -> Result<f64> {
         let mut right = 0;
-        let places: Vec<usize> = (0..features.len()).collect();
+        let places: Vec<usize> = (0..features.labels.len()).collect();
         for rows in places.chunks(ROWS) {
-            let off = &mut Tape::inference();
-            let normed = self.norm.evaluate(cx, off, &features.rows(cx, rows)?)?;
-            let scores = self.head.forward(cx, off, &normed, Act::None)?;
+            let scores = self.scores(cx, &features.rows(cx, rows)?)?;
             let (values, classes) = (scores.values(), scores.columns());
             let found = values.chunks_exact(classes).zip(rows);
             right += found.filter(|(scores, row)| best_class(scores) == features.labels[**row] as usize).count();
         }
-        Ok(right as f64 / features.len() as f64)
+        Ok(right as f64 / features.labels.len() as f64)
     }
 }
 
@@ -218,8 +200,8 @@ pub(super) fn sweep(
     view: View,
     fresh: &dyn Fn() -> Result<Head>,
 ) -> Result<Swept> {
-    let features = Rc::new(Cached::of(run, tower, sides.data, view)?);
-    let held_out = Cached::of(run, tower, sides.eval, view)?;
+    let features = Rc::new(extract_as_they_are(run, tower, sides.data, view)?);
+    let held_out = extract_as_they_are(run, tower, sides.eval, view)?;
     let (batch, length) = (sides.batch, sides.length);
     let end = run.step_limit.map_or(length.steps(), |limit| length.steps().min(limit));
     let all = end * plan.rates.len() as u64;
@@ -281,8 +263,8 @@ mod tests {
     fn classifiers_at_several_rates_are_those_of_pytorch() {
         let recorded = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages/probe_sweep.safetensors");
         let recorded = read(&recorded).unwrap();
-        let cached = |name: &str| Cached {
-            values: recorded[name].data.clone(),
+        let cached = |name: &str| Bank {
+            features: recorded[name].data.clone(),
             width: recorded[name].shape[1],
             labels: recorded[&format!("{name}_labels")].data.iter().map(|&label| label as u32).collect(),
             skipped: 0,
@@ -299,7 +281,7 @@ mod tests {
         let plan = PlannedSweep::plan(&rates, &training, &mut refusals).unwrap();
         let cx = Context::new(Device::Cpu, 2);
         let init = &Init::new(cx.device(), 0, "probe").of_role(Role::Head);
-        let length = Length::new(3.0, features.len(), 12);
+        let length = Length::new(3.0, features.labels.len(), 12);
         for (at, (rate, optimizer)) in plan.rates.iter().enumerate() {
             let (classes, width) = (recorded["weight"].shape[0], features.width);
             let weight = init.truncated_normal("head.1.weight", &[classes, width], 0.01).unwrap();

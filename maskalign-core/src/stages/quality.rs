@@ -12,22 +12,17 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Data, OpenData, Outcome, PlannedData, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary,
-    Tower, View,
+    Data, OpenData, PlannedData, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    data::spread,
     eigenvalues::eigenvalues,
     features::{Blocks, Seen, State, each_batch, scale_to_length_1},
     keep,
-    measured::{MeasuredTowers, PlannedTowers},
+    measured::{MeasuredTowers, Measures, Measuring, PlannedTowers},
     memory,
-    neighbours::{Neighbour, Search},
-    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours, spread},
+    neighbours::{Search, others, rows_of},
+    pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours},
 };
-use crate::{
-    component,
-    components::{students::StudentModel, towers::StudentPlan},
-    error::Result,
-    register,
-};
+use crate::{component, components::towers::StudentPlan, error::Result, register};
 
 /// Added to the share of each singular value, as in RankMe's paper.
 const RANKME_EPS: f64 = 1e-7;
@@ -111,68 +106,42 @@ impl Quality {
 
 impl Stage for Quality {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, None)?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, None)?)))
     }
 
     fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, Some(student))?))
-    }
-}
-
-impl PlannedJudge for PlannedQuality {
-    fn summary(&self) -> &StageSummary {
-        &self.summary
-    }
-
-    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
-        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels, None))
-    }
-}
-
-impl PlannedStage for PlannedQuality {
-    fn summary(&self) -> &StageSummary {
-        &self.summary
-    }
-
-    fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let (at, whose) = self.towers.shown();
-        let mut measured = 0..;
-        let results = self.towers.measure(&mut run, &mut |run, tower, view, levels| {
-            let is_shown = measured.next() == Some(at) && run.events.take_pictures();
-            self.measure(run, tower, view, levels, is_shown.then_some(&*whose))
-        })?;
-        Ok(Outcome { results, student: None })
+        Ok(Box::new(Measuring(self.plan_measures(cx, Some(student))?)))
     }
 }
 
 /// Shows some images with those nearest to them, and many in a plane. `features` are those of the images at `places`.
 fn show(run: &mut StageRun, whose: &str, data: &OpenData, places: &[usize], features: &[Tensor]) -> Result<()> {
-    let width = features.first().map_or(0, Tensor::columns);
-    let rows = |wanted: &[usize]| {
-        let all = features
-            .iter()
-            .flat_map(|block| block.values().chunks_exact(width).map(<[f32]>::to_vec).collect::<Vec<_>>());
-        let wanted = all.enumerate().filter(|(row, _)| wanted.binary_search(row).is_ok());
-        wanted.flat_map(|(_, row)| row).collect::<Vec<f32>>()
-    };
     let mapped = spread(places.len(), MAPPED);
     let mapped_places: Vec<usize> = mapped.iter().map(|&row| places[row]).collect();
-    show_map(run, whose, data, &mapped_places, &rows(&mapped), width)?;
+    let (rows, width) = rows_of(features.iter(), &mapped);
+    show_map(run, whose, data, &mapped_places, &rows, width)?;
     let seekers = spread(places.len(), SEEKERS);
     // One more: each image is its own nearest.
     let mut search = Search::new((NEIGHBOURS + 1).min(places.len()));
-    search.add(run.cx.tensor(rows(&seekers), seekers.len(), width)?);
+    search.add(run.cx.tensor(rows_of(features.iter(), &seekers).0, seekers.len(), width)?);
     features.iter().try_for_each(|block| search.search(run.cx, block))?;
-    let others = |(&row, found): (&usize, Vec<Neighbour>)| {
-        let found = found.into_iter().map(|near| near.place as usize).filter(|place| *place != row);
-        (places[row], found.take(NEIGHBOURS).map(|row| places[row]).collect())
+    let of_seeker = |(&row, found)| {
+        let others = others(row, found, NEIGHBOURS).into_iter().map(|(other, _)| places[other]);
+        (places[row], others.collect())
     };
-    let found: Vec<(usize, Vec<usize>)> = seekers.iter().zip(search.finish()).map(others).collect();
+    let found: Vec<(usize, Vec<usize>)> = seekers.iter().zip(search.finish()).map(of_seeker).collect();
     show_neighbours(run, &Neighbours { whose, seekers: data, searched: data, found: &found })
 }
 
-impl PlannedQuality {
-    /// The measures of a tower at some levels, or at the last. The last is shown in pictures of the tower that is called so.
+impl Measures for PlannedQuality {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn towers(&self) -> &PlannedTowers {
+        &self.towers
+    }
+
     fn measure(
         &self,
         run: &mut StageRun,

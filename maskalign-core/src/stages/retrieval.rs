@@ -15,18 +15,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    Data, Outcome, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
+    Data, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::{PlannedSides, Sides},
     features::{each_batch, extract_blocks, scale_to_length_1},
-    measured::{MeasuredTowers, PlannedTowers},
+    measured::{MeasuredTowers, Measures, Measuring, PlannedTowers},
     memory,
 };
-use crate::{
-    component,
-    components::{students::StudentModel, towers::StudentPlan},
-    error::Result,
-    register,
-};
+use crate::{component, components::towers::StudentPlan, error::Result, register};
 
 /// Mean average precision of the images of a query's class among all images of a gallery, ranked by the cosine similarity of
 /// features.
@@ -81,43 +76,30 @@ impl Retrieval {
 
 impl Stage for Retrieval {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, None)?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, None)?)))
     }
 
     fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
-        Ok(Box::new(self.plan_measures(cx, Some(student))?))
+        Ok(Box::new(Measuring(self.plan_measures(cx, Some(student))?)))
     }
 }
 
-impl PlannedJudge for PlannedRetrieval {
+impl Measures for PlannedRetrieval {
     fn summary(&self) -> &StageSummary {
         &self.summary
     }
 
-    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
-        self.towers.judge(run, student, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))
-    }
-}
-
-impl PlannedStage for PlannedRetrieval {
-    fn summary(&self) -> &StageSummary {
-        &self.summary
+    fn towers(&self) -> &PlannedTowers {
+        &self.towers
     }
 
-    fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let results =
-            self.towers.measure(&mut run, &mut |run, tower, view, levels| self.measure(run, tower, view, levels))?;
-        Ok(Outcome { results, student: None })
-    }
-}
-
-impl PlannedRetrieval {
     fn measure(
         &self,
         run: &mut StageRun,
         tower: &Tower,
         view: View,
         levels: Option<&[LevelRef]>,
+        _shown: Option<&str>,
     ) -> Result<Vec<Value>> {
         let (cx, gallery, queries) = (run.cx, self.sides.searched.open()?, self.sides.seekers.open()?);
         let mut sought: Vec<Vec<Tensor>> = Vec::new();
@@ -142,11 +124,7 @@ impl PlannedRetrieval {
             Ok(())
         })?;
         let (classes, more_missing) = (seen.labels(queries)?, seen.skipped);
-        let names = gallery.images.classes();
-        let name = |class: u32| match names.as_ref().and_then(|names| names.get(class as usize)) {
-            Some(name) => name.clone(),
-            None => class.to_string(),
-        };
+        let name = gallery.class_names();
         let result = |found: &Vec<Option<f64>>| {
             let mut result = Map::new();
             result.insert("map".into(), mean(found.iter().flatten()).into());
@@ -155,7 +133,7 @@ impl PlannedRetrieval {
                 by_class.entry(*class).or_default().extend(found);
             }
             let by_class = by_class.into_iter().filter(|(_, found)| !found.is_empty());
-            let by_class = by_class.map(|(class, found)| (name(class), mean(found.into_iter()).into()));
+            let by_class = by_class.map(|(class, found)| (name(class as usize), mean(found.into_iter()).into()));
             result.insert("by_class".into(), Value::Object(by_class.collect()));
             if missing + more_missing > 0 {
                 result.insert("skipped".into(), (missing + more_missing).into());
