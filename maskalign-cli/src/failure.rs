@@ -101,7 +101,9 @@ impl From<Error> for Failure {
             error if error.is_users() => 2,
             _ => 1,
         };
-        Failure::Message { message: error.to_string(), help: Vec::new(), code }
+        let message = error.to_string();
+        let help = if let Error::NonFinite { help, .. } = error { help } else { Vec::new() };
+        Failure::Message { message, help, code }
     }
 }
 

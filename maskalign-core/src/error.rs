@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use maskalign_registry::Refusal;
 
-use crate::files::is_wrong_path;
+use crate::{files::is_wrong_path, run::FailedStep};
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -48,7 +48,7 @@ pub enum Error {
     #[error("{0}")]
     Usage(String),
     /// The loss or the gradient is NaN or infinite; nothing was updated.
-    #[error("the {what} is {value} at step {step} (learning rate {lr:.3e}){rest}", rest = ending(advice))]
+    #[error("the {what} is {value} at step {step} (learning rate {lr:.3e}){rest}", rest = ending(first))]
     NonFinite {
         /// Which of the two.
         what: &'static str,
@@ -58,9 +58,14 @@ pub enum Error {
         step: u64,
         /// The learning rate of that step.
         lr: f64,
-        /// Which checkpoint is the last good one, and what to try; empty for steps that no run makes.
-        advice: String,
+        /// Where that began; empty where it is not known.
+        first: String,
+        /// What to look at and to try, each for itself; none for steps that no run makes.
+        help: Vec<String>,
     },
+    /// A step was made again, which is all that was asked for.
+    #[error("step {} of stage `{}` was made again", .0.step, .0.stage)]
+    Replayed(Box<FailedStep>),
     /// The user asked the run to stop; the state is saved.
     #[error("stopped by {signal}; continue with `--resume {dir}`")]
     Stopped {
@@ -91,7 +96,7 @@ impl Error {
             Error::Run(error) => error.is_user_mistake(),
             Error::Io { source, .. } => is_wrong_path(source),
             Error::Engine(error) => matches!(error, maskalign_engine::Error::NoDevice(_)),
-            Error::NonFinite { .. } | Error::Stopped { .. } => false,
+            Error::NonFinite { .. } | Error::Replayed(_) | Error::Stopped { .. } => false,
         }
     }
 }
@@ -103,10 +108,10 @@ impl From<Refusal> for Error {
 }
 
 /// What follows a message, after a semicolon.
-fn ending(advice: &str) -> String {
-    match advice {
+fn ending(more: &str) -> String {
+    match more {
         "" => String::new(),
-        advice => format!("; {advice}"),
+        more => format!("; {more}"),
     }
 }
 
@@ -132,10 +137,12 @@ mod tests {
     }
 
     #[test]
-    fn a_message_without_advice_ends_with_what_happened() {
-        let error =
-            |advice: &str| Error::NonFinite { what: "loss", value: f64::NAN, step: 3, lr: 0.5, advice: advice.into() };
+    fn a_message_ends_with_what_is_known() {
+        let error = |first: &str| {
+            let (first, help) = (first.to_owned(), Vec::new());
+            Error::NonFinite { what: "loss", value: f64::NAN, step: 3, lr: 0.5, first, help }
+        };
         assert_eq!(error("").to_string(), "the loss is NaN at step 3 (learning rate 5.000e-1)");
-        assert!(error("lower it").to_string().ends_with("e-1); lower it"));
+        assert!(error("it began there").to_string().ends_with("e-1); it began there"));
     }
 }

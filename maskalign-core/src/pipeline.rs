@@ -14,8 +14,8 @@ use crate::{
     events::{Event, Events, Mark},
     plugin::Build,
     run::{
-        BestRecord, CheckpointHeader, DataRecord, FileRecord, Manifest, Origin, Resumption, RunDir, RunError, StopFlag,
-        as_text, fail_point, this_moment,
+        BestRecord, CheckpointHeader, DataRecord, FailedStep, FileRecord, Manifest, Origin, Resumption, RunDir,
+        RunError, StopFlag, as_text, fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
@@ -228,6 +228,7 @@ pub fn run(
             events: &mut options.events,
             step_limit: options.step_limit,
             workers: options.workers,
+            replay: None,
         };
         let outcome = stage.run(run).map_err(|error| match error {
             Error::Refused(refusal) => Error::Refused(refusal.under(&name).under("stages")),
@@ -264,6 +265,70 @@ pub fn run(
     dir.write_manifest(&manifest)?;
     dir.still_there()?;
     Ok(results)
+}
+
+/// A step that failed, as it was then and as it is when it is made again.
+pub struct Replay {
+    /// What the run left of it.
+    pub then: FailedStep,
+    /// What came of it now.
+    pub now: FailedStep,
+}
+
+/// Makes the last step again of which a run kept that it was not finite; of the given stage, or else of the first that has
+/// one. The run's directory is read, and nothing in it is changed.
+///
+/// # Errors
+/// No step failed; a record of it is damaged; the recipe is not the run's.
+pub fn replay(
+    cx: &Context,
+    recipe: &Recipe,
+    fingerprint: &str,
+    plan: &Plan,
+    dir: &RunDir,
+    stage: Option<&str>,
+) -> Result<Replay> {
+    if let Some(stage) = stage.filter(|stage| plan.stages.iter().all(|(name, _)| name != stage)) {
+        let known: Vec<&str> = plan.stages.iter().map(|(name, _)| name.as_str()).collect();
+        return Err(Error::Usage(format!("the run has no stage `{stage}`; its stages: {}", known.join(", "))));
+    }
+    let mut trained = TrainedStudents::default();
+    for (name, planned) in &plan.stages {
+        let failed = match stage.is_none_or(|stage| stage == name) {
+            true => dir.failed(name)?,
+            false => None,
+        };
+        let Some((then, state)) = failed else {
+            if let Some(done) = dir.read_done(name)?.filter(|_| planned.summary().student.is_some()) {
+                trained.insert(name, Arc::new(dir.read_final(name, &done)?.into_student()));
+            }
+            continue;
+        };
+        if state.header.fingerprint != fingerprint {
+            return Err(Error::Usage(format!("the step of stage `{name}` that failed is of another recipe")));
+        }
+        let ended = planned.run(StageRun {
+            cx,
+            name,
+            seed: recipe.seed,
+            trained: &trained,
+            dir,
+            fingerprint,
+            stop: &StopFlag::new(),
+            events: &mut Events::new(Vec::new()),
+            step_limit: None,
+            workers: 0,
+            replay: Some(&state),
+        });
+        return match ended {
+            Err(Error::Replayed(now)) => Ok(Replay { then, now: *now }),
+            Err(error) => Err(error),
+            Ok(_) => Err(Error::Usage(format!("stage `{name}` does not train by steps that can be made again"))),
+        };
+    }
+    let of = stage.map_or(String::new(), |stage| format!(" of stage `{stage}`"));
+    let dir = dir.path().display();
+    Err(Error::Usage(format!("no step{of} of the run in {dir} was kept for a loss or gradient that is not finite")))
 }
 
 /// Whether nothing is left to do of a run: it has ended, and its stages have made the steps that the plan asks for.

@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Result},
     tape::Recompute,
     tensor::Tensor,
+    watch::Watch,
 };
 
 /// Which forms of the operators run.
@@ -38,6 +39,7 @@ pub struct Context {
     device: Device,
     forms: Forms,
     recompute: Recompute,
+    watch: Option<Watch>,
     host: Arc<Host>,
 }
 
@@ -63,7 +65,7 @@ impl Context {
     /// A context with the device's own operators; the host uses `threads` threads. Nothing is recomputed.
     pub fn new(device: Device, threads: usize) -> Self {
         let host = Host { pool: Pool::new(threads.max(1)), arena: Arena::new(), fallbacks: Mutex::default() };
-        Context { device, forms: Forms::Best, recompute: Recompute::Never, host: Arc::new(host) }
+        Context { device, forms: Forms::Best, recompute: Recompute::Never, watch: None, host: Arc::new(host) }
     }
 
     /// The same, with other forms of the operators.
@@ -76,6 +78,17 @@ impl Context {
     #[must_use]
     pub fn with_recompute(self, recompute: Recompute) -> Self {
         Context { recompute, ..self }
+    }
+
+    /// The same, with every tensor shown to a watch.
+    #[must_use]
+    pub fn with_watch(self, watch: &Watch) -> Self {
+        Context { watch: Some(watch.clone()), ..self }
+    }
+
+    /// What every tensor is shown to, for tapes.
+    pub fn watch(&self) -> Option<&Watch> {
+        self.watch.as_ref()
     }
 
     /// The device on which tensors are made.
@@ -127,7 +140,23 @@ impl Context {
     /// # Errors
     /// Out of memory on the device.
     pub fn tensor(&self, values: Vec<f32>, rows: usize, columns: usize) -> Result<Tensor> {
-        Tensor::new(&self.device, values, rows, columns)
+        let given = Tensor::new(&self.device, values, rows, columns)?;
+        if let Some(watch) = &self.watch {
+            watch.given(&given);
+        }
+        Ok(given)
+    }
+
+    /// A tensor that the operator makes which began last.
+    pub(crate) fn output(&self, values: Vec<f32>, rows: usize, columns: usize) -> Result<Tensor> {
+        Tensor::new(&self.device, values, rows, columns).inspect(|made| self.made(made))
+    }
+
+    /// Shows what the operator made which began last.
+    pub(crate) fn made(&self, y: &Tensor) {
+        if let Some(watch) = &self.watch {
+            watch.made(y);
+        }
     }
 
     pub(crate) fn count_fallback(&self, op: &'static str) {
@@ -151,6 +180,9 @@ impl Context {
     pub(crate) fn form(&self, op: &'static str, inputs: &[&Tensor]) -> Result<Form> {
         if inputs.iter().any(|x| !x.is_on(&self.device)) {
             return Err(Error::Devices { op });
+        }
+        if let Some(watch) = &self.watch {
+            watch.begin(op, inputs);
         }
         Ok(match (self.forms, &self.device) {
             (Forms::Composed, _) => Form::Composed,

@@ -19,6 +19,7 @@ pub mod param;
 pub mod random;
 pub mod tape;
 pub mod tensor;
+pub mod watch;
 
 pub use context::{Context, Forms};
 pub use device::{Device, DeviceChoice, instruction_sets};
@@ -31,3 +32,4 @@ pub use maskalign_kernels::{
 pub use param::{HostTensor, Init, Module, Param, Role, TensorMap};
 pub use tape::{Gradients, Recompute, Tape};
 pub use tensor::Tensor;
+pub use watch::Watch;

@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     host::cpu,
     tensor::{Place, Tensor},
+    watch::Watch,
 };
 
 /// What is kept for the backward pass of a segment.
@@ -178,6 +179,7 @@ struct Shared {
 pub struct Tape {
     operators: OwnedTape<f32, Cpu>,
     recording: bool,
+    watch: Option<Watch>,
     shared: Rc<RefCell<Shared>>,
 }
 
@@ -195,7 +197,13 @@ impl Tape {
     /// Records, and accumulates into gradients that exist already (earlier micro-batches).
     pub fn onto(gradients: Gradients) -> Self {
         let shared = Rc::new(RefCell::new(Shared { gradients, failure: None }));
-        Tape { operators: OwnedTape::default(), recording: true, shared }
+        Tape { operators: OwnedTape::default(), recording: true, watch: None, shared }
+    }
+
+    /// Shows a watch what each operator adds to gradients.
+    #[must_use]
+    pub fn watched(self, watch: Option<&Watch>) -> Self {
+        Tape { watch: watch.cloned(), ..self }
     }
 
     /// Whether a backward pass may follow.
@@ -214,10 +222,20 @@ impl Tape {
             return;
         }
         let shared = Rc::clone(&self.shared);
+        let watched = self.watch.clone().and_then(|watch| Some((watch.running()?, watch)));
         self.operators.add_backward_op(move |_| {
             // Moved, not borrowed: a segment's inner pass runs inside this closure, on the same map.
             let mut gradients = mem::take(&mut shared.borrow_mut().gradients);
             let result = f(&mut gradients);
+            if let Some((operator, watch)) = &watched {
+                for id in &operator.inputs {
+                    match gradients.0.get(id) {
+                        Some(Gradient::Cpu(values)) => watch.gradient(operator, *id, values),
+                        Some(Gradient::Gpu(array)) => watch.gradient(operator, *id, &array.download()),
+                        None => {}
+                    }
+                }
+            }
             let mut shared = shared.borrow_mut();
             shared.gradients = gradients;
             // Any error of dfdx's stops the pass; the true one waits.
@@ -269,10 +287,10 @@ impl Tape {
             return f(self, x);
         }
         let y = f(&mut Tape::inference(), x)?.tracked();
-        let (out, x) = (y.slot(), x.clone());
+        let (out, x, watch) = (y.slot(), x.clone(), self.watch.clone());
         self.record(move |g| {
             let Some(dy) = g.take(&out) else { return Ok(()) };
-            let mut inner = Tape::onto(mem::take(g));
+            let mut inner = Tape::onto(mem::take(g)).watched(watch.as_ref());
             let again = f(&mut inner, &x)?;
             *g = inner.backward_from(vec![(again.slot(), dy)])?;
             Ok(())

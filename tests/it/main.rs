@@ -7,6 +7,7 @@ mod corpus;
 mod docs;
 mod evaluations;
 mod exact;
+mod failing;
 mod files;
 mod fork;
 mod init;

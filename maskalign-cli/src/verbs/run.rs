@@ -302,7 +302,7 @@ fn taken_over(origin: &Origin) -> String {
 }
 
 /// Says where a run was started, if that is another folder: its recipe's relative paths start from there.
-fn elsewhere(dir: &RunDir) -> Option<String> {
+pub(super) fn elsewhere(dir: &RunDir) -> Option<String> {
     let started = dir.read_manifest().ok()??.working_directory?;
     let here = std::env::current_dir().ok()?;
     // The manifest holds what can be shown of a name.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::clock::utc;
+use super::failed::FailedStep;
 use super::manifest::{Manifest, STOPPED_EARLY};
 use super::metrics::{self, Marks, Metrics, MetricsMark, Salvaged, Stood, Tail};
 use super::pictures::{self, PICTURES, PictureRecord};
@@ -35,6 +36,7 @@ const CHECKPOINTS: &str = "checkpoints";
 const FINAL: &str = "final.safetensors";
 const DONE: &str = "done.json";
 const BEST: &str = "best-";
+const FAILED: &str = "failed-";
 const TENSORBOARD: &str = "tensorboard";
 const REPORT: &str = "report.html";
 /// Behind the name of a checkpoint that cannot be gone on from.
@@ -509,6 +511,55 @@ impl RunDir {
         self.steps_of(stage, BEST)
     }
 
+    /// Writes the state before a step whose loss or gradient is not finite, `checkpoints/STAGE/failed-00001234.safetensors` of
+    /// step 1234, in place of an earlier one of the stage. It is none to go on from.
+    pub fn save_failed_state(&self, header: &CheckpointHeader, tensors: &[TensorRef<'_>]) -> Result<(), RunError> {
+        self.prune_failed(&header.stage)?;
+        let path = self.failed_path(&header.stage, header.step)?;
+        self.create_stage_folder(&header.stage)?;
+        let sealed = Sealed::of(&path, "state", header, tensors)?;
+        self.writing(|| sealed.write(&path, "state", tensors))
+    }
+
+    /// Writes what is known of the step, beside its state. Returns its path.
+    pub fn save_failed(&self, failed: &FailedStep) -> Result<PathBuf, RunError> {
+        let path = self.failed_path(&failed.stage, failed.step)?.with_extension("json");
+        self.writing(|| write_json(&path, "record of a step", failed))?;
+        Ok(path)
+    }
+
+    /// The step of a stage that was kept because its loss or gradient is not finite, and the state before it.
+    ///
+    /// # Errors
+    /// One of the two is damaged.
+    pub fn failed(&self, stage: &str) -> Result<Option<(FailedStep, Checkpoint)>, RunError> {
+        let Some((step, path)) = self.steps_of(stage, FAILED)?.pop() else { return Ok(None) };
+        let Some(failed) = read_json(&path.with_extension("json"), "record of a step")? else { return Ok(None) };
+        let state = load(&path)?;
+        agrees(&path, &state.header, stage, step)?;
+        Ok(Some((failed, state)))
+    }
+
+    /// Whether a stage keeps such a step.
+    pub(super) fn has_failed(&self) -> Result<bool, RunError> {
+        for stage in self.stages()? {
+            if !self.steps_of(&stage, FAILED)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn failed_path(&self, stage: &str, step: u64) -> Result<PathBuf, RunError> {
+        Ok(self.stage_folder(stage)?.join(format!("{FAILED}{step:08}.safetensors")))
+    }
+
+    fn prune_failed(&self, stage: &str) -> Result<(), RunError> {
+        let found = self.steps_of(stage, FAILED)?;
+        self.still_there()?;
+        found.iter().try_for_each(|(_, path)| delete(path).and_then(|()| delete(&path.with_extension("json"))))
+    }
+
     /// The newest checkpoint of a stage that is whole, and that `metrics.jsonl` agrees with. Others are passed over, set
     /// aside under another name, and logged.
     ///
@@ -584,6 +635,8 @@ impl RunDir {
         results: Value,
     ) -> Result<(), RunError> {
         let folder = self.create_stage_folder(&header.stage)?;
+        // With other kernels the stage may have come past it.
+        self.prune_failed(&header.stage)?;
         let path = folder.join(FINAL);
         let sealed = Sealed::of(&path, "final", header, tensors)?;
         self.writing(|| sealed.write(&path, "final", tensors))?;
@@ -706,6 +759,7 @@ impl RunDir {
     pub fn discard_stage(&self, stage: &str) -> Result<(), RunError> {
         self.reopen_stage(stage)?;
         self.prune_best(stage, &|_| false)?;
+        self.prune_failed(stage)?;
         self.checkpoints(stage)?.iter().try_for_each(|(_, path)| delete(path))
     }
 
@@ -927,7 +981,10 @@ fn open_marker(folder: &Path) -> Result<File, RunError> {
 
 /// Whether a stage leaves a file of this name.
 fn is_stages(name: &str) -> bool {
-    name == FINAL || name == DONE || ["step-", BEST].iter().any(|word| step_of(name, word).is_some())
+    let has_step = |word: &&str| step_of(name, word).is_some();
+    let is_failed =
+        name.strip_suffix(".json").is_some_and(|name| step_of(&format!("{name}.safetensors"), FAILED).is_some());
+    name == FINAL || name == DONE || is_failed || ["step-", BEST, FAILED].iter().any(has_step)
 }
 
 /// The name of what was set aside under another, if it is one.

@@ -13,6 +13,8 @@
 //!   report.html                            results and curves as a page, written when the run ends
 //!   checkpoints/STAGE/step-00001234.safetensors
 //!   checkpoints/STAGE/best-00001234.safetensors   the best state so far, where it is kept
+//!   checkpoints/STAGE/failed-00001234.safetensors the state before a step whose loss or gradient is not finite
+//!   checkpoints/STAGE/failed-00001234.json what is known of that step
 //!   checkpoints/STAGE/final.safetensors    the stage's outcome
 //!   checkpoints/STAGE/done.json            the stage is finished; its results
 //! ```
@@ -26,6 +28,7 @@ mod check;
 mod clock;
 mod compare;
 mod directory;
+mod failed;
 mod manifest;
 mod metrics;
 mod overview;
@@ -41,6 +44,8 @@ pub use compare::{
     results,
 };
 pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
+pub(crate) use failed::number;
+pub use failed::{BadParameter, FailedBatch, FailedStep, FirstOperator, OPERATORS_BEFORE, OperatorRecord};
 pub(crate) use manifest::as_text;
 pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Origin, Resumption, STOPPED_EARLY};
 pub use metrics::{Metrics, MetricsMark};

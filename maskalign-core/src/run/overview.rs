@@ -27,6 +27,8 @@ pub enum RunState {
     Running,
     /// It was ended early; `--resume` goes on with it.
     Stopped,
+    /// A loss or a gradient was not finite; `--resume` would come to that step again.
+    Failed,
     /// A file is not as it was written.
     Damaged,
     /// An earlier version made it.
@@ -40,6 +42,7 @@ impl RunState {
             RunState::Finished => "finished",
             RunState::Running => "running",
             RunState::Stopped => "stopped",
+            RunState::Failed => "failed",
             RunState::Damaged => "damaged",
             RunState::Outdated => "outdated",
         }
@@ -164,6 +167,9 @@ pub fn overview(path: &Path) -> Result<Overview, RunError> {
             }
         }
         Err(error) => overview.note(error),
+    }
+    if overview.state == RunState::Stopped && run.has_failed()? {
+        overview.state = RunState::Failed;
     }
     match run.read_recipe() {
         Ok(recipe) => overview.recipe = recipe,

@@ -62,7 +62,7 @@ use crate::{
     },
     error::{Error, Result},
     events::Events,
-    run::{RunDir, Stop, StopFlag},
+    run::{Checkpoint, RunDir, Stop, StopFlag},
     weights::TensorMap,
 };
 
@@ -163,6 +163,8 @@ pub struct StageRun<'a, 'e> {
     pub step_limit: Option<u64>,
     /// Threads that read images; 0 reads them between steps.
     pub workers: usize,
+    /// A state whose next step is made again, to be looked at: training ends with it, and writes nothing.
+    pub replay: Option<&'a Checkpoint>,
 }
 
 impl StageRun<'_, '_> {

@@ -59,6 +59,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "metrics",
             "manifest",
             "pictures",
+            "failed",
             "directory",
             "compare",
             "overview",

@@ -100,6 +100,7 @@ fn run(plan: &dyn PlannedStage, trained: &TrainedStudents) -> Value {
         events: &mut Events::new(Vec::new()),
         step_limit: None,
         workers: 1,
+        replay: None,
     });
     outcome.unwrap_or_else(|error| panic!("{error}")).results
 }

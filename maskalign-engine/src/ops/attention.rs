@@ -93,7 +93,7 @@ fn on_cpu(cx: &Context, tape: &mut Tape, inputs: &[&Tensor], s: AttentionShape) 
     let mut lse = records.then(|| arena.take(shape.lse_len()));
     let [q, k, v] = kernel_heads(&inputs);
     kernel::attention(&pool, &arena, shape, q, k, v, &mut out, lse.as_deref_mut());
-    let y = made_on_cpu(out, batch * queries, dim, records)?;
+    let y = made_on_cpu(cx, out, batch * queries, dim, records)?;
     if let Some(lse) = lse {
         let (out, kept) = (y.slot(), y.clone());
         tape.record(move |g| {

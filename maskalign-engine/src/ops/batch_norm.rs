@@ -61,8 +61,8 @@ fn of_batch(cx: &Context, tape: &mut Tape, x: &Tensor, eps: f64) -> Result<Vec<T
             let stats = kernel::ColumnStats { mean: &mean, var: &var, eps };
             let mut y = vec![0.0; rows * columns];
             kernel::batch_norm(&pool, x.cpu(), stats, kernel::Affine::default(), &mut y);
-            let y = made_on_cpu(y, rows, columns, records)?;
-            let statistics = [mean.clone(), var.clone()].map(|values| made_on_cpu(values, 1, columns, false));
+            let y = made_on_cpu(cx, y, rows, columns, records)?;
+            let statistics = [mean.clone(), var.clone()].map(|values| made_on_cpu(cx, values, 1, columns, false));
             if records {
                 let (x, out) = (x.clone(), y.slot());
                 tape.record(move |g| {
@@ -108,7 +108,7 @@ pub fn batch_norm_by(
             let mut y = vec![0.0; rows * columns];
             let stats = kernel::ColumnStats { mean: mean.cpu(), var: variance.cpu(), eps: eps as f32 };
             kernel::batch_norm(&pool, x.cpu(), stats, kernel::Affine::default(), &mut y);
-            let y = made_on_cpu(y, rows, columns, records)?;
+            let y = made_on_cpu(cx, y, rows, columns, records)?;
             if records {
                 let (x, out) = (x.wanted(), y.slot());
                 tape.record(move |g| {

@@ -230,7 +230,7 @@ fn on_cpu(cx: &Context, tape: &mut Tape, x: &Tensor, weights: &BlockWeights, run
     let (pool, arena) = cx.handles();
     let mut y = vec![0.0; shape.rows() * shape.dim];
     let saved = kernel::block_forward(&pool, &arena, shape, &weights.kernel(), run.drop_path(), x.cpu(), &mut y, save);
-    let y = made_on_cpu(y, shape.rows(), shape.dim, records)?;
+    let y = made_on_cpu(cx, y, shape.rows(), shape.dim, records)?;
     if records {
         let (x, weights, run, out) = (x.clone(), weights.clone(), run.clone(), y.slot());
         tape.record(move |g| {
@@ -262,7 +262,8 @@ fn on_cpu(cx: &Context, tape: &mut Tape, x: &Tensor, weights: &BlockWeights, run
 /// # Errors
 /// Out of memory on the device.
 pub fn begin_block(cx: &Context, x: &Tensor, weights: &BlockWeights, run: &BlockRun) -> Result<Begun> {
-    match cx.form("begin_block", &[x])? {
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(weights.tensors()).collect();
+    match cx.form("begin_block", &inputs)? {
         Form::Cpu => {
             let shape = weights.shape(run);
             let mut attention = vec![0.0; run.batch * (run.tokens - 1)];
@@ -298,6 +299,8 @@ pub fn finish_block(
             Some(rows) => gather_rows(cx, &mut Tape::inference(), &[&y], &flat_rows(rows, run.batch, run.tokens)),
         },
         State::Half(half) => {
+            let inputs: Vec<&Tensor> = [x].into_iter().chain(weights.tensors()).collect();
+            cx.form("finish_block", &inputs)?;
             let half: Box<LastBlock> = half.downcast().expect("made by `begin_block`");
             let shape = weights.shape(run);
             let all: Vec<u32>;
@@ -310,7 +313,7 @@ pub fn finish_block(
             };
             let mut y = vec![0.0; rows.len() * shape.dim];
             half.finish(cx.pool(), cx.arena(), shape, &weights.split(), x.cpu(), rows, &mut y);
-            cx.tensor(y, rows.len(), shape.dim)
+            cx.output(y, rows.len(), shape.dim)
         }
     }
 }

@@ -110,7 +110,7 @@ fn on_cpu(cx: &Context, tape: &mut Tape, x: &Tensor, layer: &LinearWeights, act:
     let mut y = vec![0.0; rows * outputs];
     let epilogue = Epilogue { act, pre: pre.as_deref_mut(), ..Epilogue::default() };
     kernel::linear(&pool, layer.kernel(), rows, inputs, outputs, x.cpu(), &mut y, epilogue);
-    let y = made_on_cpu(y, rows, outputs, records)?;
+    let y = made_on_cpu(cx, y, rows, outputs, records)?;
     if records {
         let (x, layer, out) = (x.clone(), layer.clone(), y.slot());
         tape.record(move |g| {

@@ -57,7 +57,7 @@ pub fn distance(cx: &Context, tape: &mut Tape, x: &Tensor, target: &Tensor, kind
         Form::Cpu => {
             let records = tape.wants(&[x]);
             let value = distance_kernel(cx.pool(), x, target, kind, None);
-            let y = made_on_cpu(vec![value as f32], 1, 1, records)?;
+            let y = made_on_cpu(cx, vec![value as f32], 1, 1, records)?;
             if records {
                 let (pool, _): (Arc<Pool>, _) = cx.handles();
                 let (x, target, out) = (x.clone(), target.clone(), y.slot());
@@ -101,7 +101,7 @@ pub fn cross_entropy(cx: &Context, tape: &mut Tape, logits: &Tensor, targets: &T
             let records = tape.wants(&[logits]);
             let columns = logits.columns();
             let value = kernel::cross_entropy(cx.pool(), logits.cpu(), targets.cpu(), columns, None);
-            let y = made_on_cpu(vec![value as f32], 1, 1, records)?;
+            let y = made_on_cpu(cx, vec![value as f32], 1, 1, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, targets, out) = (logits.clone(), targets.clone(), y.slot());
@@ -139,7 +139,7 @@ pub fn weighted_sum(cx: &Context, tape: &mut Tape, terms: &[Tensor], weights: &[
         Form::Cpu => {
             let records = tape.wants(&inputs);
             let sum: f32 = terms.iter().zip(weights).map(|(term, weight)| term.value() * weight).sum();
-            let y = made_on_cpu(vec![sum], 1, 1, records)?;
+            let y = made_on_cpu(cx, vec![sum], 1, 1, records)?;
             if records {
                 let terms: Vec<_> = terms.iter().map(Tensor::wanted).collect();
                 let (weights, out) = (weights.to_vec(), y.slot());

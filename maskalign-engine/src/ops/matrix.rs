@@ -61,7 +61,7 @@ fn product(cx: &Context, tape: &mut Tape, [x, y]: [&Tensor; 2], right: Right) ->
             let records = tape.wants(&[x, y]);
             let rows = x.rows();
             let values = multiply(cx.pool(), (rows, inner, outputs), view(x), turned(view(y), right));
-            let z = made_on_cpu(values, rows, outputs, records)?;
+            let z = made_on_cpu(cx, values, rows, outputs, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, y, out) = (x.clone(), y.clone(), z.slot());
@@ -122,7 +122,7 @@ pub fn transposed(cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
         Form::Cpu => {
             let records = tape.wants(&[x]);
             let (rows, columns) = x.shape();
-            let y = made_on_cpu(turn(x.cpu(), columns), columns, rows, records)?;
+            let y = made_on_cpu(cx, turn(x.cpu(), columns), columns, rows, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, out) = (x.wanted(), y.slot());
@@ -153,7 +153,7 @@ pub fn slice_columns(cx: &Context, tape: &mut Tape, x: &Tensor, range: Range<usi
             let records = tape.wants(&[x]);
             let width = range.len();
             let y = x.cpu().chunks_exact(columns).flat_map(|row| &row[range.clone()]).copied().collect();
-            let y = made_on_cpu(y, rows, width, records)?;
+            let y = made_on_cpu(cx, y, rows, width, records)?;
             if records {
                 let (x, out) = (x.slot(), y.slot());
                 tape.record(move |g| {
@@ -199,7 +199,7 @@ pub fn concat_columns(cx: &Context, tape: &mut Tape, sources: &[&Tensor]) -> Res
                     y.extend_from_slice(&x.cpu()[row * x.columns()..][..x.columns()]);
                 }
             }
-            let y = made_on_cpu(y, rows, columns, records)?;
+            let y = made_on_cpu(cx, y, rows, columns, records)?;
             if records {
                 let sources: Vec<_> = sources.iter().map(|x| (x.wanted(), x.columns())).collect();
                 let out = y.slot();

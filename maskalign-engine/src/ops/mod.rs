@@ -93,7 +93,7 @@ pub(crate) fn composed(
         // Gradients lie as the values do: a broadcast row's has one row, a transpose's another order.
         *y = graph.run(y, |y| y.try_contiguous())?;
         let (rows, columns) = *dfdx::prelude::HasShape::shape(y);
-        made.push(cx.tensor(y.as_vec(), rows, columns)?.tracked_if(records));
+        made.push(cx.output(y.as_vec(), rows, columns)?.tracked_if(records));
     }
     if records {
         let outputs: Vec<_> = made.iter().zip(&outputs).map(|(outer, inner)| (outer.slot(), finder(inner))).collect();
@@ -148,7 +148,7 @@ pub(crate) fn through_host(
     let outputs = f(&cx.on_host(), &mut inner, &copies)?;
     let mut made = Vec::with_capacity(outputs.len());
     for y in &outputs {
-        made.push(cx.tensor(y.to_vec(), y.rows(), y.columns())?.tracked_if(records));
+        made.push(cx.output(y.to_vec(), y.rows(), y.columns())?.tracked_if(records));
     }
     if records {
         let outputs: Vec<_> = made.iter().zip(&outputs).map(|(outer, inner)| (outer.slot(), inner.slot())).collect();
@@ -194,8 +194,8 @@ fn on_host_values(gradient: Gradient) -> Vec<f32> {
 }
 
 /// The output of an operator on the CPU, tracked if the operator records its gradient.
-fn made_on_cpu(values: Vec<f32>, rows: usize, columns: usize, records: bool) -> Result<Tensor> {
-    Ok(Tensor::new(&Device::Cpu, values, rows, columns)?.tracked_if(records))
+fn made_on_cpu(cx: &Context, values: Vec<f32>, rows: usize, columns: usize, records: bool) -> Result<Tensor> {
+    Ok(cx.output(values, rows, columns)?.tracked_if(records))
 }
 
 /// Adds `more` to the gradient of a tensor that takes one, on the pool's threads, in the gradient's own buffer.

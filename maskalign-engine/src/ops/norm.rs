@@ -73,7 +73,7 @@ pub fn layer_norm(cx: &Context, tape: &mut Tape, x: &Tensor, norm: &NormWeights)
             let mut stats = records.then(|| arena.take(2 * rows));
             let (gamma, beta) = (norm.gamma().map(Tensor::cpu), norm.beta().map(Tensor::cpu));
             kernel::layer_norm(&pool, x.cpu(), columns, gamma, beta, norm.eps as f32, &mut y, stats.as_deref_mut());
-            let y = made_on_cpu(y, rows, columns, records)?;
+            let y = made_on_cpu(cx, y, rows, columns, records)?;
             if let Some(stats) = stats {
                 let (x, norm, out) = (x.clone(), norm.clone(), y.slot());
                 tape.record(move |g| {
@@ -145,7 +145,7 @@ pub fn standardize(cx: &Context, x: &Tensor, kind: Standardize) -> Result<Tensor
                 Standardize::Rows => kernel::standardize_rows(cx.pool(), x.cpu(), columns, &mut y),
                 Standardize::All => kernel::standardize_all(cx.pool(), x.cpu(), &mut y),
             }
-            cx.tensor(y, rows, columns)
+            cx.output(y, rows, columns)
         }
     }
 }

@@ -54,7 +54,7 @@ pub fn add(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<Tens
             let (rows, columns) = x.shape();
             let mut sum = vec![0.0; rows * columns];
             ew::add(cx.pool(), x.cpu(), y.cpu(), &mut sum);
-            let sum = made_on_cpu(sum, rows, columns, records)?;
+            let sum = made_on_cpu(cx, sum, rows, columns, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, y, out) = (x.wanted(), y.wanted(), sum.slot());
@@ -77,6 +77,7 @@ fn add_on_gpu(cx: &Context, tape: &mut Tape, x: &Tensor, y: &Tensor) -> Result<T
     let records = tape.wants(&[x, y]);
     let sum = Tensor::at(Place::Gpu(a.gpu().add(a, b)?), x.rows(), x.columns()).tracked_if(records);
     debug_assert!(sum.is_on(cx.device()));
+    cx.made(&sum);
     if records {
         let (x, y, out) = (x.wanted(), y.wanted(), sum.slot());
         tape.record(move |g| {
@@ -272,7 +273,7 @@ pub fn weighted_mean(cx: &Context, x: &[&Tensor], weights: &[f32]) -> Result<Ten
             for (x, &weight) in x.iter().zip(weights) {
                 ew::axpy(cx.pool(), weight, x.cpu(), &mut mean);
             }
-            cx.tensor(mean, rows, columns)
+            cx.output(mean, rows, columns)
         }
     }
 }
@@ -325,7 +326,7 @@ fn unary_on_cpu(
     for_parts(cx.pool(), &mut y, CHUNK, |start, y| {
         y.iter_mut().zip(&from[start..]).for_each(|(y, x)| *y = value(*x));
     });
-    let y = made_on_cpu(y, rows, columns, records)?;
+    let y = made_on_cpu(cx, y, rows, columns, records)?;
     if records {
         let (pool, _) = cx.handles();
         let (x, kept, out) = (x.clone(), y.clone(), y.slot());
@@ -380,7 +381,7 @@ fn binary_on_cpu(
         let pairs = a[start..].iter().zip(&b[start..]);
         z.iter_mut().zip(pairs).for_each(|(z, (a, b))| *z = value(*a, *b));
     });
-    let z = made_on_cpu(z, rows, columns, records)?;
+    let z = made_on_cpu(cx, z, rows, columns, records)?;
     if records {
         let (pool, _) = cx.handles();
         let (x, y, out) = (x.clone(), y.clone(), z.slot());

@@ -178,7 +178,7 @@ pub fn broadcast_row(cx: &Context, tape: &mut Tape, x: &Tensor, rows: usize) -> 
         Form::Cpu => {
             let records = tape.wants(&[x]);
             let columns = x.columns();
-            let y = made_on_cpu(x.cpu().repeat(rows), rows, columns, records)?;
+            let y = made_on_cpu(cx, x.cpu().repeat(rows), rows, columns, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, out) = (x.wanted(), y.slot());
@@ -239,7 +239,7 @@ fn of_columns(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, facto
             let records = tape.wants(&[x]);
             let from = x.cpu();
             let sums = column_totals(cx.pool(), (rows, columns), f64::from(factor), |i, _| from[i]);
-            let y = made_on_cpu(sums, 1, columns, records)?;
+            let y = made_on_cpu(cx, sums, 1, columns, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, out) = (x.wanted(), y.slot());
@@ -275,7 +275,7 @@ fn of_all(cx: &Context, tape: &mut Tape, op: &'static str, x: &Tensor, factor: f
                 part[0] = total(values.len(), |i| values[i]) as f32;
             });
             let sum = total(parts.len(), |i| parts[i]) * f64::from(factor);
-            let y = made_on_cpu(vec![sum as f32], 1, 1, records)?;
+            let y = made_on_cpu(cx, vec![sum as f32], 1, 1, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (x, len, out) = (x.wanted(), x.len(), y.slot());
@@ -369,7 +369,7 @@ where
         let x = from[start / width * columns..].chunks_exact(columns);
         y.chunks_exact_mut(width).zip(x).for_each(|(y, x)| value(x, y));
     });
-    let y = made_on_cpu(y, rows, width, records)?;
+    let y = made_on_cpu(cx, y, rows, width, records)?;
     if records {
         let (pool, _) = cx.handles();
         let (x, kept, out) = (x.clone(), y.clone(), y.slot());

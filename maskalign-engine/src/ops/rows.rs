@@ -39,7 +39,7 @@ pub fn gather_rows(cx: &Context, tape: &mut Tape, sources: &[&Tensor], index: &[
             let mut y = vec![0.0; index.len() * columns];
             let slices: Vec<&[f32]> = sources.iter().map(|x| x.cpu()).collect();
             ew::gather_rows(cx.pool(), &slices, columns, index, &mut y);
-            let y = made_on_cpu(y, index.len(), columns, records)?;
+            let y = made_on_cpu(cx, y, index.len(), columns, records)?;
             if records {
                 let (pool, _) = cx.handles();
                 let (out, index) = (y.slot(), index.to_vec());
@@ -105,7 +105,7 @@ pub fn mean_tokens(cx: &Context, tape: &mut Tape, x: &Tensor, batch: usize, firs
                     y.iter_mut().zip(row).for_each(|(y, x)| *y += x * share);
                 }
             }
-            let y = made_on_cpu(y, batch, columns, records)?;
+            let y = made_on_cpu(cx, y, batch, columns, records)?;
             if records {
                 let (out, input) = (y.slot(), x.slot());
                 tape.record(move |g| {
@@ -166,7 +166,7 @@ fn mix_on_cpu(cx: &Context, tape: &mut Tape, x: &[&Tensor], w: &Tensor, rows: &[
     let mut outputs: Vec<&mut [f32]> = mixed.iter_mut().map(Vec::as_mut_slice).collect();
     ew::mix(cx.pool(), &part, &inputs, &mut outputs, Write::Set);
     let mixed: Vec<Tensor> =
-        mixed.into_iter().map(|values| made_on_cpu(values, n, columns, records)).collect::<Result<_>>()?;
+        mixed.into_iter().map(|values| made_on_cpu(cx, values, n, columns, records)).collect::<Result<_>>()?;
     if !records {
         return Ok(mixed);
     }

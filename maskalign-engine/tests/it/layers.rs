@@ -6,8 +6,9 @@ use std::path::Path;
 mod source;
 
 /// The crate's modules, the lowest first.
-const LAYERS: &[&str] =
-    &["error", "device", "random", "host", "graph", "tensor", "tape", "context", "param", "images", "ops", "nn"];
+const LAYERS: &[&str] = &[
+    "error", "device", "random", "host", "graph", "tensor", "watch", "tape", "context", "param", "images", "ops", "nn",
+];
 
 #[test]
 fn a_module_uses_only_those_below_it() {

@@ -225,6 +225,7 @@ fn leave(planned: &dyn PlannedStage, earlier: &Earlier, dir: &Path, mode: Mode, 
         events: &mut Events::new(vec![Box::new(MetricsFile::new(&dir))]),
         step_limit: Some(steps),
         workers: 0,
+        replay: None,
     })?;
     let student = outcome.student.map(|parameters| parameters.values().flat_map(|p| p.data.iter().copied()).collect());
     Ok((outcome.results, student))

@@ -148,12 +148,13 @@ fn text(rows: &[Row]) -> String {
             text.push_str(&format!("`{}`: {fault}\n", row.name));
         }
     }
-    let stopped: Vec<&Row> = rows.iter().filter(|row| row.overview.state == RunState::Stopped).collect();
-    if let [row, ..] = stopped.as_slice() {
-        text.push_str(&format!(
-            "to go on with a stopped run: maskalign run --resume {}\n",
-            row.overview.path.display()
-        ));
+    for (state, hint) in [
+        (RunState::Stopped, "to go on with a stopped run: maskalign run --resume"),
+        (RunState::Failed, "to see why a run failed: maskalign runs replay"),
+    ] {
+        if let Some(row) = rows.iter().find(|row| row.overview.state == state) {
+            text.push_str(&format!("{hint} {}\n", row.overview.path.display()));
+        }
     }
     text
 }

@@ -4,6 +4,7 @@ mod check;
 mod compare;
 mod list;
 mod metrics;
+mod replay;
 
 use std::path::Path;
 
@@ -17,9 +18,10 @@ Examples:
   maskalign runs list                             every run below `runs`
   maskalign runs metrics runs/mine --csv          what a run measured, as columns
   maskalign runs compare runs/a runs/b            what differs in two recipes and their results
-  maskalign runs check runs/mine                  whether every file is as it was written";
+  maskalign runs check runs/mine                  whether every file is as it was written
+  maskalign runs replay runs/mine                 make the step again whose loss was not finite";
 
-/// Look at run directories: list, metrics, compare, check
+/// Look at run directories: list, metrics, compare, check, replay
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -33,6 +35,7 @@ enum What {
     Metrics(metrics::Args),
     Compare(compare::Args),
     Check(check::Args),
+    Replay(replay::Args),
 }
 
 impl Args {
@@ -42,6 +45,7 @@ impl Args {
             What::Metrics(args) => args.run(),
             What::Compare(args) => args.run(),
             What::Check(args) => args.run(session),
+            What::Replay(args) => args.run(session),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod average;
 mod best;
+mod failing;
 mod options;
 mod run;
 mod trainer;

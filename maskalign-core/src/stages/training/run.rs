@@ -5,7 +5,12 @@ use std::{collections::BTreeSet, sync::Arc, time::Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{Best, Length, MicroBatch, PlannedTraining, Step, Task, Trainer, best::Found, trainer::on_device};
+use super::{
+    Best, Length, PlannedTraining, Step, Task, Trainer,
+    best::Found,
+    failing::{examine, micro_batch},
+    trainer::on_device,
+};
 use crate::{
     components::towers::timm_config,
     data::Batch,
@@ -13,7 +18,7 @@ use crate::{
     events::{Evaluation, Event, Mark, StepReport, StepSeconds},
     nn::Role,
     run::{Checkpoint, CheckpointHeader, Retention, STOPPED_EARLY},
-    stages::{StageRun, image_batch},
+    stages::{OpenData, StageRun},
     weights::{NOTED_TOWER, TRAINED_BLOCKS, TensorMap, TensorRef},
 };
 
@@ -188,6 +193,10 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     let data = training.data.open()?;
     let retention = Retention { keep_last: checkpoints.keep_last, keep_every: checkpoints.keep_every_steps };
     let mut notes = Notes::default();
+    if let Some(state) = run.replay {
+        trainer.restore(run.cx, task, &state.tensors, state.header.step)?;
+        return Err(Error::Replayed(Box::new(examine(run, task, trainer, training, data)?)));
+    }
     let checkpoint = last_checkpoint(run)?;
     let records = checkpoint.as_ref().map_or(run.events.records(), |c| c.header.metrics_records);
     let step = checkpoint.as_ref().map_or(0, |c| c.header.step);
@@ -226,19 +235,20 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         let progress = trainer.progress();
         let waits = run.stop;
         let stepped = trainer.step(run.cx, task, parts, &mut || {
-            let mut batch: Batch = waits.while_waiting(|| batches.next()).expect("batches for every step")?;
+            let batch: Batch = waits.while_waiting(|| batches.next()).expect("batches for every step")?;
             notes.skipped.extend(&batch.unreadable);
-            Ok(MicroBatch {
-                images: image_batch(&mut batch),
-                labels: batch.labels,
-                indices: batch.indices,
-                epoch: batch.at.epoch,
-                progress,
-            })
+            Ok(micro_batch(batch, progress))
         });
         let forward = task.take_times();
-        let Step { loss, terms, gradient_norm, lr, phases } =
-            stepped.map_err(|error| advised(error, run, last_good))?;
+        let Step { loss, terms, gradient_norm, lr, phases } = match stepped {
+            Ok(step) => step,
+            Err(Error::NonFinite { what, value, step, lr, .. }) => {
+                let (first, mut help) = keep_failed(run, task, trainer, training, data, &notes)?;
+                help.extend(advice(run, last_good));
+                return Err(Error::NonFinite { what, value, step, lr, first, help });
+            }
+            Err(error) => return Err(error),
+        };
         last_good = last_saved;
         notes.loss = Some(loss);
         run.events.send(Event::Step(&StepReport {
@@ -356,16 +366,61 @@ fn last_checkpoint(run: &StageRun) -> Result<Option<Checkpoint>> {
     }
 }
 
-/// Adds to a loss or a gradient that is not finite which checkpoint is the last good one, and what to try.
-fn advised(error: Error, run: &StageRun, last_good: Option<u64>) -> Error {
-    let Error::NonFinite { what, value, step, lr, .. } = error else { return error };
+/// Keeps what there is to look at of a step that is not finite, and gives where that began and how to look at it.
+///
+/// # Errors
+/// A stop that the user asked for.
+fn keep_failed(
+    run: &StageRun,
+    task: &mut dyn Task,
+    trainer: &mut Trainer,
+    training: &PlannedTraining,
+    data: &OpenData,
+    notes: &Notes,
+) -> Result<(String, Vec<String>)> {
+    let meta = serde_json::to_value(notes).expect("numbers and lists");
+    let tensors = trainer.tensors(task);
+    // The state comes first: a step that turns out finite the second time changes it.
+    let saved = run.dir.save_failed_state(&header(run, task, trainer.updates, meta), &tensors);
+    drop(tensors);
+    let failed = match examine(run, task, trainer, training, data) {
+        Ok(failed) => failed,
+        Err(error @ Error::Stopped { .. }) => return Err(error),
+        Err(error) => return Ok((format!("why is not known: {error}"), Vec::new())),
+    };
+    let first = match (&failed.first, failed.parameters.as_slice()) {
+        _ if !failed.repeats => {
+            "the same step made again is finite: this machine does not compute alike twice".to_owned()
+        }
+        (_, [bad, rest @ ..]) => {
+            let more = if rest.is_empty() { String::new() } else { format!(" and {} parameters more", rest.len()) };
+            format!("`{}`{more} was not finite before: the update before this step made it so", bad.name)
+        }
+        (Some(first), []) => format!("it began in {}", first.says()),
+        (None, []) => "every value is finite: their sum is too large".to_owned(),
+    };
+    let help = match saved.and_then(|()| run.dir.save_failed(&failed)) {
+        Ok(path) => {
+            let (path, dir) = (path.display(), run.dir.path().display());
+            vec![format!("{path} says which images and terms; `maskalign runs replay {dir}` makes the step again")]
+        }
+        Err(error) => {
+            tracing::warn!("what failed is not kept: {error}");
+            Vec::new()
+        }
+    };
+    Ok((first, help))
+}
+
+/// Which checkpoint is the last good one, and what to try.
+fn advice(run: &StageRun, last_good: Option<u64>) -> [String; 2] {
     let path = last_good.and_then(|step| run.dir.checkpoint_path(run.name, step).ok());
     let checkpoint = match path.filter(|path| path.is_file()) {
         Some(path) => format!("the last good checkpoint is {}", path.display()),
         None => "no checkpoint is good".to_string(),
     };
     let try_this = "lower `optimizer.base_lr`, lengthen `schedule.warmup_epochs` or set `optimizer.clip_norm`";
-    Error::NonFinite { what, value, step, lr, advice: format!("{checkpoint}; {try_this}") }
+    [checkpoint, try_this.to_owned()]
 }
 
 /// Writes a checkpoint that agrees with what was recorded.

@@ -294,7 +294,7 @@ impl Trainer {
             let batch = micro_batches()?;
             phases.data += waited.elapsed().as_secs_f64();
             let started = Instant::now();
-            let mut tape = Tape::onto(gradients);
+            let mut tape = Tape::onto(gradients).watched(cx.watch());
             let loss = task.loss(cx, &mut tape, &batch)?;
             let value = loss.value();
             if !value.is_finite() {
@@ -331,7 +331,7 @@ impl Trainer {
     }
 
     fn not_finite(&self, what: &'static str, value: f64, lr: f64) -> Error {
-        Error::NonFinite { what, value, step: self.updates, lr, advice: String::new() }
+        Error::NonFinite { what, value, step: self.updates, lr, first: String::new(), help: Vec::new() }
     }
 
     /// The gradients of the last step, before clipping.
@@ -432,6 +432,10 @@ impl Trainer {
         let names = self.optimizer.state_names();
         task.visit(&mut |p| {
             if !p.is_trained() || outcome.is_err() {
+                return;
+            }
+            if updates == 0 {
+                // The first update makes it.
                 return;
             }
             let vectors = names.iter().map(|kind| {
