@@ -45,6 +45,7 @@ fn plans() -> Vec<AlignPlan> {
         eps: 1e-6,
     };
     let plan = |cls_token, tokens, target_depth, target_levels: &[usize], wanted: &[usize]| AlignPlan {
+        blocks: 1,
         student: student(cls_token),
         counts: COUNTS,
         tokens,

@@ -23,8 +23,10 @@ pub(super) fn masker(text: &str, faults: &mut Faults) {
         let counts = drawn.counts();
         planned += 1;
         faults.unless(counts.visible > 0, format_args!("keeps nothing of a grid of {grid}"));
+        // What is in several blocks counts as often.
+        let masked = counts.masked / drawn.blocks().max(1);
         faults.unless(
-            counts.visible + counts.masked <= grid.patches(),
+            counts.visible + masked <= grid.patches(),
             format_args!("plans {} + {} of {} patches", counts.visible, counts.masked, grid.patches()),
         );
         faults.unless(
@@ -47,8 +49,28 @@ fn draws(masker: &dyn PlannedMasker, by_attention: bool, grid: Grid, image: u64,
     let draw = |seed| masker.draw(&input, &mut Stream::new(seed, "mask", 0, image));
     let mask = draw(0);
     faults.unless(mask == draw(0), format_args!("draws differently from equal streams on a grid of {grid}"));
+    let blocks = masker.blocks();
     faults.unless(
-        (mask.visible.len(), mask.masked.len()) == (counts.visible, counts.masked),
+        blocks > 0 && mask.masked.len().is_multiple_of(blocks),
+        format_args!("draws {} masked patches, which are no {blocks} blocks of equal size", mask.masked.len()),
+    );
+    let stream = |image| Stream::new(0, "mask", 0, image);
+    let batch = || {
+        let mut rngs: Vec<Stream> = (0..3).map(stream).collect();
+        masker.draw_batch(&[input; 3], &mut rngs, &mut stream(image))
+    };
+    let drawn = batch();
+    faults
+        .unless(drawn == batch(), format_args!("draws a micro-batch of a grid of {grid} differently the second time"));
+    faults.unless(
+        drawn.len() == 3
+            && drawn
+                .iter()
+                .all(|one| (one.visible.len(), one.masked.len()) == (drawn[0].visible.len(), drawn[0].masked.len())),
+        format_args!("draws masks of different counts for a micro-batch of a grid of {grid}"),
+    );
+    faults.unless(
+        masker.varies() || (mask.visible.len(), mask.masked.len()) == (counts.visible, counts.masked),
         format_args!(
             "draws {} visible and {} masked patches of a grid of {grid}, but planned {} and {}",
             mask.visible.len(),
@@ -57,14 +79,18 @@ fn draws(masker: &dyn PlannedMasker, by_attention: bool, grid: Grid, image: u64,
             counts.masked
         ),
     );
-    let mut all: Vec<u32> = mask.visible.iter().chain(&mask.masked).copied().collect();
-    all.sort_unstable();
-    faults
-        .unless(all.windows(2).all(|pair| pair[0] != pair[1]), format_args!("draws a patch of a grid of {grid} twice"));
-    faults.unless(
-        all.iter().all(|&patch| (patch as usize) < grid.patches()),
-        format_args!("draws a patch beyond a grid of {grid}"),
-    );
+    for block in mask.masked.chunks((mask.masked.len() / blocks.max(1)).max(1)) {
+        let mut all: Vec<u32> = mask.visible.iter().chain(block).copied().collect();
+        all.sort_unstable();
+        faults.unless(
+            all.windows(2).all(|pair| pair[0] != pair[1]),
+            format_args!("draws a patch of a grid of {grid} twice"),
+        );
+        faults.unless(
+            all.iter().all(|&patch| (patch as usize) < grid.patches()),
+            format_args!("draws a patch beyond a grid of {grid}"),
+        );
+    }
 }
 
 pub(super) fn dataset(text: &str, faults: &mut Faults) {

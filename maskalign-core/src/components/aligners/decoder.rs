@@ -23,7 +23,7 @@ use crate::{
 #[derive(Copy, Default, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 enum DecoderAttention {
-    /// Every token to every token (MAE).
+    /// Every token to every token (MAE); mask tokens of several blocks do not see each other (I-JEPA).
     #[default]
     Full,
     /// Mask tokens to every token; the student's own stay as they were embedded, and no block normalises them (MILAN).
@@ -142,6 +142,17 @@ impl Aligner for Decoder {
                 .in_stage(["masker"], "nothing is masked")
                 .help("give the stage a `masker`, or raise its ratio"));
         }
+        if plan.blocks > 1 && self.attention == DecoderAttention::MaskedQueries {
+            return Err(Refusal::new("attention", "`masked_queries` decodes all masked patches together")
+                .in_stage(["masker"], "its patches are predicted block by block")
+                .help("use `attention: full` or `cross`"));
+        }
+        if plan.blocks > 1 && plan.tokens != predicted() {
+            return Err(Refusal::whole("of blocks that are predicted one by one only the masked patches are decoded")
+                .beside(["tokens"], "what is compared")
+                .in_stage(["masker"], "its patches are predicted block by block")
+                .help("use `tokens: [masked]`"));
+        }
         Ok(Box::new(PlannedDecoder {
             needs: AlignNeeds { levels, tap: self.tap },
             attention: self.attention,
@@ -156,6 +167,7 @@ impl Aligner for Decoder {
             },
             student: plan.student,
             counts: plan.counts,
+            blocks: plan.blocks,
             width: plan.width,
         }))
     }
@@ -169,6 +181,7 @@ struct PlannedDecoder {
     block: BlockConfig,
     student: TowerShape,
     counts: Counts,
+    blocks: usize,
     /// Channels of the target.
     width: usize,
 }
@@ -181,7 +194,7 @@ impl PlannedAligner for PlannedDecoder {
     fn kept(&self, recompute: Recompute) -> usize {
         let BlockConfig { dim, mlp, .. } = self.block;
         let student = self.counts.visible + usize::from(self.student.cls_token);
-        let tokens = student + self.counts.masked;
+        let tokens = self.blocks * student + self.counts.masked;
         match self.attention {
             DecoderAttention::Full if recompute == Recompute::Blocks => self.depth * tokens * dim,
             DecoderAttention::Full => self.depth * tokens * (6 * dim + mlp),
@@ -228,6 +241,7 @@ impl PlannedAligner for PlannedDecoder {
             mask_token: init.normal("mask_token", &[1, 1, dim], 0.02)?,
             positions,
             blocks,
+            apart: self.blocks,
             norm: Norm::new(init, "decoder_norm", dim, self.block.eps)?,
             pred: Linear::new(init, "decoder_pred", self.width, dim, Bias::With)?,
         }))
@@ -406,27 +420,38 @@ struct DecoderModule {
     mask_token: Param,
     positions: Param,
     blocks: Blocks,
+    /// Blocks of mask tokens that do not see each other.
+    apart: usize,
     norm: Norm,
     pred: Linear,
 }
 
 /// Where tokens are among the rows of a decoder.
 struct Layout {
+    /// Sequences: one for each block of each image.
     batch: usize,
-    /// Rows of (student's tokens, mask tokens) image by image: the student's first.
+    /// Rows of (student's tokens, mask tokens) sequence by sequence: the student's first.
     order: Vec<u32>,
 }
 
 impl Layout {
-    fn new(masks: &Masks, held_each: usize) -> Self {
-        let (batch, masked_each) = (masks.batch, masks.masked_each());
+    fn new(masks: &Masks, held_each: usize, blocks: usize) -> Self {
+        let (batch, masked_each) = (masks.batch * blocks, masks.masked_each() / blocks);
         let mut order = Vec::new();
-        for image in 0..batch {
+        for sequence in 0..batch {
+            let image = sequence / blocks;
             order.extend((image * held_each..(image + 1) * held_each).map(|i| i as u32));
-            let first = batch * held_each + image * masked_each;
+            let first = masks.batch * held_each + sequence * masked_each;
             order.extend((first..first + masked_each).map(|i| i as u32));
         }
         Layout { batch, order }
+    }
+
+    /// The rows of the mask tokens of every sequence.
+    fn predicted(&self, held_each: usize) -> Vec<u32> {
+        let each = self.order.len() / self.batch;
+        let of = |sequence: usize| (sequence * each + held_each..(sequence + 1) * each).map(|row| row as u32);
+        (0..self.batch).flat_map(of).collect()
     }
 }
 
@@ -474,22 +499,26 @@ impl AlignerModel for DecoderModule {
         let masks = input.masks;
         let tokens = ops::gather_rows(cx, tape, &[&self.mask_token.value], &vec![0; masks.masked.len()])?;
         let tokens = ops::add(cx, tape, &tokens, &self.positions(cx, masks, predicted())?)?;
-        let layout = || Layout::new(masks, input.held.count(masks.visible_each(), 0));
+        let held_each = input.held.count(masks.visible_each(), 0);
+        let layout = || Layout::new(masks, held_each, self.apart);
         let every = Tokens { masked: true, ..input.held };
         let (x, decoded) = match &self.blocks {
             Blocks::Full(embed, blocks) => {
                 let (student, layout) = (self.embed(cx, tape, input, embed)?, layout());
                 let mut x = ops::gather_rows(cx, tape, &[&student, &tokens], &layout.order)?;
                 let run = BlockRun {
-                    batch: masks.batch,
-                    tokens: layout.order.len() / masks.batch,
+                    batch: layout.batch,
+                    tokens: layout.order.len() / layout.batch,
                     branch_scale: None,
                     recompute: cx.recompute(),
                 };
                 for block in blocks {
                     x = block.forward(cx, tape, &x, &run)?;
                 }
-                (x, every)
+                match self.apart {
+                    1 => (x, every),
+                    _ => (ops::gather_rows(cx, tape, &[&x], &layout.predicted(held_each))?, predicted()),
+                }
             }
             Blocks::MaskedQueries(embed, blocks) => {
                 let (student, layout) = (self.embed(cx, tape, input, embed)?, layout());

@@ -32,7 +32,8 @@ use crate::{
 ///
 /// let (counts, tokens) = (Counts { visible: 1, masked: 3 }, Tokens { visible: true, ..Tokens::default() });
 /// let (target_depth, target_levels, wanted) = (12, vec![10, 11], vec![0, 1]);
-/// let plan = AlignPlan { student, counts, tokens, target_depth, target_levels, outputs: 2, wanted, width: 64 };
+/// let (blocks, outputs, width) = (1, 2, 64);
+/// let plan = AlignPlan { student, counts, blocks, tokens, target_depth, target_levels, outputs, wanted, width };
 /// assert!(check(&plan).is_err());
 /// # Ok::<(), Error>(())
 /// ```
@@ -42,6 +43,8 @@ pub struct AlignPlan {
     pub student: TowerShape,
     /// Visible and predicted patches of an image.
     pub counts: Counts,
+    /// In how many blocks the predicted patches come, which are predicted without a look at each other.
+    pub blocks: usize,
     /// Tokens that the objective compares.
     pub tokens: Tokens,
     /// Depth of the tower that the targets come from.

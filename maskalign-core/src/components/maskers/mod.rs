@@ -14,7 +14,7 @@ use maskalign_registry::Refusal;
 
 use crate::nn::Grid;
 
-/// How many patches a masker keeps and asks for: fixed for a run, so that a batch is one matrix.
+/// How many patches a masker keeps and asks for: the same for all images of a micro-batch, so that it is one matrix.
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -138,6 +138,23 @@ pub trait PlannedMasker: Send + Sync {
 
     /// The mask of one image; the stream is keyed by seed, epoch and image.
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask;
+
+    /// The masks of a micro-batch, with equally many visible and equally many predicted patches. Each image has its stream;
+    /// `shared` is for what they have in common, and is keyed by seed, epoch and the first of them.
+    fn draw_batch(&self, images: &[MaskInput], rngs: &mut [Stream], _shared: &mut Stream) -> Vec<Mask> {
+        images.iter().zip(rngs).map(|(input, rng)| self.draw(input, rng)).collect()
+    }
+
+    /// In how many blocks of equal size an image's predicted patches come, one after another. What is in two blocks is
+    /// predicted twice, and those of a block are predicted without a look at the others.
+    fn blocks(&self) -> usize {
+        1
+    }
+
+    /// Whether micro-batches have different counts: those of [`PlannedMasker::counts`] are about the most then.
+    fn varies(&self) -> bool {
+        false
+    }
 }
 
 /// The visible and predicted counts that `ratio`, `visible` and `predict_ratio` mean for `patches` patches.

@@ -40,7 +40,7 @@ use crate::{
     data::Position,
     error::Result,
     events::Event,
-    nn::{Init, Reach},
+    nn::{Init, MaskedPatches, Reach},
     plugin::Build,
     register,
 };
@@ -278,10 +278,11 @@ impl PretrainOptions {
         };
         let all = Counts { visible: shape.grid.patches(), masked: 0 };
         let counts = masking.as_ref().map(|masking| masking.as_ref().map_or(all, |m| m.masker.counts()));
+        let blocks = masking.as_ref().and_then(Option::as_ref).map_or(1, |masking| masking.masker.blocks());
         let shapes = teachers.iter().map(|(name, teacher)| (name.clone(), teacher.shape())).collect();
         let mut objectives = Vec::new();
         for (name, objective) in &self.objectives {
-            match objective.plan(name, shape, &shapes, counts) {
+            match objective.plan(name, shape, &shapes, counts, blocks) {
                 Ok(planned) => objectives.extend(planned),
                 Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
             }
@@ -321,7 +322,15 @@ impl PretrainOptions {
                 return Err(Refusal::new("teacher", message));
             }
         }
-        Ok(Masking { masker: masker.plan(student.grid)?.into(), teacher })
+        let masker = masker.plan(student.grid)?;
+        if masker.blocks() > 1 && student.masked_patches == MaskedPatches::MaskToken {
+            return Err(Refusal::whole(
+                "a patch may be in several of its blocks, and the student would show it as often",
+            )
+            .in_stage(["student", "masked_patches"], "set here")
+            .help("leave `masked_patches` out and use the aligner `decoder`, or choose another masker"));
+        }
+        Ok(Masking { masker: masker.into(), teacher })
     }
 }
 

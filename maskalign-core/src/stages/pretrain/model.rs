@@ -136,12 +136,15 @@ impl PretrainModel {
         };
         let attention =
             teacher.as_ref().and_then(|name| passes.get_mut(name)).map(|pass| std::mem::take(&mut pass.attention));
-        let draw = |(i, &image): (usize, &usize)| {
+        let stream = |purpose, image: usize| Stream::new(self.seed, purpose, batch.epoch, image as u64);
+        let input = |(i, &image): (usize, &usize)| {
             let attention = attention.as_ref().map_or(&[][..], |all| &all[i * patches..][..patches]);
-            let input = MaskInput { epoch: batch.epoch, image, attention };
-            masker.draw(&input, &mut Stream::new(self.seed, "mask", batch.epoch, image as u64))
+            MaskInput { epoch: batch.epoch, image, attention }
         };
-        Masks::join(&batch.indices.iter().enumerate().map(draw).collect::<Vec<_>>())
+        let inputs: Vec<MaskInput> = batch.indices.iter().enumerate().map(input).collect();
+        let mut streams: Vec<Stream> = batch.indices.iter().map(|&image| stream("mask", image)).collect();
+        let mut shared = stream("masks of a micro-batch", batch.indices[0]);
+        Masks::join(&masker.draw_batch(&inputs, &mut streams, &mut shared))
     }
 
     /// What teachers and pixels give for a micro-batch: masks, and each objective's targets.

@@ -154,6 +154,7 @@ impl Objective {
         student: TowerShape,
         teachers: &BTreeMap<String, TowerShape>,
         counts: Option<Counts>,
+        blocks: usize,
     ) -> Result<Option<PlannedObjective>, Vec<Refusal>> {
         let mut refusals = Vec::new();
         keep(&mut refusals, self.check_weight());
@@ -179,6 +180,7 @@ impl Objective {
         let align = AlignPlan {
             student,
             counts,
+            blocks,
             tokens,
             target_depth: target.depth,
             target_levels: target.levels.clone(),
