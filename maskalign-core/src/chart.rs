@@ -181,6 +181,17 @@ fn short_name(name: &str) -> String {
     }
 }
 
+/// The colour of a share from 0 to 1: viridis, which is brighter the higher the share and which the colour-blind read too.
+///
+/// ```
+/// # use maskalign_core::chart::heat;
+/// assert_eq!((heat(0.0), heat(1.0)), ([68, 1, 84], [254, 232, 37]));
+/// ```
+pub fn heat(share: f32) -> [u8; 3] {
+    let RGBColor(red, green, blue) = ViridisRGB.get_color(share.clamp(0.0, 1.0));
+    [red, green, blue]
+}
+
 /// What images of a class were taken for: `counts[row][column]` images of class `names[row]` were taken for
 /// `names[column]`. A cell is the darker the greater its share of its row. `None` for no class, or for more than
 /// [`MOST_CLASSES`].

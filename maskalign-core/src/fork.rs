@@ -14,7 +14,7 @@ use crate::{
     events::StageSummary,
     nn::Role,
     pipeline::Plan,
-    run::{Checkpoint, FinishedStage, Manifest, Origin, RunDir, as_text, pictures},
+    run::{Checkpoint, FinishedStage, Manifest, Origin, RunDir, as_text, fail_point, pictures},
     stages::{Length, noted_best},
     weights::{TensorMap, TensorRef},
 };
@@ -56,11 +56,14 @@ impl Fork {
         &self.record
     }
 
-    /// Puts what is taken over into the directory of the new run, which must be empty.
+    /// Puts what is taken over into the directory of the new run, which must be empty. Until that run writes its manifest, the
+    /// directory is marked as one that is no run yet: a fork that is killed here is begun anew.
     ///
     /// # Errors
     /// Files that cannot be read or written; something of the other run is damaged.
     pub fn take_over(self, dir: &RunDir, fingerprint: &str) -> Result<Origin> {
+        fail_point("fork", "before");
+        dir.begin_fork()?;
         let mut records = 0;
         for (name, done, mut left) in self.finished {
             records = records.max(done.metrics_records);

@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use crate::support::{Sandbox, files_below, run_record};
+use crate::support::{Sandbox, ends, files_below, run_record};
 
 /// Runs or resumes until a fail point ends the process.
 fn killed_at(sandbox: &Sandbox, arguments: &[&str], place: &str) {
@@ -79,4 +79,85 @@ fn a_run_survives_kill_upon_kill() {
     finished(&sandbox, &resume, "the last");
     let [whole, killed] = ["whole", "killed"].map(|dir| run_record(&sandbox.work().join(dir)));
     whole.assert_same(&killed, "kill upon kill");
+}
+
+/// A best state that checkpoints count on, and one that later gives way to a better one.
+#[test]
+fn a_run_that_keeps_its_best_state_is_killed_and_goes_on_exactly() {
+    let sandbox = Sandbox::new();
+    let keeps = ["~stages.knn", "stages.finetune.best={metric: loss}", "stages.finetune.epochs=4"];
+    let sets: Vec<&str> = keeps.iter().flat_map(|set| ["--set", set]).collect();
+    let run = |out: &'static str| [&["run", "tiny.yaml", "--out", out, "--threads", "1", "-q"], &sets[..]].concat();
+    finished(&sandbox, &run("whole"), "uninterrupted");
+    let dir = sandbox.work().join("whole");
+    let (whole, files) = (run_record(&dir), files_below(&dir));
+    let course = whole.summary["finetune"]["eval"].as_array().expect("measurements").len();
+    assert_eq!(course, 4, "{}", whole.summary["finetune"]);
+    let moments = ["write", "sync", "rename", "renamed"];
+    let places = moments.iter().flat_map(|moment| (1..=2).map(move |time| format!("best.{moment}:{time}")));
+    // And around what follows it: the checkpoint that counts on it, and what the stage leaves.
+    let around = ["checkpoint.write:5", "checkpoint.renamed:5", "final.write:2", "final.renamed:2", "done.write:2"];
+    for place in places.chain(around.map(String::from)) {
+        killed_at(&sandbox, &run("killed"), &place);
+        finished(&sandbox, &["run", "--resume", "killed", "--threads", "1", "-q"], &place);
+        let dir = sandbox.work().join("killed");
+        whole.assert_same(&run_record(&dir), &place);
+        assert_eq!(files_below(&dir), files, "{place}: other files are left");
+        fs::remove_dir_all(&dir).expect("removed");
+    }
+}
+
+/// Nothing of a fork counts before all that it takes over is there: the same command begins it anew.
+#[test]
+fn a_fork_that_is_killed_at_its_beginning_begins_anew() {
+    let sandbox = Sandbox::new();
+    let keeps = ["stages.finetune.best={metric: loss}", "stages.finetune.epochs=3"];
+    let sets: Vec<&str> = keeps.iter().flat_map(|set| ["--set", set]).collect();
+    let first = [&["run", "tiny.yaml", "--out", "first", "--threads", "1", "-q"], &sets[..]].concat();
+    finished(&sandbox, &first, "the first run");
+    let fork = |out: &'static str| ["run", "--from", "first@finetune:12", "--out", out, "--threads", "1", "-q"];
+    finished(&sandbox, &fork("whole"), "uninterrupted");
+    let dir = sandbox.work().join("whole");
+    let (whole, files) = (run_record(&dir), files_below(&dir));
+    whole.assert_same(&run_record(&sandbox.work().join("first")), "a fork with nothing changed");
+    let mut again =
+        vec![fork("killed").to_vec(), [&fork("killed")[..], &["--resume-or-start"]].concat()].into_iter().cycle();
+    for place in [
+        "final.write:1",
+        "final.renamed:1",
+        "done.write:1",
+        "done.renamed:1",
+        "summary.renamed:1",
+        "marks.renamed:1",
+        "best.write:1",
+        "best.renamed:1",
+        "checkpoint.write:1",
+        "checkpoint.renamed:1",
+        "recipe.write:1",
+        "recipe.renamed:1",
+        "manifest.write:1",
+        "manifest.renamed:1",
+    ] {
+        killed_at(&sandbox, &fork("killed"), place);
+        let resumed = sandbox.run(["run", "--resume", "killed", "-q"]);
+        let says = ["is a fork that was ended while it took over", "`maskalign run --from RUN --out killed`"];
+        ends(&resumed, 2, &says);
+        finished(&sandbox, &again.next().expect("one of two"), place);
+        let dir = sandbox.work().join("killed");
+        whole.assert_same(&run_record(&dir), place);
+        assert_eq!(files_below(&dir), files, "{place}: other files are left");
+        fs::remove_dir_all(&dir).expect("removed");
+    }
+    // Before it took anything over it left nothing at all.
+    for again in [&fork("killed")[..], &[&fork("killed")[..], &["--resume-or-start"]].concat()] {
+        killed_at(&sandbox, &fork("killed"), "fork.before:1");
+        finished(&sandbox, again, "killed before anything was taken over");
+        whole.assert_same(&run_record(&sandbox.work().join("killed")), "killed before anything was taken over");
+        fs::remove_dir_all(sandbox.work().join("killed")).expect("removed");
+    }
+    // Once it has begun, it is a run as any other.
+    killed_at(&sandbox, &fork("killed"), "metrics.append:1");
+    finished(&sandbox, &["run", "--resume", "killed", "--threads", "1", "-q"], "resumed");
+    whole.assert_same(&run_record(&sandbox.work().join("killed")), "killed after its beginning");
+    ends(&sandbox.run(fork("killed")), 2, &["not empty"]);
 }

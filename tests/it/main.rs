@@ -1,6 +1,7 @@
 //! The end-to-end tests: one program, so that what they link is linked once.
 
 mod bad_input;
+mod classifiers;
 mod cli;
 mod clusters;
 mod corpus;

@@ -114,3 +114,10 @@ fn retrieval() {
                   queries: {dataset: {type: sample, split: test}}, baselines: [pixels]}}";
     compare("quickstart", &[stages], &[]);
 }
+
+#[test]
+fn classification_from_few_images() {
+    let stage = "type: few_shot, shots: [150], shares: [], penalty: 100, train: {dataset: {type: sample, split: train}}, \
+                 test: {dataset: {type: sample, split: test}}, baselines: [pixels]";
+    compare("quickstart", &[&format!("stages={{few: {{{stage}}}}}")], &[]);
+}

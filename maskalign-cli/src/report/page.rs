@@ -8,17 +8,20 @@ use maskalign_core::{
     run::{PictureFormat, PictureRecord},
 };
 use maskalign_registry::diff;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::run::{Run, run_name};
-use crate::{
-    progress::number,
-    recipes,
-    table::{self, percent},
-};
+use crate::{progress::number, recipes, table::percent};
 
 /// Numbers of a step that have charts of their own, and how they are called there; further ones have a chart each.
 const STEP: [(&str, &str); 3] = [("loss", "Loss"), ("lr", "Learning rate"), ("gradient_norm", "Norm of the gradients")];
+/// Results that a picture shows.
+const PICTURED: [&str; 1] = ["confusion"];
+/// Results of each class.
+const BY_CLASS: [&str; 2] = ["classes", "by_class"];
+/// So many classes are listed one by one; of more the lowest few.
+const MOST_CLASSES: usize = 10;
+const LOWEST: usize = 5;
 /// Numbers of a step that no chart shows.
 const NOT_DRAWN: [&str; 3] = ["images_per_s", "skipped", "step"];
 
@@ -83,7 +86,7 @@ pub(super) fn render(names: &[String], runs: &[Run]) -> String {
 }
 
 /// Names of several runs, each once, in the order in which they come.
-fn in_order(runs: &[Run], of: impl Fn(&Run) -> Vec<String>) -> Vec<String> {
+fn in_order<T: PartialEq>(runs: &[Run], of: impl Fn(&Run) -> Vec<T>) -> Vec<T> {
     let mut all = Vec::new();
     for name in runs.iter().flat_map(of) {
         if !all.contains(&name) {
@@ -159,25 +162,83 @@ fn results(names: &[String], runs: &[Run]) -> String {
     for stage in stages {
         let _ =
             writeln!(table, "<tr><th scope=\"rowgroup\" colspan=\"{}\">{}</th></tr>", names.len() + 1, escape(&stage));
-        for path in in_order(runs, |run| numbers(run, &stage).into_iter().map(|(path, _)| path).collect()) {
+        for path in in_order(runs, |run| listed(run.results.get(&stage))) {
             let cell = |run: &Run| {
-                let value = numbers(run, &stage)
-                    .into_iter()
-                    .find(|(known, _)| *known == path)
-                    .map(|(_, value)| number(&path, value));
+                let value = run.results.get(&stage).and_then(|results| at(results, &path));
+                let value = value.filter(|value| !value.is_null());
+                let value = value.map(|value| number(&path.join("."), value));
                 format!("<td class=\"number\">{}</td>", escape(&value.unwrap_or_default()))
             };
             let cells: String = runs.iter().map(cell).collect();
-            let _ = writeln!(table, "<tr><td>{}</td>{cells}</tr>", escape(&path.replace('.', " ")));
+            let _ = writeln!(table, "<tr><td>{}</td>{cells}</tr>", escape(&path.join(" ")));
+        }
+        for note in in_order(runs, |run| left_out(run.results.get(&stage))) {
+            let _ =
+                writeln!(table, "<tr><td class=\"soft\" colspan=\"{}\">{}</td></tr>", names.len() + 1, escape(&note));
         }
     }
     format!("<h2>Results</h2>\n<div class=\"wide\"><table>\n{table}</table></div>\n")
 }
 
-/// The numbers of a stage's results, by path; lists are shown as curves.
-fn numbers<'r>(run: &'r Run, stage: &str) -> Vec<(String, &'r Value)> {
-    let results = run.results.get(stage).map(table::leaves).unwrap_or_default();
-    results.into_iter().filter(|(_, value)| !value.is_array() && !value.is_null()).collect()
+/// The keys that lead to each number of a stage's results that is listed: not those that a picture shows, nor lists, which are
+/// shown as curves; of many classes those with the lowest numbers.
+fn listed(results: Option<&Value>) -> Vec<Vec<String>> {
+    let mut found = Vec::new();
+    if let Some(results) = results {
+        list(&mut Vec::new(), results, &mut found);
+    }
+    found
+}
+
+fn list(path: &mut Vec<String>, value: &Value, found: &mut Vec<Vec<String>>) {
+    match value {
+        Value::Object(entries) => {
+            let is_by_class = path.last().is_some_and(|name| BY_CLASS.contains(&name.as_str()));
+            let shown = if is_by_class { lowest(entries) } else { entries.keys().collect() };
+            for (key, value) in entries.iter().filter(|(key, _)| shown.contains(key)) {
+                if !PICTURED.contains(&key.as_str()) {
+                    path.push(key.clone());
+                    list(path, value, found);
+                    path.pop();
+                }
+            }
+        }
+        Value::Array(_) | Value::Null => {}
+        _ => found.push(path.clone()),
+    }
+}
+
+/// Of many classes those with the lowest numbers, else all.
+fn lowest(classes: &Map<String, Value>) -> Vec<&String> {
+    let score = |value: &Value| value.as_f64().or_else(|| value.get("accuracy")?.as_f64()).unwrap_or(f64::INFINITY);
+    let mut sorted: Vec<(&String, f64)> = classes.iter().map(|(name, value)| (name, score(value))).collect();
+    if sorted.len() > MOST_CLASSES {
+        sorted.sort_by(|a, b| a.1.total_cmp(&b.1));
+        sorted.truncate(LOWEST);
+    }
+    sorted.into_iter().map(|(name, _)| name).collect()
+}
+
+/// What is said of classes that are not listed.
+fn left_out(results: Option<&Value>) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open: Vec<(String, &Value)> = results.map(|results| (String::new(), results)).into_iter().collect();
+    while let Some((path, value)) = open.pop() {
+        for (key, value) in value.as_object().into_iter().flatten() {
+            let path = if path.is_empty() { key.clone() } else { format!("{path} {key}") };
+            match value.as_object() {
+                Some(classes) if BY_CLASS.contains(&key.as_str()) && classes.len() > MOST_CLASSES => found
+                    .push(format!("{path}: the {LOWEST} lowest of {}; all of them are in summary.json", classes.len())),
+                _ => open.push((path, value)),
+            }
+        }
+    }
+    found
+}
+
+/// What these keys lead to.
+fn at<'v>(value: &'v Value, path: &[String]) -> Option<&'v Value> {
+    path.iter().try_fold(value, |value, key| value.get(key))
 }
 
 /// What stages show.
@@ -292,4 +353,32 @@ fn recipes(names: &[String], runs: &[Run]) -> String {
         );
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn of_many_classes_the_lowest_are_listed_and_what_a_picture_shows_is_not() {
+        let classes = |count: usize| -> Value {
+            (0..count)
+                .map(|class| (format!("c.{class}"), json!({ "images": 9, "accuracy": 1.0 - class as f64 / 99.0 })))
+                .collect()
+        };
+        let results = |count| json!({ "accuracy": 0.5, "best": null, "classes": classes(count), "confusion": { "c.0": { "c.0": 3 } } });
+        let paths = |count: usize| listed(Some(&results(count)));
+        assert_eq!(paths(10).len(), 1 + 2 * 10);
+        let many = paths(1000);
+        assert_eq!(many.len(), 1 + 2 * LOWEST, "{many:?}");
+        assert_eq!(many[1], ["classes", "c.995", "images"]);
+        assert_eq!(at(&results(1000), &many[2]), Some(&json!(1.0 - 995.0 / 99.0)));
+        assert_eq!(left_out(Some(&results(1000))), ["classes: the 5 lowest of 1000; all of them are in summary.json"]);
+        assert!(left_out(Some(&results(10))).is_empty() && listed(None).is_empty());
+        let ranked = json!({ "student": { "map": 0.25, "by_class": (0..11).map(|i| (i.to_string(), json!(i))).collect::<Value>() } });
+        assert_eq!(listed(Some(&ranked)).len(), 1 + LOWEST);
+        assert_eq!(left_out(Some(&ranked)).len(), 1);
+    }
 }

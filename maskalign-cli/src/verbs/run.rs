@@ -15,7 +15,7 @@ use maskalign_core::{
     events::{Events, MetricsFile, PicturesFolder, Sink, TensorBoardFile},
     fork::{self, At, Fork, Parent, Recipes},
     pipeline::{self, Deviation, Plan, PlanOptions, RunOptions},
-    run::{Mode, Origin, RunDir, StopFlag},
+    run::{Mode, Origin, RunDir, RunError, StopFlag},
 };
 use maskalign_registry::{Loaded, ShowOrigin, diff};
 use serde_json::{Map, Value};
@@ -116,7 +116,14 @@ impl Args {
         // A run is resumed under its lock from the start; a fresh one leaves no directory behind if it is refused.
         let there = self.out.as_ref().filter(|out| self.resume_or_start && out.is_dir());
         let resumed = self.resume.as_ref().or(there);
-        let resumed = resumed.map(|path| RunDir::create(path, Mode::Resume)).transpose()?;
+        let resumed = resumed.map(|path| match RunDir::create(path, Mode::Resume) {
+            // A fork that was killed at its very beginning begins again.
+            Err(RunError::HalfForked { .. }) if self.resume_or_start && self.from.is_some() => {
+                RunDir::create(path, Mode::Fresh)
+            }
+            opened => opened,
+        });
+        let resumed = resumed.transpose()?;
         let prepared = self.prepare(session, resumed.as_ref()).and_then(|(loaded, plan, cx)| {
             let fork = self.from.as_ref().filter(|_| resumed.as_ref().is_none_or(RunDir::is_new));
             let fork = fork.map(|from| self.fork(session, from, &loaded, &plan)).transpose()?;

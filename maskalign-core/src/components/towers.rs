@@ -484,8 +484,10 @@ impl TowerOptions<'_> {
                 return Err(Refusal::new("arch", message).unread());
             }
             (None, weights) => {
-                // Where the weights are missing, so is what stands beside them.
-                weights.map_or(Ok(None), locate)?;
+                // Where the weights are missing, or are one of several stages' of a run, so is what stands beside them.
+                if let Some(path) = weights.map_or(Ok(None), locate)? {
+                    weights::files_of(&path).map_err(refused)?;
+                }
                 return Err(Refusal::new("arch", "the sizes of the tower are not known")
                     .help("give `arch`: a name such as base_16, or {dim, depth, heads, patch}; no configuration beside the weights says it"));
             }

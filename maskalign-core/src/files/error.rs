@@ -82,6 +82,12 @@ pub enum RunError {
         /// The folder.
         path: PathBuf,
     },
+    /// A fork did not come to its beginning.
+    #[error("the run in {path} is a fork that was ended while it took over what it goes on from: begin it anew with the same `maskalign run --from RUN --out {path}`; nothing was trained in it", path = shown(.path))]
+    HalfForked {
+        /// The folder.
+        path: PathBuf,
+    },
     /// What a run works in is another, or nothing.
     #[error("{path} is not where the run made it: it was removed, renamed or replaced while the run went on, which writes nothing more; put it back and go on with `--resume`", path = shown(.path))]
     Removed {
@@ -126,6 +132,7 @@ impl RunError {
             | RunError::Name { .. }
             | RunError::NotPlain { .. }
             | RunError::HalfReplaced { .. }
+            | RunError::HalfForked { .. }
             | RunError::Outdated { .. }
             | RunError::Damaged { .. } => true,
             RunError::DiskFull { .. } | RunError::Io { .. } | RunError::Removed { .. } => false,

@@ -27,6 +27,9 @@ const MARKER: &str = ".maskalign-run";
 const MARKER_LINE: &str = "A MaskAlign run. The lines below name files it made besides the usual ones.\n";
 /// Ends the marker of a run of which a part may be deleted. It can name no file of the run.
 const REPLACED_LINE: &str = "/ is being replaced";
+/// Says in the marker that a fork takes over what it goes on from, and that it has: the manifest says from where.
+const FORKING_LINE: &str = "/ takes over another run";
+const FORKED_LINE: &str = "/ has taken over another run";
 const RECIPE: &str = "recipe.resolved.yaml";
 const MANIFEST: &str = "manifest.json";
 const METRICS: &str = "metrics.jsonl";
@@ -119,7 +122,8 @@ impl RunDir {
     ///
     /// A directory that is neither empty nor a run's is refused in every mode, and so are links where a run has files and
     /// folders of its own. An empty one may be resumed: a run may
-    /// have been killed before it wrote anything.
+    /// have been killed before it wrote anything. A fork that was killed before it had taken over what it goes on from cannot
+    /// be resumed, and counts as empty for a fresh run, as one that wrote nothing does: nothing was trained in it.
     pub fn create(path: impl Into<PathBuf>, mode: Mode) -> Result<RunDir, RunError> {
         let path = path.into();
         if mode == Mode::Resume && !path.is_dir() {
@@ -130,10 +134,13 @@ impl RunDir {
             io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => RunError::NotAFolder { path: path.clone() },
             _ => RunError::Io { action: "create the run directory".into(), path: path.clone(), source },
         })?;
-        let empty = fs::read_dir(&path).map_err(|e| RunError::reading("run directory", &path, e))?.next().is_none();
+        let entries = fs::read_dir(&path).map_err(|e| RunError::reading("run directory", &path, e))?.take(2).count();
         let marked = is_plain_file(&path.join(MARKER));
+        // A run that was killed before it wrote anything leaves its marker.
+        let (empty, bare) = (entries == 0, marked && entries == 1);
         match mode {
             _ if empty => {}
+            Mode::Fresh if bare || marked && is_half_forked(&path) => refuse_links(&path, mode)?,
             Mode::Fresh => return Err(RunError::NotEmpty { path }),
             Mode::Force | Mode::Resume if !marked => {
                 return Err(RunError::NotARun { path, marker: MARKER });
@@ -143,14 +150,16 @@ impl RunDir {
         let found = match (is_new, empty) {
             (true, _) => Found::Nothing,
             (false, true) => Found::EmptyFolder,
+            (false, false) if mode == Mode::Fresh || bare => Found::EmptyFolder,
             (false, false) => Found::Run,
         };
         let folder = open_folder(&path).map_err(|source| RunError::reading("run directory", &path, source))?;
         let mut run = RunDir { folder, marker: open_marker(&path)?, path, found };
         match mode {
-            Mode::Fresh => {}
-            Mode::Force => run.delete_previous_run()?,
+            Mode::Fresh if empty => {}
+            Mode::Fresh | Mode::Force => run.delete_previous_run()?,
             Mode::Resume if run.is_half_replaced()? => return Err(RunError::HalfReplaced { path: run.path }),
+            Mode::Resume if takes_over(&run.read_marker()?) => return Err(RunError::HalfForked { path: run.path }),
             Mode::Resume => run.delete_leftovers()?,
         }
         run.begin_marker()?;
@@ -324,9 +333,27 @@ impl RunDir {
         read_if_there(&self.recipe_path(), "recipe")
     }
 
-    /// Writes `manifest.json`.
+    /// Writes `manifest.json`. A fork has begun with it: it says where the run goes on from.
     pub fn write_manifest(&self, manifest: &Manifest) -> Result<(), RunError> {
-        self.writing(|| write_json(&self.manifest_path(), "manifest", manifest))
+        self.writing(|| write_json(&self.manifest_path(), "manifest", manifest))?;
+        match is_half_forked(&self.path) {
+            true => self.note_in_marker(FORKED_LINE),
+            false => Ok(()),
+        }
+    }
+
+    /// Notes that the directory takes over what a fork goes on from. Until the manifest is written, it is no run.
+    pub(crate) fn begin_fork(&self) -> Result<(), RunError> {
+        self.note_in_marker(FORKING_LINE)
+    }
+
+    /// Adds a line to the marker.
+    fn note_in_marker(&self, line: &str) -> Result<(), RunError> {
+        let mut marker = &self.marker;
+        self.writing(|| {
+            let noted = marker.write_all(format!("{line}\n").as_bytes()).and_then(|()| marker.sync_all());
+            noted.map_err(|source| RunError::writing("run directory's marker", &self.path.join(MARKER), source))
+        })
     }
 
     /// Reads `manifest.json`; `None` if the run was killed before it was written.
@@ -924,6 +951,17 @@ impl RunDir {
         }
         Ok(found)
     }
+}
+
+/// Whether a marker says that a fork has begun, and not that it has taken over what it goes on from.
+fn takes_over(marker: &str) -> bool {
+    let last = marker.lines().rfind(|line| [FORKING_LINE, FORKED_LINE].contains(line));
+    last == Some(FORKING_LINE)
+}
+
+/// As [`takes_over`], of the marker in a folder.
+fn is_half_forked(path: &Path) -> bool {
+    fs::read_to_string(path.join(MARKER)).is_ok_and(|marker| takes_over(&marker))
 }
 
 /// Refuses links where a run has folders of its own, and files that it would read.

@@ -2,11 +2,15 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use maskalign_registry::{Refusal, Weights};
+use maskalign_registry::Refusal;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Data, Outcome, PlannedClassifier, PlannedData, PlannedStage, Stage, StageContext, StageRun, StageSummary, keep,
+    Classify, Data, OpenData, Outcome, PlannedClassifier, PlannedData, PlannedStage, Stage, StageContext, StageRun,
+    StageSummary,
+    classifiers::{HeadOptions, PlannedHeld},
+    keep,
+    measured::Judged,
     memory,
     pictures::show_chart,
     supervised::{TOP, best_class, each_scored, is_among_best, largest_label},
@@ -14,6 +18,7 @@ use super::{
 };
 use crate::{
     chart, component,
+    components::towers::TowerShape,
     error::{Error, Result},
     events::Event,
     register,
@@ -26,16 +31,25 @@ fn batch() -> usize {
     64
 }
 
-/// Measures a classifier that an earlier stage trained: the share of images whose class it finds (also among its five
-/// best), of each class by itself, what it takes for what, and its calibration.
+/// Measures a classifier: the share of images whose class it finds (also among its five best), of each class by itself, what
+/// it takes for what, and its calibration.
+///
+/// The classifier is that of an earlier stage; or a tower with weights of its own and a head that stands beside them, as
+/// `finetune` leaves it in a run directory and `maskalign export` writes it, and as timm (`head`, `fc_norm`), MAE (fine-tuned
+/// and linear probes) and Hugging Face (`classifier`) save it. A run directory with a student and a linear probe of it is one,
+/// too: the probe reads what its recipe says.
 ///
 /// The expected calibration error compares confidence, the probability of the class that is found, with accuracy (Guo et al.
 /// 2017, arXiv 1706.04599): images are put into 15 bins of equal width by their confidence, each with its upper bound; the
 /// error is the mean over the images of their bin's distance between mean confidence and accuracy.
 #[component]
 pub struct Evaluate {
-    /// The classifier of an earlier stage that fine-tuned or probed a student, as `{stage: NAME}`.
-    classifier: Weights,
+    /// The classifier of an earlier stage that fine-tuned or probed a student, as `{stage: NAME}`; or a tower whose `weights` are
+    /// a run directory, an exported folder or a file with a classifier, as `{type: vit, weights: PATH}`.
+    classifier: Judged,
+    /// What classifies behind a tower with weights of its own. Absent: as the weights say.
+    #[serde(default)]
+    head: Option<HeadOptions>,
     /// Labelled images that are classified.
     data: Data,
     /// Images that go through the classifier together.
@@ -47,18 +61,100 @@ pub struct Evaluate {
 /// An evaluation whose options fit.
 struct PlannedEvaluate {
     summary: StageSummary,
-    stage: String,
-    classifier: Arc<dyn PlannedClassifier>,
+    classifier: PlannedJudged,
     data: PlannedData,
     batch: usize,
 }
 
+/// A classifier whose options fit.
+enum PlannedJudged {
+    /// That of an earlier stage, with the stage's name.
+    Stage(String, Arc<dyn PlannedClassifier>),
+    /// One with weights of its own.
+    Held(Box<PlannedHeld>),
+}
+
+/// Classes that are assumed where the weights were not looked at: ImageNet's, for estimates.
+const UNSEEN_CLASSES: usize = 1000;
+
+impl PlannedJudged {
+    fn tower(&self) -> TowerShape {
+        match self {
+            PlannedJudged::Stage(_, classifier) => classifier.tower(),
+            PlannedJudged::Held(held) => held.tower(),
+        }
+    }
+
+    /// How many classes it tells apart, where that is known.
+    fn classes(&self) -> Option<usize> {
+        match self {
+            PlannedJudged::Stage(_, classifier) => Some(classifier.classes()),
+            PlannedJudged::Held(held) => held.classes(),
+        }
+    }
+
+    /// Refuses images of other classes.
+    fn check(&self, open: &OpenData) -> Result<(), Refusal> {
+        open.check_labels("an evaluation")?;
+        let own = open.images.classes().map(|classes| classes.len());
+        match self {
+            PlannedJudged::Stage(stage, classifier) => {
+                let learnt = classifier.data().opened();
+                learnt.map_or(Ok(()), |learnt| open.check_classes(learnt, &format!("{stage}.data")))?;
+            }
+            // What they are called is not known: of classes with names there have to be as many.
+            PlannedJudged::Held(held) => {
+                if let (Some(own), Some(classes)) = (own, held.classes())
+                    && own != classes
+                {
+                    let message = format!("{own} classes, but the classifier tells {classes} apart");
+                    return Err(Refusal::new("dataset", message)
+                        .help("it needs the classes that it was trained on: one folder for each, empty or not"));
+                }
+            }
+        }
+        match (largest_label(open), self.classes()) {
+            (most, Some(classes)) if most >= classes => {
+                let message = format!("the label {most}, but the classifier tells {classes} classes apart");
+                Err(Refusal::new("dataset", message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn build(&self, run: &StageRun) -> Result<Box<dyn Classify>> {
+        match self {
+            PlannedJudged::Held(held) => Ok(Box::new(held.build(run.cx, run.seed, run.trained)?)),
+            PlannedJudged::Stage(stage, classifier) => {
+                let (_, left) = run.dir.finished_stage(stage)?.ok_or_else(|| {
+                    Error::Usage(format!("{} has not what stage `{stage}` left", run.dir.path().display()))
+                })?;
+                let (mut parameters, head) = left.into_parameters();
+                parameters.extend(head);
+                classifier.build(run.cx, run.trained, &parameters).map_err(|e| under(e, "classifier"))
+            }
+        }
+    }
+}
+
 impl Evaluate {
-    fn stage(&self) -> Result<&str, Refusal> {
+    /// The classifier, for images of `size` pixels.
+    fn classifier(&self, cx: &StageContext, size: usize) -> Result<PlannedJudged, Refusal> {
         match &self.classifier {
-            Weights::Stage(stage) => Ok(stage),
-            _ => Err(Refusal::new("classifier", "expected the classifier of an earlier stage, as `{stage: NAME}`")
-                .help("`finetune` and `linear_probe` leave one; they take their student from a file")),
+            Judged::Stage(_) if self.head.is_some() => {
+                Err(Refusal::new("head", "the classifier of an earlier stage has its own")
+                    .related(["classifier"], "the earlier stage")
+                    .help("leave `head` out; or give a tower as `classifier: { type: vit, weights: PATH }`"))
+            }
+            Judged::Stage(stage) => {
+                let found = cx.classifier(stage).map_err(|refusal| refusal.under("classifier"))?;
+                Ok(PlannedJudged::Stage(stage.clone(), Arc::clone(found)))
+            }
+            Judged::Tower(slot) => {
+                let head = self.head.clone().unwrap_or_default();
+                let held = PlannedHeld::plan(slot, &head, &cx.towers(size), cx.name, self.batch)?;
+                Ok(PlannedJudged::Held(Box::new(held)))
+            }
         }
     }
 }
@@ -68,24 +164,13 @@ impl Stage for Evaluate {
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         let data = keep(&mut refusals, self.data.plan(cx.environment).map_err(|r| r.under("data")));
-        let classifier = keep(&mut refusals, self.stage()).and_then(|stage| {
-            let found = cx.classifier(stage).map_err(|refusal| refusal.under("classifier"));
-            Some((stage, keep(&mut refusals, found)?))
-        });
-        let (Some(data), Some((stage, classifier))) = (data, classifier) else { return Err(refusals) };
+        // Without data the size of images is not known, which a tower with weights of its own has to fit.
+        let is_planned = data.is_some() || matches!(self.classifier, Judged::Stage(_));
+        let size = data.as_ref().map_or(0, |data| data.size);
+        let classifier = is_planned.then(|| keep(&mut refusals, self.classifier(cx, size))).flatten();
+        let (Some(data), Some(classifier)) = (data, classifier) else { return Err(refusals) };
         if let Some(open) = data.opened() {
-            let labels = open.check_labels("an evaluation").and_then(|()| {
-                let learnt = classifier.data().opened();
-                learnt.map_or(Ok(()), |learnt| open.check_classes(learnt, &format!("{stage}.data")))?;
-                match (largest_label(open), classifier.classes()) {
-                    (most, classes) if most >= classes => {
-                        let message = format!("the label {most}, but the classifier tells {classes} classes apart");
-                        Err(Refusal::new("dataset", message))
-                    }
-                    _ => Ok(()),
-                }
-            });
-            keep(&mut refusals, labels.map_err(|refusal| refusal.under("data")));
+            keep(&mut refusals, classifier.check(open).map_err(|refusal| refusal.under("data")));
             summary.images = Some(open.images.len());
             summary.memory = open.images.resident_bytes();
             summary.warnings.extend(open.images.notes());
@@ -94,14 +179,9 @@ impl Stage for Evaluate {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        summary.memory += memory::classifier(&classifier.tower(), classifier.classes(), self.batch, data.size);
-        Ok(Box::new(PlannedEvaluate {
-            summary,
-            stage: stage.to_string(),
-            classifier: Arc::clone(classifier),
-            data,
-            batch: self.batch,
-        }))
+        let classes = classifier.classes().unwrap_or(UNSEEN_CLASSES);
+        summary.memory += memory::classifier(&classifier.tower(), classes, self.batch, data.size);
+        Ok(Box::new(PlannedEvaluate { summary, classifier, data, batch: self.batch }))
     }
 }
 
@@ -111,14 +191,7 @@ impl PlannedStage for PlannedEvaluate {
     }
 
     fn run(&self, mut run: StageRun) -> Result<Outcome> {
-        let stage = &self.stage;
-        let (_, left) = run
-            .dir
-            .finished_stage(stage)?
-            .ok_or_else(|| Error::Usage(format!("{} has not what stage `{stage}` left", run.dir.path().display())))?;
-        let (mut parameters, head) = left.into_parameters();
-        parameters.extend(head);
-        let model = self.classifier.build(run.cx, run.trained, &parameters).map_err(|e| under(e, "classifier"))?;
+        let model = self.classifier.build(&run)?;
         let data = self.data.open()?;
         let mut tally = Tally::new(model.classes());
         let seen = each_scored(&mut run, &*model, data, self.batch, "data", &mut |scores, label| {

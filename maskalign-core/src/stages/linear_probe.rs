@@ -31,13 +31,17 @@ use crate::{
 const AT_A_TIME: usize = 64;
 
 /// The official probe's: added to the variances of features.
-const EPS: f64 = 1e-6;
+pub(super) const EPS: f64 = 1e-6;
+/// What the official probe reads.
+pub(super) const POOLING: Pooling = Pooling::Cls;
+/// Where it takes that.
+pub(super) const TAP: FeatureTap = FeatureTap::Norm;
 
 fn cls() -> Pooling {
-    Pooling::Cls
+    POOLING
 }
 fn norm() -> FeatureTap {
-    FeatureTap::Norm
+    TAP
 }
 fn head_std() -> f64 {
     0.01

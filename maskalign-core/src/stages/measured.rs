@@ -105,10 +105,13 @@ impl<'de> Deserialize<'de> for Judged {
         match (name, options.get("stage")) {
             (Some(Value::String(name)), _) => Ok(Judged::Tower(Slot::with(name, options))),
             (None, Some(Value::String(stage))) if options.len() == 1 => Ok(Judged::Stage(stage.clone())),
-            _ => Err(D::Error::custom("expected {stage: NAME} or {type: vit, weights: PATH}")),
+            _ => Err(D::Error::custom(format!("expected {FORMS}"))),
         }
     }
 }
+
+/// What may be said of a student that is judged.
+const FORMS: &str = "`{stage: NAME}`, or a student as `{type: vit, weights: PATH}`";
 
 impl JsonSchema for Judged {
     fn inline_schema() -> bool {
@@ -120,7 +123,7 @@ impl JsonSchema for Judged {
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        let stage = "The earlier stage whose student is meant.";
+        let stage = "The earlier stage that is meant.";
         json_schema!({
             "anyOf": [
                 { "$ref": "#/definitions/student" },
@@ -131,6 +134,7 @@ impl JsonSchema for Judged {
                     "additionalProperties": false,
                 },
             ],
+            "x-expected": FORMS,
         })
     }
 }

@@ -4,6 +4,7 @@
 //! accuracy), `features` (what evaluations of frozen towers read), `measured` (which towers), `neighbours` (the nearest of features) and
 //! the run's [events](crate::events); its own file holds what is its own. [`Stage::plan`] turns options into a [`PlannedStage`], which is what runs.
 
+mod classifiers;
 mod data;
 mod eigenvalues;
 mod evaluate;

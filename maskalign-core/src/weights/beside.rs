@@ -77,6 +77,8 @@ pub struct Description {
     pub layer_scale: Option<Said<f64>>,
     /// Blocks that training reached; the others have their initial values.
     pub trained_blocks: Option<Said<usize>>,
+    /// Whether a classifier of it reads the mean of the patches' tokens, else the class token.
+    pub reads_mean: Option<Said<bool>>,
     /// Mean of each colour channel, for values in [0, 1].
     pub mean: Option<Said<[f64; 3]>>,
     /// Standard deviation of each colour channel.
@@ -276,7 +278,8 @@ impl Description {
         or(&mut self.image_size, image_size);
         or(&mut self.activation, activation);
         let Description { eps, cls_token, registers, gated, projection, mean, std, .. } = found;
-        let Description { layer_scale, trained_blocks, .. } = found;
+        let Description { layer_scale, trained_blocks, reads_mean, .. } = found;
+        or(&mut self.reads_mean, reads_mean);
         or(&mut self.layer_scale, layer_scale);
         or(&mut self.trained_blocks, trained_blocks);
         or(&mut self.eps, eps);
@@ -403,6 +406,13 @@ fn of_timm(root: &Part) -> Description {
     let is_openais = tag.is_some_and(|tag| tag.value == &Value::from("openai"));
     let by_name = named.as_ref().filter(|named| !is_openais || named.value.activation == SaidActivation::QuickGelu);
     let cls_token = argument("class_token").and_then(|part| part.read(Value::as_bool));
+    let reads_mean = argument("global_pool").or_else(|| root.get("global_pool")).and_then(|part| {
+        part.read(|pooled| match pooled.as_str()? {
+            "avg" => Some(true),
+            "token" => Some(false),
+            _ => None,
+        })
+    });
     let trained = root.get("pretrained_cfg");
     let trained = trained.as_ref().unwrap_or(root);
     Description {
@@ -418,6 +428,7 @@ fn of_timm(root: &Part) -> Description {
             .and_then(|eps| eps.read(Value::as_f64))
             .or_else(|| Some(named.as_ref()?.map(|named| named.eps))),
         trained_blocks: root.size(TRAINED_BLOCKS),
+        reads_mean,
         layer_scale: argument("init_values").and_then(|part| part.read(Value::as_f64)),
         cls_token: cls_token.or_else(|| Some(named.as_ref()?.map(|named| named.cls_token))),
         registers: size("reg_tokens", |named| named.registers),

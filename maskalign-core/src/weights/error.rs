@@ -100,7 +100,7 @@ impl WeightsError {
     }
 
     /// What is wrong with a file's content, some of which may stand in `reason`.
-    pub(super) fn format(path: &Path, reason: impl Into<String>) -> WeightsError {
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> WeightsError {
         let reason: String = reason.into();
         WeightsError::Format { path: path.to_owned(), reason: visible_lines(&reason) }
     }

@@ -153,7 +153,7 @@ pub fn to_canonical(map: TensorMap, family: Family) -> Result<Canonical, Weights
 
 /// The tensors under names without the parts that programs put around modules, LayerScale's under timm's. Where two would
 /// share a name, the file's own names stay.
-fn unwrapped(map: TensorMap) -> TensorMap {
+pub(super) fn unwrapped(map: TensorMap) -> TensorMap {
     let plain = |name: &str| -> String {
         let parts = name.split('.').filter(|part| !WRAPPED.contains(part));
         parts.map(timms_scale).collect::<Vec<_>>().join(".")

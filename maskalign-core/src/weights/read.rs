@@ -39,15 +39,27 @@ pub fn read(path: &Path) -> Result<TensorMap, WeightsError> {
 /// # Errors
 /// As there; nothing is called so, with what there is.
 pub fn read_part(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    read_values(path, key, &student)
+}
+
+/// As [`read_part`], of a checkpoint of a run all parameters: what was trained beside the student too.
+pub(super) fn read_with_head(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    read_values(path, key, &|_, checkpoint| Ok(with_head(checkpoint)))
+}
+
+fn read_values(path: &Path, key: Option<&str>, of_checkpoint: OfCheckpoint) -> Result<TensorMap, WeightsError> {
     let of_safetensors = |path: &Path| {
         let file = TensorFile::open(path)?;
         match checkpoint_header(path, &file)? {
             None => chosen(path, key, file.read_all()?),
-            Some(_) => student(path, Checkpoint::load_parameters(path).map_err(|error| not_read(path, error))?),
+            Some(_) => of_checkpoint(path, Checkpoint::load_parameters(path).map_err(|error| not_read(path, error))?),
         }
     };
     read_with(path, &of_safetensors, &|path| torch_file::read(path, key))
 }
+
+/// What is taken of a checkpoint of a run.
+type OfCheckpoint<'a> = &'a dyn Fn(&Path, Checkpoint) -> Result<TensorMap, WeightsError>;
 
 /// The tensors under `key`.
 fn chosen(path: &Path, key: Option<&str>, tensors: TensorMap) -> Result<TensorMap, WeightsError> {
@@ -71,13 +83,22 @@ pub fn read_shapes(path: &Path) -> Result<TensorMap, WeightsError> {
 /// # Errors
 /// As there, but for values that are damaged.
 pub fn read_part_shapes(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    shapes(path, key, &student)
+}
+
+/// As [`read_with_head`], without the values.
+pub(super) fn read_shapes_with_head(path: &Path, key: Option<&str>) -> Result<TensorMap, WeightsError> {
+    shapes(path, key, &|_, checkpoint| Ok(with_head(checkpoint)))
+}
+
+fn shapes(path: &Path, key: Option<&str>, of_checkpoint: OfCheckpoint) -> Result<TensorMap, WeightsError> {
     let of_safetensors = |path: &Path| {
         let file = TensorFile::open(path)?;
         let shapes = file.shapes().into_iter().map(|(name, shape)| (name, HostTensor::shape_only(shape)));
         let tensors: TensorMap = shapes.collect();
         match checkpoint_header(path, &file)? {
             None => chosen(path, key, tensors),
-            Some(header) => student(path, Checkpoint { header, tensors }),
+            Some(header) => of_checkpoint(path, Checkpoint { header, tensors }),
         }
     };
     read_with(path, &of_safetensors, &|path| torch_file::read_shapes(path, key))
@@ -129,6 +150,12 @@ fn student(path: &Path, checkpoint: Checkpoint) -> Result<TensorMap, WeightsErro
     }
 }
 
+fn with_head(checkpoint: Checkpoint) -> TensorMap {
+    let (mut tensors, beside) = checkpoint.into_parameters();
+    tensors.extend(beside);
+    tensors
+}
+
 fn not_read(path: &Path, error: RunError) -> WeightsError {
     match error {
         RunError::Io { source, .. } => WeightsError::io(path, source),
@@ -173,7 +200,7 @@ pub(super) fn weights_file(path: &Path) -> Result<PathBuf, WeightsError> {
 }
 
 /// What a stage of a run leaves.
-const LEFT: &str = "final.safetensors";
+pub(super) const LEFT: &str = "final.safetensors";
 
 /// What the one stage of a run left that trained a student, or what the stage of a folder in its `checkpoints` left. `None`
 /// for any other folder.

@@ -2,6 +2,7 @@
 
 mod ablations;
 mod beside;
+mod classifiers;
 mod data2vec;
 mod decoder;
 mod dinov2;

@@ -4,6 +4,7 @@ use maskalign_engine::{Context, ImageBatch, Tape, Tensor};
 
 use super::model::PretrainModel;
 use crate::{
+    chart::heat,
     components::{targets::TargetSource, teachers::Wants, tokens::Masks},
     data::{RgbImage, sheet},
     error::Result,
@@ -15,6 +16,8 @@ use crate::{
 const IMAGES: usize = 6;
 /// What a masked patch keeps of its brightness, so that one sees what was hidden.
 const MASKED: f32 = 0.12;
+/// How much of a pixel under a weight is the weight's colour; the rest is the image.
+const COLOURED: f32 = 0.65;
 
 impl PretrainModel {
     /// Pictures of the first images of a micro-batch: the mask, the attention that it was drawn by, the features of
@@ -67,9 +70,9 @@ impl PretrainModel {
             let wants = Wants { attention: true, ..Wants::default() };
             let attention = teacher.begin(cx, &batch.images, &wants)?.attention;
             let rows = attention.chunks_exact(grid.patches()).enumerate();
-            let rows: Vec<RgbImage> = rows.map(|(i, weights)| shown.lit(i, weights)).collect();
+            let rows: Vec<RgbImage> = rows.map(|(i, weights)| shown.heated(i, weights)).collect();
             let caption = "Images, and how much the class token of the teacher's last block attends to each patch, mean over \
-                           heads: masks are drawn by it";
+                           heads (yellow: the most; violet: none): masks are drawn by it";
             pictures.push(picture("attention", caption.to_owned(), &[shown.originals.clone(), rows]));
         }
         let student = self.student();
@@ -178,7 +181,7 @@ impl PretrainModel {
 fn by_head_of(whose: &str) -> String {
     format!(
         "Images, and below them how much the class token of {whose} attends to each patch in the last block: a row for each \
-         head"
+         head; yellow: the most, violet: none"
     )
 }
 
@@ -212,11 +215,20 @@ impl Shown {
         self.weighted(image, &weights)
     }
 
-    /// An image that is the brighter the higher the weight of the patch.
-    fn lit(&self, image: usize, weights: &[f32]) -> RgbImage {
+    /// An image in grey under the colours of its patches' weights, from none to the highest: seen on any ground, be it black.
+    fn heated(&self, image: usize, weights: &[f32]) -> RgbImage {
         let most = weights.iter().copied().fold(f32::MIN_POSITIVE, f32::max);
-        let weights: Vec<f32> = weights.iter().map(|weight| MASKED + (1.0 - MASKED) * weight / most).collect();
-        self.weighted(image, &weights)
+        let mut picture = self.originals[image].clone();
+        for (patch, weight) in weights.iter().enumerate() {
+            let colour = heat(weight / most);
+            self.change(&mut picture, patch, |_, pixel| {
+                let grey = pixel.iter().map(|value| f32::from(*value)).sum::<f32>() / 3.0;
+                for (value, colour) in pixel.iter_mut().zip(colour) {
+                    *value = (COLOURED * f32::from(colour) + (1.0 - COLOURED) * grey).round() as u8;
+                }
+            });
+        }
+        picture
     }
 
     /// The images, and below them a row for each head's weights, `[images, heads, patches]`.
@@ -225,8 +237,8 @@ impl Shown {
         let patches = self.side * self.side;
         let heads = weights.len() / (images * patches);
         let row = |head: usize| {
-            let lit = |image: usize| self.lit(image, &weights[(image * heads + head) * patches..][..patches]);
-            (0..images).map(lit).collect()
+            let heated = |image: usize| self.heated(image, &weights[(image * heads + head) * patches..][..patches]);
+            (0..images).map(heated).collect()
         };
         std::iter::once(self.originals.clone()).chain((0..heads).map(row)).collect()
     }
