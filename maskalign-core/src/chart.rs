@@ -186,9 +186,12 @@ fn short_name(name: &str) -> String {
 /// ```
 /// # use maskalign_core::chart::heat;
 /// assert_eq!((heat(0.0), heat(1.0)), ([68, 1, 84], [254, 232, 37]));
+/// assert_eq!(heat(f32::NAN), heat(0.0));
 /// ```
 pub fn heat(share: f32) -> [u8; 3] {
-    let RGBColor(red, green, blue) = ViridisRGB.get_color(share.clamp(0.0, 1.0));
+    // The map panics at what is no number, which attention of weights that are no good may be.
+    let share = if share.is_nan() { 0.0 } else { share.clamp(0.0, 1.0) };
+    let RGBColor(red, green, blue) = ViridisRGB.get_color(share);
     [red, green, blue]
 }
 

@@ -27,7 +27,8 @@ pub use error::{Error, Result};
 pub use graph::{Graph, Matrix, Taped};
 pub use images::ImageBatch;
 pub use maskalign_kernels::{
-    Pool, available_memory_mib, fma_peak_gflops, for_parts, isa, keep_freed_memory, peak_memory_mib, simd_fn,
+    MatRef, Pool, add_product_in_double, available_memory_mib, fma_peak_gflops, for_parts, isa, keep_freed_memory,
+    peak_memory_mib, simd_fn,
 };
 pub use param::{HostTensor, Init, Module, Param, Role, TensorMap};
 pub use tape::{Gradients, Recompute, Tape};

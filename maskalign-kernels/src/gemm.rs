@@ -45,7 +45,7 @@ impl<'a> MatRef<'a> {
     }
 
     /// Panics unless every element of a matrix of `rows` by `cols` lies inside `data`.
-    fn check(&self, name: &str, rows: usize, cols: usize) {
+    pub(crate) fn check(&self, name: &str, rows: usize, cols: usize) {
         if rows == 0 || cols == 0 {
             return;
         }

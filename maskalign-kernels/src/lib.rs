@@ -1,4 +1,4 @@
-//! Fused single-precision CPU kernels for transformer training.
+//! Fused CPU kernels for transformer training, in single precision but for [`double`].
 //!
 //! Plain `f32` slices, no tensor library. Every kernel picks its instruction set once at run time
 //! ([`arch`]) and shares work through one thread pool ([`pool`]); for a given instruction set the
@@ -10,6 +10,7 @@ pub mod arena;
 pub mod attention;
 pub mod batch_norm;
 pub mod block;
+pub mod double;
 pub mod elementwise;
 pub mod gemm;
 pub mod loss;
@@ -31,6 +32,7 @@ pub mod vmath;
 
 pub use arch::{Isa, NoSuchIsa, isa, requested};
 pub use arena::{Arena, Buf};
+pub use double::add_product_in_double;
 pub use gemm::{Act, Epilogue, MatRef, PackedB, Rhs, fma_peak_gflops, gemm};
 pub use memory::{available_memory_mib, keep_freed_memory, peak_memory_mib};
 pub use pool::Pool;

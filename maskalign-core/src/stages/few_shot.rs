@@ -1,9 +1,6 @@
 //! Classification from a few labelled images: logistic regression on frozen features.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::{Mutex, PoisonError},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use maskalign_engine::{Pool, random::Stream};
 use maskalign_registry::{LevelRef, Refusal, With};
@@ -23,8 +20,6 @@ use crate::{component, components::towers::StudentPlan, error::Result, events::E
 
 /// Draws of training images: an accuracy is the mean over them.
 const SUBSETS: usize = 3;
-/// Images whose classes one task finds.
-const CHUNK: usize = 16;
 
 fn shots() -> Vec<usize> {
     vec![1, 2, 5]
@@ -271,9 +266,9 @@ impl Measures for PlannedFewShot {
         }
         let mut found: Vec<Vec<Vec<u32>>> = fits.iter().map(|fits| vec![Vec::new(); fits.len()]).collect();
         let tested = extract_blocks(run, tower, test, view, levels, &mut |level, block| {
-            let (width, values) = (block.columns(), block.values());
+            let values = block.values();
             for (classifier, found) in fits[level].iter().zip(&mut found[level]) {
-                found.extend(classifier.classify(cx.pool(), &values, width));
+                found.extend(classifier.classify(cx.pool(), &values));
             }
             Ok(())
         })?;
@@ -322,15 +317,9 @@ impl Classifier {
     }
 
     /// The labels of features, row by row.
-    fn classify(&self, pool: &Pool, values: &[f32], width: usize) -> Vec<u32> {
-        let chunks: Vec<(&[f32], Mutex<Vec<u32>>)> =
-            values.chunks(CHUNK * width).map(|chunk| (chunk, Mutex::default())).collect();
-        pool.run(chunks.len(), &|at| {
-            let (features, found) = &chunks[at];
-            let label = |feature| self.labels.get(self.fit.classify(feature)).copied().unwrap_or(u32::MAX);
-            *found.lock().unwrap_or_else(PoisonError::into_inner) = features.chunks_exact(width).map(label).collect();
-        });
-        chunks.into_iter().flat_map(|(_, found)| found.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    fn classify(&self, pool: &Pool, values: &[f32]) -> Vec<u32> {
+        let found = self.fit.classify(pool, values).into_iter();
+        found.map(|class| self.labels.get(class).copied().unwrap_or(u32::MAX)).collect()
     }
 }
 

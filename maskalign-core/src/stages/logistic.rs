@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use maskalign_engine::Pool;
+use maskalign_engine::{MatRef, Pool, add_product_in_double};
 
 /// No part of the gradient is above this share of the penalty at the end. The penalty is the least curvature of the weights:
 /// so far at most they are from the optimum.
@@ -11,7 +11,7 @@ const TOLERANCE: f64 = 1e-7;
 const STEPS: usize = 2000;
 /// Earlier steps that a direction is computed from.
 pub(super) const HISTORY: usize = 10;
-/// Images whose scores one task computes.
+/// Images whose probabilities one task computes.
 const CHUNK: usize = 16;
 /// A step has to gain this share of what its slope promises.
 const GAIN: f64 = 1e-4;
@@ -85,11 +85,13 @@ impl Logistic {
         Logistic { parameters: at, classes: examples.classes, converged: is_small(&gradient) }
     }
 
-    /// The class with the highest score; of several the first.
-    pub(super) fn classify(&self, feature: &[f32]) -> usize {
-        let mut scores = vec![0.0; self.classes];
-        score(&self.parameters, feature, &mut scores);
-        (0..self.classes).max_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(b.cmp(&a))).unwrap_or(0)
+    /// The class with the highest score of each feature, `[features, width]`; of several the first.
+    pub(super) fn classify(&self, pool: &Pool, features: &[f32]) -> Vec<usize> {
+        let width = self.parameters.len() / self.classes - 1;
+        let best = |scores: &[f64]| {
+            (0..self.classes).max_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(b.cmp(&a))).unwrap_or(0)
+        };
+        scores(pool, &self.parameters, features, width, self.classes).chunks_exact(self.classes).map(best).collect()
     }
 }
 
@@ -138,64 +140,55 @@ fn direction(gradient: &[f64], history: &[Pair]) -> Vec<f64> {
     direction
 }
 
-/// The scores of a feature's classes.
-fn score(parameters: &[f64], feature: &[f32], scores: &mut [f64]) {
-    let classes = scores.len();
-    let (weights, biases) = parameters.split_at(feature.len() * classes);
-    scores.copy_from_slice(biases);
-    for (value, weights) in feature.iter().zip(weights.chunks_exact(classes)) {
-        add(scores, f64::from(*value), weights);
-    }
+/// The scores of the classes of features, `[features, classes]`.
+fn scores(pool: &Pool, parameters: &[f64], features: &[f32], width: usize, classes: usize) -> Vec<f64> {
+    let (weights, biases) = parameters.split_at(width * classes);
+    let images = features.len() / width;
+    let mut scores = biases.repeat(images);
+    add_product_in_double(pool, [images, classes, width], MatRef::row_major(features, width), weights, &mut scores);
+    scores
 }
 
 impl Examples<'_> {
     /// The sum of the losses with the penalty, and its gradient.
     fn objective(&self, pool: &Pool, parameters: &[f64]) -> (f64, Vec<f64>) {
         let (width, classes, images) = (self.width, self.classes, self.labels.len());
-        // Probabilities less what they should be, and the loss, of some images at a time.
-        let chunks: Vec<Mutex<(Vec<f64>, f64)>> = (0..images.div_ceil(CHUNK)).map(|_| Mutex::default()).collect();
-        pool.run(chunks.len(), &|chunk| {
-            let images = chunk * CHUNK..((chunk + 1) * CHUNK).min(images);
-            let mut residuals = vec![0.0; images.len() * classes];
-            let mut loss = 0.0;
-            for (scores, image) in residuals.chunks_exact_mut(classes).zip(images) {
-                score(parameters, &self.features[image * width..(image + 1) * width], scores);
+        // Scores that become probabilities less what they should be, of some images at a time, and the losses of these.
+        let mut residuals = scores(pool, parameters, self.features, width, classes);
+        let chunks: Vec<Mutex<(&mut [f64], f64)>> =
+            residuals.chunks_mut(CHUNK * classes).map(|chunk| Mutex::new((chunk, 0.0))).collect();
+        pool.run(chunks.len(), &|at| {
+            let mut chunk = chunks[at].lock().unwrap_or_else(PoisonError::into_inner);
+            let (scores, loss) = &mut *chunk;
+            for (scores, label) in scores.chunks_exact_mut(classes).zip(&self.labels[at * CHUNK..]) {
                 let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let label = self.labels[image] as usize;
-                loss -= scores[label] - highest;
+                let label = *label as usize;
+                *loss -= scores[label] - highest;
                 for score in &mut *scores {
                     *score = (*score - highest).exp();
                 }
                 let all: f64 = scores.iter().sum();
-                loss += all.ln();
+                *loss += all.ln();
                 for score in &mut *scores {
                     *score /= all;
                 }
                 scores[label] -= 1.0;
             }
-            *chunks[chunk].lock().unwrap_or_else(PoisonError::into_inner) = (residuals, loss);
         });
-        let chunks: Vec<_> =
-            chunks.into_iter().map(|chunk| chunk.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
+        let losses = chunks.into_iter().map(|chunk| chunk.into_inner().unwrap_or_else(PoisonError::into_inner).1);
+        let loss: f64 = losses.sum();
         let weights = &parameters[..width * classes];
-        let loss: f64 = chunks.iter().map(|(_, loss)| loss).sum();
         // Two weights of one size and opposite signs have half the penalty of the one by which a binary classifier differs.
         let penalty = if classes == 2 { 2.0 * self.penalty } else { self.penalty };
-        // Each task sums over all images in their order: the same for any number of threads.
-        let rows: Vec<Mutex<Vec<f64>>> = (0..=width).map(|_| Mutex::default()).collect();
-        pool.run(rows.len(), &|row| {
-            let mut gradient = match row < width {
-                true => weights[row * classes..(row + 1) * classes].iter().map(|w| penalty * w).collect(),
-                false => vec![0.0; classes],
-            };
-            let residuals = chunks.iter().flat_map(|(residuals, _)| residuals.chunks_exact(classes));
-            for (feature, residuals) in self.features.chunks_exact(width).zip(residuals) {
-                add(&mut gradient, feature.get(row).map_or(1.0, |value| f64::from(*value)), residuals);
-            }
-            *rows[row].lock().unwrap_or_else(PoisonError::into_inner) = gradient;
-        });
-        let gradient = rows.into_iter().flat_map(|row| row.into_inner().unwrap_or_else(PoisonError::into_inner));
-        (loss + 0.5 * penalty * dot(weights, weights), gradient.collect())
+        let mut gradient: Vec<f64> = weights.iter().map(|weight| penalty * weight).collect();
+        let transposed = MatRef::row_major(self.features, width).t();
+        add_product_in_double(pool, [width, classes, images], transposed, &residuals, &mut gradient);
+        let mut biases = vec![0.0; classes];
+        for residuals in residuals.chunks_exact(classes) {
+            add(&mut biases, 1.0, residuals);
+        }
+        gradient.extend(biases);
+        (loss + 0.5 * penalty * dot(weights, weights), gradient)
     }
 }
 
@@ -242,10 +235,9 @@ mod tests {
                 .iter()
                 .zip(&biases)
                 .for_each(|(ours, theirs)| near("bias", *ours, *theirs));
+            let pool = Pool::new(1);
             let mut probabilities = Vec::new();
-            for feature in test.chunks_exact(width) {
-                let mut scores = vec![0.0; classes];
-                score(&fit.parameters, feature, &mut scores);
+            for scores in scores(&pool, &fit.parameters, &test, width, classes).chunks_exact(classes) {
                 let all: f64 = scores.iter().map(|score| score.exp()).sum();
                 probabilities.extend(scores.iter().map(|score| score.exp() / all));
             }
@@ -253,7 +245,7 @@ mod tests {
                 .iter()
                 .zip(numbers("probabilities"))
                 .for_each(|(ours, theirs)| near("probability", *ours, theirs));
-            let found: Vec<f64> = test.chunks_exact(width).map(|feature| fit.classify(feature) as f64).collect();
+            let found: Vec<f64> = fit.classify(&pool, &test).into_iter().map(|class| class as f64).collect();
             assert_eq!(found, numbers("predictions"), "{case}");
         }
     }
@@ -263,6 +255,6 @@ mod tests {
     fn one_class_is_always_found() {
         let examples = Examples { features: &[1.0, 0.0], width: 2, labels: &[0], classes: 1, penalty: 1.0 };
         let fit = Logistic::fit(&Pool::new(1), &examples);
-        assert!(fit.converged && fit.classify(&[0.0, 1.0]) == 0);
+        assert!(fit.converged && fit.classify(&Pool::new(1), &[0.0, 1.0]) == [0]);
     }
 }

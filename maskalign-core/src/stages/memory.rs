@@ -172,7 +172,8 @@ impl Fits {
     }
 
     /// Bytes for features of `width` values at so many levels: the classifiers, with the larger of two: the features that they
-    /// are fitted to, once more those of one of them, and its search for the optimum; and a block of those that are classified.
+    /// are fitted to, once more those of one of them, and its search for the optimum; and a block of those that are classified,
+    /// with their scores.
     fn of_features(&self, width: usize, levels: usize) -> u64 {
         let classifier = 8 * ((width + 1) * self.classes) as u64;
         // The steps and changes that directions come from, the point, the next, their gradients and what leads from one to
@@ -180,7 +181,8 @@ impl Fits {
         let search = classifier * (2 * HISTORY as u64 + 6) + 8 * (self.most * self.classes) as u64;
         let fitting = FLOAT * ((levels * self.images + self.most) * width) as u64 + search;
         let block = block_rows(width).min(self.tested.max(self.images));
-        let classifying = FLOAT * ((levels + 1) * block * width + levels * self.fits * self.tested) as u64;
+        let scores = 8 * (block * self.classes) as u64;
+        let classifying = FLOAT * ((levels + 1) * block * width + levels * self.fits * self.tested) as u64 + scores;
         (levels * self.fits) as u64 * classifier + fitting.max(classifying)
     }
 }
