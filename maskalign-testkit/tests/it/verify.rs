@@ -105,20 +105,33 @@ fn every_case_and_every_script_is_there() {
 }
 
 /// Values of papers' recipes, each with another one that must not pass for it.
-const PAPERS: &[(&str, &[&str])] = &[(
-    "data2vec",
-    &[
-        "epochs=2",
-        "teachers.ema.momentum.to=0.98",
-        "student.layer_scale=null",
-        "objectives.features.target.normalize_mean=none",
-        "objectives.features.target.levels={last: 1}",
-        "objectives.features.loss.beta=1.0",
-        "objectives.features.aligner.tap=block",
-        "optimizer.clip_norm=3.0",
-        "optimizer.no_decay=[]",
-    ],
-)];
+const PAPERS: &[(&str, &[&str])] = &[
+    (
+        "data2vec",
+        &[
+            "epochs=2",
+            "teachers.ema.momentum.to=0.98",
+            "student.layer_scale=null",
+            "objectives.features.target.normalize_mean=none",
+            "objectives.features.target.levels={last: 1}",
+            "objectives.features.loss.beta=1.0",
+            "objectives.features.aligner.tap=block",
+            "optimizer.clip_norm=3.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
+    (
+        "simmim",
+        &[
+            "student.layer_scale=null",
+            "objectives.pixels.target.normalize=standardize",
+            "objectives.pixels.loss={type: mse}",
+            "objectives.pixels.aligner.tap=block",
+            "optimizer.no_decay=[]",
+            "optimizer.clip_norm=0.1",
+        ],
+    ),
+];
 
 /// A step that differs from the recorded one in any of these must not pass for it.
 #[test]
