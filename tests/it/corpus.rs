@@ -172,6 +172,10 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "maskfeat_vitb",
+        &[(("cell: 8", "cell: 5"), REFUSED, "cell: |5"), (("tokens: [masked]", "tokens: [cls]"), REFUSED, "target")],
+    ),
+    (
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),

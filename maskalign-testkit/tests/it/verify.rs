@@ -131,6 +131,19 @@ const PAPERS: &[(&str, &[&str])] = &[
             "optimizer.clip_norm=0.1",
         ],
     ),
+    (
+        "maskfeat",
+        &[
+            "student.positions=sincos",
+            "objectives.gradients.target.cell=4",
+            "objectives.gradients.target.bins=8",
+            "objectives.gradients.aligner.head=linear",
+            "objectives.gradients.aligner.tap=norm",
+            "objectives.gradients.loss={type: l1}",
+            "optimizer.clip_norm=null",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
 ];
 
 /// A step that differs from the recorded one in any of these must not pass for it.
