@@ -144,6 +144,18 @@ const PAPERS: &[(&str, &[&str])] = &[
             "optimizer.no_decay=[cls_token]",
         ],
     ),
+    (
+        "eva",
+        &[
+            "student.statistics=imagenet",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.loss={type: mse}",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.eps=1e-8",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
 ];
 
 /// A step that differs from the recorded one in any of these must not pass for it.
