@@ -156,6 +156,17 @@ const PAPERS: &[(&str, &[&str])] = &[
             "optimizer.no_decay=[cls_token]",
         ],
     ),
+    (
+        "fd",
+        &[
+            "student.layer_scale=null",
+            "objectives.features.target.normalize=none",
+            "objectives.features.target.tap=block",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.loss.beta=1.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
 ];
 
 /// A step that differs from the recorded one in any of these must not pass for it.
