@@ -165,6 +165,17 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "simmim_vitb",
+        &[
+            (("cell: 2", "cell: 3"), REFUSED, "cell: |3"),
+            (("ratio: 0.6, cell: 2", "masked: 30, cell: 2"), REFUSED, "masked: |30"),
+        ],
+    ),
+    (
+        "maskfeat_vitb",
+        &[(("cell: 8", "cell: 5"), REFUSED, "cell: |5"), (("tokens: [masked]", "tokens: [cls]"), REFUSED, "target")],
+    ),
+    (
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),

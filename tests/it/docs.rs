@@ -129,3 +129,35 @@ fn the_readme_asks_for_the_rust_that_cargo_asks_for() {
     let asked = format!("With Rust ({} or newer)", env!("CARGO_PKG_RUST_VERSION"));
     assert!(read(&here().join("../README.md")).contains(&asked), "not in README.md: {asked}");
 }
+
+/// The table of papers counts lines of recipes and of components' files, and names cases.
+#[test]
+fn the_table_of_papers_counts_what_is_there() {
+    let lines = |path: PathBuf| read(&path).lines().count().to_string();
+    let text = read(&page("papers.md"));
+    let rows =
+        text.lines().skip_while(|line| !line.starts_with("|---")).skip(1).take_while(|line| line.starts_with('|'));
+    let mut recipes = Vec::new();
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [_, recipe, components, oracle, _] = cells[..] else { panic!("five columns: {row}") };
+        let counted = |text: &str| {
+            text.split_once("`, ").map(|(name, count)| (name.trim_matches('`').to_owned(), count.to_owned()))
+        };
+        let (name, count) = counted(recipe).unwrap_or_else(|| panic!("{recipe}"));
+        assert_eq!(lines(here().join(format!("../recipes/{name}.yaml"))), count, "{name}");
+        recipes.push(name);
+        for (name, count) in components.split("; ").filter_map(counted) {
+            let count = count.split_whitespace().next().unwrap_or_default();
+            let file = here().join("../maskalign-core/src/components").join(&name);
+            assert_eq!(lines(file), count, "{name}");
+        }
+        if let Some((case, _)) = oracle.split_once("case `").and_then(|(_, rest)| rest.split_once('`')) {
+            assert!(here().join(format!("fixtures/cases/{case}.safetensors")).is_file(), "{case}");
+        }
+    }
+    let small = files_in(&here().join("../recipes/small"));
+    for recipe in small.iter().filter_map(|path| path.file_stem()?.to_str()) {
+        assert!(recipes.iter().any(|name| name.starts_with(&format!("{recipe}_"))), "{recipe} is not in the table");
+    }
+}

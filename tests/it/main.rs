@@ -25,6 +25,7 @@ mod report;
 mod robustness;
 mod run_tables;
 mod runs;
+mod small;
 mod sources;
 mod state;
 mod support;

@@ -88,6 +88,18 @@ fn a_moving_average_as_the_teacher() {
     compare("data2vec_vitb", &sample, &[]);
 }
 
+#[test]
+fn a_target_of_gradients() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 6, heads: 3, patch: 4}",
+        "stages.pretrain.masker={type: block, masked: 20, min_block: 4}",
+        "stages.pretrain.objectives.gradients.target.cell=2",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("maskfeat_vitb", &sample, &[]);
+}
+
 /// The sample's larger part is what is classified: that is what memory is for.
 #[test]
 fn nearest_neighbours() {

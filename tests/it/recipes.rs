@@ -26,9 +26,9 @@ fn shipped() -> Vec<(String, PathBuf, String)> {
     recipes
 }
 
-/// The recipes behind the tables of pages, which the binary does not hold, with their folder's name.
+/// The recipes behind the tables of pages, and papers' in small, which the binary does not hold, with their folder's name.
 fn behind_tables() -> Vec<(&'static str, String, PathBuf, String)> {
-    let folders = ["agreement", "results"];
+    let folders = ["agreement", "results", "small"];
     let recipes = folders.into_iter().flat_map(|folder| {
         let recipes = recipes_in(here().join("../recipes").join(folder));
         recipes.into_iter().map(move |(name, path, text)| (folder, name, path, text))

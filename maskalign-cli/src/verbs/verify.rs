@@ -25,14 +25,14 @@ Examples:
 
 /// Replay steps that another implementation recorded, and compare
 ///
-/// A case holds images, masks, starting weights and what the other implementation computed from them. It is turned into
-/// a recipe and run by the stage that `run` uses. Shown is the largest relative error of each kind of quantity: the norm
+/// A case holds images, masks, starting weights and what the other implementation computed from them; docs/papers.md
+/// describes the files. It is run as a recipe, by the stage that `run` uses. Shown is the largest relative error of each kind of quantity: the norm
 /// of the difference over the norm of the recorded tensor. Exit code 1 where one is over the tolerance, 2 where a case
 /// cannot be read or does not go with a `--set`; the other cases are replayed all the same.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Case files (maskalign-case-v1, safetensors)
+    /// Case files (safetensors; maskalign-case-v2 or -v1)
     #[arg(required = true, value_name = "CASE")]
     cases: Vec<PathBuf>,
     #[command(flatten)]
@@ -79,10 +79,10 @@ impl Args {
         let case = Case::read(path)?;
         let scratch =
             tempfile::tempdir().map_err(|error| Failure::failed(format!("cannot make a temporary folder: {error}")))?;
-        let teacher = scratch.path().join("teacher.safetensors");
-        case.write_teacher(&teacher)?;
-        let input = Input::Text { name: format!("{} as a recipe", path.display()), text: case.recipe(&teacher) };
-        let request = LoadRequest { input, sets: &self.sets.sets, env: &|_| None, builtins: &Embedded };
+        case.write_teachers(scratch.path())?;
+        let input = Input::Text { name: format!("{} as a recipe", path.display()), text: case.recipe().to_owned() };
+        let variable = Case::variable(scratch.path());
+        let request = LoadRequest { input, sets: &self.sets.sets, env: &variable, builtins: &Embedded };
         let loaded: Loaded = Recipe::load(&request, session.registry)?;
         let replayed: CoreResult<CaseReport> = case.replay(cx, loaded.recipe());
         replayed.map_err(|error| Failure::located(error, &loaded))

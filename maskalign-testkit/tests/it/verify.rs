@@ -6,18 +6,36 @@ use std::{
 };
 
 use maskalign_core::{
-    Context, Device, Forms, Recompute,
+    Context, Device, Forms, Recompute, embedded,
     error::Error,
     weights::{TensorFile, TensorMap},
 };
-use maskalign_registry::{Input, LoadRequest, NoRecipes, Recipe, Registry};
+use maskalign_registry::{Input, LoadRequest, Recipe, RecipeSource, Registry};
 use maskalign_testkit::replay::{Case, CaseReport};
 
 fn cases() -> Vec<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/cases");
-    let mut cases: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    let mut cases: Vec<PathBuf> = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).collect();
     cases.sort();
     cases
+}
+
+fn case(name: &str) -> PathBuf {
+    cases().into_iter().find(|path| path.file_stem().unwrap() == name).unwrap()
+}
+
+/// The recipes that cases may extend.
+struct Shipped;
+
+impl RecipeSource for Shipped {
+    fn builtin(&self, name: &str) -> Option<&str> {
+        embedded::RECIPES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+    }
+
+    fn names(&self) -> Vec<&str> {
+        embedded::RECIPES.iter().map(|(name, _)| *name).collect()
+    }
 }
 
 fn replay(cx: &Context, path: &Path, sets: &[&str]) -> CaseReport {
@@ -27,14 +45,13 @@ fn replay(cx: &Context, path: &Path, sets: &[&str]) -> CaseReport {
 fn try_replay(cx: &Context, path: &Path, sets: &[&str]) -> Result<CaseReport, Error> {
     let case = Case::read(path).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let teacher = folder.path().join("teacher.safetensors");
-    case.write_teacher(&teacher).unwrap();
+    case.write_teachers(folder.path()).unwrap();
     let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
     let request = LoadRequest {
-        input: Input::Text { name: "case".into(), text: case.recipe(&teacher) },
+        input: Input::Text { name: "case".into(), text: case.recipe().to_owned() },
         sets: &sets,
-        env: &|_| None,
-        builtins: &NoRecipes,
+        env: &Case::variable(folder.path()),
+        builtins: &Shipped,
     };
     let loaded = Recipe::load(&request, Registry::global().unwrap()).unwrap_or_else(|r| panic!("{}", r.render()));
     case.replay(cx, loaded.recipe())
@@ -51,9 +68,7 @@ fn contexts() -> Vec<Context> {
 
 #[test]
 fn every_recorded_quantity_agrees_within_1e_4() {
-    let cases = cases();
-    assert_eq!(cases.len(), 9);
-    for path in cases {
+    for path in cases() {
         for cx in contexts() {
             let report = replay(&cx, &path, &[]);
             let name = path.file_stem().unwrap().to_string_lossy().into_owned();
@@ -73,10 +88,91 @@ fn every_recorded_quantity_agrees_within_1e_4() {
     }
 }
 
-/// A step that differs from the official one in any of these must not pass for it.
+/// Nine of the official code; and one of each script that records a paper's steps, in the same folder.
+#[test]
+fn every_case_and_every_script_is_there() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/cases");
+    let mut scripts: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    scripts.retain(|path| path.extension().is_some_and(|e| e == "py") && path.file_stem().unwrap() != "recording");
+    scripts.iter_mut().for_each(|path| assert!(path.set_extension("safetensors")));
+    scripts.sort();
+    let format =
+        |path: &PathBuf| TensorFile::open(path).unwrap().metadata().into_iter().find(|(key, _)| key == "format");
+    let (papers, official): (Vec<PathBuf>, Vec<PathBuf>) =
+        cases().into_iter().partition(|path| format(path).unwrap().1 == "maskalign-case-v2");
+    assert_eq!(papers, scripts);
+    assert_eq!(official.len(), 9);
+}
+
+/// Values of papers' recipes, each with another one that must not pass for it.
+const PAPERS: &[(&str, &[&str])] = &[
+    (
+        "data2vec",
+        &[
+            "epochs=2",
+            "teachers.ema.momentum.to=0.98",
+            "student.layer_scale=null",
+            "objectives.features.target.normalize_mean=none",
+            "objectives.features.target.levels={last: 1}",
+            "objectives.features.loss.beta=1.0",
+            "objectives.features.aligner.tap=block",
+            "optimizer.clip_norm=3.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
+    (
+        "simmim",
+        &[
+            "student.layer_scale=null",
+            "objectives.pixels.target.normalize=standardize",
+            "objectives.pixels.loss={type: mse}",
+            "objectives.pixels.aligner.tap=block",
+            "optimizer.no_decay=[]",
+            "optimizer.clip_norm=0.1",
+        ],
+    ),
+    (
+        "maskfeat",
+        &[
+            "student.positions=sincos",
+            "objectives.gradients.target.cell=4",
+            "objectives.gradients.target.bins=8",
+            "objectives.gradients.aligner.head=linear",
+            "objectives.gradients.aligner.tap=norm",
+            "objectives.gradients.loss={type: l1}",
+            "optimizer.clip_norm=null",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
+        "eva",
+        &[
+            "student.statistics=imagenet",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.loss={type: mse}",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.eps=1e-8",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
+        "fd",
+        &[
+            "student.layer_scale=null",
+            "objectives.features.target.normalize=none",
+            "objectives.features.target.tap=block",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.loss.beta=1.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
+];
+
+/// A step that differs from the recorded one in any of these must not pass for it.
 #[test]
 fn a_wrong_recipe_fails() {
-    let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
+    let default = case("paper_default");
     let cx = Context::new(Device::Cpu, 1);
     for set in [
         "stages.pretrain.objectives.align.aligner.fusion=simple",
@@ -87,21 +183,27 @@ fn a_wrong_recipe_fails() {
         "stages.pretrain.teachers.teacher.activation=gelu",
         "stages.pretrain.student.eps=1e-5",
     ] {
-        let error = replay(&cx, &case, &[set]).error();
+        let error = replay(&cx, &default, &[set]).error();
         assert!(error > 1e-4, "`{set}` passes with {error:.1e}");
+    }
+    for (name, sets) in PAPERS {
+        for set in *sets {
+            let set = format!("stages.pretrain.{set}");
+            let error = replay(&cx, &case(name), &[&set]).error();
+            assert!(error > 1e-4, "{name}: `{set}` passes with {error:.1e}");
+        }
     }
 }
 
-/// A copy of `paper_default` with a change to its configuration and its tensors.
-fn altered(config: &dyn Fn(&mut serde_json::Value), tensors: &dyn Fn(&mut TensorMap)) -> (tempfile::TempDir, PathBuf) {
+type Header = std::collections::HashMap<String, String>;
+
+/// A copy of a case with a change to its header and its tensors.
+fn altered(name: &str, header: &dyn Fn(&mut Header), tensors: &dyn Fn(&mut TensorMap)) -> (tempfile::TempDir, PathBuf) {
     use safetensors::{Dtype, tensor::TensorView};
 
-    let original = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
-    let file = TensorFile::open(&original).unwrap();
-    let mut metadata: std::collections::HashMap<String, String> = file.metadata().into_iter().collect();
-    let mut settings = serde_json::from_str(&metadata["config"]).unwrap();
-    config(&mut settings);
-    metadata.insert("config".into(), settings.to_string());
+    let file = TensorFile::open(&case(name)).unwrap();
+    let mut metadata: Header = file.metadata().into_iter().collect();
+    header(&mut metadata);
     let mut all = file.read_all().unwrap();
     tensors(&mut all);
     let bytes: BTreeMap<&String, Vec<u8>> =
@@ -113,15 +215,30 @@ fn altered(config: &dyn Fn(&mut serde_json::Value), tensors: &dyn Fn(&mut Tensor
     (folder, path)
 }
 
+fn with_setting(name: &str, value: &str) -> (tempfile::TempDir, PathBuf) {
+    let change = |header: &mut Header| {
+        let mut settings: serde_json::Value = serde_json::from_str(&header["config"]).unwrap();
+        settings[name] = value.into();
+        header.insert("config".into(), settings.to_string());
+    };
+    altered("paper_default", &change, &|_| {})
+}
+
+fn reshape(name: &'static str, shape: &'static [usize]) -> impl Fn(&mut TensorMap) {
+    move |tensors: &mut TensorMap| {
+        let tensor = tensors.get_mut(name).unwrap();
+        tensor.shape = shape.to_vec();
+        tensor.data.truncate(shape.iter().product());
+    }
+}
+
+/// What reading says of a case: whether it is the user's to mend, and the message.
+fn said(path: &Path) -> Result<(), (bool, String)> {
+    Case::read(path).map(drop).map_err(|error| (error.is_users(), error.to_string()))
+}
+
 #[test]
 fn a_file_that_is_not_a_whole_case_is_refused_by_what_it_lacks() {
-    let reshape = |name: &'static str, shape: &'static [usize]| {
-        move |tensors: &mut TensorMap| {
-            let tensor = tensors.get_mut(name).unwrap();
-            tensor.shape = shape.to_vec();
-            tensor.data.truncate(shape.iter().product());
-        }
-    };
     let each: [(&dyn Fn(&mut TensorMap), &str); 7] = [
         (&|_| {}, ""),
         (&reshape("ids_keep", &[4, 4, 0]), "`ids_keep` is [4, 4, 0]: it names no patch"),
@@ -132,12 +249,75 @@ fn a_file_that_is_not_a_whole_case_is_refused_by_what_it_lacks() {
         (&|t| t.get_mut("ids_keep").unwrap().data[..10].fill(7.0), "names a patch twice"),
     ];
     for (change, says) in each {
-        let (_folder, path) = altered(&|_| {}, change);
-        let read = Case::read(&path).map(drop).map_err(|error| (error.is_users(), error.to_string()));
+        let (_folder, path) = altered("paper_default", &|_| {}, change);
+        let read = said(&path);
         match says {
             "" => assert_eq!(read, Ok(())),
             says => assert!(matches!(&read, Err((true, message)) if message.contains(says)), "{says}: {read:?}"),
         }
+    }
+}
+
+#[test]
+fn a_case_of_a_recipe_is_refused_by_what_is_wrong_with_it() {
+    let insert = |name: &'static str, like: &'static str| {
+        move |tensors: &mut TensorMap| {
+            let tensor = tensors[like].clone();
+            tensors.insert(name.to_owned(), tensor);
+        }
+    };
+    let each: [(&dyn Fn(&mut Header), &dyn Fn(&mut TensorMap), &str); 13] = [
+        (&|_| {}, &|_| {}, ""),
+        (&|h| drop(h.insert("format".into(), "maskalign-case-v3".into())), &|_| {}, "neither maskalign-case-v1 nor"),
+        (&|h| drop(h.remove("recipe")), &|_| {}, "its metadata has no `recipe`"),
+        (&|h| drop(h.insert("steps_per_epoch".into(), "0".into())), &|_| {}, "not a whole number above 0"),
+        (&|_| {}, &|t| drop(t.remove("lr")), "no tensor `lr`"),
+        (&|_| {}, &reshape("lr", &[3]), "3 rates, 4 losses and images of 4 steps do not fit together"),
+        (&|_| {}, &reshape("images", &[4, 4, 3, 28, 14]), "neither [B, 3, side, side] nor"),
+        (&|_| {}, &reshape("images", &[4, 0, 3, 28, 28]), "it has no pixel"),
+        (&|_| {}, &reshape("masked", &[2, 4, 6]), "of 4 steps and 4 images each"),
+        (&|_| {}, &|t| t.get_mut("masked").unwrap().data[1] = -1.0, "holds -1, a patch that an image does not have"),
+        (&|_| {}, &insert("expect.hidden", "lr"), "`expect.hidden`, which means nothing"),
+        (&|_| {}, &insert("expect.moving.4.x", "lr"), "`expect.moving.4.x`, which means nothing"),
+        (&|_| {}, &insert("teacher.../x.weight", "lr"), "is not named teacher.TEACHER.TENSOR"),
+    ];
+    for (header, tensors, says) in each {
+        let (_folder, path) = altered("data2vec", header, tensors);
+        match (says, said(&path)) {
+            ("", read) => assert_eq!(read, Ok(())),
+            (says, read) => {
+                assert!(matches!(&read, Err((true, message)) if message.contains(says)), "{says}: {read:?}")
+            }
+        }
+    }
+}
+
+/// What only the recipe tells.
+#[test]
+fn a_case_that_does_not_go_with_its_recipe_is_refused_or_not_comparable() {
+    let cx = Context::new(Device::Cpu, 1);
+    let refused: [(&dyn Fn(&mut TensorMap), &str, &str); 4] = [
+        (&|t| t.get_mut("masked").unwrap().data[0] = 16.0, "", "holds 16, a patch that an image does not have"),
+        (&|t| t.get_mut("masked").unwrap().data[..6].fill(7.0), "", "names a patch twice"),
+        (&|t| drop(t.remove("masked")), "", "10 patches of an image visible and 6 masked, the case 16"),
+        (&|_| {}, "stages.pretrain.student.drop_path=0.1", "without stochastic depth"),
+    ];
+    for (tensors, set, says) in refused {
+        let (_folder, path) = altered("data2vec", &|_| {}, tensors);
+        let sets: Vec<&str> = Some(set).filter(|set| !set.is_empty()).into_iter().collect();
+        let error = try_replay(&cx, &path, &sets).unwrap_err();
+        assert!(error.is_users() && error.to_string().contains(says), "{says}: {error}");
+    }
+    let missing: [&'static str; 5] = [
+        "start.mask_token",
+        "start.teachers.ema.cls_token",
+        "expect.grad.cls_token",
+        "expect.param.mask_token",
+        "expect.moving.2.teachers.ema.cls_token",
+    ];
+    for name in missing {
+        let (_folder, path) = altered("data2vec", &|_| {}, &|t| drop(t.remove(name).unwrap()));
+        assert_eq!(replay(&cx, &path, &[]).error(), f64::INFINITY, "{name}");
     }
 }
 
@@ -153,7 +333,7 @@ fn settings_that_are_not_known_are_refused_with_those_that_are() {
         ("loss_weights", "expected out, topN, midN, mean or linear_decay"),
         ("mask", "expected `attention` or `random`"),
     ] {
-        let (_folder, path) = altered(&|config| config[setting] = "bogus".into(), &|_| {});
+        let (_folder, path) = with_setting(setting, "bogus");
         let error = Case::read(&path).map(drop).unwrap_err().to_string();
         assert!(error.contains("bogus") && error.contains(says), "{setting}: {error}");
     }
@@ -161,10 +341,10 @@ fn settings_that_are_not_known_are_refused_with_those_that_are() {
 
 #[test]
 fn micro_batches_are_replayed_and_other_batches_refused() {
-    let case = cases().into_iter().find(|p| p.ends_with("paper_default.safetensors")).unwrap();
+    let default = case("paper_default");
     let cx = Context::new(Device::Cpu, 1);
-    let whole = replay(&cx, &case, &[]);
-    let halves = replay(&cx, &case, &["stages.pretrain.batch.micro=2"]);
+    let whole = replay(&cx, &default, &[]);
+    let halves = replay(&cx, &default, &["stages.pretrain.batch.micro=2"]);
     assert!(halves.error() < 1e-4, "{:.1e}", halves.error());
     assert_ne!(halves.losses, whole.losses, "two passes add up in another order");
     for (set, says) in [
@@ -173,14 +353,14 @@ fn micro_batches_are_replayed_and_other_batches_refused() {
         ("stages.pretrain.masker.ratio=0.5", "masker`: leaves 18 patches of an image visible"),
         ("~stages.pretrain.masker", "masker`: leaves 36 patches"),
     ] {
-        let error = try_replay(&cx, &case, &[set]).unwrap_err().to_string();
+        let error = try_replay(&cx, &default, &[set]).unwrap_err().to_string();
         assert!(error.contains(says), "{set}: {error}");
     }
 }
 
 #[test]
 fn a_loss_that_is_not_finite_is_told_without_advice_for_runs() {
-    let (_folder, path) = altered(&|_| {}, &|t| t.get_mut("images").unwrap().data[0] = f32::NAN);
+    let (_folder, path) = altered("paper_default", &|_| {}, &|t| t.get_mut("images").unwrap().data[0] = f32::NAN);
     let error = try_replay(&Context::new(Device::Cpu, 1), &path, &[]).unwrap_err();
     assert!(!error.is_users());
     assert!(error.to_string().ends_with("e-4)") || error.to_string().ends_with("e-3)"), "{error}");

@@ -1,6 +1,7 @@
 //! What the student is to match.
 
 mod features;
+mod hog;
 mod pixels;
 
 use std::collections::BTreeMap;
