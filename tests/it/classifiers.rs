@@ -137,7 +137,7 @@ fn a_run_without_what_is_asked_for_is_refused() {
     // Pre-training and fine-tuning both left a student.
     refused("run", &["the stages `finetune`, `pretrain` left students", "name one of them"]);
     refused("run/checkpoints/pretrain", &["holds no classifier", "`finetune` or `linear_probe`"]);
-    refused("run/checkpoints/knn", &["trains no student"]);
+    refused("run/checkpoints/knn, arch: { dim: 24, depth: 2, heads: 2, patch: 7 }", &["trains no student"]);
     fs::remove_file(sandbox.work().join("run/checkpoints/finetune/final.safetensors")).expect("removed");
     refused("run/checkpoints/finetune", &["the stage has not ended"]);
 }

@@ -4,9 +4,12 @@ use crate::support::Sandbox;
 use serde_json::Value;
 
 /// The estimate and the measured peak of a recipe of one stage, in MiB. The sizes make the step outweigh the program.
-#[expect(clippy::print_stdout, reason = "the ratio is worth a look where the test passes too")]
 fn compare(recipe: &str, overrides: &[&str], flags: &[&str]) {
-    let sandbox = Sandbox::new();
+    compare_in(&Sandbox::new(), recipe, overrides, flags);
+}
+
+#[expect(clippy::print_stdout, reason = "the ratio is worth a look where the test passes too")]
+fn compare_in(sandbox: &Sandbox, recipe: &str, overrides: &[&str], flags: &[&str]) {
     let sets = overrides.iter().flat_map(|o| ["--set", o]);
     let validate: Vec<&str> = ["validate", recipe, "--format", "json"].into_iter().chain(sets.clone()).collect();
     let output = sandbox.run(validate.iter().chain(flags));
@@ -16,6 +19,7 @@ fn compare(recipe: &str, overrides: &[&str], flags: &[&str]) {
     let estimate =
         stages.values().map(|s| s["memory"].as_f64().expect("bytes")).fold(0.0, f64::max) / f64::from(1 << 20);
 
+    let _ = std::fs::remove_dir_all(sandbox.work().join("run"));
     let run: Vec<&str> = ["run", recipe, "--steps", "2", "-q", "--out", "run"].into_iter().chain(sets).collect();
     let output = sandbox.run(run.iter().chain(flags));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -132,4 +136,40 @@ fn classification_from_few_images() {
     let stage = "type: few_shot, shots: [150], shares: [], penalty: 100, train: {dataset: {type: sample, split: train}}, \
                  test: {dataset: {type: sample, split: test}}, baselines: [pixels]";
     compare("quickstart", &[&format!("stages={{few: {{{stage}}}}}")], &[]);
+}
+
+/// A sandbox with a run `t` of a few steps, whose student judging stages take: their own peak is measured then.
+fn with_a_classifier() -> Sandbox {
+    let sandbox = Sandbox::new();
+    let sets = [
+        "~stages.knn",
+        "~stages.train.eval",
+        "stages.train.student={type: vit, arch: {dim: 384, depth: 6, heads: 6, patch: 4}}",
+        "stages.train.data={dataset: {type: sample, split: test, limit: 40}, transforms: []}",
+        "stages.train.batch={effective: 8}",
+    ];
+    let run = ["run", "quickstart_teacher", "--steps", "1", "-q", "--out", "t"];
+    let output = sandbox.run(run.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    sandbox
+}
+
+#[test]
+fn an_evaluation() {
+    let sandbox = with_a_classifier();
+    for batch in [100, 400] {
+        let stages = format!(
+            "stages={{judge: {{type: evaluate, classifier: {{type: vit, weights: t}}, batch: {batch}, \
+             data: {{dataset: {{type: sample, split: test}}}}}}}}"
+        );
+        compare_in(&sandbox, "quickstart", &[&stages], &[]);
+    }
+}
+
+#[test]
+fn quality_without_labels() {
+    let sandbox = with_a_classifier();
+    let stages = "stages={quality: {type: quality, student: {type: vit, weights: t}, levels: {last: 3}, \
+                  data: {dataset: {type: sample, split: train}}}}";
+    compare_in(&sandbox, "quickstart", &[stages], &[]);
 }

@@ -71,7 +71,9 @@ pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_s
 /// Bytes for the classes of images, some at a time.
 pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
     let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
-    FLOAT * (weights(tower) + scores + BATCHES * batch(images, image_size) + pass(tower, images, 1)) + BASE
+    // Its weights and the file that they come from; and a block of a tower that is trained passes whole.
+    let block = pass(tower, images, 1).max((10 * images * tower.tokens() * tower.arch.dim) as u64);
+    FLOAT * (2 * weights(tower) + scores + BATCHES * batch(images, image_size) + block) + BASE
 }
 
 /// Bytes for the features of `count` images of `size` pixels at the towers' levels, `images` at a time, and for the products of
