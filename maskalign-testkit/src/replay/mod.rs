@@ -282,12 +282,18 @@ impl Case {
     fn masks(&self, planned: &PlannedPretrain) -> Result<Vec<Masks>, Refusal> {
         let (counts, patches) = (planned.counts(), planned.student().shape().grid.patches());
         let (visible, masked) = (self.visible.as_ref(), self.masked.as_ref());
-        let masks = masks(visible, masked, patches).map_err(|Malformed(what)| Refusal::new("student", what))?;
+        let blocks = planned.mask_blocks();
+        if let Some(ids) = masked.filter(|ids| !ids.each.is_multiple_of(blocks)) {
+            let message = format!("predicts {blocks} blocks, of which the case's {} patches are no multiple", ids.each);
+            return Err(Refusal::new("masker", message).help("the masks come from the case"));
+        }
+        let masks = masks(visible, masked, patches, blocks).map_err(|Malformed(what)| Refusal::new("student", what))?;
         let named = match masks.first() {
             Some(masks) => Counts { visible: masks.visible_each(), masked: masks.masked_each() },
             None => Counts { visible: patches, masked: 0 },
         };
-        if counts == named {
+        // Those of a masker that draws them are not known beforehand.
+        if counts == named || planned.masks_vary() {
             return Ok(masks);
         }
         let text =

@@ -96,23 +96,32 @@ pub(super) struct Ids {
     values: Vec<u32>,
 }
 
-/// The masks of each step, of images with so many patches: what one side does not name is on the other.
-pub(super) fn masks(visible: Option<&Ids>, masked: Option<&Ids>, patches: usize) -> Result<Vec<Masks>, Malformed> {
+/// The masks of each step, of images with so many patches: what one side does not name is on the other. Masked patches come in
+/// so many blocks, and may be in several of them.
+pub(super) fn masks(
+    visible: Option<&Ids>,
+    masked: Option<&Ids>,
+    patches: usize,
+    blocks: usize,
+) -> Result<Vec<Masks>, Malformed> {
     let Some(Ids { steps, batch, .. }) = visible.or(masked) else { return Ok(Vec::new()) };
     let images = (0..steps * batch).map(|image| {
-        let mut is_named = vec![false; patches];
-        for ids in visible.iter().chain(&masked) {
-            for &id in &ids.values[image * ids.each..][..ids.each] {
-                let Some(named) = is_named.get_mut(id as usize) else {
+        // Where a patch was named last; a block counts as a place.
+        let mut named: Vec<Option<(bool, usize)>> = vec![None; patches];
+        for (ids, is_masked) in visible.iter().map(|ids| (ids, false)).chain(masked.iter().map(|ids| (ids, true))) {
+            let each = if is_masked { ids.each / blocks } else { ids.each };
+            for (place, &id) in ids.values[image * ids.each..][..ids.each].iter().enumerate() {
+                let Some(last) = named.get_mut(id as usize) else {
                     let text = format!("`{}` holds {id}, a patch that an image does not have", ids.name);
                     return Err(Malformed(text));
                 };
-                if std::mem::replace(named, true) {
+                let at = (is_masked, place / each.max(1));
+                if last.replace(at).is_some_and(|last| last == at || !last.0) {
                     return Err(Malformed(format!("`{}` names a patch twice: {id}", ids.name)));
                 }
             }
         }
-        let others: Vec<u32> = (0..patches as u32).filter(|&id| !is_named[id as usize]).collect();
+        let others: Vec<u32> = (0..patches as u32).filter(|&id| named[id as usize].is_none()).collect();
         let side = |ids: Option<&Ids>| {
             ids.map_or_else(|| others.clone(), |ids| ids.values[image * ids.each..][..ids.each].to_vec())
         };

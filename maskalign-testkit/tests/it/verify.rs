@@ -157,6 +157,18 @@ const PAPERS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "ijepa",
+        &[
+            "masker.blocks=1",
+            "objectives.features.target.normalize=none",
+            "objectives.features.target.tap=block",
+            "objectives.features.loss.beta=2.0",
+            "objectives.features.aligner.tap=block",
+            "teachers.ema.momentum=0.9",
+            "optimizer.weight_decay=0.04",
+        ],
+    ),
+    (
         "fd",
         &[
             "student.layer_scale=null",

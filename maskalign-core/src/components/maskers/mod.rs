@@ -2,6 +2,7 @@
 
 mod attention;
 mod block;
+mod multi_block;
 mod random;
 
 pub use attention::AttentionMasker;

@@ -405,6 +405,16 @@ impl PlannedPretrain {
         self.masking.as_ref().map_or(all, |masking| masking.masker.counts())
     }
 
+    /// In how many blocks the predicted patches of an image come.
+    pub fn mask_blocks(&self) -> usize {
+        self.masking.as_ref().map_or(1, |masking| masking.masker.blocks())
+    }
+
+    /// Whether micro-batches have different counts of visible and predicted patches.
+    pub fn masks_vary(&self) -> bool {
+        self.masking.as_ref().is_some_and(|masking| masking.masker.varies())
+    }
+
     /// Draws masks by another masker: a replay's.
     #[must_use]
     pub fn with_masker(self, masker: Arc<dyn PlannedMasker>) -> Self {
