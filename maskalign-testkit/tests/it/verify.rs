@@ -94,7 +94,9 @@ fn every_case_and_every_script_is_there() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/cases");
     let mut scripts: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     scripts.retain(|path| path.extension().is_some_and(|e| e == "py") && path.file_stem().unwrap() != "recording");
-    scripts.iter_mut().for_each(|path| assert!(path.set_extension("safetensors")));
+    for script in &mut scripts {
+        assert!(script.set_extension("safetensors"));
+    }
     scripts.sort();
     let format =
         |path: &PathBuf| TensorFile::open(path).unwrap().metadata().into_iter().find(|(key, _)| key == "format");
@@ -298,7 +300,7 @@ fn a_case_of_a_recipe_is_refused_by_what_is_wrong_with_it() {
         match (says, said(&path)) {
             ("", read) => assert_eq!(read, Ok(())),
             (says, read) => {
-                assert!(matches!(&read, Err((true, message)) if message.contains(says)), "{says}: {read:?}")
+                assert!(matches!(&read, Err((true, message)) if message.contains(says)), "{says}: {read:?}");
             }
         }
     }
