@@ -207,12 +207,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("base_lr: 0.025", "base_lr: 0.025, weight_decay: -1"), REFUSED, "-1"),
         ],
     ),
-    (
-        "quickstart_teacher",
-        &[
-            (("classifier: { stage: train }", "classifier: { stage: tune }"), REFUSED, "tune"),
-        ],
-    ),
+    ("quickstart_teacher", &[(("classifier: { stage: train }", "classifier: { stage: tune }"), REFUSED, "tune")]),
     (
         "quickstart",
         &[

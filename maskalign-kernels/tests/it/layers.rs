@@ -15,6 +15,7 @@ const LAYERS: &[&str] = &[
     "arena",
     "share",
     "gemm",
+    "double",
     "elementwise",
     "norm",
     "batch_norm",

@@ -139,7 +139,7 @@ pub(super) fn read(mut parts: Parts) -> Result<Case, Malformed> {
         )));
     }
     let patches = patches(&config)?;
-    masks(Some(&visible), None, patches)?;
+    masks(Some(&visible), None, patches, 1)?;
     let teacher = parts.under("teacher.");
     let is_whole = visible.each == patches;
     Ok(Case {

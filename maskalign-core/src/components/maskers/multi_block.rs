@@ -256,6 +256,6 @@ mod tests {
         assert_eq!(refused(MultiBlock { scale: [0.3, 0.2], ..options() }, small), Some(vec!["scale".into()]));
         assert_eq!(refused(MultiBlock { scale: [0.0, 0.2], ..options() }, small), Some(vec!["scale".into()]));
         assert_eq!(refused(options(), Grid { rows: 1, columns: 40 }), Some(Vec::new()));
-        assert_eq!(refused(MultiBlock { min_visible: 2, ..options() }, small), None);
+        assert_eq!(refused(MultiBlock { min_visible: 2, blocks: 1, ..options() }, small), None);
     }
 }
