@@ -8,17 +8,30 @@ use serde_json::{Value, json};
 use crate::support::{Sandbox, ends, run_record};
 
 /// The options of the stages that judge, in the course of training and after it.
-const STAGES: [(&str, &str); 4] = [
+const STAGES: [(&str, &str); 5] = [
     ("neighbours", "type: knn, k: [1, 5], levels: all, train: TRAIN, test: TEST"),
     ("few", "type: few_shot, shots: [1, 2], shares: [], train: TRAIN, test: TEST"),
     ("rank", "type: quality, pooling: cls, data: TEST"),
     ("found", "type: retrieval, gallery: TRAIN, queries: TEST"),
+    (
+        "probe",
+        "type: linear_probe, epochs: 3, data: TRAIN, eval: TEST, base_lrs: [0.5, 2.0], pooling: mean, \
+         optimizer: { type: lars, base_lr: 1.0 }, schedule: { type: cosine, warmup_epochs: 1 }, batch: { effective: 20 }",
+    ),
 ];
+
+/// The student of a stage of its own: a probe takes it with its weights.
+fn student(options: &str) -> &'static str {
+    match options.starts_with("type: linear_probe") {
+        true => "{ type: vit, arch: { dim: 24, depth: 2, heads: 2, patch: 7 }, weights: { stage: pretrain } }",
+        false => "{ stage: pretrain }",
+    }
+}
 
 /// Pre-training of four epochs that is judged on its way, and the same stages once more after it.
 fn recipe(evaluations: &str) -> String {
     let after = STAGES.iter().fold(String::new(), |after, (name, options)| {
-        after + &format!("  {name}: {{ {options}, student: {{ stage: pretrain }} }}\n")
+        after + &format!("  {name}: {{ {options}, student: {} }}\n", student(options))
     });
     format!(
         "name: judged
@@ -81,7 +94,8 @@ fn students_in_training_are_judged_exactly() {
         let epochs: Vec<f64> = courses[name].iter().map(|record| record["epoch"].as_f64().expect("a number")).collect();
         assert_eq!(epochs, if at == 0 { vec![1.0, 2.0, 3.0, 4.0] } else { vec![2.0, 4.0] }, "{name}");
         let last = courses[name].last().expect("records");
-        assert_eq!(last[*name], whole.summary[*name]["student"], "{name}: the stage after training says the same");
+        let own = &whole.summary[*name];
+        assert_eq!(&last[*name], own.get("student").unwrap_or(own), "{name}: the stage after training says the same");
         let course = whole.summary["pretrain"][*name].as_array().expect("a list");
         assert_eq!(course.len(), epochs.len());
         assert_eq!(course.last().expect("rows")["epoch"], 4);
@@ -150,8 +164,23 @@ fn what_judges_is_outlined_and_what_cannot_is_refused() {
         &format!("a: {{ every_epochs: 1, stage: {{ {quality}, levels: [2] }} }}"),
         &["level 2 of a tower of 2 blocks"],
     );
+    let probe = STAGES[4].1;
+    for (option, said) in [("student: { type: vit }", "`student`"), ("best: { metric: accuracy }", "`best`")] {
+        refused(
+            &format!("a: {{ every_epochs: 1, stage: {{ {probe}, {option} }} }}"),
+            &["a probe in training judges the student that is trained", said],
+        );
+    }
+    let without = probe.replace("eval: TEST, ", "");
+    refused(&format!("a: {{ every_epochs: 1, stage: {{ {without} }} }}"), &["no images to judge the student on"]);
     let evaluate = "a: { every_epochs: 1, stage: { type: evaluate, classifier: { stage: x }, data: TEST } }";
-    refused(evaluate, &["this stage judges no student in training", "`knn`, `few_shot`, `quality` and `retrieval` do"]);
+    refused(
+        evaluate,
+        &[
+            "this stage judges no student in training",
+            "`knn`, `linear_probe`, `few_shot`, `quality` and `retrieval` do",
+        ],
+    );
     let unlabelled = json!({ "every_epochs": 1, "stage": { "type": "few_shot" } });
     refused(&format!("a: {unlabelled}"), &["train"]);
 }

@@ -6,12 +6,13 @@ use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor};
 use maskalign_registry::{Refusal, Slot, StudentTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{
-    Data, FeatureTap, MicroBatch, Outcome, PlannedData, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
-    StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
-    probe_sweep::{Head, PlannedSweep, Sides, sweep},
-    supervised::{Classify, Kept, Labelled, PlannedClassifier, PlannedSupervised},
+    BatchSize, Data, FeatureTap, Length, MicroBatch, Outcome, PlannedData, PlannedJudge, PlannedStage, PlannedTraining,
+    Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
+    probe_sweep::{Head, PlannedSweep, Sides, probe, sweep},
+    supervised::{Classify, Kept, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised},
     training::{count_parameters, load_kept, saved_parameters},
     under,
 };
@@ -19,7 +20,7 @@ use crate::{
     component,
     components::{
         students::StudentModel,
-        towers::{Tap, TowerShape, TrainedStudents},
+        towers::{StudentPlan, Tap, TowerShape, TrainedStudents},
     },
     error::Result,
     nn::{BatchNorm, Bias, Init, Linear, Param, Reach},
@@ -52,6 +53,9 @@ fn head_std() -> f64 {
 ///
 /// The student runs on every image anew, so that images may be augmented; with `base_lrs` it runs on each once, and several
 /// classifiers are trained. It stays as it is: later stages take it from where this one took it.
+///
+/// Under `evaluations` of `pretrain` it judges the student that is trained: `student` is left out there, every image goes
+/// through it once, and a classifier is trained at each of `base_lrs`, or at the optimizer's rate.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct LinearProbe(With<Kept, With<Training, LinearProbeOptions>>);
@@ -62,8 +66,9 @@ struct LinearProbeOptions {
     /// Labelled images on which the accuracy is measured at the end; absent: it is not.
     #[serde(default)]
     eval: Option<Data>,
-    /// The frozen tower: with `weights: {stage: NAME}` an earlier stage's.
-    student: Slot<StudentTag>,
+    /// The frozen tower: with `weights: {stage: NAME}` an earlier stage's. To be left out where a student is judged in training.
+    #[serde(default)]
+    student: Option<Slot<StudentTag>>,
     /// What the classifier reads.
     #[serde(default = "cls")]
     pooling: Pooling,
@@ -150,12 +155,12 @@ impl LinearProbe {
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
         let batch = shared.batch;
-        if batch.micro() == 1 {
-            let message = "the variance of one image's features is not defined: a micro-batch needs two images";
-            let option = if batch.micro.is_some() { "micro" } else { "effective" };
-            refusals.push(Refusal::new(option, message).under("batch"));
-        }
-        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student: &own.student, kept: *kept };
+        keep(&mut refusals, check_batch(batch));
+        let Some(student) = &own.student else {
+            let refusal = Refusal::new("student", "there is no student to probe");
+            return Err(vec![refusal.help("give it, as `{ type: vit, weights: { stage: NAME } }`")]);
+        };
+        let labelled = Labelled { classes: own.classes, eval: own.eval.as_ref(), student, kept: *kept };
         let planned = PlannedSupervised::plan(cx, shared, labelled, &mut summary, &mut refusals);
         let Some(supervised) = planned else { return Err(refusals) };
         let shape = supervised.student.shape();
@@ -211,6 +216,102 @@ impl LinearProbe {
     }
 }
 
+/// Refuses micro-batches of one image.
+fn check_batch(batch: BatchSize) -> Result<(), Refusal> {
+    if batch.micro() > 1 {
+        return Ok(());
+    }
+    let message = "the variance of one image's features is not defined: a micro-batch needs two images";
+    let option = if batch.micro.is_some() { "micro" } else { "effective" };
+    Err(Refusal::new(option, message).under("batch"))
+}
+
+/// A probe of a student in the course of its training.
+struct JudgingProbe {
+    summary: StageSummary,
+    sweep: PlannedSweep,
+    data: PlannedData,
+    eval: PlannedData,
+    batch: BatchSize,
+    length: Length,
+    options: LinearProbeOptions,
+    classes: usize,
+    width: usize,
+    scope: String,
+}
+
+impl LinearProbe {
+    fn plan_judging(&self, cx: &StageContext, student: &StudentPlan) -> Result<JudgingProbe, Vec<Refusal>> {
+        let With { shared: kept, own: With { shared, own } } = &self.0;
+        let mut refusals = Vec::new();
+        let mut summary = StageSummary::default();
+        keep(&mut refusals, check_batch(shared.batch));
+        let student_given = own.student.is_some();
+        for (option, is_given) in
+            [("student", student_given), ("ema", kept.ema.is_some()), ("best", kept.best.is_some())]
+        {
+            if is_given {
+                refusals.push(
+                    Refusal::new(option, "a probe in training judges the student that is trained, and leaves nothing")
+                        .help(format!("leave `{option}` out")),
+                );
+            }
+        }
+        let training = shared.plan(cx, format!("{}.data", cx.name), &mut summary, &mut refusals);
+        let data = training.as_ref().map(|training| &training.data);
+        let classes = PlannedClasses::plan(cx, own.classes, data, own.eval.as_ref(), &mut summary, &mut refusals);
+        if own.eval.is_none() {
+            refusals.push(
+                Refusal::new("eval", "without it there are no images to judge the student on")
+                    .help("give `eval` images that are not trained on"),
+            );
+        }
+        let shape = student.tower.shape();
+        keep(&mut refusals, own.pooling.check("the student", &shape));
+        if own.tap == FeatureTap::Norm {
+            keep(&mut refusals, shape.check_tap("the student", Tap::Norm));
+        }
+        let rate = shared.optimizer.options.get("base_lr").and_then(Value::as_f64);
+        let rates = if own.base_lrs.is_empty() { rate.into_iter().collect() } else { own.base_lrs.clone() };
+        let sweep = PlannedSweep::plan(&rates, shared, &mut refusals);
+        let (Some(training), Some(sweep), Some(eval), true) = (training, sweep, classes.eval, refusals.is_empty())
+        else {
+            return Err(refusals);
+        };
+        let PlannedTraining { data, batch, length, .. } = training;
+        let open = [Some(&data), Some(&eval)];
+        let images = open.into_iter().flatten().filter_map(PlannedData::opened).map(|open| open.images.len()).sum();
+        summary.memory += memory::cached(&shape, images, AT_A_TIME, data.size);
+        Ok(JudgingProbe {
+            summary,
+            sweep,
+            data,
+            eval,
+            batch,
+            length,
+            options: own.clone(),
+            classes: classes.classes,
+            width: shape.arch.dim,
+            // As a stage of that name would draw it.
+            scope: cx.name.rsplit_once(".evaluations.").map_or(cx.name, |(_, own)| own).to_string(),
+        })
+    }
+}
+
+impl PlannedJudge for JudgingProbe {
+    fn summary(&self) -> &StageSummary {
+        &self.summary
+    }
+
+    fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
+        let sides = Sides { data: self.data.open()?, eval: self.eval.open()?, batch: self.batch, length: self.length };
+        let view = View { pooling: self.options.pooling, tap: self.options.tap, batch: AT_A_TIME };
+        let init = Init::new(run.cx.device(), run.seed, &*self.scope);
+        let fresh = || self.options.head(&init, self.classes, self.width);
+        Ok(probe(run, &self.sweep, &sides, &Tower::Student(student), view, &fresh)?.results)
+    }
+}
+
 impl PlannedLinearProbe {
     /// Data, optimizer and length.
     pub fn training(&self) -> &PlannedTraining {
@@ -238,13 +339,7 @@ impl ProbePlan {
 
     /// The classifier at its beginning.
     fn head(&self, init: &Init) -> Result<Head> {
-        let (classes, width) = (self.supervised.classes.classes, self.supervised.student.shape().arch.dim);
-        let init = &init.of_role(Role::Head);
-        let weight = init.truncated_normal("head.1.weight", &[classes, width], self.options.head_std)?;
-        Ok(Head {
-            norm: BatchNorm::plain(init, "head.0", width, EPS)?,
-            head: Linear::from_weight(init, "head.1", weight, Bias::With)?,
-        })
+        self.options.head(init, self.supervised.classes.classes, self.supervised.student.shape().arch.dim)
     }
 
     /// Tries the rates, and leaves the best classifier.
@@ -286,9 +381,25 @@ impl PlannedClassifier for ProbePlan {
     }
 }
 
+impl LinearProbeOptions {
+    /// The classifier at its beginning.
+    fn head(&self, init: &Init, classes: usize, width: usize) -> Result<Head> {
+        let init = &init.of_role(Role::Head);
+        let weight = init.truncated_normal("head.1.weight", &[classes, width], self.head_std)?;
+        Ok(Head {
+            norm: BatchNorm::plain(init, "head.0", width, EPS)?,
+            head: Linear::from_weight(init, "head.1", weight, Bias::With)?,
+        })
+    }
+}
+
 impl Stage for LinearProbe {
     fn plan(&self, cx: &StageContext) -> Result<Box<dyn PlannedStage>, Vec<Refusal>> {
         Ok(Box::new(self.plan_probe(cx)?))
+    }
+
+    fn plan_judge(&self, cx: &StageContext, student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
+        Ok(Box::new(self.plan_judging(cx, student)?))
     }
 }
 

@@ -236,7 +236,7 @@ pub trait Stage: Send + Sync {
     fn plan_judge(&self, _cx: &StageContext, _student: &StudentPlan) -> Result<Box<dyn PlannedJudge>, Vec<Refusal>> {
         Err(vec![
             Refusal::new("type", "this stage judges no student in training")
-                .help("`knn`, `few_shot`, `quality` and `retrieval` do"),
+                .help("`knn`, `linear_probe`, `few_shot`, `quality` and `retrieval` do"),
         ])
     }
 }

@@ -200,10 +200,41 @@ pub(super) fn sweep(
     view: View,
     fresh: &dyn Fn() -> Result<Head>,
 ) -> Result<Swept> {
+    let all = sides.length.steps();
+    let end = run.step_limit.map_or(all, |limit| all.min(limit));
+    try_rates(run, plan, (sides, end), (tower, view), fresh, &mut |run, name, result| {
+        run.events.send(Event::Result { stage: run.name, result: &json!({ "by_lr": { name: result } }) })
+    })
+}
+
+/// As [`sweep`], in the course of a training that `--steps` may end: each classifier is trained to its end, and what comes of
+/// one rate is told with the others.
+///
+/// # Errors
+/// As there.
+pub(super) fn probe(
+    run: &mut StageRun,
+    plan: &PlannedSweep,
+    sides: &Sides,
+    tower: &Tower,
+    view: View,
+    fresh: &dyn Fn() -> Result<Head>,
+) -> Result<Swept> {
+    try_rates(run, plan, (sides, sides.length.steps()), (tower, view), fresh, &mut |_, _, _| Ok(()))
+}
+
+/// Trains a classifier at each rate for so many steps, and gives the best.
+fn try_rates(
+    run: &mut StageRun,
+    plan: &PlannedSweep,
+    (sides, end): (&Sides, u64),
+    (tower, view): (&Tower, View),
+    fresh: &dyn Fn() -> Result<Head>,
+    told: &mut dyn FnMut(&mut StageRun, &str, &Value) -> Result<()>,
+) -> Result<Swept> {
     let features = Rc::new(extract_as_they_are(run, tower, sides.data, view)?);
     let held_out = extract_as_they_are(run, tower, sides.eval, view)?;
     let (batch, length) = (sides.batch, sides.length);
-    let end = run.step_limit.map_or(length.steps(), |limit| length.steps().min(limit));
     let all = end * plan.rates.len() as u64;
     let mut by_lr = Map::new();
     let mut best: Option<(f64, Swept)> = None;
@@ -232,7 +263,7 @@ pub(super) fn sweep(
             Err(error) => return Err(error),
         };
         let name = rate.to_string();
-        run.events.send(Event::Result { stage: run.name, result: &json!({ "by_lr": { name.as_str(): result } }) })?;
+        told(run, &name, &result)?;
         by_lr.insert(name, result);
     }
     let Some((_, mut best)) = best else {

@@ -57,8 +57,8 @@ struct Periodic {
     /// Measures the student by k-NN every few epochs.
     #[serde(default)]
     knn: Option<PeriodicKnn>,
-    /// Judges the student by other stages every few epochs, by name: `knn`, `few_shot`, `quality` or `retrieval`. Training is
-    /// the same with and without.
+    /// Judges the student by other stages every few epochs, by name: `knn`, `linear_probe`, `few_shot`, `quality` or
+    /// `retrieval`. Training is the same with and without.
     #[serde(default)]
     evaluations: IndexMap<String, PeriodicStage>,
 }
