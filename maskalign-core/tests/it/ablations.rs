@@ -49,7 +49,11 @@ fn expected() -> BTreeMap<&'static str, Vec<(&'static str, Value, Value)>> {
         ("mask_ratio_90", ratio(0.9)),
         (
             "masker_random",
-            vec![("masker.type", json!("attention"), json!("random")), ("masker.teacher", json!("clip"), Value::Null)],
+            vec![
+                ("masker.type", json!("attention"), json!("random")),
+                ("masker.teacher", json!("clip"), Value::Null),
+                ("masker.cell", Value::Null, json!(1)),
+            ],
         ),
         ("alignment_none", vec![last(), fused("simple")]),
         ("alignment_simple", vec![fused("simple")]),
