@@ -161,7 +161,7 @@ const PAPERS: &[(&str, &[&str])] = &[
     (
         "ijepa",
         &[
-            "masker.blocks=1",
+            "objectives.features.aligner.heads=1",
             "objectives.features.target.normalize=none",
             "objectives.features.target.tap=block",
             "objectives.features.loss.beta=2.0",
