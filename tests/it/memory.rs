@@ -170,6 +170,6 @@ fn an_evaluation() {
 fn quality_without_labels() {
     let sandbox = with_a_classifier();
     let stages = "stages={quality: {type: quality, student: {type: vit, weights: t}, levels: {last: 3}, \
-                  data: {dataset: {type: sample, split: train}}}}";
+                  data: {dataset: {type: sample, split: test}}}}";
     compare_in(&sandbox, "quickstart", &[stages], &[]);
 }

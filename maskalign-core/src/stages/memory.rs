@@ -72,7 +72,7 @@ pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_s
 pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
     let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
     // Its weights and the file that they come from; and a block of a tower that is trained passes whole.
-    let block = pass(tower, images, 1).max((10 * images * tower.tokens() * tower.arch.dim) as u64);
+    let block = pass(tower, images, 1).max((13 * images * tower.tokens() * tower.arch.dim) as u64);
     FLOAT * (2 * weights(tower) + scores + BATCHES * batch(images, image_size) + block) + BASE
 }
 
@@ -87,7 +87,7 @@ pub(super) fn quality(towers: &[(TowerShape, usize)], count: usize, size: usize,
         let passing = FLOAT * pass(tower, images, levels as usize);
         levels * level + centred + (8 * 2 * (width * width) as u64).max(passing) + FLOAT * (block * block) as u64
     };
-    let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    let held = held_for(towers);
     towers.iter().map(of_tower).max().unwrap_or(0) + FLOAT * (held + BATCHES * batch(images, size)) + BASE
 }
 
@@ -111,7 +111,7 @@ impl NeighbourSearch {
         let raw = batch(1, self.image_size);
         let searches = towers.iter().map(|(tower, levels)| self.of_features(tower.arch.dim, *levels));
         let searches = searches.chain(pixels.then(|| self.of_features(raw as usize, 1))).max().unwrap_or(0);
-        let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+        let held = held_for(towers);
         let passing = towers.iter().map(|(tower, levels)| pass(tower, self.images, *levels)).max().unwrap_or(0);
         searches + FLOAT * (held + BATCHES * batch(self.images, self.image_size) + passing) + BASE
     }
@@ -139,7 +139,7 @@ pub(super) fn ranking(
     let of_features = |width: usize, levels: usize| FLOAT * (levels * (searched + block_rows(width)) * width) as u64;
     let held = towers.iter().map(|(tower, levels)| of_features(tower.arch.dim, *levels));
     let held = held.chain(pixels.then(|| of_features(raw, 1))).max().unwrap_or(0);
-    let parameters: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+    let parameters = held_for(towers);
     let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
     // A similarity is sorted beside whether it is of an image of the class: on some threads at a time.
     let ranked = ((ranked_rows(searched).min(seekers).min(images) + 2 * THREADS) * searched) as u64;
@@ -168,7 +168,7 @@ impl Fits {
         let raw = batch(1, size) as usize;
         let fitted = towers.iter().map(|(tower, levels)| self.of_features(tower.arch.dim, *levels));
         let fitted = fitted.chain(pixels.then(|| self.of_features(raw, 1))).max().unwrap_or(0);
-        let held: u64 = towers.iter().map(|(tower, _)| weights(tower)).sum();
+        let held = held_for(towers);
         let passing = towers.iter().map(|(tower, levels)| pass(tower, images, *levels)).max().unwrap_or(0);
         fitted + FLOAT * (held + BATCHES * batch(images, size) + passing) + BASE
     }
@@ -216,6 +216,11 @@ fn batch(images: usize, size: usize) -> u64 {
     (images * 3 * size * size) as u64
 }
 
+/// Values of towers, and of what they were built from: what an earlier stage left, or a file.
+fn held_for(towers: &[(TowerShape, usize)]) -> u64 {
+    towers.iter().map(|(tower, _)| 2 * weights(tower)).sum()
+}
+
 /// Weights of a frozen tower.
 fn weights(tower: &TowerShape) -> u64 {
     let (dim, mlp, depth) = (tower.arch.dim as u64, tower.arch.mlp as u64, tower.arch.depth as u64);
@@ -240,6 +245,6 @@ mod tests {
         let tower = TowerShape::from(&VitConfig::plain(Arch::named("base_16").expect("a name"), 224));
         let search = NeighbourSearch { seekers: 50_000, k: 20, image_size: 224, images: 64 };
         let gib = |levels| search.bytes(&[(tower, levels)], false) as f64 / f64::from(1 << 30);
-        assert!(gib(12) < 6.0 && gib(1) < 1.0, "{:.2} and {:.2} GiB", gib(12), gib(1));
+        assert!(gib(12) < 6.0 && gib(1) < 1.4, "{:.2} and {:.2} GiB", gib(12), gib(1));
     }
 }
