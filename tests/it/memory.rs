@@ -157,7 +157,7 @@ fn with_a_classifier() -> Sandbox {
 #[test]
 fn an_evaluation() {
     let sandbox = with_a_classifier();
-    for batch in [100, 400] {
+    for batch in [200, 400] {
         let stages = format!(
             "stages={{judge: {{type: evaluate, classifier: {{type: vit, weights: t}}, batch: {batch}, \
              data: {{dataset: {{type: sample, split: test}}}}}}}}"
