@@ -71,12 +71,13 @@ impl Masker for MultiBlock {
             )));
         }
         let mut planned = PlannedMultiBlock { grid, options: self.clone(), counts: Counts { visible: 0, masked: 0 } };
-        let [smallest, _] = [0.0, 1.0].map(|u| size(grid, self.scale, self.aspect, u));
-        if smallest.0 * smallest.1 == 0 {
+        let sizes = [0.0, 1.0].map(|u| size(grid, self.scale, self.aspect, u));
+        // The first is the lowest, the last may be the narrowest.
+        if sizes.iter().any(|(rows, columns)| rows * columns == 0) {
             let message = format!("the smallest rectangle has none of {} patches", grid.patches());
             return Err(Refusal::new("scale", message));
         }
-        let [context, _] = [0.0, 1.0].map(|u| size(grid, self.context_scale, [1.0, 1.0], u));
+        let context = size(grid, self.context_scale, [1.0, 1.0], 0.0);
         if context.0 * context.1 <= self.min_visible {
             let message = format!(
                 "more than {} patches are to be seen, and the smallest square has {}",
