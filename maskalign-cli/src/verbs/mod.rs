@@ -105,3 +105,20 @@ pub(crate) enum Format {
     /// For programs.
     Json,
 }
+
+/// In which form a verb writes what it finds.
+#[derive(clap::Args)]
+pub(crate) struct Written {
+    /// How the findings are written
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// The same as --format json
+    #[arg(long, conflicts_with = "format")]
+    json: bool,
+}
+
+impl Written {
+    pub(crate) fn format(&self) -> Format {
+        if self.json { Format::Json } else { self.format }
+    }
+}

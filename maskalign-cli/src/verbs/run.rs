@@ -198,18 +198,7 @@ impl Args {
                 None => return Err(Failure::mistake("no recipe is named")),
             },
         };
-        let options = PlanOptions {
-            environment: Environment::Checked,
-            missing_weights: MissingWeights::Refused,
-            recompute: self.machine.recompute(),
-        };
-        let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
-            let mut report = loaded.locate_all(&refusals);
-            if let Some(place) = resumed.and_then(elsewhere) {
-                report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
-            }
-            Failure::Recipe(report)
-        })?;
+        let plan = planned(&loaded, &self.machine, resumed)?;
         let cx = self.machine.open()?;
         Ok((loaded, plan, cx))
     }
@@ -308,8 +297,24 @@ fn taken_over(origin: &Origin) -> String {
     text
 }
 
+/// What runs of a recipe, on the files that are there. Where it is a run's and is refused, that run's place is said.
+pub(super) fn planned(loaded: &Loaded, machine: &Machine, run: Option<&RunDir>) -> Result<Plan, Failure> {
+    let options = PlanOptions {
+        environment: Environment::Checked,
+        missing_weights: MissingWeights::Refused,
+        recompute: machine.recompute(),
+    };
+    pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
+        let mut report = loaded.locate_all(&refusals);
+        if let Some(place) = run.and_then(elsewhere) {
+            report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
+        }
+        Failure::Recipe(report)
+    })
+}
+
 /// Says where a run was started, if that is another folder: its recipe's relative paths start from there.
-pub(super) fn elsewhere(dir: &RunDir) -> Option<String> {
+fn elsewhere(dir: &RunDir) -> Option<String> {
     let started = dir.read_manifest().ok()??.working_directory?;
     let here = std::env::current_dir().ok()?;
     // The manifest holds what can be shown of a name.

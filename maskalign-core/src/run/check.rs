@@ -95,15 +95,13 @@ pub fn check(path: &Path) -> Result<Findings, RunError> {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             items.push(Item::of(&inside(&name), read, |read| format!("{} tensors", read.tensors.len())));
         }
-        if let Some(item) = run.failed(&stage).map_or_else(
-            |error| Some(Item::of(&inside("failed-*"), Err::<(), _>(error), |()| String::new())),
-            |failed| {
-                let (failed, _) = failed?;
+        match run.failed(&stage) {
+            Ok(None) => {}
+            Ok(Some((failed, _))) => {
                 let says = format!("the {} of step {} was not finite", failed.what, failed.step);
-                Some(Item::whole(inside(&format!("failed-{:08}.json", failed.step)), says))
-            },
-        ) {
-            items.push(item);
+                items.push(Item::whole(inside(&format!("failed-{:08}.json", failed.step)), says));
+            }
+            Err(error) => items.push(Item::of(&inside("failed-*"), Err::<(), _>(error), |()| String::new())),
         }
         match run.read_done(&stage) {
             Ok(None) => {}

@@ -6,12 +6,12 @@ use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor};
 use maskalign_registry::{Refusal, Slot, StudentTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     BatchSize, Data, FeatureTap, Length, MicroBatch, Outcome, PlannedData, PlannedJudge, PlannedStage, PlannedTraining,
     Pooling, Stage, StageContext, StageRun, StageSummary, Task, Tower, Trained, Training, View, finish, keep, memory,
-    probe_sweep::{Head, PlannedSweep, Sides, probe, sweep},
+    probe_sweep::{Head, PlannedSweep, Sides, sweep},
     supervised::{Classify, Kept, Labelled, PlannedClasses, PlannedClassifier, PlannedSupervised},
     training::{count_parameters, load_kept, saved_parameters},
     under,
@@ -23,6 +23,7 @@ use crate::{
         towers::{StudentPlan, Tap, TowerShape, TrainedStudents},
     },
     error::Result,
+    events::Event,
     nn::{BatchNorm, Bias, Init, Linear, Param, Reach},
     register,
     weights::TensorMap,
@@ -304,11 +305,14 @@ impl PlannedJudge for JudgingProbe {
     }
 
     fn judge(&self, run: &mut StageRun, student: &dyn StudentModel) -> Result<Value> {
-        let sides = Sides { data: self.data.open()?, eval: self.eval.open()?, batch: self.batch, length: self.length };
+        let (length, batch) = (self.length, self.batch);
+        // What is found depends on the student and the recipe alone, not on `--steps`.
+        let sides = Sides { data: self.data.open()?, eval: self.eval.open()?, batch, length, end: length.steps() };
         let view = View { pooling: self.options.pooling, tap: self.options.tap, batch: AT_A_TIME };
         let init = Init::new(run.cx.device(), run.seed, &*self.scope);
         let fresh = || self.options.head(&init, self.classes, self.width);
-        Ok(probe(run, &self.sweep, &sides, &Tower::Student(student), view, &fresh)?.results)
+        let tower = Tower::Student(student);
+        Ok(sweep(run, &self.sweep, &sides, (&tower, view), &fresh, &mut |_, _, _| Ok(()))?.results)
     }
 }
 
@@ -346,10 +350,14 @@ impl ProbePlan {
     fn sweep(&self, run: &mut StageRun, rates: &PlannedSweep, model: &mut Probe) -> Result<Outcome> {
         let PlannedTraining { data, batch, length, .. } = &self.supervised.training;
         let eval = self.supervised.classes.eval.as_ref().unwrap_or(data);
-        let sides = Sides { data: data.open()?, eval: eval.open()?, batch: *batch, length: *length };
+        let end = run.step_limit.map_or(length.steps(), |limit| length.steps().min(limit));
+        let sides = Sides { data: data.open()?, eval: eval.open()?, batch: *batch, length: *length, end };
         let view = View { pooling: self.options.pooling, tap: self.options.tap, batch: AT_A_TIME };
         let init = self.init(run.cx);
-        let swept = sweep(run, rates, &sides, &Tower::Student(&*model.student), view, &|| self.head(&init))?;
+        let tower = Tower::Student(&*model.student);
+        let swept = sweep(run, rates, &sides, (&tower, view), &|| self.head(&init), &mut |run, rate, result| {
+            run.events.send(Event::Result { stage: run.name, result: &json!({ "by_lr": { rate: result } }) })
+        })?;
         model.head = swept.head;
         let trained = Trained { results: swept.results };
         finish(run, model, swept.trainer, &trained)?;

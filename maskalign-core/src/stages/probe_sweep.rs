@@ -65,8 +65,10 @@ pub(super) struct Sides<'a> {
     pub eval: &'a OpenData,
     /// Images of an update.
     pub batch: BatchSize,
-    /// How long each is trained.
+    /// How long each is to be trained.
     pub length: Length,
+    /// Steps after which its training ends, earlier where `--steps` says so.
+    pub end: u64,
 }
 
 /// A classifier on features.
@@ -187,8 +189,8 @@ pub(super) struct Swept {
     pub trainer: Trainer,
 }
 
-/// Trains a classifier at each rate, each from the same beginning, and tells what it finds. Gives the one with the highest
-/// accuracy, of several the first.
+/// Trains a classifier at each rate, each from the same beginning, and gives `told` what comes of it by the rate. Returns the
+/// one with the highest accuracy, of several the first.
 ///
 /// # Errors
 /// No rate at which the loss stays finite; whatever ends a run early.
@@ -196,45 +198,13 @@ pub(super) fn sweep(
     run: &mut StageRun,
     plan: &PlannedSweep,
     sides: &Sides,
-    tower: &Tower,
-    view: View,
-    fresh: &dyn Fn() -> Result<Head>,
-) -> Result<Swept> {
-    let all = sides.length.steps();
-    let end = run.step_limit.map_or(all, |limit| all.min(limit));
-    try_rates(run, plan, (sides, end), (tower, view), fresh, &mut |run, name, result| {
-        run.events.send(Event::Result { stage: run.name, result: &json!({ "by_lr": { name: result } }) })
-    })
-}
-
-/// As [`sweep`], in the course of a training that `--steps` may end: each classifier is trained to its end, and what comes of
-/// one rate is told with the others.
-///
-/// # Errors
-/// As there.
-pub(super) fn probe(
-    run: &mut StageRun,
-    plan: &PlannedSweep,
-    sides: &Sides,
-    tower: &Tower,
-    view: View,
-    fresh: &dyn Fn() -> Result<Head>,
-) -> Result<Swept> {
-    try_rates(run, plan, (sides, sides.length.steps()), (tower, view), fresh, &mut |_, _, _| Ok(()))
-}
-
-/// Trains a classifier at each rate for so many steps, and gives the best.
-fn try_rates(
-    run: &mut StageRun,
-    plan: &PlannedSweep,
-    (sides, end): (&Sides, u64),
     (tower, view): (&Tower, View),
     fresh: &dyn Fn() -> Result<Head>,
     told: &mut dyn FnMut(&mut StageRun, &str, &Value) -> Result<()>,
 ) -> Result<Swept> {
     let features = Rc::new(extract_as_they_are(run, tower, sides.data, view)?);
     let held_out = extract_as_they_are(run, tower, sides.eval, view)?;
-    let (batch, length) = (sides.batch, sides.length);
+    let Sides { batch, length, end, .. } = *sides;
     let all = end * plan.rates.len() as u64;
     let mut by_lr = Map::new();
     let mut best: Option<(f64, Swept)> = None;

@@ -11,7 +11,7 @@ use crate::{
     output, recipes,
     render::{self, paint},
     session::Session,
-    verbs::Format,
+    verbs::{Format, Written},
 };
 
 /// Check that every file of a run is as it was written, and that they agree with each other
@@ -22,12 +22,8 @@ use crate::{
 pub(super) struct Args {
     /// The run directory
     run: PathBuf,
-    /// How the findings are written
-    #[arg(long, value_enum, default_value_t)]
-    format: Format,
-    /// The same as --format json
-    #[arg(long, conflicts_with = "format")]
-    json: bool,
+    #[command(flatten)]
+    written: Written,
 }
 
 impl Args {
@@ -38,8 +34,7 @@ impl Args {
             *recipe = self.recipe(session, &recipe.name, &wanted);
         }
         let broken = items.iter().filter(|item| !item.whole).count();
-        let format = if self.json { Format::Json } else { self.format };
-        match format {
+        match self.written.format() {
             Format::Json => output::print_json(&json!({ "whole": broken == 0, "items": items }))?,
             Format::Text => output::print(&text(&items))?,
         }

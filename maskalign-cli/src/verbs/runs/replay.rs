@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use maskalign_core::{
-    components::towers::{Environment, MissingWeights},
-    pipeline::{self, PlanOptions, Replay},
+    pipeline::{self, Replay},
     run::{FailedBatch, FailedStep, OperatorRecord, RunDir},
 };
 use serde_json::{Map, Value, json};
@@ -15,7 +14,7 @@ use crate::{
     render::{self, paint},
     session::Session,
     table::{Table, count},
-    verbs::{Format, machine::Machine, run::elsewhere},
+    verbs::{Format, Written, machine::Machine, run::planned},
 };
 
 /// So many images of a micro-batch are named on a terminal; all of them are in the file and in JSON.
@@ -35,12 +34,8 @@ pub(super) struct Args {
     stage: Option<String>,
     #[command(flatten)]
     machine: Machine,
-    /// How it is written
-    #[arg(long, value_enum, default_value_t)]
-    format: Format,
-    /// The same as --format json
-    #[arg(long, conflicts_with = "format")]
-    json: bool,
+    #[command(flatten)]
+    written: Written,
 }
 
 impl Args {
@@ -51,23 +46,12 @@ impl Args {
             return Err(Failure::mistake(message));
         }
         let loaded = recipes::load(session.registry, &dir.recipe_path(), &[])?;
-        let options = PlanOptions {
-            environment: Environment::Checked,
-            missing_weights: MissingWeights::Refused,
-            recompute: self.machine.recompute(),
-        };
-        let plan = pipeline::plan(loaded.recipe(), options).map_err(|refusals| {
-            let mut report = loaded.locate_all(&refusals);
-            if let Some(place) = elsewhere(&dir) {
-                report.0 = report.0.into_iter().map(|diagnostic| diagnostic.help(place.clone())).collect();
-            }
-            Failure::Recipe(report)
-        })?;
+        let plan = planned(&loaded, &self.machine, Some(&dir))?;
         let cx = self.machine.open()?;
         let stage = self.stage.as_deref();
         let replay = pipeline::replay(&cx, loaded.recipe(), &loaded.fingerprint(), &plan, &dir, stage)
             .map_err(|error| Failure::located(error, &loaded))?;
-        match if self.json { Format::Json } else { self.format } {
+        match self.written.format() {
             Format::Json => output::print_json(&json!({ "then": replay.then, "now": replay.now }))?,
             Format::Text => output::print(&text(&replay))?,
         }

@@ -23,7 +23,7 @@ pub use objective::{Objective, PlannedObjective};
 
 use super::{
     EpochEvaluation, Loop, MicroBatch, Outcome, PlannedJudge, PlannedStage, PlannedTraining, Stage, StageContext,
-    StageRun, StageSummary, Training, TrainingStep, finish, image_batch, keep,
+    StageRun, StageSummary, Training, TrainingStep, finish, keep,
     knn::{PeriodicKnn, PlannedKnn},
     memory, train,
     training::{count_parameters, saved_parameters},
@@ -479,14 +479,7 @@ impl PlannedPretrain {
         let PlannedTraining { data, batch, .. } = &self.training;
         let loader = data.open()?.training(run.seed, batch.effective, batch.micro(), 0)?;
         let Some(first) = loader.batches(Position::default(), Some(1)).next() else { return Ok(()) };
-        let mut first = first?;
-        let batch = MicroBatch {
-            images: image_batch(&mut first),
-            labels: first.labels,
-            indices: first.indices,
-            epoch: first.at.epoch,
-            progress: 1.0,
-        };
+        let batch = MicroBatch::of(first?, 1.0);
         for picture in model.pictures(run.cx, run.name, &batch)? {
             run.events.send(Event::Picture(&picture))?;
         }

@@ -5,23 +5,11 @@ use serde_json::{Map, Value};
 
 use super::{MicroBatch, PlannedTraining, Task, Term, Trainer};
 use crate::{
-    data::Batch,
     error::{Error, Result},
     nn::Role,
     run::{BadParameter, FailedBatch, FailedStep, FirstOperator, OPERATORS_BEFORE, OperatorRecord, number},
-    stages::{OpenData, StageRun, image_batch},
+    stages::{OpenData, StageRun},
 };
-
-/// A micro-batch of what a loader gives.
-pub(super) fn micro_batch(mut batch: Batch, progress: f64) -> MicroBatch {
-    MicroBatch {
-        images: image_batch(&mut batch),
-        labels: batch.labels,
-        indices: batch.indices,
-        epoch: batch.at.epoch,
-        progress,
-    }
-}
 
 /// Makes the trainer's next step and looks at it. Where it is finite, it has been made: the state is another one then.
 ///
@@ -47,7 +35,7 @@ pub(super) fn examine(
     let stepped = trainer.step(&cx, task, batch.effective / batch.micro(), &mut || {
         let batch = run.stop.while_waiting(|| batches.next()).expect("batches for a step")?;
         indices.push(batch.indices.clone());
-        Ok(micro_batch(batch, progress))
+        Ok(MicroBatch::of(batch, progress))
     });
     let mut terms = task.take_terms();
     let (what, value, repeats) = match stepped {

@@ -6,10 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Best, Length, PlannedTraining, Step, Task, Trainer,
-    best::Found,
-    failing::{examine, micro_batch},
-    trainer::on_device,
+    Best, Length, MicroBatch, PlannedTraining, Step, Task, Trainer, best::Found, failing::examine, trainer::on_device,
 };
 use crate::{
     components::towers::timm_config,
@@ -237,7 +234,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
         let stepped = trainer.step(run.cx, task, parts, &mut || {
             let batch: Batch = waits.while_waiting(|| batches.next()).expect("batches for every step")?;
             notes.skipped.extend(&batch.unreadable);
-            Ok(micro_batch(batch, progress))
+            Ok(MicroBatch::of(batch, progress))
         });
         let forward = task.take_times();
         let Step { loss, terms, gradient_norm, lr, phases } = match stepped {

@@ -23,9 +23,11 @@ use crate::{
         schedules::Schedule,
         towers::TowerShape,
     },
+    data::Batch,
     error::{Error, Result},
     events::SavedParameter,
     nn::{BranchScales, Param, Reach},
+    stages::image_batch,
     weights::{TensorData, TensorMap, TensorRef},
 };
 
@@ -73,6 +75,19 @@ pub struct MicroBatch {
     pub epoch: u64,
     /// Share of the stage that is done.
     pub progress: f64,
+}
+
+impl MicroBatch {
+    /// What a loader gives, where such a share of the stage is done.
+    pub(in crate::stages) fn of(mut batch: Batch, progress: f64) -> MicroBatch {
+        MicroBatch {
+            images: image_batch(&mut batch),
+            labels: batch.labels,
+            indices: batch.indices,
+            epoch: batch.at.epoch,
+            progress,
+        }
+    }
 }
 
 /// What is trained: parameters, and a loss of a micro-batch.
