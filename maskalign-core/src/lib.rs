@@ -103,10 +103,10 @@ pub mod prelude {
         },
         register, register_naming,
         stages::{
-            Bank, Classify, Data, FeatureTap, Loop, MicroBatch, OpenData, Outcome, PlannedClasses, PlannedClassifier,
-            PlannedData, PlannedJudge, PlannedStage, PlannedTraining, Pooling, Stage, StageContext, StageRun,
-            StageSummary, Task, Tower, Training, View, accuracy, class_targets, count_parameters, extract, finish,
-            image_batch, keep, train,
+            Bank, Classify, Data, FeatureTap, ImageView, Loop, MicroBatch, OpenData, Outcome, PlannedClasses,
+            PlannedClassifier, PlannedData, PlannedJudge, PlannedStage, PlannedTraining, Pooling, Stage, StageContext,
+            StageRun, StageSummary, Task, Tower, Training, View, accuracy, class_targets, count_parameters, extract,
+            finish, image_batch, keep, train,
         },
         weights::Family,
     };

@@ -84,8 +84,8 @@ pub type Source<'a> = &'a mut dyn FnMut(usize) -> Result<MicroBatch>;
 /// A recipe without such a stage, or one that its components refuse.
 pub fn bench(cx: &Context, recipe: &Recipe, options: BenchOptions) -> Result<BenchReport> {
     let batch = Stages::new(recipe, cx, options.batch)?.planned;
-    let (size, batch) = (batch.training().data.size, batch.training().batch.effective);
-    let mut synthetic = |step: usize| Ok(synthetic(step, batch, size));
+    let (sizes, batch) = (batch.crop_sizes(), batch.training().batch.effective);
+    let mut synthetic = |step: usize| Ok(synthetic(step, batch, &sizes));
     bench_on(cx, recipe, options, &mut synthetic)
 }
 
@@ -106,8 +106,10 @@ pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: So
             let counts = planned.counts();
             let visible = student.held().count(counts.visible, counts.masked);
             let heads: f64 = planned.objectives().iter().map(|o| head_flop(o, &student, visible)).sum();
-            let gflop = planned.teacher_shapes().iter().map(|t| tower_flop(t, t.tokens())).sum::<f64>()
-                + 3.0 * (tower_flop(&student, visible) + heads);
+            let teachers = planned.teacher_shapes();
+            let teachers = teachers.iter().map(|(tower, crops)| *crops as f64 * tower_flop(tower, tower.tokens()));
+            let towers: f64 = planned.student_tokens().iter().map(|tokens| tower_flop(&student, *tokens)).sum();
+            let gflop = teachers.sum::<f64>() + 3.0 * (towers + heads);
             let mut model = planned.model(cx, &trained).map_err(at)?;
             let mut trainer = planned.training().trainer_for(batch * 1000);
             time_training(cx, options, batch, &mut model, &mut trainer, gflop / 1e9, source)
@@ -116,7 +118,7 @@ pub fn bench_on(cx: &Context, recipe: &Recipe, options: BenchOptions, source: So
             let mut student = slot["student"].clone();
             student["drop_path"] = json!(0.2);
             let finetune: Finetune = decode_options(json!({
-                "epochs": 1, "data": slot["data"], "student": student, "optimizer": slot["optimizer"],
+                "epochs": 1, "data": one_view(slot["data"].clone()), "student": student, "optimizer": slot["optimizer"],
                 "schedule": { "type": "constant" }, "batch": { "effective": batch }, "classes": 1000,
             }))?;
             let students = BTreeMap::new();
@@ -198,12 +200,26 @@ fn head_flop(objective: &PlannedObjective, student: &TowerShape, tokens: usize) 
     2.0 * (tokens * student.arch.dim * objective.target.width * objective.level_weights.len()) as f64
 }
 
-/// New images every step, uniform in [0, 1].
-fn synthetic(step: usize, batch: usize, size: usize) -> MicroBatch {
+/// Data whose images are those of its first view, where it has views.
+fn one_view(mut data: Value) -> Value {
+    let Some(views) = data.as_object_mut().and_then(|data| data.remove("views")) else { return data };
+    let first = views.as_object().and_then(|views| views.values().next()).map(|view| view["transforms"].clone());
+    if let (Some(Value::Array(further)), Some(Value::Array(transforms))) = (first, data.get_mut("transforms")) {
+        transforms.extend(further);
+    }
+    data
+}
+
+/// New images every step, uniform in [0, 1], with crops of these sides.
+fn synthetic(step: usize, batch: usize, sizes: &[usize]) -> MicroBatch {
     let mut stream = Stream::new(0, "bench", step as u64, 0);
-    let pixels = (0..batch * 3 * size * size).map(|_| (stream.bits() >> 8) as f32 / (1 << 24) as f32).collect();
+    let mut crops = sizes.iter().map(|&size| {
+        let pixels = (0..batch * 3 * size * size).map(|_| (stream.bits() >> 8) as f32 / (1 << 24) as f32).collect();
+        ImageBatch { pixels, batch, size }
+    });
     MicroBatch {
-        images: ImageBatch { pixels, batch, size },
+        images: crops.next().expect("an image has a crop"),
+        crops: crops.collect(),
         labels: vec![None; batch],
         indices: (step * batch..(step + 1) * batch).collect(),
         epoch: step as u64,

@@ -3,7 +3,11 @@
 use maskalign_engine::Result;
 use maskalign_registry::Refusal;
 
-use crate::{component, components::maskers::Mask, nn::SeenPatches};
+use crate::{
+    component,
+    components::maskers::{Counts, Mask},
+    nn::SeenPatches,
+};
 
 /// A group of tokens.
 ///
@@ -81,7 +85,7 @@ impl Tokens {
     }
 }
 
-/// The masks of a batch: equally many visible and equally many predicted patches in each image.
+/// The masks of a batch.
 ///
 /// ```
 /// # use maskalign_core::prelude::*;
@@ -89,75 +93,126 @@ impl Tokens {
 ///     Mask { visible: vec![3], masked: vec![0, 1] },
 ///     Mask { visible: vec![2], masked: vec![1, 3] },
 /// ]);
-/// assert_eq!((masks.visible_each(), masks.masked_of(1)), (1, &[1, 3][..]));
+/// assert_eq!((masks.counts_of(0), masks.masked_of(1)), (Counts { visible: 1, masked: 2 }, &[1, 3][..]));
 /// assert_eq!(masks.rows(Tokens { masked: true, ..Tokens::default() }, false), [0, 1, 1, 3]);
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Masks {
     /// Images.
     pub batch: usize,
-    /// Patch indices that the student sees, in that order: `[batch * visible()]`.
+    /// Patch indices that the student sees, image after image, in that order.
     pub visible: Vec<u32>,
-    /// Patch indices to predict: `[batch * masked()]`.
+    /// Patch indices to predict, likewise.
     pub masked: Vec<u32>,
+    /// How many of both each image has, where they are not equally many in each.
+    pub uneven: Option<Vec<Counts>>,
 }
 
 impl Masks {
+    /// Masks with equally many patches of each image: `[batch * visible]` and `[batch * masked]`.
+    pub fn even(batch: usize, visible: Vec<u32>, masked: Vec<u32>) -> Self {
+        Masks { batch, visible, masked, uneven: None }
+    }
+
     /// Joins the masks of single images.
     pub fn join(masks: &[Mask]) -> Self {
+        let counts = |mask: &Mask| Counts { visible: mask.visible.len(), masked: mask.masked.len() };
+        let is_even = masks.windows(2).all(|pair| counts(&pair[0]) == counts(&pair[1]));
         Masks {
             batch: masks.len(),
             visible: masks.iter().flat_map(|m| m.visible.iter().copied()).collect(),
             masked: masks.iter().flat_map(|m| m.masked.iter().copied()).collect(),
+            uneven: (!is_even).then(|| masks.iter().map(counts).collect()),
         }
+    }
+
+    /// Some of the images, in the order of their places; one may be taken many times.
+    #[must_use]
+    pub fn pick(&self, images: impl Iterator<Item = usize>) -> Self {
+        let all: Vec<(&[u32], &[u32])> = self.images().collect();
+        let mask = |image: usize| Mask { visible: all[image].0.to_vec(), masked: all[image].1.to_vec() };
+        Masks::join(&images.map(mask).collect::<Vec<_>>())
+    }
+
+    /// Batch after batch.
+    pub fn concat(batches: &[&Masks]) -> Self {
+        let images = batches.iter().flat_map(|masks| masks.images());
+        Masks::join(&images.map(|(v, m)| Mask { visible: v.to_vec(), masked: m.to_vec() }).collect::<Vec<_>>())
     }
 
     /// Every patch visible, none predicted.
     pub fn all_visible(batch: usize, patches: usize) -> Self {
-        Masks { batch, visible: (0..batch).flat_map(|_| 0..patches as u32).collect(), masked: Vec::new() }
+        Masks::even(batch, (0..batch).flat_map(|_| 0..patches as u32).collect(), Vec::new())
     }
 
     /// What a tower sees of them.
     pub fn seen(&self) -> SeenPatches<'_> {
-        SeenPatches { visible: &self.visible, masked: &self.masked }
+        SeenPatches { visible: &self.visible, masked: &self.masked, uneven: self.uneven.as_deref() }
     }
 
-    /// Visible patches of an image.
-    pub fn visible_each(&self) -> usize {
-        self.visible.len() / self.batch
+    /// How many patches of an image are visible and predicted.
+    pub fn counts_of(&self, image: usize) -> Counts {
+        match &self.uneven {
+            Some(counts) => counts[image],
+            None => Counts { visible: self.visible.len() / self.batch, masked: self.masked.len() / self.batch },
+        }
     }
 
-    /// Predicted patches of an image.
-    pub fn masked_each(&self) -> usize {
-        self.masked.len() / self.batch
+    /// The visible and the predicted patches of each image.
+    pub fn images(&self) -> impl Iterator<Item = (&[u32], &[u32])> {
+        let (mut visible, mut masked) = (&self.visible[..], &self.masked[..]);
+        (0..self.batch).map(move |image| {
+            let counts = self.counts_of(image);
+            let (of_visible, of_masked);
+            (of_visible, visible) = visible.split_at(counts.visible);
+            (of_masked, masked) = masked.split_at(counts.masked);
+            (of_visible, of_masked)
+        })
     }
 
     /// Visible patches of one image.
+    ///
+    /// # Panics
+    /// There is no such image, here and below.
     pub fn visible_of(&self, image: usize) -> &[u32] {
-        let each = self.visible_each();
-        &self.visible[image * each..][..each]
+        self.images().nth(image).expect("an image of the batch").0
     }
 
     /// Predicted patches of one image.
     pub fn masked_of(&self, image: usize) -> &[u32] {
-        let each = self.masked_each();
-        &self.masked[image * each..][..each]
+        self.images().nth(image).expect("an image of the batch").1
     }
 
     /// For each image, the token indices of `tokens` in a tower that sees every patch, its class token (if any) first.
     pub fn rows(&self, tokens: Tokens, class_token: bool) -> Vec<u32> {
+        self.rows_among(tokens, class_token, 0)
+    }
+
+    /// As [`Masks::rows`], among the rows of all images together, of `each` tokens an image.
+    pub fn rows_among(&self, tokens: Tokens, class_token: bool, each: usize) -> Vec<u32> {
         let shift = u32::from(class_token);
         let mut rows = Vec::new();
-        for image in 0..self.batch {
-            rows.extend(tokens.cls.then_some(0));
+        for (image, (visible, masked)) in self.images().enumerate() {
+            let start = (image * each) as u32;
+            rows.extend(tokens.cls.then_some(start));
             if tokens.visible {
-                rows.extend(self.visible_of(image).iter().map(|i| i + shift));
+                rows.extend(visible.iter().map(|i| start + i + shift));
             }
             if tokens.masked {
-                rows.extend(self.masked_of(image).iter().map(|i| i + shift));
+                rows.extend(masked.iter().map(|i| start + i + shift));
             }
         }
         rows
+    }
+
+    /// How many rows of `tokens` each image has.
+    pub fn lengths(&self, tokens: Tokens) -> Vec<usize> {
+        (0..self.batch)
+            .map(|image| {
+                let counts = self.counts_of(image);
+                tokens.count(counts.visible, counts.masked)
+            })
+            .collect()
     }
 
     /// Where the rows of `wanted` are among rows laid out as `held` (a superset), over the whole batch; `None` where
@@ -166,20 +221,20 @@ impl Masks {
         if wanted == held {
             return None;
         }
-        let (visible, masked) = (self.visible_each(), self.masked_each());
-        let width = held.count(visible, masked);
-        let after_cls = usize::from(held.cls);
-        let after_visible = after_cls + if held.visible { visible } else { 0 };
         let mut rows = Vec::new();
+        let mut start = 0;
         for image in 0..self.batch {
-            let start = image * width;
+            let Counts { visible, masked } = self.counts_of(image);
+            let after_cls = start + usize::from(held.cls);
+            let after_visible = after_cls + if held.visible { visible } else { 0 };
             rows.extend(wanted.cls.then_some(start as u32));
             if wanted.visible {
-                rows.extend((start + after_cls..start + after_cls + visible).map(|i| i as u32));
+                rows.extend((after_cls..after_cls + visible).map(|i| i as u32));
             }
             if wanted.masked {
-                rows.extend((start + after_visible..start + after_visible + masked).map(|i| i as u32));
+                rows.extend((after_visible..after_visible + masked).map(|i| i as u32));
             }
+            start += held.count(visible, masked);
         }
         Some(rows)
     }

@@ -210,6 +210,14 @@ pub trait PlannedStudent: Send + Sync {
     fn is_drawn(&self) -> bool {
         false
     }
+    /// Whether its model gives attention: see [`StudentModel::forward_attending`].
+    fn gives_attention(&self) -> bool {
+        false
+    }
+    /// Whether its model runs at other sizes than its shape's: see [`StudentModel::forward_at`].
+    fn sees_sizes(&self) -> bool {
+        false
+    }
     /// Builds the tower, from its initial values or from weights. Parameters are those of `init`'s role.
     ///
     /// # Errors
@@ -283,6 +291,37 @@ pub trait StudentModel: Module {
         scales: Option<&BranchScales>,
         keep: &dyn Fn(usize) -> bool,
     ) -> Result<Features>;
+    /// As [`StudentModel::forward`], running at `size` pixels instead of its shape's; for students that
+    /// [see sizes](PlannedStudent::sees_sizes).
+    ///
+    /// # Errors
+    /// As there.
+    #[expect(clippy::too_many_arguments, reason = "what `forward` takes, and the size")]
+    fn forward_at(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        images: &ImageBatch,
+        _size: usize,
+        seen: Option<SeenPatches>,
+        scales: Option<&BranchScales>,
+        keep: &dyn Fn(usize) -> bool,
+    ) -> Result<Features> {
+        self.forward(cx, tape, images, seen, scales, keep)
+    }
+    /// Without gradients and with every patch visible: hidden states, and how much the class token attends to each patch in
+    /// the last block, mean over heads, `[batch, patches]`; for students that [give it](PlannedStudent::gives_attention).
+    ///
+    /// # Errors
+    /// As for [`StudentModel::forward`].
+    fn forward_attending(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        keep: &dyn Fn(usize) -> bool,
+    ) -> Result<(Features, Vec<f32>)> {
+        Ok((self.forward(cx, &mut Tape::inference(), images, None, None, keep)?, Vec::new()))
+    }
     /// The final norm.
     ///
     /// # Errors

@@ -68,11 +68,49 @@ pub struct Position {
     pub step: u64,
 }
 
+/// One crop of every image.
+///
+/// ```
+/// # use maskalign_core::data::ViewCrop;
+/// let halves = ViewCrop::of_view("half", 1, Vec::new().into(), (16, 16));
+/// assert_eq!((halves.view.as_str(), halves.copy, halves.size), ("half", 1, (16, 16)));
+/// ```
+#[derive(Clone)]
+pub struct ViewCrop {
+    /// The view that it is one of; empty where an image has one view alone.
+    pub view: String,
+    /// Which of that view's.
+    pub copy: usize,
+    /// `(width, height)` in pixels.
+    pub size: (usize, usize),
+    /// What is done to the image after the transforms that all crops share.
+    transforms: Arc<[Box<dyn Transform>]>,
+}
+
+impl ViewCrop {
+    /// A crop of a view, whose transforms make images of the given size of what the shared ones leave. It has random streams
+    /// of its own.
+    pub fn of_view(view: &str, copy: usize, transforms: Arc<[Box<dyn Transform>]>, size: (usize, usize)) -> Self {
+        ViewCrop { view: view.to_owned(), copy, size, transforms }
+    }
+
+    /// What the shared transforms leave, of the given size.
+    fn whole(size: (usize, usize)) -> Self {
+        ViewCrop::of_view("", 0, Arc::default(), size)
+    }
+
+    fn stream(&self, seed: u64, purpose: &str, epoch: u64, index: usize) -> Stream {
+        Stream::new(seed, format!("{purpose}, {} {}", self.view, self.copy).as_str(), epoch, index as u64)
+    }
+}
+
 /// Images that enter the towers together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
-    /// `[B, 3, height, width]` red, green and blue in [0, 1].
+    /// `[B, 3, height, width]` red, green and blue in [0, 1]: of data with several crops, the first.
     pub images: Vec<f32>,
+    /// The further crops, in order, each `[B, 3, height, width]` with its `(width, height)`.
+    pub crops: Vec<(Vec<f32>, (usize, usize))>,
     /// `[B]` classes, where the dataset has them.
     pub labels: Vec<Option<u32>>,
     /// `[B]` places in the dataset.
@@ -106,6 +144,8 @@ pub struct Loader {
 }
 
 impl Loader {
+    /// One crop of each image: what the transforms leave.
+    ///
     /// # Errors
     /// Refuses (`transforms`, `dataset`, `batch`) images whose size is not fixed, a batch larger than the dataset, and
     /// micro-batches that do not divide the batch.
@@ -121,6 +161,19 @@ impl Loader {
             Refusal::new("transforms", "the images have different sizes after the transforms")
                 .help("end with one that fixes the size: `random_resized_crop`, `center_crop`, or `resize` with `[height, width]`")
         })?;
+        Self::of_crops(images, transforms, vec![ViewCrop::whole(size)], config)
+    }
+
+    /// Several crops of each image, at least one, each after the transforms that they share.
+    ///
+    /// # Errors
+    /// As for [`Loader::new`], but for sizes.
+    pub fn of_crops(
+        images: Arc<dyn Images>,
+        transforms: Arc<[Box<dyn Transform>]>,
+        crops: Vec<ViewCrop>,
+        config: LoaderConfig,
+    ) -> Result<Self, Refusal> {
         let (count, LoaderConfig { batch, micro, .. }) = (images.len(), config);
         if count == 0 {
             return Err(Refusal::new("dataset", "there are no images"));
@@ -139,12 +192,12 @@ impl Loader {
             )
             .help(format!("choose an `effective` of at most {count}")));
         }
-        Ok(Self { source: Arc::new(Source { images, transforms, config, size, unreadable: Mutex::default() }) })
+        Ok(Self { source: Arc::new(Source { images, transforms, config, crops, unreadable: Mutex::default() }) })
     }
 
-    /// `(width, height)` in pixels of every image.
+    /// `(width, height)` in pixels of every image's first crop.
     pub fn size(&self) -> (usize, usize) {
-        self.source.size
+        self.source.crops[0].size
     }
 
     /// The dataset.
@@ -220,13 +273,13 @@ impl Iterator for Batches {
 impl Batches {
     fn finish(&mut self, open: Arc<OpenBatch>) -> Result<Batch, DataError> {
         let source = &self.shared.source;
-        let Filled { mut images, outcomes } = std::mem::take(&mut *lock(&open.filled));
-        let image_len = source.image_len();
+        let Filled { mut crops, outcomes } = std::mem::take(&mut *lock(&open.filled));
         let mut batch = Batch {
             images: Vec::new(),
+            crops: Vec::new(),
             labels: Vec::with_capacity(outcomes.len()),
             indices: Vec::with_capacity(outcomes.len()),
-            size: source.size,
+            size: source.crops[0].size,
             at: open.at,
             part: open.part,
             unreadable: Vec::new(),
@@ -237,14 +290,22 @@ impl Batches {
             if let Some(index) = chosen? {
                 let kept = batch.indices.len();
                 if kept < place {
-                    images.copy_within(place * image_len..(place + 1) * image_len, kept * image_len);
+                    for (crop, pixels) in source.crops.iter().zip(&mut crops) {
+                        let len = image_len(crop.size);
+                        pixels.copy_within(place * len..(place + 1) * len, kept * len);
+                    }
                 }
                 batch.indices.push(index);
                 batch.labels.push(source.images.label(index));
             }
         }
-        images.truncate(batch.indices.len() * image_len);
-        batch.images = images;
+        let kept = batch.indices.len();
+        let mut all = source.crops.iter().zip(crops).map(|(crop, mut pixels)| {
+            pixels.truncate(kept * image_len(crop.size));
+            (pixels, crop.size)
+        });
+        batch.images = all.next().expect("there is a crop").0;
+        batch.crops = all.collect();
         Ok(batch)
     }
 }
@@ -264,7 +325,8 @@ struct Source {
     images: Arc<dyn Images>,
     transforms: Arc<[Box<dyn Transform>]>,
     config: LoaderConfig,
-    size: (usize, usize),
+    /// At least one.
+    crops: Vec<ViewCrop>,
     /// Images known to be unreadable: saves trying again, and changes no result.
     unreadable: Mutex<HashSet<usize>>,
 }
@@ -286,12 +348,8 @@ impl Source {
         }
     }
 
-    fn image_len(&self) -> usize {
-        3 * self.size.0 * self.size.1
-    }
-
-    /// Makes the image for one place of a batch, or the one that stands in for it.
-    fn make(&self, index: usize, epoch: u64) -> (Outcome, Option<RgbImage>) {
+    /// Makes the image for one place of a batch, or the one that stands in for it: its crops.
+    fn make(&self, index: usize, epoch: u64) -> (Outcome, Option<Vec<RgbImage>>) {
         const MOST_IN_A_ROW: usize = 1000;
         let failed = |unreadable, error| (Outcome { unreadable, chosen: Err(error) }, None);
         let count = self.images.len();
@@ -308,8 +366,8 @@ impl Source {
                 continue;
             }
             let error = match self.make_one(candidate, epoch) {
-                Ok(image) => {
-                    return (Outcome { unreadable, chosen: Ok(Some(candidate)) }, Some(image));
+                Ok(crops) => {
+                    return (Outcome { unreadable, chosen: Ok(Some(candidate)) }, Some(crops));
                 }
                 Err(error) => error,
             };
@@ -329,20 +387,39 @@ impl Source {
         (Outcome { unreadable, chosen: Ok(None) }, None)
     }
 
-    fn change_planes(&self, planes: &mut [f32], index: usize, epoch: u64) {
-        let mut rng = Stream::new(self.config.seed, "augment planes", epoch, index as u64);
-        for transform in &*self.transforms {
-            transform.apply_planes(planes, self.size, &mut rng);
+    /// The planes of a crop.
+    fn planes(&self, image: &RgbImage, crop: &ViewCrop, index: usize, epoch: u64) -> Vec<f32> {
+        const PURPOSE: &str = "augment planes";
+        let mut planes = vec![0.0; image_len(crop.size)];
+        image.write_planes(&mut planes);
+        let mut rng = match crop.view.is_empty() {
+            true => Stream::new(self.config.seed, PURPOSE, epoch, index as u64),
+            false => crop.stream(self.config.seed, PURPOSE, epoch, index),
+        };
+        for transform in self.transforms.iter().chain(&*crop.transforms) {
+            transform.apply_planes(&mut planes, crop.size, &mut rng);
         }
+        planes
     }
 
-    fn make_one(&self, index: usize, epoch: u64) -> Result<RgbImage, DataError> {
+    fn make_one(&self, index: usize, epoch: u64) -> Result<Vec<RgbImage>, DataError> {
+        const PURPOSE: &str = "augment";
+        let fold = |image, transforms: &[Box<dyn Transform>], mut rng: Stream| {
+            transforms.iter().fold(image, |image, transform| transform.apply(image, &mut rng))
+        };
         let made = catch_unwind(AssertUnwindSafe(|| {
-            let mut rng = Stream::new(self.config.seed, "augment", epoch, index as u64);
-            let image = self.images.image(index)?;
-            Ok(self.transforms.iter().fold(image, |image, transform| transform.apply(image, &mut rng)))
+            let rng = Stream::new(self.config.seed, PURPOSE, epoch, index as u64);
+            let image = fold(self.images.image(index)?, &self.transforms, rng);
+            let (last, before) = self.crops.split_last().expect("there is a crop");
+            let cut = |image, crop: &ViewCrop| match crop.transforms.is_empty() {
+                true => image,
+                false => fold(image, &crop.transforms, crop.stream(self.config.seed, PURPOSE, epoch, index)),
+            };
+            let mut crops: Vec<RgbImage> = before.iter().map(|crop| cut(image.clone(), crop)).collect();
+            crops.push(cut(image, last));
+            Ok(crops)
         }));
-        let image = made.unwrap_or_else(|panic| {
+        let crops = made.unwrap_or_else(|panic| {
             let message = panic.downcast_ref::<&str>().map(|text| text.to_string());
             let message = message.or_else(|| panic.downcast_ref::<String>().cloned());
             Err(DataError::Panicked {
@@ -350,11 +427,11 @@ impl Source {
                 message: message.unwrap_or_else(|| "no message".into()),
             })
         })?;
-        if image.size() != self.size {
+        if let Some((image, crop)) = crops.iter().zip(&self.crops).find(|(image, crop)| image.size() != crop.size) {
             let name = self.images.name(index);
-            return Err(DataError::SizeDiffers { name, got: image.size(), expected: self.size });
+            return Err(DataError::SizeDiffers { name, got: image.size(), expected: crop.size });
         }
-        Ok(image)
+        Ok(crops)
     }
 }
 
@@ -422,8 +499,8 @@ struct OpenBatch {
 
 #[derive(Default)]
 struct Filled {
-    /// `[B, 3, height, width]`.
-    images: Vec<f32>,
+    /// Of each crop, `[B, 3, height, width]`.
+    crops: Vec<Vec<f32>>,
     outcomes: Vec<Outcome>,
 }
 
@@ -515,7 +592,7 @@ impl Shared {
             }
         };
         let filled = Filled {
-            images: vec![0.0; planned.len() * self.source.image_len()],
+            crops: self.source.crops.iter().map(|crop| vec![0.0; planned.len() * image_len(crop.size)]).collect(),
             outcomes: planned.iter().map(|_| Outcome { unreadable: Vec::new(), chosen: Ok(None) }).collect(),
         };
         let missing = planned.len();
@@ -525,19 +602,16 @@ impl Shared {
     }
 
     fn fill(&self, Task { batch, number, place }: Task) {
-        let (outcome, image) = self.source.make(batch.planned[place], batch.at.epoch);
-        let planes = image.map(|image| {
-            let mut planes = vec![0.0; self.source.image_len()];
-            image.write_planes(&mut planes);
-            if let Ok(Some(index)) = outcome.chosen {
-                self.source.change_planes(&mut planes, index, batch.at.epoch);
-            }
-            planes
-        });
+        let (outcome, made) = self.source.make(batch.planned[place], batch.at.epoch);
+        let mut crops = Vec::new();
+        if let (Some(images), Ok(Some(index))) = (made, &outcome.chosen) {
+            let pairs = images.iter().zip(&self.source.crops);
+            crops.extend(pairs.map(|(image, crop)| self.source.planes(image, crop, *index, batch.at.epoch)));
+        }
         {
             let mut filled = lock(&batch.filled);
-            if let Some(planes) = planes {
-                filled.images[place * planes.len()..][..planes.len()].copy_from_slice(&planes);
+            for (planes, into) in crops.iter().zip(&mut filled.crops) {
+                into[place * planes.len()..][..planes.len()].copy_from_slice(planes);
             }
             filled.outcomes[place] = outcome;
         }
@@ -550,6 +624,11 @@ impl Shared {
             }
         }
     }
+}
+
+/// Values of an image.
+fn image_len((width, height): (usize, usize)) -> usize {
+    3 * width * height
 }
 
 /// A lock that a panic elsewhere does not take away: what it guards is whole between any two statements.

@@ -24,7 +24,7 @@ pub mod transforms;
 mod tests;
 
 pub use self::image::{Crop, RgbImage};
-pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position};
+pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position, ViewCrop};
 pub use self::resample::Interpolation;
 pub use self::sheet::{png, sheet};
 pub use self::size::Size;

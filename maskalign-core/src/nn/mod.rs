@@ -9,5 +9,6 @@ pub use maskalign_engine::{
 };
 pub use statistics::Statistics;
 pub use vit::{
-    Arch, BranchScales, Features, FinalNorm, Grid, MaskedPatches, Reach, SeenPatches, TowerInput, Vit, VitConfig,
+    Arch, BranchScales, Counts, Features, FinalNorm, Grid, MaskedPatches, Reach, SeenPatches, TowerInput, Vit,
+    VitConfig,
 };

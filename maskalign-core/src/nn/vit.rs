@@ -192,6 +192,22 @@ impl std::fmt::Display for Grid {
     }
 }
 
+/// How many patches of an image a tower sees, and how many are to be predicted.
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let (grid, visible) = (Grid { rows: 7, columns: 7 }, 12);
+/// let counts = Counts { visible, masked: grid.patches() - visible };
+/// assert_eq!(counts.masked, 37);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Patches the student sees.
+    pub visible: usize,
+    /// Patches to be predicted.
+    pub masked: usize,
+}
+
 /// What a tower makes of an image before it sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct TowerInput {
@@ -265,21 +281,32 @@ pub enum FinalNorm {
     Fresh,
 }
 
-/// The patches of a batch, by their indices in each image, equally many in each.
+/// The patches of a batch, by their indices in each image.
 ///
 /// ```
 /// use maskalign_core::prelude::*;
 ///
-/// let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
-/// let SeenPatches { visible, masked } = masks.seen();
-/// assert_eq!((visible, masked), (&[3, 0][..], &[1][..]));
+/// let masks = Masks::even(1, vec![3, 0], vec![1]);
+/// let SeenPatches { visible, masked, uneven } = masks.seen();
+/// assert_eq!((visible, masked, uneven), (&[3, 0][..], &[1][..], None));
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct SeenPatches<'a> {
-    /// Those that are seen, `[batch * K]`, in the order of their rows.
+    /// Those that are seen, image after image, in the order of their rows.
     pub visible: &'a [u32],
-    /// Those that are to be predicted, `[batch * M]`: a tower shows a mask token at each, where it has one.
+    /// Those that are to be predicted, likewise: a tower shows a mask token at each, where it has one.
     pub masked: &'a [u32],
+    /// How many each image has, where they are not equally many in each. Together they are, so that images have equally
+    /// many rows in a tower that shows mask tokens; no other can see them.
+    pub uneven: Option<&'a [Counts]>,
+}
+
+impl SeenPatches<'_> {
+    /// How many each of `batch` images has.
+    pub fn counts(&self, batch: usize) -> Vec<Counts> {
+        let each = || Counts { visible: self.visible.len() / batch, masked: self.masked.len() / batch };
+        self.uneven.map_or_else(|| vec![each(); batch], <[Counts]>::to_vec)
+    }
 }
 
 /// Everything that fixes a tower's parameters and arithmetic.
@@ -509,20 +536,46 @@ impl Vit {
         images: &ImageBatch,
         seen: Option<SeenPatches>,
     ) -> Result<Features> {
-        let (dim, patches) = (self.config.arch.dim, self.config.grid().patches());
-        let batch = images.batch;
-        let visible = seen.map(|seen| seen.visible);
-        let each = visible.map_or(patches, |v| v.len() / batch);
-        let pixels = self.config.input.patchify(cx, images, self.config.arch.patch, visible);
-        let columns = pixels.len() / (batch * each);
-        let x = self.patch_embed.forward(cx, tape, &cx.tensor(pixels, batch * each, columns)?, Act::None)?;
+        self.embed_at(cx, tape, images, self.config.input.image_size, seen)
+    }
 
-        let rows: Vec<u32> = match visible {
-            Some(visible) => visible.iter().map(|i| i + 1).collect(),
+    /// As [`Vit::embed`], running at `size` pixels, a multiple of the patch's: positions are resized bicubically from the
+    /// tower's own, as those of files are.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn embed_at(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        images: &ImageBatch,
+        size: usize,
+        seen: Option<SeenPatches>,
+    ) -> Result<Features> {
+        let Arch { dim, patch, .. } = self.config.arch;
+        let batch = images.batch;
+        let patches = (size / patch).pow(2);
+        let input = TowerInput { image_size: size, ..self.config.input };
+        let counts = seen.map_or(vec![Counts { visible: patches, masked: 0 }; batch], |seen| seen.counts(batch));
+        let pixels = match seen {
+            Some(SeenPatches { visible, uneven: Some(_), .. }) => {
+                patchify_uneven(cx, &input, images, patch, visible, &counts)
+            }
+            _ => input.patchify(cx, images, patch, seen.map(|seen| seen.visible)),
+        };
+        let shown: usize = counts.iter().map(|counts| counts.visible).sum();
+        let columns = pixels.len() / shown;
+        let x = self.patch_embed.forward(cx, tape, &cx.tensor(pixels, shown, columns)?, Act::None)?;
+
+        let resized =
+            (size != self.config.input.image_size).then(|| self.positions_at(cx, tape, size / patch)).transpose()?;
+        let table = resized.as_ref().unwrap_or(&self.pos_embed.value);
+        let rows: Vec<u32> = match seen {
+            Some(seen) => seen.visible.iter().map(|i| i + 1).collect(),
             None => (0..batch).flat_map(|_| 1..=patches as u32).collect(),
         };
         let add_positions = |tape: &mut Tape, x: &Tensor, rows: &[u32]| {
-            let positions = ops::gather_rows(cx, tape, &[&self.pos_embed.value], rows)?;
+            let positions = ops::gather_rows(cx, tape, &[table], rows)?;
             ops::add(cx, tape, x, &positions)
         };
         let mut x = add_positions(tape, &x, &rows)?;
@@ -535,24 +588,46 @@ impl Vit {
             }
             _ => None,
         };
-        let masked = masks.as_ref().map_or(0, |masks| masks.rows() / batch);
+        let lead = usize::from(cls.is_some());
+        let rows_of = |counts: &Counts| lead + counts.visible + if masks.is_some() { counts.masked } else { 0 };
+        let tokens = rows_of(&counts[0]);
+        debug_assert!(counts.iter().all(|counts| rows_of(counts) == tokens), "images have equally many rows");
         if cls.is_some() || masks.is_some() {
-            let lead = u32::from(cls.is_some());
-            let order: Vec<u32> = (0..batch)
-                .flat_map(|image| {
-                    let (start, end) = (image * each, batch * each + image * masked);
-                    (0..lead).chain((start..start + each).chain(end..end + masked).map(move |row| lead + row as u32))
-                })
-                .collect();
+            let mut order = Vec::with_capacity(batch * tokens);
+            let (mut start, mut end) = (lead, lead + shown);
+            for Counts { visible, masked } in &counts {
+                order.extend((0..lead).chain(start..start + visible).map(|row| row as u32));
+                start += visible;
+                if masks.is_some() {
+                    order.extend((end..end + masked).map(|row| row as u32));
+                    end += masked;
+                }
+            }
             let parts: Vec<&Tensor> = cls.iter().chain([&x]).chain(&masks).collect();
             x = ops::gather_rows(cx, tape, &parts, &order)?;
         }
-        let tokens = usize::from(cls.is_some()) + each + masked;
         if let Some(norm) = &self.norm_pre {
             x = norm.forward(cx, tape, &x)?;
         }
         debug_assert_eq!(dim, x.columns());
         Ok(Features { batch, tokens, last: x.clone(), embed: x, hidden: BTreeMap::new() })
+    }
+
+    /// Positions of a grid of `side` by `side` patches, the class token's first: `[1 + side * side, C]`.
+    fn positions_at(&self, cx: &Context, tape: &mut Tape, side: usize) -> Result<Tensor> {
+        let own = self.config.grid();
+        let (from, to) = (own.patches(), side * side);
+        // What each patch's position gives to each of the others': the image of a single one.
+        let single: Vec<f32> = (0..from * from).map(|i| if i % (from + 1) == 0 { 1.0 } else { 0.0 }).collect();
+        let planes = resize_images_bicubic(cx.pool(), &single, [1, from, own.rows, own.columns], [side, side]);
+        let mut matrix = vec![0.0; (1 + to) * (1 + from)];
+        matrix[0] = 1.0;
+        for row in 0..to {
+            for column in 0..from {
+                matrix[(1 + row) * (1 + from) + 1 + column] = planes[column * to + row];
+            }
+        }
+        ops::matmul(cx, tape, &cx.tensor(matrix, 1 + to, 1 + from)?, &self.pos_embed.value)
     }
 
     /// The whole tower, up to the blocks that the loss needs; `keep` says whose outputs are wanted.
@@ -568,9 +643,54 @@ impl Vit {
         scales: Option<&BranchScales>,
         keep: impl Fn(usize) -> bool,
     ) -> Result<Features> {
-        let mut features = self.embed(cx, tape, images, seen)?;
+        self.forward_at(cx, tape, images, self.config.input.image_size, seen, scales, keep)
+    }
+
+    /// As [`Vit::forward`], running at `size` pixels: see [`Vit::embed_at`].
+    ///
+    /// # Errors
+    /// As there.
+    #[expect(clippy::too_many_arguments, reason = "what `forward` takes, and the size")]
+    pub fn forward_at(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        images: &ImageBatch,
+        size: usize,
+        seen: Option<SeenPatches>,
+        scales: Option<&BranchScales>,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<Features> {
+        let mut features = self.embed_at(cx, tape, images, size, seen)?;
         self.run_blocks(cx, tape, &mut features, 0..self.reach, scales, keep)?;
         Ok(features)
+    }
+
+    /// The whole tower without gradients, and how much the class token attends to each patch in the last block, mean over
+    /// heads: `[batch, patches]`. The tower has a class token.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn forward_attending(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<(Features, Vec<f32>)> {
+        let tape = &mut Tape::inference();
+        let last = self.blocks.len() - 1;
+        let mut features = self.embed(cx, tape, images, None)?;
+        self.run_blocks(cx, tape, &mut features, 0..last, None, &keep)?;
+        let run = BlockRun { batch: features.batch, tokens: features.tokens, ..Default::default() };
+        let by_head = self.blocks[last].class_attention_by_head(cx, &features.last, &run)?;
+        let (heads, patches) = (self.config.arch.heads, features.tokens - 1);
+        let mean = |image: &[f32]| -> Vec<f32> {
+            let sum = |patch: usize| -> f32 { (0..heads).map(|head| image[head * patches + patch]).sum() };
+            (0..patches).map(|patch| sum(patch) / heads as f32).collect()
+        };
+        let attention = by_head.chunks_exact(heads * patches).flat_map(mean).collect();
+        self.run_blocks(cx, tape, &mut features, last..last + 1, None, keep)?;
+        Ok((features, attention))
     }
 
     /// Runs some blocks on from where `features` are.
@@ -646,6 +766,26 @@ impl Vit {
     pub fn final_norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
         self.norm.forward(cx, tape, x)
     }
+}
+
+/// The normalised patches of images that do not show equally many.
+fn patchify_uneven(
+    cx: &Context,
+    input: &TowerInput,
+    images: &ImageBatch,
+    patch: usize,
+    visible: &[u32],
+    counts: &[Counts],
+) -> Vec<f32> {
+    let each = images.pixels.len() / images.batch;
+    let mut first = 0;
+    let mut rows = Vec::new();
+    for (pixels, counts) in images.pixels.chunks_exact(each).zip(counts) {
+        let image = ImageBatch { pixels: pixels.to_vec(), batch: 1, size: images.size };
+        rows.extend(input.patchify(cx, &image, patch, Some(&visible[first..first + counts.visible])));
+        first += counts.visible;
+    }
+    rows
 }
 
 impl Module for Vit {

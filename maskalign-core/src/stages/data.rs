@@ -1,7 +1,8 @@
 //! The data of a stage: a dataset and what is done to its images.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
+use indexmap::IndexMap;
 use maskalign_engine::ImageBatch;
 use maskalign_registry::{DatasetTag, Refusal, Slot, TransformTag};
 
@@ -9,7 +10,7 @@ use super::{StageSummary, keep};
 use crate::{
     component,
     components::towers::Environment,
-    data::{DataError, Images, Loader, LoaderConfig, OnError, Order, RgbImage, Transform, output_size},
+    data::{DataError, Images, Loader, LoaderConfig, OnError, Order, RgbImage, Transform, ViewCrop, output_size},
     error::Error,
     plugin::Build,
 };
@@ -27,12 +28,40 @@ use crate::{
 pub struct Data {
     /// Where the images come from.
     pub dataset: Slot<DatasetTag>,
-    /// What is done to each image, in order; the last must fix the size.
+    /// What is done to each image, in order; the last must fix the size, unless `views` do.
     #[serde(default)]
     pub transforms: Vec<Slot<TransformTag>>,
+    /// Several crops of each image, by name, for stages that compare them: `pretrain` alone. What is done to each follows
+    /// `transforms`. The first view's size is the one that towers are told.
+    #[serde(default)]
+    pub views: IndexMap<String, ImageView>,
     /// What to do with an image that cannot be read.
     #[serde(default)]
     pub on_error: OnError,
+}
+
+/// One or several crops of each image, made alike (SwAV's multi-crop, arXiv 2006.09882, section 3.2; DINO's global and local
+/// views).
+///
+/// ```
+/// # use maskalign_core::prelude::*;
+/// let recipe = serde_json::json!({ "count": 4, "transforms": [{ "type": "random_resized_crop", "size": 96 }] });
+/// let local: ImageView = serde_json::from_value(recipe).expect("what a recipe may say");
+/// assert_eq!(local.count, 4);
+/// ```
+#[component]
+pub struct ImageView {
+    /// How many crops.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 64))]
+    pub count: usize,
+    /// What is done to the image for each of them, in order; the last must fix the size.
+    #[serde(default)]
+    pub transforms: Vec<Slot<TransformTag>>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Data that is open, with its transforms built. A clone shares both.
@@ -53,8 +82,10 @@ pub struct OpenData {
     /// The images.
     pub images: Arc<dyn Images>,
     transforms: Arc<[Box<dyn Transform>]>,
+    /// Of data with views.
+    crops: Vec<ViewCrop>,
     on_error: OnError,
-    /// Side of the square images in pixels.
+    /// Side of the square images in pixels: the first view's, where there are views.
     pub size: usize,
 }
 
@@ -72,12 +103,28 @@ pub struct OpenData {
 /// ```
 #[derive(Clone)]
 pub struct PlannedData {
-    /// Side of the square images in pixels.
+    /// Side of the square images in pixels: the first view's, where there are views.
     pub size: usize,
+    /// Of data with views.
+    crops: Vec<ViewCrop>,
     open: Option<OpenData>,
 }
 
 impl PlannedData {
+    /// The crops of each image, where data has views: those of the first view first.
+    pub fn crops(&self) -> &[ViewCrop] {
+        &self.crops
+    }
+
+    /// Leaves out crops, by their places: nobody asks for them. Those that stay are as they were.
+    pub(super) fn keep_crops(&mut self, keep: &BTreeSet<usize>) {
+        let chosen = |crops: &[ViewCrop]| keep.iter().filter_map(|&place| crops.get(place).cloned()).collect();
+        self.crops = chosen(&self.crops);
+        if let Some(open) = &mut self.open {
+            open.crops = chosen(&open.crops);
+        }
+    }
+
     /// The data, where files were looked at.
     pub fn opened(&self) -> Option<&OpenData> {
         self.open.as_ref()
@@ -97,9 +144,25 @@ impl Data {
     /// needed.
     ///
     /// # Errors
-    /// Names the option that names something missing, or sizes that are not known or not square.
+    /// Names the option that names something missing, sizes that are not known or not square, or views: one view of each
+    /// image is read.
     pub fn plan(&self, environment: Environment) -> Result<PlannedData, Refusal> {
-        let transforms = self.transforms()?;
+        if !self.views.is_empty() {
+            return Err(Refusal::new("views", "one view of each image is read here, and these are several")
+                .help("a `pretrain` stage compares views; give this one `transforms` alone"));
+        }
+        self.plan_views(environment)
+    }
+
+    /// As [`Data::plan`], for a stage that reads views.
+    ///
+    /// # Errors
+    /// As there, but for views.
+    pub fn plan_views(&self, environment: Environment) -> Result<PlannedData, Refusal> {
+        let transforms = transforms(&self.transforms)?;
+        if !self.views.is_empty() {
+            return self.plan_crops(environment, transforms);
+        }
         let known = square(output_size(&transforms, None));
         if let Some(Err(refusal)) = known {
             return Err(refusal);
@@ -107,7 +170,7 @@ impl Data {
         let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
         if dataset.needs_files() && environment == Environment::Ignored {
             return match known {
-                Some(size) => Ok(PlannedData { size: size?, open: None }),
+                Some(size) => Ok(PlannedData { size: size?, crops: Vec::new(), open: None }),
                 None => Err(Refusal::new("transforms", "the size of the images cannot be known without the data")
                     .help("end with a transform that fixes it, such as `center_crop`")),
             };
@@ -118,17 +181,56 @@ impl Data {
                 "end with one that fixes the size: `random_resized_crop`, `center_crop`, or `resize` with [height, width]",
             ))
         })?;
-        let open = OpenData { images: Arc::from(images), transforms: transforms.into(), on_error: self.on_error, size };
-        Ok(PlannedData { size, open: Some(open) })
+        Ok(self.opened(images, transforms, Vec::new(), size))
     }
 
-    fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Refusal> {
-        let build = |(i, slot): (usize, &Slot<TransformTag>)| {
-            let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
-            built.map_err(|r| r.under(i.to_string()).under("transforms"))
-        };
-        self.transforms.iter().enumerate().map(build).collect()
+    fn opened(
+        &self,
+        images: Box<dyn Images>,
+        transforms: Vec<Box<dyn Transform>>,
+        crops: Vec<ViewCrop>,
+        size: usize,
+    ) -> PlannedData {
+        let (images, transforms) = (Arc::from(images), transforms.into());
+        let open = OpenData { images, transforms, crops: crops.clone(), on_error: self.on_error, size };
+        PlannedData { size, crops, open: Some(open) }
     }
+
+    /// The rest of [`Data::plan_views`] where there are views.
+    fn plan_crops(&self, environment: Environment, shared: Vec<Box<dyn Transform>>) -> Result<PlannedData, Refusal> {
+        let of = |name: &str, refusal: Refusal| refusal.under(name).under("views");
+        let mut views = Vec::new();
+        for (name, view) in &self.views {
+            views.push((name, view.count, transforms(&view.transforms).map_err(|refusal| of(name, refusal))?));
+        }
+        let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
+        let is_closed = dataset.needs_files() && environment == Environment::Ignored;
+        let images = (!is_closed).then(|| dataset.open().map_err(|r| r.under("dataset"))).transpose()?;
+        let input = output_size(&shared, images.as_ref().and_then(|images| images.size()));
+        let mut crops = Vec::new();
+        for (name, count, transforms) in views {
+            let side = square(output_size(&transforms, input)).unwrap_or_else(|| {
+                Err(Refusal::new("transforms", "the images have different sizes after the transforms")
+                    .help("end with one that fixes the size: `random_resized_crop` or `center_crop`"))
+            });
+            let side = side.map_err(|refusal| of(name, refusal))?;
+            let transforms: Arc<[Box<dyn Transform>]> = transforms.into();
+            crops.extend((0..count).map(|copy| ViewCrop::of_view(name, copy, Arc::clone(&transforms), (side, side))));
+        }
+        let size = crops.first().map_or(0, |crop| crop.size.0);
+        Ok(match images {
+            Some(images) => self.opened(images, shared, crops, size),
+            None => PlannedData { size, crops, open: None },
+        })
+    }
+}
+
+fn transforms(slots: &[Slot<TransformTag>]) -> Result<Vec<Box<dyn Transform>>, Refusal> {
+    let build = |(i, slot): (usize, &Slot<TransformTag>)| {
+        let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
+        built.map_err(|r| r.under(i.to_string()).under("transforms"))
+    };
+    slots.iter().enumerate().map(build).collect()
 }
 
 /// The side of square images, where their size is known.
@@ -162,7 +264,11 @@ impl OpenData {
 
     fn loader(&self, seed: u64, batch: usize, micro: usize, workers: usize, order: Order) -> Result<Loader, Refusal> {
         let config = LoaderConfig { seed, batch, micro, order, on_error: self.on_error, workers, prefetch: 2 };
-        Loader::new(Arc::clone(&self.images), Arc::clone(&self.transforms), config)
+        let (images, transforms) = (Arc::clone(&self.images), Arc::clone(&self.transforms));
+        match self.crops.is_empty() {
+            true => Loader::new(images, transforms, config),
+            false => Loader::of_crops(images, transforms, self.crops.clone(), config),
+        }
     }
 }
 

@@ -341,9 +341,10 @@ impl FinetunePlan {
         let step = TrainingStep {
             student: &shape,
             images: micro,
-            image_size: self.supervised.training.data.size,
+            pixels: 3 * self.supervised.training.data.size.pow(2),
             tokens: shape.tokens(),
             frozen: Vec::new(),
+            copied: 0,
             compared: micro * self.supervised.classes.classes,
             aligned: 0,
             recompute,
@@ -455,6 +456,7 @@ mod tests {
             let mut mixed = ImageBatch { pixels: images.data.clone(), batch: labels.len(), size };
             let batch = MicroBatch {
                 images: mixed.clone(),
+                crops: Vec::new(),
                 labels: labels.clone(),
                 indices: (0..labels.len()).collect(),
                 epoch: 0,

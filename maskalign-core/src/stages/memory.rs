@@ -18,18 +18,30 @@ pub struct TrainingStep<'a> {
     pub student: &'a TowerShape,
     /// Images of a micro-batch.
     pub images: usize,
-    /// Side of an image that is loaded, in pixels.
-    pub image_size: usize,
-    /// Tokens of an image that the student sees.
+    /// Values of an image that is loaded: those of all its crops.
+    pub pixels: usize,
+    /// Tokens of an image that the student sees, in all its crops.
     pub tokens: usize,
-    /// Frozen towers, each with the number of levels that it gives.
-    pub frozen: Vec<(TowerShape, usize)>,
+    /// Frozen and moving towers.
+    pub frozen: Vec<FrozenPass>,
+    /// Values of moving copies of alignments.
+    pub copied: usize,
     /// Values that are compared with targets.
     pub compared: usize,
     /// Values that alignments keep for the backward pass.
     pub aligned: usize,
     /// Whether blocks keep their input alone.
     pub recompute: Recompute,
+}
+
+/// What a step asks of a tower that is not trained.
+pub struct FrozenPass {
+    /// The tower.
+    pub tower: TowerShape,
+    /// Levels that it gives.
+    pub levels: usize,
+    /// Crops of an image that it sees.
+    pub crops: usize,
 }
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
@@ -42,10 +54,12 @@ pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
     let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;
-    let teachers = step.frozen.iter().map(|(tower, levels)| pass(tower, step.images, *levels)).max().unwrap_or(0);
-    let weights: u64 = step.frozen.iter().map(|(tower, _)| weights(tower)).sum();
-    let images = BATCHES * batch(step.images, step.image_size);
-    FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
+    let passes = step.frozen.iter().map(|frozen| pass(&frozen.tower, step.images * frozen.crops, frozen.levels));
+    let teachers = passes.max().unwrap_or(0);
+    let weights: u64 = step.frozen.iter().map(|frozen| weights(&frozen.tower)).sum();
+    let images = BATCHES * (step.images * step.pixels) as u64;
+    let held = plan.parameters as u64 + 3 * plan.trainable as u64 + weights + step.copied as u64;
+    FLOAT * (held + images + student.max(teachers)) + BASE
 }
 
 /// Bytes for a moving average of what is trained, where there is one.

@@ -31,7 +31,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use maskalign_engine::{Context, Recompute};
 use maskalign_registry::{Kind, Refusal};
 
-pub use data::{Data, OpenData, PlannedData, image_batch};
+pub use data::{Data, ImageView, OpenData, PlannedData, image_batch};
 pub use evaluate::Evaluate;
 pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract, scale_to_length_1};
 pub use few_shot::FewShot;

@@ -7,7 +7,7 @@ use serde_json::Value;
 /// One line of an outline.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OutlineLine {
-    /// What it is about: `student`, `teacher`, `masker`, `objective`, `evaluation`, or what is `left`.
+    /// What it is about: `views`, `student`, `teacher`, `masker`, `objective`, `evaluation`, or what is `left`.
     pub part: &'static str,
     /// Its name in the recipe, where it has one.
     pub name: Option<String>,
@@ -25,7 +25,7 @@ impl OutlineLine {
     }
 }
 
-/// The student, the teachers, the masker, the objectives and the evaluations of a stage whose defaults are filled in, in this
+/// The views of an image where there are several, the student, the teachers, the masker, the objectives and the evaluations of a stage whose defaults are filled in, in this
 /// order; then what it leaves, where that is not what it trained last.
 ///
 /// It reads the recipe by the names of these options, so that it says the same of a plugin's stage.
@@ -33,16 +33,35 @@ pub fn outline(stage: &Slot<StageTag>) -> Vec<OutlineLine> {
     let options = &stage.options;
     let entries = |name: &str| options.get(name).and_then(Value::as_object).into_iter().flatten();
     let mut lines = Vec::new();
+    lines.extend(options.get("data").and_then(views).map(|says| OutlineLine::of("views", says)));
     lines.extend(options.get("student").and_then(tower).map(|says| OutlineLine::of("student", says)));
     lines
         .extend(entries("teachers").filter_map(|(name, slot)| Some(OutlineLine::named("teacher", name, tower(slot)?))));
-    lines.extend(options.get("masker").map(|masker| OutlineLine::of("masker", component(masker))));
+    let of_views = options.get("masked_views").and_then(names).map_or(String::new(), |views| format!(", of {views}"));
+    let masker = options.get("masker").map(|masker| component(masker) + &of_views);
+    lines.extend(masker.map(|says| OutlineLine::of("masker", says)));
     lines.extend(entries("objectives").map(|(name, terms)| OutlineLine::named("objective", name, objective(terms))));
     lines.extend(
         entries("evaluations").map(|(name, judged)| OutlineLine::named("evaluation", name, evaluation(judged))),
     );
     lines.extend(left(options).map(|says| OutlineLine::of("left", says)));
     lines
+}
+
+/// The views of an image, with the number of crops where a view has several.
+fn views(data: &Value) -> Option<String> {
+    let views = data.get("views")?.as_object().filter(|views| !views.is_empty())?;
+    let view = |(name, view): (&String, &Value)| match view.get("count").and_then(Value::as_u64) {
+        None | Some(1) => name.clone(),
+        Some(count) => format!("{count} {name}"),
+    };
+    Some(views.iter().map(view).collect::<Vec<_>>().join(", "))
+}
+
+/// A list of names, or the one.
+fn names(list: &Value) -> Option<String> {
+    let names: Vec<&str> = list.as_array()?.iter().filter_map(Value::as_str).collect();
+    Some(names.join(", "))
 }
 
 /// A tower: its type, size and where it comes from.
@@ -91,7 +110,16 @@ fn objective(terms: &Value) -> String {
     let tokens = terms.get("tokens").and_then(Value::as_array).into_iter().flatten();
     let tokens: Vec<&str> = tokens.filter_map(Value::as_str).collect();
     let weight = terms.get("weight").and_then(scalar).unwrap_or_else(|| "1".to_owned());
-    format!("weight {weight}, {} to {}{whose}, on {}", kind("loss"), kind("target"), tokens.join(", "))
+    let compared = terms.get("views").filter(|views| views.is_object()).map_or(String::new(), |views| {
+        let student = views.get("student").and_then(names).unwrap_or_default();
+        let target = views.get("target").and_then(names).unwrap_or_else(|| student.clone());
+        match word(views, "pairs") {
+            Some("different") => format!(", each crop of {student} with the others of {target}"),
+            Some("all") => format!(", each crop of {student} with all of {target}"),
+            _ => format!(", of {student}"),
+        }
+    });
+    format!("weight {weight}, {} to {}{whose}, on {}{compared}", kind("loss"), kind("target"), tokens.join(", "))
 }
 
 /// What is left in place of what was trained last: an average, or the best by a metric.
@@ -178,6 +206,30 @@ mod tests {
             ("objective pixels", "weight 1, mse to pixels, on masked"),
             ("evaluation few", "few_shot, every 5 epochs"),
             ("evaluation rank", "quality, every epoch"),
+        ];
+        assert_eq!(found, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
+    }
+
+    #[test]
+    fn views_are_named_with_what_is_compared() {
+        let found = lines(json!({
+            "data": { "views": { "global": { "count": 2 }, "local": { "count": 10 }, "whole": {} } },
+            "masker": { "type": "random", "ratio": 0.5 }, "masked_views": ["global"],
+            "objectives": {
+                "cls": { "target": { "type": "features", "teacher": "ema" }, "tokens": ["cls"], "loss": { "type": "mse" },
+                    "views": { "student": ["global", "local"], "target": ["global"], "pairs": "different" } },
+                "patches": { "target": { "type": "pixels" }, "tokens": ["masked"], "loss": { "type": "mse" },
+                    "views": { "student": ["global"], "target": null, "pairs": "same" } },
+            },
+        }));
+        let expected = [
+            ("views", "2 global, 10 local, whole"),
+            ("masker", "random, ratio 0.5, of global"),
+            (
+                "objective cls",
+                "weight 1, mse to features of ema, on cls, each crop of global, local with the others of global",
+            ),
+            ("objective patches", "weight 1, mse to pixels, on masked, of global"),
         ];
         assert_eq!(found, expected.map(|(name, says)| (name.to_owned(), says.to_owned())));
     }

@@ -123,6 +123,7 @@ impl Trains {
                 // Fewer could be read than the length was planned for.
                 let indices: Vec<usize> = rows.map(|row| order[row % order.len()]).collect();
                 Ok(MicroBatch {
+                    crops: Vec::new(),
                     images: ImageBatch { pixels: Vec::new(), batch: indices.len(), size: 0 },
                     labels: indices.iter().map(|row| Some(features.labels[*row])).collect(),
                     indices,

@@ -268,7 +268,7 @@ pub fn largest_label(data: &OpenData) -> usize {
 /// # use maskalign_core::prelude::*;
 /// let images = ImageBatch { pixels: vec![0.0; 6], batch: 2, size: 1 };
 /// let labels = vec![Some(2), Some(0)];
-/// let batch = MicroBatch { images, labels, indices: vec![0, 1], epoch: 0, progress: 0.0 };
+/// let batch = MicroBatch { images, crops: vec![], labels, indices: vec![0, 1], epoch: 0, progress: 0.0 };
 /// assert_eq!(class_targets(&batch, 3, 0.0)?, [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]);
 /// # Ok::<(), Refusal>(())
 /// ```

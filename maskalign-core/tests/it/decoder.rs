@@ -94,7 +94,7 @@ fn replay(case: &Case) {
     let planned = builder.plan(&plan).unwrap();
     assert_eq!(planned.needs().levels.len(), levels.len());
     let patches = |name: &str| recorded[name].data.iter().map(|&v| v as u32).collect();
-    let masks = Masks { batch: BATCH, visible: patches("visible"), masked: patches("masked") };
+    let masks = Masks::even(BATCH, patches("visible"), patches("masked"));
 
     let composed = Context::new(Device::Cpu, 1).with_forms(Forms::Composed);
     for cx in [composed, Context::new(Device::Cpu, 2)] {

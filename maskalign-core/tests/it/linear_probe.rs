@@ -18,6 +18,7 @@ const RECIPE: &str = "{ name: probe, stages: { probe: { type: linear_probe, epoc
 fn batch(recorded: &TensorMap, rows: std::ops::Range<usize>) -> MicroBatch {
     let pixels = 3 * 28 * 28;
     MicroBatch {
+        crops: Vec::new(),
         images: ImageBatch {
             pixels: recorded["images"].data[rows.start * pixels..rows.end * pixels].to_vec(),
             batch: rows.len(),

@@ -85,7 +85,7 @@ fn twenty_updates_by_lars_are_those_of_maes_code() {
     let mut trainer = training(lars, "{ type: constant }").trainer_for(UPDATES * 256);
     for (step, lr) in recorded["lars.lr"].data.iter().enumerate() {
         let images = ImageBatch { pixels: vec![0.0; 3], batch: 1, size: 1 };
-        let batch = MicroBatch { images, labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
+        let batch = MicroBatch { images, crops: vec![], labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
         let mut batches = Some(batch).into_iter();
         let mut next = || Ok(batches.next().expect("one"));
         trainer.step_at(&cx, &mut task, 1, &mut next, f64::from(*lr)).unwrap();

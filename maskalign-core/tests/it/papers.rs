@@ -470,7 +470,7 @@ fn targets_are_normalised_as_the_papers_code_does() {
     let cx = Context::new(Device::Cpu, 1);
     let features = &targets["features"];
     let hidden = tensor(&features["hidden"], 6);
-    let masks = Masks { batch: 2, visible: wholes(&features["visible"]), masked: Vec::new() };
+    let masks = Masks::even(2, wholes(&features["visible"]), Vec::new());
     let rows = masks.rows(Tokens { cls: true, visible: true, masked: false }, true);
     let rows = ops::flat_rows(&rows, 2, 5);
     for (theirs, ours) in [
@@ -490,7 +490,7 @@ fn targets_are_normalised_as_the_papers_code_does() {
     let objective = &plan.objectives()[0];
     let TargetSource::Images(target) = &objective.target.source else { panic!("pixels are of images") };
     let images = ImageBatch { pixels: floats(&pixels["images"]), batch: 2, size: 28 };
-    let masks = Masks { batch: 2, visible: wholes(&pixels["visible"]), masked: wholes(&pixels["masked"]) };
+    let masks = Masks::even(2, wholes(&pixels["visible"]), wholes(&pixels["masked"]));
     let input = TargetInput { images: &images, masks: &masks, tokens: objective.tokens };
     let target = target.outputs(&cx, &input).expect("a target");
     let predicted = tensor(&pixels["predicted"], 147);
@@ -576,6 +576,7 @@ fn fine_tuning_is_that_of_the_papers_code() {
         }
     });
     let batch = MicroBatch {
+        crops: Vec::new(),
         images: ImageBatch { pixels: floats(&small["images"]), batch: 2, size: 28 },
         labels: wholes(&small["labels"]).into_iter().map(Some).collect(),
         indices: vec![0, 1],
@@ -623,8 +624,7 @@ fn umts_heads_are_those_of_its_code() {
     assert_eq!(loaded, 6);
     let levels = vec![tensor(&heads["inputs"], 16); 6];
     let visible = Tokens { visible: true, ..Tokens::default() };
-    let masks =
-        Masks { batch: 2, visible: (0..10).map(|i| i % 5).collect(), masked: (0..22).map(|i| 5 + i % 11).collect() };
+    let masks = Masks::even(2, (0..10).map(|i| i % 5).collect(), (0..22).map(|i| 5 + i % 11).collect());
     let input = AlignInput { levels: &levels, held: visible, masks: &masks, tokens: visible };
     let outputs = aligner.forward(&cx, &mut Tape::inference(), &input).expect("outputs");
     assert_eq!(outputs.len(), 6);

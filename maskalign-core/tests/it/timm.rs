@@ -41,6 +41,7 @@ fn a_fine_tuned_student_is_timms_classifier() {
     for (image, pixels) in images.data.chunks_exact(3 * 28 * 28).enumerate() {
         for class in 0..5 {
             let batch = MicroBatch {
+                crops: Vec::new(),
                 images: ImageBatch { pixels: pixels.to_vec(), batch: 1, size: 28 },
                 labels: vec![Some(class)],
                 indices: vec![image],

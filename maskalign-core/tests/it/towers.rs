@@ -129,7 +129,7 @@ fn a_mask_token_is_read_where_the_file_has_one() {
         let planned = student(&file, ", layer_scale: 0.1, masked_patches: mask_token");
         let planned = planned.unwrap_or_else(|refusal| panic!("{what}: {refusal}"));
         let student = planned.build(&Init::new(cx.device(), 0, "x"), &TrainedStudents::default()).unwrap();
-        let seen = SeenPatches { visible: &visible, masked: &masked };
+        let seen = SeenPatches { visible: &visible, masked: &masked, uneven: None };
         let features = student.forward(&cx, &mut Tape::inference(), &images, Some(seen), None, &|_| false).unwrap();
         let error = relative_error(&features.last.to_vec(), &expected);
         assert_eq!(error < 1e-5, is_read, "{what}: {error:.1e}");

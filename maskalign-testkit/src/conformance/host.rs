@@ -5,7 +5,7 @@ use maskalign_registry::{DatasetTag, Kind, MaskerTag, ScheduleTag, Slot, Transfo
 
 use super::{Faults, built};
 use maskalign_core::{
-    components::maskers::{MaskInput, PlannedMasker},
+    components::maskers::{Mask, MaskInput, PlannedMasker},
     data::{Images, RgbImage},
     nn::Grid,
     plugin::Build,
@@ -45,7 +45,7 @@ fn draws(masker: &dyn PlannedMasker, by_attention: bool, grid: Grid, image: u64,
     let mut stream = Stream::new(1, "conformance attention", 0, image);
     let attention: Vec<f32> = (0..grid.patches()).map(|_| 0.01 + stream.uniform() as f32).collect();
     let attention = if by_attention { &attention[..] } else { &[] };
-    let input = MaskInput { epoch: 0, image: image as usize, attention };
+    let input = MaskInput { epoch: 0, image: image as usize, crop: 0, attention };
     let draw = |seed| masker.draw(&input, &mut Stream::new(seed, "mask", 0, image));
     let mask = draw(0);
     faults.unless(mask == draw(0), format_args!("draws differently from equal streams on a grid of {grid}"));
@@ -62,11 +62,12 @@ fn draws(masker: &dyn PlannedMasker, by_attention: bool, grid: Grid, image: u64,
     let drawn = batch();
     faults
         .unless(drawn == batch(), format_args!("draws a micro-batch of a grid of {grid} differently the second time"));
+    let fits = |one: &Mask| match masker.uneven() {
+        true => one.visible.len() + one.masked.len() == grid.patches(),
+        false => (one.visible.len(), one.masked.len()) == (drawn[0].visible.len(), drawn[0].masked.len()),
+    };
     faults.unless(
-        drawn.len() == 3
-            && drawn
-                .iter()
-                .all(|one| (one.visible.len(), one.masked.len()) == (drawn[0].visible.len(), drawn[0].masked.len())),
+        drawn.len() == 3 && drawn.iter().all(fits),
         format_args!("draws masks of different counts for a micro-batch of a grid of {grid}"),
     );
     faults.unless(

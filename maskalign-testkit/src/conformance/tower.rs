@@ -86,7 +86,7 @@ fn run_student(builder: &dyn Student, plan: &PlanContext, faults: &mut Faults) -
     };
     // Even and odd grids alike: a third of the patches each, none of them twice.
     let (visible, masked) = (group(0, kept), group(kept, kept.min(patches.div_ceil(2) - kept)));
-    let seen = SeenPatches { visible: &visible, masked: &masked };
+    let seen = SeenPatches { visible: &visible, masked: &masked, uneven: None };
     for (seen, tokens) in [(None, shape.tokens()), (Some(seen), shape.held().count(kept, masked.len() / 2))] {
         let rows = 2 * tokens;
         let run = || -> Result<(usize, usize, Vec<f32>)> {
@@ -253,7 +253,7 @@ fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -
     let student = |seed| small.build(&Init::new(&Device::Cpu, seed, "conformance"), &trained);
     let tokens = Tokens { cls: shape.cls_token, visible: true, masked: false };
     let visible: Vec<u32> = [0, 1].into_iter().chain([patches as u32 - 1, 0]).collect();
-    let masks = Masks { batch: 2, visible, masked: Vec::new() };
+    let masks = Masks::even(2, visible, Vec::new());
     let last = shape.arch.depth - 1;
     let run = |cx: &Context| -> Result<(TowerShape, Taught)> {
         let mut student = student(1)?;

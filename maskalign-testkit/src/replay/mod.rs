@@ -38,10 +38,14 @@ pub struct Case {
     recipe: String,
     /// The weights of frozen teachers, by the names of their files.
     teachers: BTreeMap<String, TensorMap>,
-    /// Of each step, or of all.
+    /// Of each step, or of all; of an image's crops the first.
     images: Vec<ImageBatch>,
+    /// The further crops, each as `images`.
+    crops: Vec<Vec<ImageBatch>>,
     visible: Option<Ids>,
     masked: Option<Ids>,
+    /// The predicted patches of further crops; the others of these are visible.
+    further_masked: Vec<Ids>,
     lr: Vec<f32>,
     steps_per_epoch: u64,
     /// Parameters before the first step.
@@ -159,7 +163,10 @@ impl Case {
         let masks = self.masks(&planned).map_err(|refusal| located(refusal.into()))?;
         let planned = match masks.is_empty() {
             true => planned,
-            false => planned.with_masker(Arc::new(RecordedMasks(masks.clone()))),
+            false => {
+                let recorded = self.recorded_masks(&planned, &masks)?;
+                planned.with_masker(Arc::new(recorded))
+            }
         };
         let mut trainer = planned.training().trainer_for(self.batch().saturating_mul(self.steps_per_epoch as usize));
         let mut model = planned.model(cx, &TrainedStudents::default()).map_err(located)?;
@@ -289,9 +296,13 @@ impl Case {
         }
         let masks = masks(visible, masked, patches, blocks).map_err(|Malformed(what)| Refusal::new("student", what))?;
         let named = match masks.first() {
-            Some(masks) => Counts { visible: masks.visible_each(), masked: masks.masked_each() },
+            Some(masks) => masks.counts_of(0),
             None => Counts { visible: patches, masked: 0 },
         };
+        // A teacher's attention says what is masked, where nothing was recorded.
+        if masks.is_empty() && planned.masks_follow_a_teacher() {
+            return Ok(masks);
+        }
         // Those of a masker that draws them are not known beforehand.
         if counts == named || planned.masks_vary() {
             return Ok(masks);
@@ -300,6 +311,21 @@ impl Case {
             |counts: Counts| format!("{} patches of an image visible and {} masked", counts.visible, counts.masked);
         let message = format!("leaves {}, the case {}", text(counts), text(named));
         Err(Refusal::new("masker", message).help("the masks come from the case"))
+    }
+
+    /// The masks of every crop: `first` are those of the first.
+    fn recorded_masks(&self, planned: &PlannedPretrain, first: &[Masks]) -> Result<RecordedMasks> {
+        let patches = planned.student().shape().grid.patches();
+        let mut crops = vec![first.to_vec()];
+        for masked in &self.further_masked {
+            let masks = masks(None, Some(masked), patches, 1);
+            crops.push(masks.map_err(|Malformed(what)| Error::Usage(what))?);
+        }
+        if crops.len() != planned.masked_crops() {
+            let text = format!("masks of {} crops, where the recipe masks {}", crops.len(), planned.masked_crops());
+            return Err(Error::Usage(format!("the case has {text}")));
+        }
+        Ok(RecordedMasks(crops))
     }
 
     /// Refuses a batch that the case does not hold.
@@ -333,14 +359,15 @@ impl Case {
     /// A part of a step's images; where they are among those of all steps stands for their places in a dataset.
     fn micro_batch(&self, step: usize, part: usize, size: usize, progress: f64) -> MicroBatch {
         let images = &self.images[step % self.images.len()];
-        let each = images.pixels.len() / images.batch;
         let first = step * images.batch + part * size;
+        let part_of = |images: &ImageBatch| {
+            let each = images.pixels.len() / images.batch;
+            let pixels = images.pixels[part * size * each..][..size * each].to_vec();
+            ImageBatch { pixels, batch: size, size: images.size }
+        };
         MicroBatch {
-            images: ImageBatch {
-                pixels: images.pixels[part * size * each..][..size * each].to_vec(),
-                batch: size,
-                size: images.size,
-            },
+            images: part_of(images),
+            crops: self.crops.iter().map(|crop| part_of(&crop[step % crop.len()])).collect(),
             labels: vec![None; size],
             indices: (first..first + size).collect(),
             epoch: step as u64 / self.steps_per_epoch,
@@ -380,17 +407,18 @@ struct Inspection {
     student_hidden: BTreeMap<usize, Vec<f32>>,
 }
 
-/// The masks of each step.
-struct RecordedMasks(Vec<Masks>);
+/// The masks of each crop in each step.
+struct RecordedMasks(Vec<Vec<Masks>>);
 
 impl PlannedMasker for RecordedMasks {
     fn counts(&self) -> Counts {
-        Counts { visible: self.0[0].visible_each(), masked: self.0[0].masked_each() }
+        self.0[0][0].counts_of(0)
     }
 
     fn draw(&self, input: &MaskInput, _: &mut Stream) -> Mask {
-        let (step, image) = (input.image / self.0[0].batch, input.image % self.0[0].batch);
-        let masks = &self.0[step];
+        let batch = self.0[0][0].batch;
+        let (step, image) = (input.image / batch, input.image % batch);
+        let masks = &self.0[input.crop][step];
         Mask { visible: masks.visible_of(image).to_vec(), masked: masks.masked_of(image).to_vec() }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use maskalign_core::{
     ImageBatch,
-    components::tokens::Masks,
+    components::{maskers::Mask, tokens::Masks},
     weights::{HostTensor, TensorFile, TensorMap},
 };
 
@@ -53,25 +53,25 @@ impl Parts {
         self.tensors.keys().next().map(String::as_str)
     }
 
-    /// `images`: those of every step, `[steps, B, 3, side, side]`, or the same in each, `[B, 3, side, side]`.
-    pub(super) fn images(&mut self) -> Result<Vec<ImageBatch>, Malformed> {
-        let HostTensor { shape, data } = self.take("images")?;
+    /// Images: those of every step, `[steps, B, 3, side, side]`, or the same in each, `[B, 3, side, side]`.
+    pub(super) fn images(&mut self, name: &str) -> Result<Vec<ImageBatch>, Malformed> {
+        let HostTensor { shape, data } = self.take(name)?;
         let (batch, size) = match shape[..] {
             [batch, 3, height, width] | [_, batch, 3, height, width] if height == width => (batch, height),
             _ => {
-                let text = format!("`images` is {shape:?}, neither [B, 3, side, side] nor [steps, B, 3, side, side]");
+                let text = format!("`{name}` is {shape:?}, neither [B, 3, side, side] nor [steps, B, 3, side, side]");
                 return Err(Malformed(text));
             }
         };
         if data.is_empty() {
-            return Err(Malformed(format!("`images` is {shape:?}: it has no pixel")));
+            return Err(Malformed(format!("`{name}` is {shape:?}: it has no pixel")));
         }
         let of = |pixels: &[f32]| ImageBatch { pixels: pixels.to_vec(), batch, size };
         Ok(data.chunks_exact(batch * 3 * size * size).map(of).collect())
     }
 
-    /// Patches of each image of each step, `[steps, B, K]`.
-    pub(super) fn ids(&mut self, name: &'static str) -> Result<Ids, Malformed> {
+    /// Patches of each image of each step, `[steps, B, K]`; -1 is none, for images that have fewer than others.
+    pub(super) fn ids(&mut self, name: &str) -> Result<Ids, Malformed> {
         let HostTensor { shape, data } = self.take(name)?;
         let [steps, batch, each] = shape[..] else {
             return Err(Malformed(format!("`{name}` is {shape:?}, not [steps, B, K]")));
@@ -80,20 +80,23 @@ impl Parts {
             return Err(Malformed(format!("`{name}` is {shape:?}: it names no patch")));
         }
         // Larger ones are not exact.
-        if let Some(id) = data.iter().find(|&&id| !(0.0..16_777_216.0).contains(&id) || id.fract() != 0.0) {
+        if let Some(id) = data.iter().find(|&&id| !(-1.0..16_777_216.0).contains(&id) || id.fract() != 0.0) {
             return Err(Malformed(format!("`{name}` holds {id}, a patch that an image does not have")));
         }
-        Ok(Ids { name, steps, batch, each, values: data.into_iter().map(|id| id as u32).collect() })
+        let values = data.chunks_exact(each);
+        let values = values.map(|ids| ids.iter().filter(|id| **id >= 0.0).map(|id| *id as u32).collect()).collect();
+        Ok(Ids { name: name.to_owned(), steps, batch, each, values })
     }
 }
 
 /// Patches of each image of each step.
 pub(super) struct Ids {
-    name: &'static str,
+    name: String,
     pub(super) steps: usize,
     pub(super) batch: usize,
     pub(super) each: usize,
-    values: Vec<u32>,
+    /// Of each image of each step.
+    values: Vec<Vec<u32>>,
 }
 
 /// The masks of each step, of images with so many patches: what one side does not name is on the other. Masked patches come in
@@ -110,7 +113,7 @@ pub(super) fn masks(
         let mut named: Vec<Option<(bool, usize)>> = vec![None; patches];
         for (ids, is_masked) in visible.iter().map(|ids| (ids, false)).chain(masked.iter().map(|ids| (ids, true))) {
             let each = if is_masked { ids.each / blocks } else { ids.each };
-            for (place, &id) in ids.values[image * ids.each..][..ids.each].iter().enumerate() {
+            for (place, &id) in ids.values[image].iter().enumerate() {
                 let Some(last) = named.get_mut(id as usize) else {
                     let text = format!("`{}` holds {id}, a patch that an image does not have", ids.name);
                     return Err(Malformed(text));
@@ -122,16 +125,13 @@ pub(super) fn masks(
             }
         }
         let others: Vec<u32> = (0..patches as u32).filter(|&id| named[id as usize].is_none()).collect();
-        let side = |ids: Option<&Ids>| {
-            ids.map_or_else(|| others.clone(), |ids| ids.values[image * ids.each..][..ids.each].to_vec())
-        };
+        let side = |ids: Option<&Ids>| ids.map_or_else(|| others.clone(), |ids| ids.values[image].clone());
         Ok((side(visible), side(masked)))
     });
     let images: Vec<(Vec<u32>, Vec<u32>)> = images.collect::<Result<_, _>>()?;
-    let step = |images: &[(Vec<u32>, Vec<u32>)]| Masks {
-        batch: *batch,
-        visible: images.iter().flat_map(|(visible, _)| visible).copied().collect(),
-        masked: images.iter().flat_map(|(_, masked)| masked).copied().collect(),
+    let step = |images: &[(Vec<u32>, Vec<u32>)]| {
+        let mask = |(visible, masked): &(Vec<u32>, Vec<u32>)| Mask { visible: visible.clone(), masked: masked.clone() };
+        Masks::join(&images.iter().map(mask).collect::<Vec<_>>())
     };
     Ok(images.chunks_exact(*batch).map(step).collect())
 }

@@ -126,7 +126,7 @@ struct OptimizerConfig {
 pub(super) fn read(mut parts: Parts) -> Result<Case, Malformed> {
     let config: Config =
         serde_json::from_str(&parts.metadata("config")?).map_err(|error| Malformed(format!("`config`: {error}")))?;
-    let images = parts.images()?;
+    let images = parts.images("images")?;
     let (lr, visible) = (parts.take("lr")?.data, parts.ids("ids_keep")?);
     let losses = parts.take("expect.loss")?.data;
     let Ids { steps, batch, .. } = visible;
@@ -146,8 +146,10 @@ pub(super) fn read(mut parts: Parts) -> Result<Case, Malformed> {
         recipe: recipe(&config, images[0].batch, images[0].size, is_whole),
         teachers: (!teacher.is_empty()).then(|| ("teacher".to_owned(), teacher)).into_iter().collect(),
         images,
+        crops: Vec::new(),
         visible: Some(visible),
         masked: None,
+        further_masked: Vec::new(),
         lr,
         steps_per_epoch: 1,
         start: parts.under("student."),

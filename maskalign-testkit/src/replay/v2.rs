@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use maskalign_core::weights::TensorMap;
+use maskalign_core::{ImageBatch, weights::TensorMap};
 
 use super::{
     Case, Kept,
@@ -12,20 +12,29 @@ use super::{
 /// Reads what a file of this format holds.
 pub(super) fn read(mut parts: Parts) -> Result<Case, Malformed> {
     let recipe = parts.metadata("recipe")?;
-    let images = parts.images()?;
+    let images = parts.images("images")?;
+    let mut crops = Vec::new();
+    while parts.has(&format!("images.{}", crops.len() + 1)) {
+        crops.push(parts.images(&format!("images.{}", crops.len() + 1))?);
+    }
     let (lr, losses) = (parts.take("lr")?.data, parts.take("expect.loss")?.data);
     let (steps, batch) = (lr.len(), images[0].batch);
     let mut side = |name| parts.has(name).then(|| parts.ids(name)).transpose();
     let (visible, masked) = (side("visible")?, side("masked")?);
+    let mut further_masked = Vec::new();
+    while parts.has(&format!("masked.{}", further_masked.len() + 1)) {
+        further_masked.push(parts.ids(&format!("masked.{}", further_masked.len() + 1))?);
+    }
     let fits = |ids: &Ids| (ids.steps, ids.batch) == (steps, batch);
-    if steps == 0 || losses.len() != steps || ![1, steps].contains(&images.len()) {
+    let is_whole = |crop: &Vec<ImageBatch>| [1, steps].contains(&crop.len()) && crop[0].batch == batch;
+    if steps == 0 || losses.len() != steps || !is_whole(&images) || !crops.iter().all(is_whole) {
         return Err(Malformed(format!(
             "{steps} rates, {} losses and images of {} steps do not fit together",
             losses.len(),
             images.len()
         )));
     }
-    if !visible.iter().chain(&masked).all(fits) {
+    if !visible.iter().chain(&masked).chain(&further_masked).all(fits) {
         return Err(Malformed(format!("`visible` and `masked` are of {steps} steps and {batch} images each")));
     }
     let steps_per_epoch = match parts.note("steps_per_epoch") {
@@ -66,8 +75,10 @@ pub(super) fn read(mut parts: Parts) -> Result<Case, Malformed> {
         recipe,
         teachers,
         images,
+        crops,
         visible,
         masked,
+        further_masked,
         lr,
         steps_per_epoch,
         start,

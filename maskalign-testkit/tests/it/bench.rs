@@ -100,6 +100,7 @@ fn the_first_losses_are_those_of_run_on_the_same_data() {
     let mut source = |step: usize| {
         let batch = batches.next().expect("a batch for every step")?;
         Ok(MicroBatch {
+            crops: Vec::new(),
             images: ImageBatch { batch: batch.len(), size: batch.size.0, pixels: batch.images },
             labels: batch.labels,
             indices: batch.indices,

@@ -436,7 +436,7 @@ struct Layout {
 
 impl Layout {
     fn new(masks: &Masks, held_each: usize, blocks: usize) -> Self {
-        let (batch, masked_each) = (masks.batch * blocks, masks.masked_each() / blocks);
+        let (batch, masked_each) = (masks.batch * blocks, masks.counts_of(0).masked / blocks);
         let mut order = Vec::new();
         for sequence in 0..batch {
             let image = sequence / blocks;
@@ -499,7 +499,7 @@ impl AlignerModel for DecoderModule {
         let masks = input.masks;
         let tokens = ops::gather_rows(cx, tape, &[&self.mask_token.value], &vec![0; masks.masked.len()])?;
         let tokens = ops::add(cx, tape, &tokens, &self.positions(cx, masks, predicted())?)?;
-        let held_each = input.held.count(masks.visible_each(), 0);
+        let held_each = input.held.count(masks.counts_of(0).visible, 0);
         let layout = || Layout::new(masks, held_each, self.apart);
         let every = Tokens { masked: true, ..input.held };
         let (x, decoded) = match &self.blocks {

@@ -2,6 +2,7 @@
 
 mod decoder;
 mod dynamic;
+mod shared;
 
 use maskalign_engine::{Context, Recompute, Result, Tape, Tensor};
 use maskalign_registry::{LevelRef, Refusal};
@@ -83,7 +84,7 @@ pub struct AlignNeeds {
 /// // One image: the rows of its class token and of two visible patches, of which the objective compares the patches.
 /// let levels = [cx.tensor(vec![0.0, 1.0, 2.0], 3, 1)?];
 /// let held = Tokens { cls: true, visible: true, masked: false };
-/// let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
+/// let masks = Masks::even(1, vec![3, 0], vec![1]);
 /// let input = AlignInput { levels: &levels, held, masks: &masks, tokens: Tokens { cls: false, ..held } };
 ///
 /// let rows = input.masks.within(input.tokens, input.held).expect("fewer than are held");
@@ -135,6 +136,11 @@ pub trait Aligner: Send + Sync {
     /// # Errors
     /// Names the option that does not fit the depths, tokens or widths.
     fn plan(&self, plan: &AlignPlan) -> Result<Box<dyn PlannedAligner>, Refusal>;
+
+    /// The objective whose alignment it is, where it has none of its own; it is not planned then.
+    fn shares(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// An alignment whose options fit.
@@ -175,6 +181,10 @@ pub trait PlannedAligner: Send + Sync {
     fn kept(&self, _recompute: Recompute) -> usize {
         0
     }
+    /// For how many epochs of the stage a parameter stays as it began, by its name in [`PlannedAligner::build`].
+    fn held_epochs(&self, _parameter: &str) -> f64 {
+        0.0
+    }
     /// Makes its parameters. Those that no output reaches must be marked as not trained.
     ///
     /// # Errors
@@ -207,7 +217,7 @@ pub trait PlannedAligner: Send + Sync {
 /// # let model = Straight(Linear::new(&Init::new(cx.device(), 0, "x"), "straight", 2, 1, Bias::With)?);
 /// # let levels = [cx.tensor(vec![0.0, 1.0, 2.0], 3, 1)?];
 /// # let held = Tokens { cls: true, visible: true, masked: false };
-/// # let masks = Masks { batch: 1, visible: vec![3, 0], masked: vec![1] };
+/// # let masks = Masks::even(1, vec![3, 0], vec![1]);
 /// # let input = AlignInput { levels: &levels, held, masks: &masks, tokens: Tokens { cls: false, ..held } };
 /// # assert_eq!(model.forward(&cx, &mut Tape::training(), &input)?[0].shape(), (2, 2));
 /// # Ok::<(), Error>(())

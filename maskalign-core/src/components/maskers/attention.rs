@@ -83,7 +83,7 @@ mod tests {
         let masker =
             AttentionMasker { teacher: "t".into(), ratio: None, visible: Some(2), masked: None, predict_ratio: None };
         let masker = masker.plan(Grid { rows: 1, columns: 3 }).unwrap();
-        let input = MaskInput { epoch: 0, image: 0, attention: &[0.125, 0.25, 0.625] };
+        let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[0.125, 0.25, 0.625] };
         let mut kept = [0; 3];
         for image in 0..20_000 {
             let mask = masker.draw(&input, &mut Stream::new(7, "mask", 0, image));

@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn every_image_has_as_many_masked_patches() {
         let planned = blocks(14, r#"{ "masked": 120 }"#).unwrap();
-        let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+        let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
         for image in 0..200 {
             let Mask { visible, masked } = planned.draw(&input, &mut Stream::new(1, "mask", 0, image));
             let mut all = [&visible[..], &masked].concat();

@@ -13,23 +13,8 @@ use maskalign_engine::Result;
 use maskalign_engine::random::Stream;
 use maskalign_registry::Refusal;
 
+pub use crate::nn::Counts;
 use crate::nn::Grid;
-
-/// How many patches a masker keeps and asks for: the same for all images of a micro-batch, so that it is one matrix.
-///
-/// ```
-/// # use maskalign_core::prelude::*;
-/// let (grid, visible) = (Grid { rows: 7, columns: 7 }, 12);
-/// let counts = Counts { visible, masked: grid.patches() - visible };
-/// assert_eq!(counts.masked, 37);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counts {
-    /// Patches the student sees.
-    pub visible: usize,
-    /// Patches to be predicted.
-    pub masked: usize,
-}
 
 /// What a masker draws from.
 ///
@@ -42,7 +27,7 @@ pub struct Counts {
 ///     order
 /// }
 ///
-/// assert_eq!(order(&MaskInput { epoch: 0, image: 5, attention: &[0.1, 0.7, 0.2] }), [1, 2, 0]);
+/// assert_eq!(order(&MaskInput { epoch: 0, image: 5, crop: 0, attention: &[0.1, 0.7, 0.2] }), [1, 2, 0]);
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct MaskInput<'a> {
@@ -50,6 +35,8 @@ pub struct MaskInput<'a> {
     pub epoch: u64,
     /// The image's place in the dataset.
     pub image: usize,
+    /// Which of its crops it is, where there are several.
+    pub crop: usize,
     /// The attention that the class token of [`Masker::teacher`] pays to each patch, mean over heads; empty where none is
     /// named.
     pub attention: &'a [f32],
@@ -129,7 +116,7 @@ pub trait Masker: Send + Sync {
 ///     }
 /// }
 ///
-/// let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+/// let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
 /// let mask = PlannedSingle { patches: 6 }.draw(&input, &mut Stream::new(0, "mask", 0, 0));
 /// assert_eq!((mask.visible.len(), mask.masked.len()), (1, 5));
 /// ```
@@ -140,8 +127,9 @@ pub trait PlannedMasker: Send + Sync {
     /// The mask of one image; the stream is keyed by seed, epoch and image.
     fn draw(&self, input: &MaskInput, rng: &mut Stream) -> Mask;
 
-    /// The masks of a micro-batch, with equally many visible and equally many predicted patches. Each image has its stream;
-    /// `shared` is for what they have in common, and is keyed by seed, epoch and the first of them.
+    /// The masks of a micro-batch, with equally many visible and equally many predicted patches, but for a masker that is
+    /// [uneven](PlannedMasker::uneven). Each image has its stream; `shared` is for what they have in common, and is keyed by
+    /// seed, epoch and the first of them: the views of an image share it.
     fn draw_batch(&self, images: &[MaskInput], rngs: &mut [Stream], _shared: &mut Stream) -> Vec<Mask> {
         images.iter().zip(rngs).map(|(input, rng)| self.draw(input, rng)).collect()
     }
@@ -154,6 +142,12 @@ pub trait PlannedMasker: Send + Sync {
 
     /// Whether micro-batches have different counts: those of [`PlannedMasker::counts`] are about the most then.
     fn varies(&self) -> bool {
+        false
+    }
+
+    /// Whether the images of a micro-batch have different counts; together their visible and predicted patches are all
+    /// patches then, so that a student that shows mask tokens has equally many rows of each.
+    fn uneven(&self) -> bool {
         false
     }
 }

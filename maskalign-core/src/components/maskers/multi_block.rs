@@ -91,7 +91,7 @@ impl Masker for MultiBlock {
             let mut rngs: Vec<Stream> =
                 (0..TRIALS.1 as u64).map(|image| Stream::new(0, "multi_block trial", trial, image)).collect();
             let shared = &mut Stream::new(0, "multi_block sizes", trial, 0);
-            let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+            let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
             let drawn = planned.draw_batch(&vec![input; TRIALS.1], &mut rngs, shared);
             let is_seen = |mask: &Mask| mask.visible.iter().any(|patch| mask.masked.contains(patch));
             crowded += drawn.iter().filter(|mask| is_seen(mask)).count();
@@ -204,7 +204,7 @@ mod tests {
 
     fn drawn(grid: Grid, options: &MultiBlock, batch: u64) -> Vec<Mask> {
         let planned = options.plan(grid).unwrap();
-        let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+        let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
         let mut rngs: Vec<Stream> = (0..64).map(|image| Stream::new(3, "mask", batch, image)).collect();
         planned.draw_batch(&[input; 64], &mut rngs, &mut Stream::new(3, "sizes", batch, 0))
     }
@@ -243,7 +243,7 @@ mod tests {
         }
         assert!(sizes.len() > 2, "sizes are drawn: {sizes:?}");
         let one = |seed| {
-            let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+            let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
             options().plan(grid).unwrap().draw(&input, &mut Stream::new(seed, "mask", 0, 0))
         };
         assert!(one(1) == one(1) && one(1) != one(2));

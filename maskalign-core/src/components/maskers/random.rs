@@ -116,7 +116,7 @@ mod tests {
     fn squares_are_masked_whole_and_each_as_often() {
         let planned = squares(r#"{ "ratio": 0.6, "cell": 2 }"#, 14).unwrap();
         assert_eq!(planned.counts(), Counts { visible: 76, masked: 120 });
-        let input = MaskInput { epoch: 0, image: 0, attention: &[] };
+        let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
         let mut often = [0; 49];
         for image in 0..5000 {
             let Mask { visible, masked } = planned.draw(&input, &mut Stream::new(5, "mask", 0, image));

@@ -43,6 +43,10 @@ struct AdamW {
     #[serde(default)]
     #[schemars(extend("exclusiveMinimum" = 0))]
     clip_norm: Option<f64>,
+    /// Largest norm of the gradient of each parameter by itself, as DINO's code clips. Absent: no such clipping.
+    #[serde(default)]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    clip_each: Option<f64>,
     /// Further parameters that do not decay: beginnings or ends of names.
     #[serde(default)]
     #[schemars(inner(length(min = 1)))]
@@ -68,12 +72,21 @@ impl Optimizer for AdamW {
         self.clip_norm
     }
 
+    fn clip_each(&self) -> Option<f64> {
+        self.clip_each
+    }
+
     fn state_names(&self) -> &'static [&'static str] {
         &["exp_avg", "exp_avg_sq"]
     }
 
     fn check(&self) -> Result<(), Refusal> {
         check_weight_decay(&self.weight_decay)?;
+        if self.clip_each.is_some() && self.clip_norm.is_some() {
+            return Err(Refusal::new("clip_each", "gradients are clipped all together already")
+                .related(["clip_norm"], "given here")
+                .help("keep one of the two"));
+        }
         match self.betas.iter().position(|&beta| beta >= 1.0) {
             Some(i) => {
                 let message = format!("expected a decay rate below 1, found {}", self.betas[i]);

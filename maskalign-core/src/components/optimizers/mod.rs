@@ -79,6 +79,10 @@ pub trait Optimizer: Send + Sync {
     fn peak_lr(&self, effective_batch: usize) -> f64;
     /// The gradient norm beyond which gradients are scaled down.
     fn clip_norm(&self) -> Option<f64>;
+    /// The norm beyond which the gradient of one parameter is scaled down, each by itself.
+    fn clip_each(&self) -> Option<f64> {
+        None
+    }
     /// Names of the tensors kept for each parameter, as checkpoints call them.
     fn state_names(&self) -> &'static [&'static str];
     /// Refuses options that contradict each other.

@@ -135,6 +135,14 @@ impl PlannedStudent for PlannedVit {
         self.tower.is_drawn()
     }
 
+    fn gives_attention(&self) -> bool {
+        self.tower.shape().cls_token
+    }
+
+    fn sees_sizes(&self) -> bool {
+        true
+    }
+
     fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error> {
         Ok(Box::new(Tower { vit: self.tower.build(init, trained)?, drop_path: self.drop_path }))
     }
@@ -183,6 +191,28 @@ impl StudentModel for Tower {
         keep: &dyn Fn(usize) -> bool,
     ) -> Result<Features> {
         self.vit.forward(cx, tape, images, seen, scales, keep)
+    }
+
+    fn forward_at(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        images: &ImageBatch,
+        size: usize,
+        seen: Option<SeenPatches>,
+        scales: Option<&BranchScales>,
+        keep: &dyn Fn(usize) -> bool,
+    ) -> Result<Features> {
+        self.vit.forward_at(cx, tape, images, size, seen, scales, keep)
+    }
+
+    fn forward_attending(
+        &self,
+        cx: &Context,
+        images: &ImageBatch,
+        keep: &dyn Fn(usize) -> bool,
+    ) -> Result<(Features, Vec<f32>)> {
+        self.vit.forward_attending(cx, images, keep)
     }
 
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {

@@ -1,9 +1,6 @@
 //! A teacher's hidden states.
 
-use maskalign_engine::{
-    Context, Result, Tape, Tensor,
-    ops::{self, flat_rows},
-};
+use maskalign_engine::{Context, Result, Tape, Tensor, ops};
 use maskalign_registry::{Kind, LevelRef, Levels, Refusal};
 
 use super::{Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource, TeacherTarget};
@@ -146,8 +143,7 @@ impl TeacherTarget for PlannedFeatures {
                 Some(held) => input.masks.within(input.tokens, held),
                 None => {
                     let shape = teacher.shape();
-                    let rows = input.masks.rows(input.tokens, shape.cls_token);
-                    Some(flat_rows(&rows, input.masks.batch, shape.tokens()))
+                    Some(input.masks.rows_among(input.tokens, shape.cls_token, shape.tokens()))
                 }
             };
             if let Some(rows) = rows {

@@ -167,7 +167,7 @@ mod tests {
     fn a_slope_has_one_direction() {
         let cx = Context::new(Device::Cpu, 2);
         let TargetSource::Images(target) = planned("{}", MASKED).unwrap().source else { panic!("of images") };
-        let masks = Masks { batch: 1, visible: vec![1, 2, 3], masked: vec![0] };
+        let masks = Masks::even(1, vec![1, 2, 3], vec![0]);
         for (slope, bin) in [((0.0, 0.1), 4), ((0.1, 0.0), 0), ((0.1, 0.1), 2), ((0.1, -0.1), 6)] {
             let red = |i: usize| 0.5 + slope.0 * (i / 8) as f32 + slope.1 * (i % 8) as f32;
             let pixels = (0..64).map(red).chain([0.5; 128]).collect();

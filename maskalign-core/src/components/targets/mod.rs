@@ -1,5 +1,6 @@
 //! What the student is to match.
 
+mod assignments;
 mod features;
 mod hog;
 mod pixels;
@@ -11,6 +12,8 @@ use maskalign_engine::{
     ops::{self, Standardize},
 };
 use maskalign_registry::Refusal;
+
+pub use assignments::Sharpening;
 
 use crate::{
     component,
@@ -123,6 +126,15 @@ pub enum TargetSource {
         /// The target.
         target: Box<dyn TeacherTarget>,
     },
+    /// The last block of a teacher that follows the student, through a moving average of the objective's own alignment.
+    MovingHead {
+        /// The teacher's name.
+        name: String,
+        /// Where the teacher is read.
+        tap: Tap,
+        /// What becomes of the outputs.
+        sharpening: Sharpening,
+    },
 }
 
 impl PlannedTarget {
@@ -130,7 +142,7 @@ impl PlannedTarget {
     pub fn teacher(&self) -> Option<&str> {
         match &self.source {
             TargetSource::Images(_) => None,
-            TargetSource::Teacher { name, .. } => Some(name),
+            TargetSource::Teacher { name, .. } | TargetSource::MovingHead { name, .. } => Some(name),
         }
     }
 }
@@ -140,7 +152,7 @@ impl PlannedTarget {
 /// ```
 /// # use maskalign_core::prelude::*;
 /// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
-/// let masks = Masks { batch: 1, visible: vec![2], masked: vec![0, 3] };
+/// let masks = Masks::even(1, vec![2], vec![0, 3]);
 /// let tokens = Tokens { masked: true, ..Tokens::default() };
 /// let input = TargetInput { images: &images, masks: &masks, tokens };
 /// assert_eq!(input.masks.rows(input.tokens, true), [1, 4], "behind the class token of a tower that sees all patches");
@@ -171,7 +183,7 @@ pub struct TargetInput<'a> {
 /// # let cx = Context::new(Device::Cpu, 1);
 ///
 /// let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
-/// let masks = Masks { batch: 1, visible: vec![2], masked: vec![0, 3] };
+/// let masks = Masks::even(1, vec![2], vec![0, 3]);
 /// let input = TargetInput { images: &images, masks: &masks, tokens: Tokens { masked: true, ..Tokens::default() } };
 /// assert_eq!(Index.outputs(&cx, &input)?[0].to_vec(), [0.0, 3.0]);
 /// # Ok::<(), Error>(())

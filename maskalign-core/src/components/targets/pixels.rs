@@ -1,9 +1,6 @@
 //! The pixels of the patches.
 
-use maskalign_engine::{
-    Context, Result, Tape, Tensor,
-    ops::{self, flat_rows},
-};
+use maskalign_engine::{Context, Result, Tape, Tensor, ops};
 use maskalign_registry::Refusal;
 
 use super::{ImageTarget, Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource};
@@ -60,7 +57,7 @@ impl ImageTarget for PlannedPixels {
             return Ok(vec![self.normalize.apply(cx, &matrix(Some(&wanted))?)?]);
         }
         let all = self.normalize.apply(cx, &matrix(None)?)?;
-        let rows = flat_rows(&wanted, masks.batch, student.grid.patches());
+        let rows = masks.rows_among(input.tokens, false, student.grid.patches());
         Ok(vec![ops::gather_rows(cx, &mut Tape::inference(), &[&all], &rows)?])
     }
 }

@@ -52,9 +52,12 @@ impl PlannedTeacher for PlannedEma {
         self.student.shape()
     }
 
-    /// A student's blocks give no attention.
     fn gives_attention(&self) -> bool {
-        false
+        self.student.gives_attention()
+    }
+
+    fn follows(&self) -> bool {
+        true
     }
 
     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
@@ -107,6 +110,10 @@ impl TeacherModel for MovingTeacher {
 
     fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
         let keep = |level: usize| wants.levels.contains(&level);
+        if wants.attention {
+            let (features, attention) = self.tower.forward_attending(cx, images, &keep)?;
+            return Ok(Pass { attention, features, begun: None });
+        }
         let features = self.tower.forward(cx, &mut Tape::inference(), images, None, None, &keep)?;
         Ok(Pass { attention: Vec::new(), features, begun: None })
     }
@@ -135,6 +142,10 @@ impl TeacherModel for MovingTeacher {
             }
         });
         outcome
+    }
+
+    fn momentum(&self, progress: f64) -> Option<f64> {
+        Some(self.momentum.at(progress))
     }
 
     fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {

@@ -156,6 +156,10 @@ pub trait PlannedTeacher: Send + Sync {
     fn gives_attention(&self) -> bool {
         self.shape().cls_token
     }
+    /// Whether it follows the student: see [`TeacherModel::momentum`].
+    fn follows(&self) -> bool {
+        false
+    }
     /// Builds the tower and reads its weights.
     ///
     /// # Errors
@@ -255,6 +259,11 @@ pub trait TeacherModel: Module {
     /// Out of memory on the device.
     fn after_update(&mut self, _cx: &Context, _student: &mut dyn StudentModel, _progress: f64) -> Result<()> {
         Ok(())
+    }
+    /// What a teacher that follows the student keeps of itself in an update; what belongs to it, such as a copy of an
+    /// alignment, follows likewise. `None` for a teacher that does not.
+    fn momentum(&self, _progress: f64) -> Option<f64> {
+        None
     }
     /// How much the class token attends to each patch in the last block, of each head by itself: `[batch, heads, patches]`,
     /// for people to look at. `None` where there is nothing to show.

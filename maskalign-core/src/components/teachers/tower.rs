@@ -83,8 +83,8 @@ impl TeacherModel for TowerTeacher {
         let last = self.vit.blocks.len() - 1;
         let mut levels = BTreeMap::new();
         if let Some(begun) = pass.begun {
-            // Nothing but these rows reaches a loss.
-            let only = (!wants.whole).then_some(wants.tokens);
+            // Nothing but these rows reaches a loss. A block's end has equally many of each image.
+            let only = (!wants.whole && masks.uneven.is_none()).then_some(wants.tokens);
             let rows = only.map(|tokens| masks.rows(tokens, self.vit.config.cls_token));
             let x = self.vit.finish(cx, &pass.features, begun, rows.as_deref())?;
             levels.insert(last, Level { x, only });

@@ -9,7 +9,7 @@ use crate::data::datasets::{Sample, Split};
 use crate::data::transforms::{HorizontalFlip, RandomResizedCrop};
 use crate::data::{
     Batch, DataError, Dataset, Images, Interpolation, Loader, LoaderConfig, OnError, Order, Position, RgbImage, Size,
-    Transform,
+    Transform, ViewCrop,
 };
 
 /// Images of 2 x 2 pixels that hold their number; some are unreadable, one panics.
@@ -99,6 +99,48 @@ fn threads_and_read_ahead_change_nothing() {
     for (workers, prefetch) in [(1, 0), (1, 5), (3, 1), (4, 8)] {
         assert_eq!(taken(&augmented(LoaderConfig { workers, prefetch, ..config }), START, 15), alone);
     }
+}
+
+/// Three crops: two of a view, one of another.
+fn cropped(keep: &[usize], config: LoaderConfig) -> Loader {
+    let crop = |side: usize| -> Arc<[Box<dyn Transform>]> {
+        let (size, interpolation) = (Size::Side(side), Interpolation::Bicubic);
+        let crop = RandomResizedCrop { size, scale: [0.3, 1.0], ratio: [0.75, 1.33], interpolation };
+        Arc::new([Box::new(crop) as Box<dyn Transform>])
+    };
+    let all = [("large", 0, 16), ("large", 1, 16), ("small", 0, 8)];
+    let crops = keep.iter().map(|&place| {
+        let (view, copy, side) = all[place];
+        ViewCrop::of_view(view, copy, crop(side), (side, side))
+    });
+    let images = Sample { split: Split::Test, limit: Some(50) }.open().unwrap();
+    let shared: Vec<Box<dyn Transform>> = vec![Box::new(HorizontalFlip { p: 0.5 })];
+    Loader::of_crops(Arc::from(images), shared.into(), crops.collect(), config).unwrap()
+}
+
+#[test]
+fn crops_of_an_image_are_their_own_whatever_others_are_cut() {
+    let config = LoaderConfig { batch: 8, micro: 4, ..CONFIG };
+    let all = taken(&cropped(&[0, 1, 2], config), START, 7);
+    assert_eq!((all[0].size, all[0].crops.len(), all[0].crops[1].1), ((16, 16), 2, (8, 8)));
+    assert_eq!((all[0].images.len(), all[0].crops[1].0.len()), (4 * 3 * 256, 4 * 3 * 64));
+    assert_ne!(all[0].images, all[0].crops[0].0, "each crop of a view has a stream of its own");
+    assert_eq!(taken(&cropped(&[0, 1, 2], LoaderConfig { workers: 3, ..config }), START, 7), all);
+    for (batch, whole) in taken(&cropped(&[1, 2], config), START, 7).iter().zip(&all) {
+        assert_eq!((&batch.images, &batch.crops[..]), (&whole.crops[0].0, &whole.crops[1..]));
+    }
+}
+
+#[test]
+fn an_unreadable_image_leaves_all_its_crops() {
+    let images = Numbered { bad: vec![1], ..Numbered::new(6) };
+    let config = LoaderConfig { order: Order::Sequential, on_error: OnError::Skip, batch: 3, micro: 3, ..CONFIG };
+    let crop = |copy| ViewCrop::of_view("same", copy, Arc::new([]), (2, 2));
+    let loader = Loader::of_crops(Arc::new(images), Arc::new([]), vec![crop(0), crop(1)], config).unwrap();
+    let batches = taken(&loader, START, 2);
+    let shown = |pixels: &[f32]| pixels.chunks(12).map(|image| (image[0] * 255.0).round() as u8).collect::<Vec<_>>();
+    assert_eq!((shown(&batches[0].images), shown(&batches[0].crops[0].0)), (vec![0, 2], vec![0, 2]));
+    assert_eq!(shown(&batches[1].crops[0].0), [3, 4, 5]);
 }
 
 #[test]

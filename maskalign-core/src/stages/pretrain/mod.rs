@@ -3,6 +3,7 @@
 mod model;
 mod objective;
 mod pictures;
+mod views;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,13 +20,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 pub use model::PretrainModel;
+use objective::Beside;
 pub use objective::{Objective, PlannedObjective};
+use views::{Group, SeenCrop, grouped};
 
 use super::{
     EpochEvaluation, Loop, MicroBatch, Outcome, PlannedJudge, PlannedStage, PlannedTraining, Stage, StageContext,
     StageRun, StageSummary, Training, TrainingStep, finish, keep,
     knn::{PeriodicKnn, PlannedKnn},
-    memory, train,
+    memory::{self, FrozenPass},
+    train,
     training::{count_parameters, saved_parameters},
 };
 use crate::{
@@ -35,6 +39,7 @@ use crate::{
         students::PlannedStudent,
         targets::TargetSource,
         teachers::{PlannedTeacher, Wants},
+        tokens::Tokens,
         towers::{PlanContext, StudentPlan, Tap, TowerShape, TrainedStudents},
     },
     data::Position,
@@ -151,6 +156,9 @@ struct PretrainOptions {
     /// Chooses the patches that the student sees; absent: all of them.
     #[serde(default)]
     masker: Option<Slot<MaskerTag>>,
+    /// The views that the masker draws for, where the data has several. Absent: all; the student sees the others whole.
+    #[serde(default)]
+    masked_views: Option<Vec<String>>,
     /// The terms of the loss, by name.
     #[schemars(extend("minProperties" = 1))]
     objectives: IndexMap<String, Objective>,
@@ -172,6 +180,8 @@ pub struct PlannedPretrain {
     teachers: BTreeMap<String, (Arc<dyn PlannedTeacher>, Wants)>,
     masking: Option<Masking>,
     objectives: Vec<PlannedObjective>,
+    /// The crops that objectives compare.
+    crops: Vec<SeenCrop>,
     knn: Option<PlannedKnn>,
     evaluations: Vec<PlannedEvaluation>,
     seed: u64,
@@ -187,17 +197,19 @@ impl Pretrain {
         let With { shared: periodic, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
-        let training = shared.plan(cx, cx.name.to_string(), &mut summary, &mut refusals);
-        let Some(training) = training else { return Err(refusals) };
+        let training = shared.plan_views(cx, cx.name.to_string(), &mut summary, &mut refusals);
+        let Some(mut training) = training else { return Err(refusals) };
         let towers = cx.towers(training.data.size);
-        let models = match own.plan_models(&towers) {
+        let models = match own.plan_models(&towers, &training) {
             Ok(models) => models,
             Err(more) => {
                 refusals.extend(more);
                 return Err(refusals);
             }
         };
-        let Models { student, teachers, masking, objectives } = models;
+        let Models { student, teachers, masking, objectives, crops, idle, used } = models;
+        training.data.keep_crops(&used);
+        summary.warnings.extend(idle.iter().map(|view| format!("no objective compares view `{view}`: it is not cut")));
         let knn = periodic.knn.as_ref().and_then(|knn| {
             match knn.plan(cx, shared.epochs, student.shape().arch.dim, &mut summary) {
                 Ok(planned) => Some(planned),
@@ -230,6 +242,7 @@ impl Pretrain {
             teachers,
             masking,
             objectives,
+            crops,
             knn,
             evaluations: Vec::new(),
             seed: cx.seed,
@@ -249,11 +262,17 @@ struct Models {
     teachers: BTreeMap<String, Arc<dyn PlannedTeacher>>,
     masking: Option<Masking>,
     objectives: Vec<PlannedObjective>,
+    /// The crops that objectives compare.
+    crops: Vec<SeenCrop>,
+    /// The views of which no crop is compared.
+    idle: BTreeSet<String>,
+    /// The crops that are compared, by their places among those of the data.
+    used: BTreeSet<usize>,
 }
 
 impl PretrainOptions {
     /// Collects every refusal, not the first.
-    fn plan_models(&self, towers: &PlanContext) -> Result<Models, Vec<Refusal>> {
+    fn plan_models(&self, towers: &PlanContext, training: &PlannedTraining) -> Result<Models, Vec<Refusal>> {
         let mut refusals = Vec::new();
         let student = keep(
             &mut refusals,
@@ -279,20 +298,80 @@ impl PretrainOptions {
         let all = Counts { visible: shape.grid.patches(), masked: 0 };
         let counts = masking.as_ref().map(|masking| masking.as_ref().map_or(all, |m| m.masker.counts()));
         let blocks = masking.as_ref().and_then(Option::as_ref).map_or(1, |masking| masking.masker.blocks());
+        let data = &training.data;
+        let (masked, sees_sizes) = (self.masked_views.as_deref(), student.sees_sizes());
+        let crops = views::crops(data.crops(), data.size, &shape, self.masker.is_some(), masked, sees_sizes);
+        let crops = keep(&mut refusals, crops);
         let shapes = teachers.iter().map(|(name, teacher)| (name.clone(), teacher.shape())).collect();
-        let mut objectives = Vec::new();
-        for (name, objective) in &self.objectives {
-            match objective.plan(name, shape, &shapes, counts, blocks) {
-                Ok(planned) => objectives.extend(planned),
-                Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
+        let shares: Vec<Option<(String, Tokens)>> = self.objectives.values().map(Objective::shares).collect();
+        let mut planned = BTreeMap::new();
+        // Those that share the map of another follow all that have one of their own.
+        for is_shared in [false, true] {
+            let of_kind = self.objectives.iter().zip(&shares).filter(|(_, shares)| shares.is_some() == is_shared);
+            let mut found = Vec::new();
+            for ((name, objective), _) in of_kind {
+                let through_it = shares.iter().flatten().filter(|(owner, _)| owner == name);
+                let beside = Beside {
+                    student: shape,
+                    teachers: &shapes,
+                    counts,
+                    blocks,
+                    crops: crops.as_deref(),
+                    size: data.size,
+                    others: through_it.fold(Tokens::default(), |all, (_, tokens)| all.union(*tokens)),
+                    planned: &planned,
+                };
+                let checked = objective.plan(name, &beside).and_then(|planned| match planned {
+                    Some(planned) => Self::check_assignments(&planned, &teachers, training).map(|()| Some(planned)),
+                    None => Ok(None),
+                });
+                match checked {
+                    Ok(objective) => found.extend(objective),
+                    Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
+                }
             }
+            planned.extend(found.into_iter().map(|objective| (objective.name.clone(), objective)));
         }
+        let mut objectives: Vec<PlannedObjective> =
+            self.objectives.keys().filter_map(|name| planned.remove(name)).collect();
+        let mut crops = crops.unwrap_or_default();
+        let compared = objectives.iter().map(|objective| &objective.compared);
+        let used: BTreeSet<usize> = compared.flat_map(|of| of.student().into_iter().chain(of.target())).collect();
+        let all_views: BTreeSet<String> = crops.iter().map(|crop| crop.view.clone()).collect();
+        objectives.iter_mut().for_each(|objective| objective.compared = objective.compared.placed(&used));
+        crops = used.iter().map(|&place| crops[place].clone()).collect();
+        let idle = all_views.into_iter().filter(|view| crops.iter().all(|crop| crop.view != *view)).collect();
         // A teacher that was refused is not reported as unknown as well.
         let refused = |name: &str| self.teachers.contains_key(name) && !teachers.contains_key(name);
         refusals.retain(|refusal| !refusal.follows_from(Kind::Teacher, refused));
         match masking {
-            Some(masking) if refusals.is_empty() => Ok(Models { student, teachers, masking, objectives }),
+            Some(masking) if refusals.is_empty() => {
+                Ok(Models { student, teachers, masking, objectives, crops, idle, used })
+            }
             _ => Err(refusals),
+        }
+    }
+
+    /// Refuses assignments of a teacher that does not follow the student, and a warm-up that the stage does not reach the
+    /// end of.
+    fn check_assignments(
+        objective: &PlannedObjective,
+        teachers: &BTreeMap<String, Arc<dyn PlannedTeacher>>,
+        training: &PlannedTraining,
+    ) -> Result<(), Vec<Refusal>> {
+        let TargetSource::MovingHead { name, sharpening, .. } = &objective.target.source else { return Ok(()) };
+        if teachers.get(name).is_some_and(|teacher| !teacher.follows()) {
+            let message = format!("`{name}` does not follow the student, and there is no head for it to assign by");
+            let refusal = Refusal::new("teacher", message).under("target");
+            return Err(vec![refusal.help("use a teacher of `type: ema`")]);
+        }
+        let epochs = training.length.epochs;
+        match sharpening.warmup {
+            Some((_, warmup)) if warmup as f64 > epochs => {
+                let message = format!("{warmup} epochs of warm-up are more than the stage's {epochs}");
+                Err(vec![Refusal::new("warmup_epochs", message).under("target")])
+            }
+            _ => Ok(()),
         }
     }
 
@@ -330,6 +409,12 @@ impl PretrainOptions {
             .in_stage(["student", "masked_patches"], "set here")
             .help("leave `masked_patches` out and use the aligner `decoder`, or choose another masker"));
         }
+        if masker.uneven() && student.masked_patches != MaskedPatches::MaskToken {
+            let text = "the images of a micro-batch have different numbers of visible patches, and the student sees those alone";
+            return Err(Refusal::whole(text)
+                .in_stage(["student", "masked_patches"], "what it shows of the others")
+                .help("set `masked_patches: mask_token` for the student, or choose a masker that keeps equally many"));
+        }
         Ok(Masking { masker: masker.into(), teacher })
     }
 }
@@ -338,12 +423,16 @@ impl PretrainOptions {
 fn wants(objectives: &[PlannedObjective], masking: Option<&Masking>) -> BTreeMap<String, Wants> {
     let mut all: BTreeMap<String, Wants> = BTreeMap::new();
     for objective in objectives {
-        if let TargetSource::Teacher { name, whole, .. } = &objective.target.source {
-            let wants = all.entry(name.clone()).or_default();
-            wants.levels.extend(&objective.levels);
-            wants.whole |= whole;
-            wants.tokens = wants.tokens.union(objective.tokens);
-        }
+        let (name, whole) = match &objective.target.source {
+            TargetSource::Images(_) => continue,
+            TargetSource::Teacher { name, whole, .. } => (name, *whole),
+            // Its centre is that of all tokens.
+            TargetSource::MovingHead { name, .. } => (name, true),
+        };
+        let wants = all.entry(name.clone()).or_default();
+        wants.levels.extend(&objective.levels);
+        wants.whole |= whole;
+        wants.tokens = wants.tokens.union(objective.tokens);
     }
     if let Some(teacher) = masking.and_then(|masking| masking.teacher.as_ref()) {
         all.entry(teacher.clone()).or_default().attention = true;
@@ -360,7 +449,8 @@ impl PlannedPretrain {
             let of = |o: &&PlannedObjective| o.target.teacher() == Some(teacher);
             self.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
-        let frozen = self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect();
+        let frozen = self.teachers.keys().zip(self.teacher_shapes());
+        let frozen = frozen.map(|(name, (tower, crops))| FrozenPass { tower, levels: levels(name), crops }).collect();
         let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
         self.summary.saved = saved_parameters(&mut model);
@@ -370,15 +460,56 @@ impl PlannedPretrain {
         let step = TrainingStep {
             student: &student,
             images: micro,
-            image_size: self.training.data.size,
-            tokens: seen,
+            pixels: self.crops.iter().map(|crop| 3 * crop.size * crop.size).sum(),
+            tokens: self.student_tokens().iter().sum(),
             frozen,
+            copied: self.copied()?,
             compared: micro * self.objectives.iter().map(|o| o.compared(counts)).sum::<usize>(),
             aligned: micro * self.objectives.iter().map(|o| o.aligner.kept(recompute)).sum::<usize>(),
             recompute,
         };
         self.summary.memory += memory::training(&self.summary, &step);
         Ok(())
+    }
+
+    /// Values of moving copies of alignments.
+    fn copied(&self) -> Result<usize> {
+        let mut all = 0;
+        for objective in &self.objectives {
+            let is_moving = matches!(objective.target.source, TargetSource::MovingHead { .. });
+            if is_moving && objective.shares.is_none() {
+                objective.aligner.build(&Init::shapes())?.visit(&mut |p| all += p.len());
+            }
+        }
+        Ok(all)
+    }
+
+    /// The crops that go through the student together.
+    fn student_groups(&self) -> Vec<Group> {
+        let crops: BTreeSet<usize> =
+            self.objectives.iter().flat_map(|objective| objective.compared.student()).collect();
+        grouped(crops, &self.crops)
+    }
+
+    /// The crops that go through a teacher together: those that its targets are compared with, and those that masks are drawn
+    /// for by its attention.
+    fn teacher_groups(&self, name: &str) -> Vec<Group> {
+        let of = self.objectives.iter().filter(|objective| objective.target.teacher() == Some(name));
+        let mut crops: BTreeSet<usize> = of.flat_map(|objective| objective.compared.target()).collect();
+        if self.masking.as_ref().is_some_and(|masking| masking.teacher.as_deref() == Some(name)) {
+            crops.extend((0..self.crops.len()).filter(|&crop| self.crops[crop].is_masked));
+        }
+        grouped(crops, &self.crops)
+    }
+
+    /// Crops of an image that masks are drawn for.
+    pub fn masked_crops(&self) -> usize {
+        self.crops.iter().filter(|crop| crop.is_masked).count()
+    }
+
+    /// Sides in pixels of the crops of an image, in the order of a micro-batch.
+    pub fn crop_sizes(&self) -> Vec<usize> {
+        self.crops.iter().map(|crop| crop.size).collect()
     }
 
     /// The blocks of the student that the objectives look at.
@@ -415,6 +546,11 @@ impl PlannedPretrain {
         self.masking.as_ref().is_some_and(|masking| masking.masker.varies())
     }
 
+    /// Whether a teacher's attention says which patches are masked.
+    pub fn masks_follow_a_teacher(&self) -> bool {
+        self.masking.as_ref().is_some_and(|masking| masking.teacher.is_some())
+    }
+
     /// Draws masks by another masker: a replay's.
     #[must_use]
     pub fn with_masker(self, masker: Arc<dyn PlannedMasker>) -> Self {
@@ -432,9 +568,20 @@ impl PlannedPretrain {
         &self.student
     }
 
-    /// The shapes of the teachers that run.
-    pub fn teacher_shapes(&self) -> Vec<TowerShape> {
-        self.teachers.values().map(|(teacher, _)| teacher.shape()).collect()
+    /// The shapes of the teachers that run, each with the number of an image's crops that it sees.
+    pub fn teacher_shapes(&self) -> Vec<(TowerShape, usize)> {
+        let crops = |name: &str| self.teacher_groups(name).iter().map(|group| group.crops.len()).sum();
+        self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), crops(name))).collect()
+    }
+
+    /// The student's tokens of each crop that it sees.
+    pub fn student_tokens(&self) -> Vec<usize> {
+        let (student, counts) = (self.student.shape(), self.counts());
+        let rows = |crop: &SeenCrop| match crop.is_masked {
+            true => student.held().count(counts.visible, counts.masked),
+            false => student.held().count(crop.patches(&student), 0),
+        };
+        self.student_groups().iter().flat_map(|group| &group.crops).map(|&crop| rows(&self.crops[crop])).collect()
     }
 
     /// The terms of the loss.

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use maskalign_engine::Result;
 use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
+use super::views::{Compared, ComparedViews, SeenCrop};
 use crate::{
     component,
     components::{
@@ -115,6 +116,9 @@ pub struct Objective {
     /// Weight of the objective.
     #[serde(default = "unit_weight")]
     weight: Ramp,
+    /// Which views of an image are compared, where the data has several. Absent: each with itself.
+    #[serde(default)]
+    views: Option<ComparedViews>,
 }
 
 /// An objective whose parts fit each other.
@@ -136,26 +140,51 @@ pub struct PlannedObjective {
     pub weight: Ramp,
     /// Weights of the outputs that are compared.
     pub level_weights: Vec<f32>,
+    /// The objective whose map it is, where that is another's.
+    pub shares: Option<String>,
+    /// Which crops are compared.
+    pub(super) compared: Compared,
 }
 
 impl PlannedObjective {
     /// Values of an image that are compared with targets.
     pub fn compared(&self, counts: Counts) -> usize {
-        self.tokens.count(counts.visible, counts.masked) * self.target.width * self.level_weights.len()
+        let each = self.tokens.count(counts.visible, counts.masked) * self.target.width * self.level_weights.len();
+        each * self.compared.pairs.len()
     }
 }
 
+/// What an objective is planned beside.
+pub(super) struct Beside<'a> {
+    /// The student.
+    pub student: TowerShape,
+    /// The teachers' shapes, by name.
+    pub teachers: &'a BTreeMap<String, TowerShape>,
+    /// Absent where the masker was refused.
+    pub counts: Option<Counts>,
+    /// In how many blocks predicted patches come.
+    pub blocks: usize,
+    /// The crops of an image; absent where they were refused.
+    pub crops: Option<&'a [SeenCrop]>,
+    /// Side in pixels of the first view.
+    pub size: usize,
+    /// Tokens that other objectives compare through this one's map.
+    pub others: Tokens,
+    /// The objectives that are planned already, by name: those whose maps are their own.
+    pub planned: &'a BTreeMap<String, PlannedObjective>,
+}
+
 impl Objective {
-    /// Refuses parts that do not fit each other: every refusal, not the first. `counts` are absent where the masker was
-    /// refused; what depends on them is left out then, and there may be no objective although nothing is refused here.
-    pub(super) fn plan(
-        &self,
-        name: &str,
-        student: TowerShape,
-        teachers: &BTreeMap<String, TowerShape>,
-        counts: Option<Counts>,
-        blocks: usize,
-    ) -> Result<Option<PlannedObjective>, Vec<Refusal>> {
+    /// The objective whose map it shares, and the tokens that it compares.
+    pub(super) fn shares(&self) -> Option<(String, Tokens)> {
+        let aligner = Build::build(&self.aligner).ok()?;
+        Some((aligner.shares()?.to_owned(), Tokens::from_list(&self.tokens).ok()?))
+    }
+
+    /// Refuses parts that do not fit each other: every refusal, not the first. What depends on parts of `beside` that were
+    /// refused is left out, and there may be no objective although nothing is refused here.
+    pub(super) fn plan(&self, name: &str, beside: &Beside) -> Result<Option<PlannedObjective>, Vec<Refusal>> {
+        let Beside { student, teachers, counts, blocks, .. } = *beside;
         let mut refusals = Vec::new();
         keep(&mut refusals, self.check_weight());
         let tokens = keep(&mut refusals, Tokens::from_list(&self.tokens));
@@ -171,8 +200,11 @@ impl Objective {
         let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
         let aligner = keep(&mut refusals, Build::build(&self.aligner).map_err(|r| r.under("aligner")));
         let loss = keep(&mut refusals, Build::build(&self.loss).map_err(|r| r.under("loss")));
-        let (Some(tokens), Some(target), Some(weights), Some(aligner), Some(loss), Some(counts), true) =
-            (tokens, target, weights, aligner, loss, counts, refusals.is_empty())
+        let compared = beside.crops.zip(tokens).and_then(|(crops, tokens)| {
+            keep(&mut refusals, ComparedViews::plan(self.views.as_ref(), crops, beside.size, tokens))
+        });
+        let (Some(tokens), Some(target), Some(weights), Some(aligner), Some(loss), Some(counts), Some(compared), true) =
+            (tokens, target, weights, aligner, loss, counts, compared, refusals.is_empty())
         else {
             return if refusals.is_empty() { Ok(None) } else { Err(refusals) };
         };
@@ -181,14 +213,36 @@ impl Objective {
             student,
             counts,
             blocks,
-            tokens,
+            tokens: tokens.union(beside.others),
             target_depth: target.depth,
             target_levels: target.levels.clone(),
             outputs: target.outputs,
             wanted: wanted.clone(),
             width: target.width,
         };
-        let aligner = aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?;
+        let shares = aligner.shares().map(str::to_owned);
+        let aligner: Arc<dyn PlannedAligner> = match &shares {
+            None => aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?.into(),
+            Some(other) => match beside.planned.get(other) {
+                None => {
+                    let known: Vec<&str> = beside.planned.keys().map(String::as_str).collect();
+                    let text = format!("no objective `{other}` has a map of its own");
+                    let refusal = Refusal::new("objective", text).under("aligner");
+                    return Err(vec![refusal.help(format!("those that have one: {}", known.join(", ")))]);
+                }
+                Some(owner) if owner.target.width != target.width || owner.level_weights.len() != wanted.len() => {
+                    let text = format!(
+                        "the target has {} of {} channels, that of `{other}` {} of {}",
+                        wanted.len(),
+                        target.width,
+                        owner.level_weights.len(),
+                        owner.target.width
+                    );
+                    return Err(vec![Refusal::whole(text).under("aligner").beside(["target"], "the target")]);
+                }
+                Some(owner) => Arc::clone(&owner.aligner),
+            },
+        };
         // A level of weight 0 is neither computed nor compared.
         let levels = match target.outputs == target.levels.len() {
             true => wanted.iter().map(|&i| target.levels[i]).collect(),
@@ -199,10 +253,12 @@ impl Objective {
             tokens,
             target: Arc::new(target),
             levels,
-            aligner: aligner.into(),
+            aligner,
             loss: loss.into(),
             weight: self.weight,
             level_weights: wanted.iter().map(|&i| weights[i] as f32).collect(),
+            shares,
+            compared,
         }))
     }
 

@@ -2,7 +2,7 @@
 
 use maskalign_engine::{Context, ImageBatch, Tape, Tensor};
 
-use super::model::PretrainModel;
+use super::{model::PretrainModel, views::Group};
 use crate::{
     chart::heat,
     components::{targets::TargetSource, teachers::Wants, tokens::Masks},
@@ -29,8 +29,14 @@ impl PretrainModel {
         let count = batch.images.batch.min(IMAGES);
         let size = batch.images.size;
         let images = ImageBatch { pixels: batch.images.pixels[..count * 3 * size * size].to_vec(), batch: count, size };
+        let further = |crop: &ImageBatch| ImageBatch {
+            pixels: crop.pixels[..count * 3 * crop.size * crop.size].to_vec(),
+            batch: count,
+            size: crop.size,
+        };
         let batch = MicroBatch {
             images,
+            crops: batch.crops.iter().map(further).collect(),
             labels: batch.labels[..count].to_vec(),
             indices: batch.indices[..count].to_vec(),
             epoch: batch.epoch,
@@ -52,7 +58,11 @@ impl PretrainModel {
             patch: size / grid.rows,
             side: grid.rows,
         };
-        let (masks, targets) = self.teach(cx, &batch)?;
+        let lesson = self.teach(cx, &batch)?;
+        // Of several crops, the first is shown.
+        let first = Group { crops: vec![0] };
+        let masks = lesson.masks_of(&first);
+        let targets: Vec<&[Tensor]> = lesson.first_targets().collect();
         let picture = |name: &str, caption: String, rows: &[Vec<RgbImage>]| Picture {
             stage: stage.to_owned(),
             name: name.to_owned(),
@@ -60,10 +70,13 @@ impl PretrainModel {
             drawing: Drawing::Image(sheet(rows)),
         };
         let mut pictures = Vec::new();
-        if masks.visible_each() < grid.patches() {
+        if masks.visible.len() < count * grid.patches() {
             let visible: Vec<RgbImage> = (0..count).map(|i| shown.visible(i, masks.visible_of(i))).collect();
-            let caption =
-                format!("Images, and the {} of {} patches that the student sees", masks.visible_each(), grid.patches());
+            let seen = match masks.uneven {
+                None => format!("the {} of {} patches", masks.counts_of(0).visible, grid.patches()),
+                Some(_) => format!("which of {} patches", grid.patches()),
+            };
+            let caption = format!("Images, and {seen} that the student sees");
             pictures.push(picture("masks", caption, &[shown.originals.clone(), visible]));
         }
         if let Some(teacher) = self.attended() {
@@ -135,7 +148,7 @@ impl PretrainModel {
         cx: &Context,
         batch: &MicroBatch,
         masks: &Masks,
-        targets: &[Vec<Tensor>],
+        targets: &[&[Tensor]],
         shown: &Shown,
         draw: &mut dyn FnMut(&str, String, &[Vec<RgbImage>]),
     ) -> Result<()> {
@@ -147,19 +160,22 @@ impl PretrainModel {
                 && !tokens.visible
                 && objective.target.width == 3 * shown.patch * shown.patch
         };
-        if !self.objectives().any(is_pixels) || shape.image_size != batch.images.size {
+        let is_one = self.groups().len() == 1 && self.groups()[0].crops.len() == 1;
+        if !self.objectives().any(is_pixels)
+            || shape.image_size != batch.images.size
+            || !is_one
+            || masks.uneven.is_some()
+        {
             return Ok(());
         }
         let tape = &mut Tape::inference();
         let kept = |i: usize| self.kept().contains(&i);
         let features = self.student().forward(cx, tape, &batch.images, Some(masks.seen()), None, &kept)?;
-        let predictions = self.align(cx, tape, &features, masks)?;
+        let predictions = self.align(cx, tape, &self.groups()[0], &features, masks)?;
         for ((objective, predictions), targets) in self.objectives().zip(&predictions).zip(targets) {
-            if !is_pixels(objective) {
-                continue;
-            }
-            let (predicted, target) = (predictions[0].to_vec(), targets[0].to_vec());
-            let rows = |i: usize| i * masks.masked_each() * objective.target.width;
+            let (Some(predictions), true) = (predictions, is_pixels(objective)) else { continue };
+            let (predicted, target) = (predictions.outputs[0].to_vec(), targets[0].to_vec());
+            let rows = |i: usize| i * masks.counts_of(0).masked * objective.target.width;
             let filled = (0..shown.originals.len()).map(|i| {
                 let range = rows(i)..rows(i + 1);
                 shown.filled(i, masks.masked_of(i), &predicted[range.clone()], &target[range])

@@ -14,4 +14,5 @@ pub(in crate::stages) use run::load_kept;
 pub(crate) use run::noted_best;
 pub use run::{EpochEvaluation, Loop, Trained, finish, train};
 pub(super) use trainer::saved_parameters;
+pub(in crate::stages) use trainer::{DROP_PATH, branch_scales_of};
 pub use trainer::{ForwardTimes, MicroBatch, Phases, Step, Task, Term, Trainer, branch_scales, count_parameters};

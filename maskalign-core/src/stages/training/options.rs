@@ -60,10 +60,32 @@ impl Training {
         summary: &mut StageSummary,
         refusals: &mut Vec<Refusal>,
     ) -> Option<PlannedTraining> {
+        self.plan_on(self.data.plan(cx.environment), cx, data_name, summary, refusals)
+    }
+
+    /// As [`Training::plan`], for a stage that reads several views of each image.
+    pub(in crate::stages) fn plan_views(
+        &self,
+        cx: &StageContext,
+        data_name: String,
+        summary: &mut StageSummary,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<PlannedTraining> {
+        self.plan_on(self.data.plan_views(cx.environment), cx, data_name, summary, refusals)
+    }
+
+    fn plan_on(
+        &self,
+        data: Result<PlannedData, Refusal>,
+        cx: &StageContext,
+        data_name: String,
+        summary: &mut StageSummary,
+        refusals: &mut Vec<Refusal>,
+    ) -> Option<PlannedTraining> {
         keep(refusals, self.batch.check());
         keep(refusals, self.checkpoints.check());
         summary.epochs = Some(self.epochs);
-        let data = keep(refusals, self.data.plan(cx.environment).map_err(|r| r.under("data")));
+        let data = keep(refusals, data.map_err(|r| r.under("data")));
         let open = data.as_ref().and_then(PlannedData::opened);
         if let Some(open) = open {
             summary.images = Some(open.images.len());

@@ -61,12 +61,15 @@ pub struct Term {
 /// }
 ///
 /// let images = ImageBatch { pixels: vec![0.5; 2 * 3 * 8 * 8], batch: 2, size: 8 };
-/// let batch = MicroBatch { images, labels: vec![Some(1), None], indices: vec![4, 9], epoch: 0, progress: 0.0 };
+/// let indices = vec![4, 9];
+/// let batch = MicroBatch { images, crops: vec![], labels: vec![Some(1), None], indices, epoch: 0, progress: 0.0 };
 /// assert_eq!(classes(&batch), None);
 /// ```
 pub struct MicroBatch {
-    /// The images.
+    /// The images: of data with views, the first crop of each.
     pub images: ImageBatch,
+    /// The further crops of each image, in order.
+    pub crops: Vec<ImageBatch>,
     /// Classes, where the data has them.
     pub labels: Vec<Option<u32>>,
     /// Places of the images in the dataset.
@@ -80,13 +83,10 @@ pub struct MicroBatch {
 impl MicroBatch {
     /// What a loader gives, where such a share of the stage is done.
     pub(in crate::stages) fn of(mut batch: Batch, progress: f64) -> MicroBatch {
-        MicroBatch {
-            images: image_batch(&mut batch),
-            labels: batch.labels,
-            indices: batch.indices,
-            epoch: batch.at.epoch,
-            progress,
-        }
+        let images = image_batch(&mut batch);
+        let further = |(pixels, (size, _))| ImageBatch { pixels, batch: images.batch, size };
+        let crops = std::mem::take(&mut batch.crops).into_iter().map(further).collect();
+        MicroBatch { images, crops, labels: batch.labels, indices: batch.indices, epoch: batch.at.epoch, progress }
     }
 }
 
@@ -110,7 +110,7 @@ impl MicroBatch {
 /// }
 /// # let cx = Context::new(Device::Cpu, 1);
 /// # let images = ImageBatch { pixels: vec![0.5; 3 * 8 * 8], batch: 1, size: 8 };
-/// # let batch = MicroBatch { images, labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
+/// # let batch = MicroBatch { images, crops: vec![], labels: vec![None], indices: vec![0], epoch: 0, progress: 0.0 };
 ///
 /// let mut task = Mean(Init::new(cx.device(), 0, "mean").constant("mean", &[1], 0.0)?);
 /// assert_eq!(task.loss(&cx, &mut Tape::training(), &batch)?.value(), 0.25);
@@ -148,6 +148,10 @@ pub trait Task {
     /// What the learning rate of a parameter is multiplied by (layer decay).
     fn lr_scale(&self, _parameter: &str) -> f64 {
         1.0
+    }
+    /// For how many epochs of the stage a parameter stays as it began; its optimizer begins after them.
+    fn held_epochs(&self, _parameter: &str) -> f64 {
+        0.0
     }
     /// The groups of parameters whose learning rates differ, by name, with what theirs is multiplied by, for the records;
     /// empty where all are updated at one rate.
@@ -367,23 +371,29 @@ impl Trainer {
         if !norm.is_finite() {
             return Err(self.not_finite("norm of the gradients", norm, lr));
         }
-        let gradient_scale = match self.optimizer.clip_norm() {
+        let clipped = |norm: f64, limit: Option<f64>| match limit {
             // PyTorch's `clip_grad_norm_` adds 1e-6.
             Some(limit) if norm > limit => (limit / (norm + 1e-6)) as f32,
             _ => 1.0,
         };
-        let (progress, step) = (self.progress(), self.updates + 1);
+        let gradient_scale = clipped(norm, self.optimizer.clip_norm());
+        let (progress, updates, each) = (self.progress(), self.updates, self.optimizer.clip_each());
         let mut scales = BTreeMap::new();
         task.visit(&mut |p| {
-            scales.insert(p.name.clone(), 0.0);
+            scales.insert(p.name.clone(), (0.0, 0));
         });
-        for (name, scale) in &mut scales {
+        for (name, (scale, held)) in &mut scales {
             *scale = task.lr_scale(name);
+            *held = (task.held_epochs(name) * self.length.steps_per_epoch as f64).round() as u64;
         }
         let (optimizer, state) = (&self.optimizer, &mut self.state);
         let mut outcome = Ok(());
         task.visit(&mut |p| {
             if !p.is_trained() || outcome.is_err() {
+                return;
+            }
+            let (scale, held) = scales[&p.name];
+            if updates < held {
                 return;
             }
             outcome = (|| {
@@ -394,7 +404,14 @@ impl Trainer {
                     state.insert(p.name.clone(), fresh);
                 }
                 let state = state.get_mut(&p.name).expect("made above");
-                let update = Update { lr: lr * scales[&p.name], progress, step, gradient_scale };
+                let gradient_scale = match each {
+                    None => gradient_scale,
+                    Some(_) => {
+                        let norm = optim::square_sum(cx, std::slice::from_ref(&p.value), gradients)?.sqrt();
+                        clipped(norm, each)
+                    }
+                };
+                let update = Update { lr: lr * scale, progress, step: updates + 1 - held, gradient_scale };
                 optimizer.update(cx, p, gradients, state, update).map_err(Error::from)
             })();
         });
@@ -506,12 +523,23 @@ pub(super) fn on_device(name: String, dims: &[usize], values: &Tensor) -> Tensor
 /// The factors of stochastic depth for a micro-batch: for each block, of each image, on each branch. Keyed by image and
 /// epoch, so that no order of arrival changes them.
 pub fn branch_scales(rate: f64, depth: usize, seed: u64, epoch: u64, indices: &[usize]) -> Option<BranchScales> {
+    branch_scales_of(rate, depth, indices.iter().map(|&index| Stream::new(seed, DROP_PATH, epoch, index as u64)))
+}
+
+/// What the streams of [`branch_scales`] are for.
+pub(in crate::stages) const DROP_PATH: &str = "drop path";
+
+/// As [`branch_scales`], of images with these streams.
+pub(in crate::stages) fn branch_scales_of(
+    rate: f64,
+    depth: usize,
+    streams: impl Iterator<Item = Stream>,
+) -> Option<BranchScales> {
     if rate == 0.0 {
         return None;
     }
     let mut scales = vec![(Vec::new(), Vec::new()); depth];
-    for &index in indices {
-        let mut stream = Stream::new(seed, "drop path", epoch, index as u64);
+    for mut stream in streams {
         for (block, (attention, mlp)) in scales.iter_mut().enumerate() {
             let rate = rate * block as f64 / (depth - 1).max(1) as f64;
             let mut draw = || if stream.uniform() < rate { 0.0 } else { (1.0 / (1.0 - rate)) as f32 };
