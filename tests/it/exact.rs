@@ -74,6 +74,36 @@ fn a_moving_teacher_and_a_probe_go_on_exactly() {
     assert!(text.contains("blocks.0.ls1.gamma") && !text.contains("mask_token"), "{text}");
 }
 
+/// Crops, masks by a moving teacher's attention, its head and its centres are those of a run that was not interrupted; a view
+/// that nobody compares is not cut, and changes nothing.
+#[test]
+fn views_of_a_moving_teacher_go_on_exactly() {
+    let sandbox = Sandbox::new();
+    let run = |arguments: &[&str]| {
+        let output = sandbox.run(["run", "views.yaml"].iter().chain(arguments));
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {err}");
+        err
+    };
+    let said = run(&["--out", "whole", "--threads", "1"]);
+    assert!(said.contains("no objective compares view `idle`: it is not cut"), "{said}");
+    run(&["-q", "--out", "run", "--steps", "3"]);
+    run(&["-q", "--resume", "run"]);
+    run(&["-q", "--out", "less", "--set", "stages.pretrain.data.views.idle=null"]);
+    let [whole, resumed, less] = ["whole", "run", "less"].map(|dir| sandbox.work().join(dir));
+    run_record(&whole).assert_same(&run_record(&resumed), "three steps, then all");
+    let last = |dir: &Path| fs::read(dir.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it");
+    assert!(last(&whole) == last(&resumed), "the last checkpoints differ");
+    let values = |dir: &Path| weights::read(&dir.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it");
+    let (all, fewer) = (values(&whole), values(&less));
+    assert!(all == fewer, "a view that is not compared changes something");
+    for name in ["teachers.ema.cls.mlp.0.weight", "teachers.ema.cls.center", "teachers.ema.patches.center"] {
+        let values = &all[&format!("model.{name}")].data;
+        assert!(values.iter().any(|value| *value != 0.0), "{name} has not moved");
+    }
+    assert!(!all.contains_key("model.patches.mlp.0.weight"), "the map is shared");
+}
+
 /// Fine-tuning and probing that leave the best state of a moving average, and give up early.
 const KEPT: [&str; 7] = [
     "stages.pretrain.epochs=1",

@@ -93,6 +93,28 @@ fn a_moving_average_as_the_teacher() {
 }
 
 #[test]
+fn several_views_and_a_head_of_prototypes() {
+    let crop = |size: usize| format!("transforms: [{{type: random_resized_crop, size: {size}}}]");
+    let data = format!(
+        "stages.pretrain.data={{dataset: {{type: sample, split: train}}, views: {{global_1: {{{}}}, global_2: {{{}}}, \
+         local: {{count: 4, {}}}}}}}",
+        crop(28),
+        crop(28),
+        crop(12)
+    );
+    let sample = [
+        data.as_str(),
+        "stages.pretrain.student.arch={dim: 192, depth: 6, heads: 3, patch: 4}",
+        "stages.pretrain.objectives.cls.target.prototypes=2048",
+        "stages.pretrain.objectives.patches.target.prototypes=2048",
+        "stages.pretrain.objectives.cls.aligner.hidden=512",
+        "stages.pretrain.schedule.min_lr=0",
+        "stages.pretrain.batch={effective: 64}",
+    ];
+    compare("attmask_vits", &sample, &[]);
+}
+
+#[test]
 fn a_target_of_gradients() {
     let sample = [
         "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",

@@ -181,6 +181,35 @@ const PAPERS: &[(&str, &[&str])] = &[
             "optimizer.no_decay=[]",
         ],
     ),
+    (
+        "attmask",
+        &[
+            "student.positions=sincos",
+            "teachers.ema.momentum=0.996",
+            "masker.hides=low",
+            "masker.ratio=0.5",
+            "objectives.cls.views.pairs=all",
+            "objectives.cls.views.student=[global_1, global_2]",
+            "objectives.cls.target.center_momentum=0.5",
+            "objectives.patches.target.temperature=0.06",
+            "objectives.patches.target.warmup_temperature=0.05",
+            "objectives.cls.loss.temperature=0.2",
+            "objectives.patches.weight=0.5",
+            "objectives.cls.aligner.freeze_last_layer=0",
+            "objectives.cls.aligner.freeze_last_layer=2",
+            "optimizer.clip_each=0.1",
+            "optimizer.weight_decay=0.04",
+        ],
+    ),
+    (
+        "attmask_uneven",
+        &[
+            "objectives.patches.target.center_momentum=0.5",
+            "objectives.patches.views.student=[global_1]",
+            "objectives.patches.weight=0.5",
+            "optimizer.clip_each=0.1",
+        ],
+    ),
 ];
 
 /// A step that differs from the recorded one in any of these must not pass for it.
@@ -290,7 +319,7 @@ fn a_case_of_a_recipe_is_refused_by_what_is_wrong_with_it() {
         (&|_| {}, &reshape("images", &[4, 4, 3, 28, 14]), "neither [B, 3, side, side] nor"),
         (&|_| {}, &reshape("images", &[4, 0, 3, 28, 28]), "it has no pixel"),
         (&|_| {}, &reshape("masked", &[2, 4, 6]), "of 4 steps and 4 images each"),
-        (&|_| {}, &|t| t.get_mut("masked").unwrap().data[1] = -1.0, "holds -1, a patch that an image does not have"),
+        (&|_| {}, &|t| t.get_mut("masked").unwrap().data[1] = -2.0, "holds -2, a patch that an image does not have"),
         (&|_| {}, &insert("expect.hidden", "lr"), "`expect.hidden`, which means nothing"),
         (&|_| {}, &insert("expect.moving.4.x", "lr"), "`expect.moving.4.x`, which means nothing"),
         (&|_| {}, &insert("teacher.../x.weight", "lr"), "is not named teacher.TEACHER.TENSOR"),

@@ -2,6 +2,7 @@
 
 mod decoder;
 mod dynamic;
+mod projection_head;
 mod shared;
 
 use maskalign_engine::{Context, Recompute, Result, Tape, Tensor};

@@ -1,6 +1,7 @@
 //! Which patches the student sees. Maskers live on the host and draw one image at a time from a keyed stream.
 
 mod attention;
+mod attmask;
 mod block;
 mod multi_block;
 mod random;
