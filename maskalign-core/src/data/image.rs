@@ -78,6 +78,17 @@ impl Crop {
     }
 }
 
+/// Where a place beyond the edge of `count` pixels is found when they are reflected, the outermost not repeated, as often
+/// as it takes.
+pub(crate) fn reflected(place: isize, count: usize) -> usize {
+    if count <= 1 {
+        return 0;
+    }
+    let last = count as isize - 1;
+    let along = place.rem_euclid(2 * last);
+    along.min(2 * last - along) as usize
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,19 +10,27 @@ use crate::files::{is_wrong_path, shown};
 use crate::random::Stream;
 use maskalign_registry::Refusal;
 
+pub mod affine;
+pub mod amount;
+mod blur;
 pub mod datasets;
 pub mod decode;
+pub mod fill;
 pub mod image;
 pub mod loader;
 pub mod regular_file;
 pub mod resample;
 pub mod sheet;
 pub mod size;
+mod tone;
 pub mod transforms;
 
 #[cfg(test)]
 mod tests;
 
+pub use self::affine::Sampling;
+pub use self::amount::Amount;
+pub use self::fill::Fill;
 pub use self::image::{Crop, RgbImage};
 pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position, ViewCrop};
 pub use self::resample::Interpolation;

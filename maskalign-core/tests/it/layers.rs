@@ -27,7 +27,25 @@ const LAYERS: &[&str] = &[
 /// The modules of its folders, the lowest first.
 const FOLDERS: &[(&str, &[&str])] = &[
     ("files", &["plain", "error", "fail_point", "atomic"]),
-    ("data", &["size", "image", "sheet", "regular_file", "resample", "decode", "datasets", "transforms", "loader"]),
+    (
+        "data",
+        &[
+            "size",
+            "amount",
+            "fill",
+            "image",
+            "sheet",
+            "regular_file",
+            "resample",
+            "tone",
+            "blur",
+            "affine",
+            "decode",
+            "datasets",
+            "transforms",
+            "loader",
+        ],
+    ),
     (
         "weights",
         &[

@@ -2,6 +2,7 @@
 //!
 //! `tests/fixtures/data` is written by `scripts/make_data_fixtures.py`.
 
+mod augmentations;
 mod datasets;
 mod decode;
 mod loader;

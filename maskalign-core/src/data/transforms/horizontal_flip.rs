@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::check_probability;
 use crate::data::{RgbImage, Transform};
 use crate::random::Stream;
 use maskalign_registry::Refusal;
@@ -37,11 +38,7 @@ impl Transform for HorizontalFlip {
     }
 
     fn check(&self) -> Result<(), Refusal> {
-        if (0.0..=1.0).contains(&self.p) {
-            Ok(())
-        } else {
-            Err(Refusal::new("p", format!("expected a probability from 0 to 1, found {}", self.p)))
-        }
+        check_probability("p", self.p)
     }
 }
 

@@ -3,7 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::data::{RgbImage, Transform};
+use super::check_probability;
+use crate::data::affine::{Canvas, Matrix, affine, rotate};
+use crate::data::tone::{Adjustment, by_value, mix, solarized};
+use crate::data::{RgbImage, Sampling, Transform};
 use crate::random::Stream;
 use maskalign_registry::Refusal;
 
@@ -117,10 +120,7 @@ impl Transform for RandAugment {
         if !(self.magnitude_std >= 0.0 && self.magnitude_std.is_finite()) {
             return outside("magnitude_std", "a standard deviation of 0 or more", self.magnitude_std);
         }
-        if !(0.0..=1.0).contains(&self.prob) {
-            return outside("prob", "a probability from 0 to 1", self.prob);
-        }
-        Ok(())
+        check_probability("prob", self.prob)
     }
 }
 
@@ -128,13 +128,13 @@ impl Op {
     /// The operation at a magnitude from 0 to 10; `sign` is the direction of those that have two.
     pub(crate) fn apply(self, image: RgbImage, magnitude: f64, sign: f64) -> RgbImage {
         let level = magnitude / MAX_MAGNITUDE;
-        let enhance = (1.0 + sign * level * 0.9).max(0.1) as f32;
+        let enhance = (1.0 + sign * level * 0.9).max(0.1);
         let (width, height) = (image.width as f64, image.height as f64);
         match self {
             Op::AutoContrast => by_channel(image, stretched),
             Op::Equalize => by_channel(image, equalized),
             Op::Invert => by_value(image, |v| 255 - v),
-            Op::Rotate => rotate(image, sign * level * 30.0),
+            Op::Rotate => rotate(image, sign * level * 30.0, Sampling::Bicubic, Canvas::Kept, FILL),
             Op::PosterizeIncreasing => {
                 let kept = 4 - (level * 4.0) as u32;
                 let mask = (0xff00_u32 >> kept) as u8;
@@ -142,42 +142,22 @@ impl Op {
             }
             Op::SolarizeIncreasing => {
                 let threshold = 256 - ((level * 256.0) as i32).min(256);
-                by_value(image, |v| if i32::from(v) < threshold { v } else { 255 - v })
+                solarized(image, f64::from(threshold))
             }
             Op::SolarizeAdd => {
                 let add = (level * 110.0).min(128.0) as u8;
                 by_value(image, |v| if v < 128 { v.saturating_add(add) } else { v })
             }
-            Op::ColorIncreasing => {
-                let grey = luminance(&image).iter().flat_map(|&v| [v; 3]).collect();
-                blend(image, grey, enhance)
-            }
-            Op::ContrastIncreasing => {
-                let luminance = luminance(&image);
-                let sum: u64 = luminance.iter().map(|&v| u64::from(v)).sum();
-                let mean = (sum as f64 / luminance.len() as f64 + 0.5) as u8;
-                let flat = vec![mean; image.pixels.len()];
-                blend(image, flat, enhance)
-            }
-            Op::BrightnessIncreasing => {
-                let black = vec![0; image.pixels.len()];
-                blend(image, black, enhance)
-            }
-            Op::SharpnessIncreasing => {
-                let smooth = smoothed(&image);
-                blend(image, smooth, enhance)
-            }
-            Op::ShearX => affine(image, [1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0]),
-            Op::ShearY => affine(image, [1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0]),
-            Op::TranslateXRel => affine(image, [1.0, 0.0, sign * level * 0.45 * width, 0.0, 1.0, 0.0]),
-            Op::TranslateYRel => affine(image, [1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * height]),
+            Op::ColorIncreasing => Adjustment::Saturation(enhance).apply(image),
+            Op::ContrastIncreasing => Adjustment::Contrast(enhance).apply(image),
+            Op::BrightnessIncreasing => Adjustment::Brightness(enhance).apply(image),
+            Op::SharpnessIncreasing => sharpened(image, enhance as f32),
+            Op::ShearX => moved(&image, [1.0, sign * level * 0.3, 0.0, 0.0, 1.0, 0.0]),
+            Op::ShearY => moved(&image, [1.0, 0.0, 0.0, sign * level * 0.3, 1.0, 0.0]),
+            Op::TranslateXRel => moved(&image, [1.0, 0.0, sign * level * 0.45 * width, 0.0, 1.0, 0.0]),
+            Op::TranslateYRel => moved(&image, [1.0, 0.0, 0.0, 0.0, 1.0, sign * level * 0.45 * height]),
         }
     }
-}
-
-fn by_value(mut image: RgbImage, f: impl Fn(u8) -> u8) -> RgbImage {
-    image.pixels.iter_mut().for_each(|v| *v = f(*v));
-    image
 }
 
 /// Maps each channel by the table that `table` makes of its histogram.
@@ -219,20 +199,16 @@ fn equalized(histogram: &[u64; 256]) -> Option<[u8; 256]> {
     }))
 }
 
-/// Pillow's conversion to `L` (ITU-R 601-2), one value a pixel.
-fn luminance(image: &RgbImage) -> Vec<u8> {
-    let weigh = |p: &[u8]| 19595 * u32::from(p[0]) + 38470 * u32::from(p[1]) + 7471 * u32::from(p[2]) + 0x8000;
-    image.pixels.chunks_exact(3).map(|p| (weigh(p) >> 16) as u8).collect()
+/// The distance from the smoothed image times the factor: Pillow's `ImageEnhance.Sharpness`.
+fn sharpened(mut image: RgbImage, factor: f32) -> RgbImage {
+    let smooth = smoothed(&image);
+    image.pixels.iter_mut().zip(smooth).for_each(|(value, smooth)| *value = mix(smooth, *value, factor));
+    image
 }
 
-/// `other + factor (image - other)`, Pillow's `Image.blend`: cut off, not rounded.
-fn blend(mut image: RgbImage, other: Vec<u8>, factor: f32) -> RgbImage {
-    for (v, other) in image.pixels.iter_mut().zip(other) {
-        let other = f32::from(other);
-        // `as` saturates.
-        *v = (other + factor * (f32::from(*v) - other)) as u8;
-    }
-    image
+/// Sheared or shifted, in its own size.
+fn moved(image: &RgbImage, matrix: Matrix) -> RgbImage {
+    affine(image, image.size(), matrix, Sampling::Bicubic, FILL)
 }
 
 /// Pillow's filter `SMOOTH`: 5 in the middle of eight 1s, over 13; the border stays.
@@ -250,64 +226,6 @@ fn smoothed(image: &RgbImage) -> Vec<u8> {
         }
     }
     out
-}
-
-/// Turns about the middle, counter-clockwise, by Pillow's `rotate`.
-fn rotate(image: RgbImage, degrees: f64) -> RgbImage {
-    let degrees = degrees.rem_euclid(360.0);
-    if degrees == 0.0 {
-        return image;
-    }
-    let angle = -degrees.to_radians();
-    // Pillow rounds to fifteen decimals, so that right angles are exact.
-    let round = |v: f64| (v * 1e15).round() / 1e15;
-    let (cos, sin) = (round(angle.cos()), round(angle.sin()));
-    let (x, y) = (image.width as f64 / 2.0, image.height as f64 / 2.0);
-    affine(image, [cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y])
-}
-
-/// Each pixel of the result from where `(a x + b y + c, d x + e y + f)` takes its middle, by Pillow's bicubic filter;
-/// [`FILL`] from outside.
-fn affine(image: RgbImage, [a, b, c, d, e, f]: [f64; 6]) -> RgbImage {
-    let (width, height) = image.size();
-    let mut out = Vec::with_capacity(image.pixels.len());
-    for y in 0..height {
-        for x in 0..width {
-            let (x, y) = (x as f64 + 0.5, y as f64 + 0.5);
-            let (from_x, from_y) = (a * x + b * y + c, d * x + e * y + f);
-            let inside = (0.0..width as f64).contains(&from_x) && (0.0..height as f64).contains(&from_y);
-            out.extend(if inside { bicubic(&image, from_x - 0.5, from_y - 0.5) } else { FILL });
-        }
-    }
-    RgbImage { width, height, pixels: out }
-}
-
-/// The value between pixels, by cubic convolution with a = -1; rows beyond the edge repeat what was before them.
-fn bicubic(image: &RgbImage, x: f64, y: f64) -> [u8; 3] {
-    let (width, height) = image.size();
-    let (left, top) = (x.floor(), y.floor());
-    let (dx, dy) = (x - left, y - top);
-    let columns: [usize; 4] =
-        std::array::from_fn(|i| (left as isize - 1 + i as isize).clamp(0, width as isize - 1) as usize);
-    let row =
-        |y: usize, channel: usize| cubic(columns.map(|x| f64::from(image.pixels[(y * width + x) * 3 + channel])), dx);
-    std::array::from_fn(|channel| {
-        let first = (top as isize - 1).clamp(0, height as isize - 1) as usize;
-        let mut rows = [row(first, channel); 4];
-        for i in 1..4 {
-            let y = top as isize - 1 + i as isize;
-            rows[i] = if (0..height as isize).contains(&y) { row(y as usize, channel) } else { rows[i - 1] };
-        }
-        cubic(rows, dy) as u8
-    })
-}
-
-/// The cubic through four equidistant values, `d` of the way from the second to the third.
-fn cubic([v1, v2, v3, v4]: [f64; 4], d: f64) -> f64 {
-    let linear = v3 - v1;
-    let square = 2.0 * (v1 - v2) + v3 - v4;
-    let cube = v2 - v1 + v4 - v3;
-    v2 + d * (linear + d * (square + d * cube))
 }
 
 crate::register!(transform "rand_augment" => RandAugment, "applies random operations of contrast, colour and geometry",

@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::check_probability;
 use crate::data::{Crop, RgbImage, Transform};
 use crate::nn::Statistics;
 use crate::random::Stream;
@@ -100,9 +101,7 @@ impl Transform for RandomErasing {
     }
 
     fn check(&self) -> Result<(), Refusal> {
-        if !(0.0..=1.0).contains(&self.prob) {
-            return Err(Refusal::new("prob", format!("expected a probability from 0 to 1, found {}", self.prob)));
-        }
+        check_probability("prob", self.prob)?;
         let [least, largest] = self.area;
         if !(0.0 < least && least <= largest && largest <= 1.0) {
             let found = format!("expected two shares with 0 < least <= largest <= 1, found [{least}, {largest}]");
