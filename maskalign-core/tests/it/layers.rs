@@ -75,6 +75,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "optimizers",
             "maskers",
             "tokens",
+            "relations",
             "beside",
             "towers",
             "students",

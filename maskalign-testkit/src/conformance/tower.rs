@@ -167,10 +167,10 @@ fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faul
         student.visit(&mut |p| count += usize::from(p.is_trained()));
         count
     };
-    let whole = Reach { blocks: student.shape().arch.depth, norm: true };
+    let whole = Reach { blocks: student.shape().arch.depth, norm: true, qkv: false };
     student.set_reach(whole);
     let (expected, all) = (first(student)?, trained(student));
-    student.set_reach(Reach { blocks: 1, norm: false });
+    student.set_reach(Reach { blocks: 1, ..Reach::default() });
     faults.unless(same_bits(&expected, &first(student)?), "its first block differs when it is to run alone");
     faults.unless(trained(student) < all, "it trains parameters that `set_reach` says no loss needs");
     student.set_reach(whole);

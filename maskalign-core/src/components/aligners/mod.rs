@@ -2,6 +2,7 @@
 
 mod decoder;
 mod dynamic;
+mod relations;
 
 use maskalign_engine::{Context, Recompute, Result, Tape, Tensor};
 use maskalign_registry::{LevelRef, Refusal};
@@ -11,6 +12,7 @@ pub use dynamic::{Fusion, Head};
 use crate::{
     components::{
         maskers::Counts,
+        relations::Relations,
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
@@ -32,8 +34,10 @@ use crate::{
 ///
 /// let (counts, tokens) = (Counts { visible: 1, masked: 3 }, Tokens { visible: true, ..Tokens::default() });
 /// let (target_depth, target_levels, wanted) = (12, vec![10, 11], vec![0, 1]);
-/// let (blocks, outputs, width) = (1, 2, 64);
-/// let plan = AlignPlan { student, counts, blocks, tokens, target_depth, target_levels, outputs, wanted, width };
+/// let (blocks, outputs, width, relations) = (1, 2, 64, None);
+/// let plan = AlignPlan {
+///     student, counts, blocks, tokens, target_depth, target_levels, outputs, wanted, width, relations,
+/// };
 /// assert!(check(&plan).is_err());
 /// # Ok::<(), Error>(())
 /// ```
@@ -57,6 +61,9 @@ pub struct AlignPlan {
     pub wanted: Vec<usize>,
     /// Channels of the target.
     pub width: usize,
+    /// The relations of tokens that the target is of, where it is of relations: outputs then have a row for each token and
+    /// head, and its width is the number of tokens.
+    pub relations: Option<Relations>,
 }
 
 /// What an alignment needs of the student.
@@ -130,6 +137,11 @@ pub struct AlignInput<'a> {
 /// # }
 /// ```
 pub trait Aligner: Send + Sync {
+    /// Whether it gives relations of tokens. Its levels are then what the attention of these blocks is computed from, in place
+    /// of their states: queries, keys and values side by side, `[batch * held, 3 * dim]`; every one of its needs is a block.
+    fn relates(&self) -> bool {
+        false
+    }
     /// Checks them, and gives what builds the alignment.
     ///
     /// # Errors
@@ -214,7 +226,8 @@ pub trait PlannedAligner: Send + Sync {
 /// ```
 pub trait AlignerModel: Module {
     /// The predictions, `[batch * tokens, width]` each; the rows of an image are its class token, visible and masked
-    /// patches, as far as [`AlignInput::tokens`] has them.
+    /// patches, as far as [`AlignInput::tokens`] has them. Of [relations](AlignPlan::relations) there is a row for each
+    /// token and head.
     ///
     /// # Errors
     /// Out of memory on the device.

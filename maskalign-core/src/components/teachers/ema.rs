@@ -57,6 +57,10 @@ impl PlannedTeacher for PlannedEma {
         false
     }
 
+    fn gives_qkv(&self) -> bool {
+        self.student.gives_qkv()
+    }
+
     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
         let Some((planned, student)) = &mut build.student else {
             return Err(Error::Usage("a moving average is built beside the student that it follows".into()));
@@ -106,13 +110,17 @@ impl TeacherModel for MovingTeacher {
     }
 
     fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
-        let keep = |level: usize| wants.levels.contains(&level);
+        let keep = |level: usize| wants.levels.contains(&level) || wants.qkv.contains(&(level + 1));
         let features = self.tower.forward(cx, &mut Tape::inference(), images, None, None, &keep)?;
         Ok(Pass { attention: Vec::new(), features, begun: None })
     }
 
     fn finish(&self, _: &Context, pass: Pass, _: &Wants, _: &Masks) -> Result<BTreeMap<usize, Level>> {
         Ok(pass.features.hidden.into_iter().map(|(i, x)| (i, Level { x, only: None })).collect())
+    }
+
+    fn queries_keys_values(&self, cx: &Context, pass: &Pass, block: usize) -> Result<Option<Tensor>> {
+        self.tower.queries_keys_values(cx, &mut Tape::inference(), &pass.features, block)
     }
 
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {

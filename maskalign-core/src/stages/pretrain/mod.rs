@@ -11,9 +11,7 @@ use std::{
 
 use indexmap::IndexMap;
 use maskalign_engine::{Context, Recompute};
-use maskalign_registry::{
-    Kind, LevelRef, MaskerTag, Refusal, SharedOptions, Slot, StageTag, StudentTag, TeacherTag, With,
-};
+use maskalign_registry::{Kind, MaskerTag, Refusal, SharedOptions, Slot, StageTag, StudentTag, TeacherTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -283,7 +281,11 @@ impl PretrainOptions {
         let mut objectives = Vec::new();
         for (name, objective) in &self.objectives {
             match objective.plan(name, shape, &shapes, counts, blocks) {
-                Ok(planned) => objectives.extend(planned),
+                Ok(planned) => {
+                    let given = planned.as_ref().map_or(Ok(()), |planned| planned.check_qkv(&*student, &teachers));
+                    keep(&mut refusals, given.map_err(|r| r.under(name).under("objectives")));
+                    objectives.extend(planned);
+                }
                 Err(more) => refusals.extend(more.into_iter().map(|r| r.under(name).under("objectives"))),
             }
         }
@@ -340,7 +342,10 @@ fn wants(objectives: &[PlannedObjective], masking: Option<&Masking>) -> BTreeMap
     for objective in objectives {
         if let TargetSource::Teacher { name, whole, .. } = &objective.target.source {
             let wants = all.entry(name.clone()).or_default();
-            wants.levels.extend(&objective.levels);
+            match objective.target.relations() {
+                Some(_) => wants.qkv.extend(&objective.levels),
+                None => wants.levels.extend(&objective.levels),
+            }
             wants.whole |= whole;
             wants.tokens = wants.tokens.union(objective.tokens);
         }
@@ -381,20 +386,25 @@ impl PlannedPretrain {
         Ok(())
     }
 
-    /// The blocks of the student that the objectives look at.
+    /// The blocks of the student whose outputs the objectives look at, or whose next block's attention.
     fn kept(&self) -> BTreeSet<usize> {
-        let levels = self.objectives.iter().flat_map(|o| &o.aligner.needs().levels);
-        let block = |level: &LevelRef| match level {
-            LevelRef::Block(i) => Some(*i),
-            LevelRef::Embed => None,
+        let kept = |objective: &PlannedObjective| {
+            let read = objective.student_blocks();
+            match objective.relates {
+                true => read.filter_map(|block| block.checked_sub(1)).collect::<Vec<_>>(),
+                false => read.collect(),
+            }
         };
-        levels.filter_map(block).collect()
+        self.objectives.iter().flat_map(kept).collect()
     }
 
     /// How much of the student the loss depends on.
     fn reach(&self) -> Reach {
+        let blocks = self.kept().last().map_or(0, |last| last + 1);
+        let mut attended = self.objectives.iter().filter(|o| o.relates);
         Reach {
-            blocks: self.kept().last().map_or(0, |last| last + 1),
+            blocks,
+            qkv: attended.any(|o| o.student_blocks().any(|block| block == blocks)),
             norm: self.objectives.iter().any(|o| o.aligner.needs().tap == Tap::Norm),
         }
     }

@@ -24,6 +24,18 @@ use crate::{
     stages::{ForwardTimes, MicroBatch, Task, Term, branch_scales, under},
 };
 
+/// What a teacher gives for a micro-batch.
+struct Taught {
+    levels: BTreeMap<usize, Level>,
+    /// Queries, keys and values of blocks.
+    qkv: BTreeMap<usize, Level>,
+}
+
+/// A plan promised what the model does not give.
+fn no_qkv(whose: &str) -> Error {
+    Error::Usage(format!("{whose} gives no queries, keys and values of its blocks"))
+}
+
 /// The models of a pre-training stage, and its loss.
 pub struct PretrainModel {
     student: Box<dyn StudentModel>,
@@ -167,7 +179,12 @@ impl PretrainModel {
         let _span = tracing::info_span!("teacher").entered();
         let mut levels = BTreeMap::new();
         for ((name, (teacher, wants)), pass) in self.teachers.iter().zip(passes.into_values()) {
-            levels.insert(name.as_str(), teacher.finish(cx, pass, wants, &masks)?);
+            let mut qkv = BTreeMap::new();
+            for &block in &wants.qkv {
+                let x = teacher.queries_keys_values(cx, &pass, block)?;
+                qkv.insert(block, Level { x: x.ok_or_else(|| no_qkv(&format!("teacher `{name}`")))?, only: None });
+            }
+            levels.insert(name.as_str(), Taught { levels: teacher.finish(cx, pass, wants, &masks)?, qkv });
         }
         let targets = self
             .objectives
@@ -185,16 +202,17 @@ impl PretrainModel {
         objective: &PlannedObjective,
         images: &ImageBatch,
         masks: &Masks,
-        levels: &BTreeMap<&str, BTreeMap<usize, Level>>,
+        taught: &BTreeMap<&str, Taught>,
     ) -> Result<Vec<Tensor>> {
         let input = TargetInput { images, masks, tokens: objective.tokens };
         match &objective.target.source {
             TargetSource::Images(target) => Ok(target.outputs(cx, &input)?),
             TargetSource::Teacher { name, target, .. } => {
-                let given = |name: &str| Some((&*self.teachers.get(name)?.0, levels.get(name)?));
-                let Some((teacher, levels)) = given(name) else {
+                let given = |name: &str| Some((&*self.teachers.get(name)?.0, taught.get(name)?));
+                let Some((teacher, taught)) = given(name) else {
                     return Err(Error::Usage(format!("teacher `{name}` is not there")));
                 };
+                let levels = if target.relations().is_some() { &taught.qkv } else { &taught.levels };
                 let wanted = objective.levels.iter().map(|level| {
                     levels.get(level).ok_or_else(|| Error::Usage(format!("teacher `{name}` gave no level {level}")))
                 });
@@ -213,11 +231,21 @@ impl PretrainModel {
     ) -> Result<Vec<Vec<Tensor>>> {
         let held = self.student.shape().held();
         let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
+        // Those of a block once too.
+        let mut qkv: BTreeMap<usize, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
         for (objective, aligner) in &self.objectives {
             let needs = objective.aligner.needs();
             let mut levels = Vec::with_capacity(needs.levels.len());
             for level in &needs.levels {
+                if let (true, LevelRef::Block(block)) = (objective.relates, level) {
+                    if !qkv.contains_key(block) {
+                        let found = self.student.queries_keys_values(cx, tape, features, *block)?;
+                        qkv.insert(*block, found.ok_or_else(|| no_qkv("the student"))?);
+                    }
+                    levels.push(qkv[block].clone());
+                    continue;
+                }
                 let x = match level {
                     LevelRef::Embed => &features.embed,
                     LevelRef::Block(i) => &features.hidden[i],
@@ -279,8 +307,8 @@ impl Task for PretrainModel {
             records.push(Term {
                 name: objective.name.clone(),
                 value: distances.iter().zip(&weights[first..]).map(|(term, weight)| term * f64::from(*weight)).sum(),
-                // A target that is the mean of its levels has one distance.
-                levels: levels.filter(|_| distances.len() > 1).collect(),
+                // A target that is the mean of its levels has one distance, and one of relations several of one level.
+                levels: levels.filter(|_| distances.len() > 1 && distances.len() == objective.levels.len()).collect(),
             });
         }
         self.terms.push(records);

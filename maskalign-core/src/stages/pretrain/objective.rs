@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use maskalign_engine::Result;
-use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
+use maskalign_registry::{AlignerTag, LevelRef, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
 use crate::{
     component,
@@ -11,7 +11,9 @@ use crate::{
         aligners::{AlignPlan, PlannedAligner},
         losses::Loss,
         maskers::Counts,
+        students::PlannedStudent,
         targets::{PlannedTarget, TargetContext},
+        teachers::PlannedTeacher,
         tokens::{TokenKind, Tokens},
         towers::TowerShape,
     },
@@ -130,6 +132,8 @@ pub struct PlannedObjective {
     pub levels: Vec<usize>,
     /// The map from the student's outputs to the target's shape.
     pub aligner: Arc<dyn PlannedAligner>,
+    /// Whether that map is given queries, keys and values of blocks in place of their outputs.
+    pub relates: bool,
     /// The distance between the two.
     pub loss: Arc<dyn Loss>,
     /// Weight of the objective.
@@ -141,7 +145,34 @@ pub struct PlannedObjective {
 impl PlannedObjective {
     /// Values of an image that are compared with targets.
     pub fn compared(&self, counts: Counts) -> usize {
-        self.tokens.count(counts.visible, counts.masked) * self.target.width * self.level_weights.len()
+        let heads = self.target.relations().map_or(1, |relations| relations.heads);
+        self.tokens.count(counts.visible, counts.masked) * heads * self.target.width * self.level_weights.len()
+    }
+
+    /// The blocks of the student that it reads.
+    pub(super) fn student_blocks(&self) -> impl Iterator<Item = usize> {
+        self.aligner.needs().levels.iter().filter_map(|level| match level {
+            LevelRef::Block(block) => Some(*block),
+            LevelRef::Embed => None,
+        })
+    }
+
+    /// Refuses towers that do not give what relations are of.
+    pub(super) fn check_qkv(
+        &self,
+        student: &dyn PlannedStudent,
+        teachers: &BTreeMap<String, Arc<dyn PlannedTeacher>>,
+    ) -> Result<(), Refusal> {
+        let name = self.target.teacher().filter(|_| self.target.relations().is_some());
+        if let Some(name) = name.filter(|name| teachers.get(*name).is_some_and(|teacher| !teacher.gives_qkv())) {
+            let message = format!("`{name}` does not give queries, keys and values of its blocks");
+            return Err(Refusal::new("teacher", message).under("target"));
+        }
+        if self.relates && !student.gives_qkv() {
+            return Err(Refusal::new("aligner", "the student does not give queries, keys and values of its blocks")
+                .in_stage(["student"], "the student"));
+        }
+        Ok(())
     }
 }
 
@@ -165,7 +196,9 @@ impl Objective {
                     .help("give the stage a `masker`, or raise its ratio"),
             );
         }
-        let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default() };
+        // Where the masker was refused, nothing is built of what is planned here.
+        let all = Counts { visible: student.grid.patches(), masked: 0 };
+        let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default(), counts: counts.unwrap_or(all) };
         let target = Build::build(&self.target).and_then(|target| target.plan(&at));
         let target = keep(&mut refusals, target.map_err(|r| r.under("target")));
         let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
@@ -187,7 +220,27 @@ impl Objective {
             outputs: target.outputs,
             wanted: wanted.clone(),
             width: target.width,
+            relations: target.relations().cloned(),
         };
+        if target.relations().is_some() && wanted.len() < target.outputs {
+            let message = "a relation has the weight 0";
+            let refusal = Refusal::new("level_weights", message).beside(["target", "of"], "the relations");
+            return Err(vec![refusal.help("leave it out of `of`")]);
+        }
+        let relates = aligner.relates();
+        match (target.relations().is_some(), relates) {
+            (true, false) => {
+                let refusal = Refusal::new("aligner", "the target is of relations, which this aligner does not give")
+                    .related(["target"], "relations are asked for here");
+                return Err(vec![refusal.help("use the aligner `relations`, or another target")]);
+            }
+            (false, true) => {
+                let refusal = Refusal::new("aligner", "there are no relations to match")
+                    .related(["target"], "this target is none of relations");
+                return Err(vec![refusal.help("use the target `relations`, or another aligner")]);
+            }
+            _ => {}
+        }
         let aligner = aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?;
         // A level of weight 0 is neither computed nor compared.
         let levels = match target.outputs == target.levels.len() {
@@ -200,6 +253,7 @@ impl Objective {
             target: Arc::new(target),
             levels,
             aligner: aligner.into(),
+            relates,
             loss: loss.into(),
             weight: self.weight,
             level_weights: wanted.iter().map(|&i| weights[i] as f32).collect(),
