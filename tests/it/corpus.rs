@@ -180,6 +180,20 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         &[(("cell: 8", "cell: 5"), REFUSED, "cell: |5"), (("tokens: [masked]", "tokens: [cls]"), REFUSED, "target")],
     ),
     (
+        "tinymim_vitb",
+        &[
+            (("level: 17", "level: 24"), REFUSED, "24"),
+            (("level: -1", "level: 12"), REFUSED, "12"),
+            (("of: [qk, vv]", "heads: 5"), REFUSED, "5"),
+            (("of: [qk, vv]", "of: [qk, qk]"), REFUSED, "qk, |qk"),
+            (("of: [qk, vv]", "of: [qw]"), OUT_OF_RANGE, "qw"),
+            (("{ type: relations, level: -1 }", "{ type: decoder }"), REFUSED, "aligner"),
+            (("{ type: relations, teacher: mae, level: 17, of: [qk, vv] }", "{ type: pixels }"), REFUSED, "target"),
+            (("weight: 2.0", "level_weights: [1, 0]"), REFUSED, "level_weights"),
+            (("arch: base_16, drop_path: 0.1", "arch: base_16, cls_token: false"), REFUSED, "cls_token"),
+        ],
+    ),
+    (
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),

@@ -93,6 +93,19 @@ fn a_moving_average_as_the_teacher() {
 }
 
 #[test]
+fn relations_of_tokens() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 4, heads: 3, patch: 4}",
+        "stages.pretrain.teachers.mae={type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, \
+         weights: \"embedded://quickstart_teacher\"}",
+        "stages.pretrain.objectives.relations.target={type: relations, teacher: mae, level: 4, heads: 12}",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("tinymim_vitb", &sample, &[]);
+}
+
+#[test]
 fn a_target_of_gradients() {
     let sample = [
         "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",

@@ -109,6 +109,20 @@ fn every_case_and_every_script_is_there() {
 /// Values of papers' recipes, each with another one that must not pass for it.
 const PAPERS: &[(&str, &[&str])] = &[
     (
+        "tinymim",
+        &[
+            "objectives.relations.target.level=1",
+            "objectives.relations.target.of=[qk]",
+            "objectives.relations.target.of=[qk, kk]",
+            "objectives.relations.target.heads=2",
+            "objectives.relations.tokens=[visible]",
+            "objectives.relations.aligner.level=-2",
+            "objectives.relations.loss.reduction=mean",
+            "objectives.relations.weight=1.0",
+            "optimizer.betas=[0.9, 0.999]",
+        ],
+    ),
+    (
         "data2vec",
         &[
             "epochs=2",
