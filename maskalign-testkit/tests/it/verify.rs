@@ -109,6 +109,19 @@ fn every_case_and_every_script_is_there() {
 /// Values of papers' recipes, each with another one that must not pass for it.
 const PAPERS: &[(&str, &[&str])] = &[
     (
+        "hybrid_distill",
+        &[
+            "objectives.features.target.normalize=none",
+            "objectives.features.loss.beta=1.0",
+            "objectives.relations.target.level=-1",
+            "objectives.relations.target.of=[vv]",
+            "objectives.relations.target.teacher=clip",
+            "objectives.relations.aligner.level=-1",
+            "objectives.relations.weight=1.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
+    (
         "tinymim",
         &[
             "objectives.relations.target.level=1",
