@@ -202,6 +202,13 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     (
+        "dbot_vitb",
+        &[
+            (("{ stage: pretrain }", "{ stage: second }"), REFUSED, "second"),
+            (("{ type: ema, momentum: 1.0 }", "{ type: ema, momentum: 1.5 }"), REFUSED, "1.5"),
+        ],
+    ),
+    (
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),

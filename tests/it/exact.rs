@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
 #[cfg(unix)]
 use crate::support::after_records;
-use crate::support::{Sandbox, ends, files_below, run_record};
+use crate::support::{Sandbox, ends, files_below, here, run_record};
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
     let output = sandbox.run(["run", "tiny.yaml", "-q"].iter().chain(arguments));
@@ -72,6 +72,38 @@ fn a_moving_teacher_and_a_probe_go_on_exactly() {
     let exported = fs::read(sandbox.work().join("student.safetensors")).expect("it");
     let text = String::from_utf8_lossy(&exported[..exported.len().min(4096)]).into_owned();
     assert!(text.contains("blocks.0.ls1.gamma") && !text.contains("mask_token"), "{text}");
+}
+
+/// dBOT: the student of one stage is the teacher of the next, whose student is drawn anew. Interrupted in the second stage.
+#[test]
+fn a_student_that_becomes_a_teacher_goes_on_exactly() {
+    let sandbox = Sandbox::new();
+    let recipe = here().join("../recipes/small/dbot.yaml");
+    let sets = [
+        "stages.pretrain.data.dataset.limit=64",
+        "stages.second.data.dataset.limit=64",
+        "stages.second.epochs=3",
+        "~stages.knn",
+    ];
+    let run = |arguments: &[&str]| {
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let recipe = recipe.to_str().expect("UTF-8");
+        let output = sandbox.run(["run", recipe, "-q"].into_iter().chain(sets).chain(arguments.iter().copied()));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["--out", "whole"]);
+    // As long as the first stage, and less than the second.
+    run(&["--out", "run", "--steps", "8"]);
+    run(&["--resume", "run"]);
+    let [whole, resumed] = ["whole", "run"].map(|dir| sandbox.work().join(dir));
+    let record = run_record(&whole);
+    assert_eq!((&record.summary["pretrain"]["steps"], &record.summary["second"]["steps"]), (&8.into(), &12.into()));
+    record.assert_same(&run_record(&resumed), "eight steps, then all");
+    let file = |dir: &Path, file: &str| fs::read(dir.join("checkpoints").join(file)).expect(file);
+    for last in ["pretrain/step-00000008.safetensors", "second/step-00000012.safetensors"] {
+        assert!(file(&whole, last) == file(&resumed, last), "{last}: the last checkpoints differ");
+    }
+    assert!(file(&whole, "pretrain/final.safetensors") != file(&whole, "second/final.safetensors"));
 }
 
 /// Fine-tuning and probing that leave the best state of a moving average, and give up early.

@@ -109,6 +109,19 @@ fn every_case_and_every_script_is_there() {
 /// Values of papers' recipes, each with another one that must not pass for it.
 const PAPERS: &[(&str, &[&str])] = &[
     (
+        "dbot",
+        &[
+            "teachers.teacher.momentum=0.9",
+            "objectives.features.target.normalize=whiten",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[masked]",
+            "objectives.features.loss.beta=1.0",
+            "objectives.features.aligner.tap=block",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
         "hybrid_distill",
         &[
             "objectives.features.target.normalize=none",

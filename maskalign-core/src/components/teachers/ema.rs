@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// A moving average of the student's parameters: it starts as the student, and after each update
-/// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec). It sees every patch, without stochastic
+/// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec); with momentum 1 it stays the student as it was
+/// at the beginning (dBOT's first stage). It sees every patch, without stochastic
 /// depth, and takes no gradient. Checkpoints hold it; later stages and exports take the student.
 #[component]
 struct Ema {
@@ -133,6 +134,10 @@ impl TeacherModel for MovingTeacher {
 
     fn after_update(&mut self, cx: &Context, student: &mut dyn StudentModel, progress: f64) -> Result<()> {
         let momentum = self.momentum.at(progress);
+        if momentum == 1.0 {
+            // It stays as it is.
+            return Ok(());
+        }
         let mut student = followed(student).into_iter();
         let mut outcome = Ok(());
         self.tower.visit(&mut |p| {
