@@ -201,6 +201,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("arch: base_16, drop_path: 0.1", "arch: base_16, cls_token: false"), REFUSED, "aligner"),
         ],
     ),
+    ("uta_vitb", &[(("ratio: 0.5, inverse", "visible: 12, inverse"), REFUSED, "masker")]),
     (
         "dbot_vitb",
         &[

@@ -135,6 +135,18 @@ const PAPERS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "uta",
+        &[
+            "student.statistics=imagenet",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.aligner.tap=block",
+            "objectives.features.loss={type: mse}",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
         "tinymim",
         &[
             "objectives.relations.target.level=1",
