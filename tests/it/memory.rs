@@ -93,6 +93,34 @@ fn a_moving_average_as_the_teacher() {
 }
 
 #[test]
+fn two_teachers() {
+    let tower =
+        "{type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, weights: \"embedded://quickstart_teacher\"}";
+    let teachers = format!("stages.pretrain.teachers={{clip: {tower}, mae: {tower}}}");
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 6, heads: 3, patch: 4}",
+        teachers.as_str(),
+        "stages.pretrain.schedule.min_lr=0",
+        "stages.pretrain.schedule.warmup_lr=0",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("hybrid_distill_vitb", &sample, &[]);
+}
+
+#[test]
+fn a_teacher_that_is_an_untrained_student() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 6, heads: 3, patch: 4}",
+        "stages.pretrain.objectives.features.aligner={type: decoder, dim: 96, depth: 2, heads: 3}",
+        "stages.pretrain.batch={effective: 512}",
+        "~stages.second",
+    ];
+    compare("dbot_vitb", &sample, &[]);
+}
+
+#[test]
 fn relations_of_tokens() {
     let sample = [
         "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",

@@ -339,6 +339,7 @@ impl FinetunePlan {
         let (shape, micro) = (self.supervised.student.shape(), self.supervised.training.batch.micro());
         summary.tokens = Some((shape.tokens(), shape.tokens()));
         let step = TrainingStep {
+            moving: Vec::new(),
             student: &shape,
             images: micro,
             image_size: self.supervised.training.data.size,

@@ -24,6 +24,8 @@ pub struct TrainingStep<'a> {
     pub tokens: usize,
     /// Frozen towers, each with the number of levels that it gives.
     pub frozen: Vec<(TowerShape, usize)>,
+    /// The same of teachers that change: they are run as a student is.
+    pub moving: Vec<(TowerShape, usize)>,
     /// Values that are compared with targets.
     pub compared: usize,
     /// Values that alignments keep for the backward pass.
@@ -42,8 +44,11 @@ pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
     let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;
-    let teachers = step.frozen.iter().map(|(tower, levels)| pass(tower, step.images, *levels)).max().unwrap_or(0);
-    let weights: u64 = step.frozen.iter().map(|(tower, _)| weights(tower)).sum();
+    let frozen = step.frozen.iter().map(|(tower, levels)| pass(tower, step.images, *levels));
+    let moving =
+        step.moving.iter().map(|(tower, levels)| pass(tower, step.images, *levels).max(block(tower, step.images)));
+    let teachers = frozen.chain(moving).max().unwrap_or(0);
+    let weights: u64 = step.frozen.iter().chain(&step.moving).map(|(tower, _)| weights(tower)).sum();
     let images = BATCHES * batch(step.images, step.image_size);
     FLOAT * (plan.parameters as u64 + 3 * plan.trainable as u64 + weights + images + student.max(teachers)) + BASE
 }
@@ -72,7 +77,7 @@ pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_s
 pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
     let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
     // Its weights and the file that they come from; and a block of a tower that is trained passes whole.
-    let block = pass(tower, images, 1).max((13 * images * tower.tokens() * tower.arch.dim) as u64);
+    let block = pass(tower, images, 1).max(block(tower, images));
     FLOAT * (2 * weights(tower) + scores + BATCHES * batch(images, image_size) + block) + BASE
 }
 
@@ -225,6 +230,11 @@ fn held_for(towers: &[(TowerShape, usize)]) -> u64 {
 fn weights(tower: &TowerShape) -> u64 {
     let (dim, mlp, depth) = (tower.arch.dim as u64, tower.arch.mlp as u64, tower.arch.depth as u64);
     depth * (4 * dim * dim + 2 * dim * mlp) + dim * 3 * (tower.arch.patch as u64).pow(2)
+}
+
+/// Values of a block of a tower whose weights may be trained: all rows pass it together, and through its MLP.
+fn block(tower: &TowerShape, images: usize) -> u64 {
+    (13 * images * tower.tokens() * tower.arch.dim) as u64
 }
 
 /// Values of a pass over `images` images that keeps `levels` of its levels. Blocks run some rows at a time, so that

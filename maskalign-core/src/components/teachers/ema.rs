@@ -62,6 +62,10 @@ impl PlannedTeacher for PlannedEma {
         self.student.gives_qkv()
     }
 
+    fn moves(&self) -> bool {
+        true
+    }
+
     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
         let Some((planned, student)) = &mut build.student else {
             return Err(Error::Usage("a moving average is built beside the student that it follows".into()));

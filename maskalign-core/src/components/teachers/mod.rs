@@ -162,6 +162,10 @@ pub trait PlannedTeacher: Send + Sync {
     fn gives_qkv(&self) -> bool {
         false
     }
+    /// Whether its values may change in training, so that its weights stay as the student's are; for estimates of memory.
+    fn moves(&self) -> bool {
+        false
+    }
     /// Builds the tower and reads its weights.
     ///
     /// # Errors

@@ -365,7 +365,10 @@ impl PlannedPretrain {
             let of = |o: &&PlannedObjective| o.target.teacher() == Some(teacher);
             self.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
-        let frozen = self.teachers.iter().map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect();
+        let towers = |is_moving: bool| {
+            let of = self.teachers.iter().filter(|(_, (teacher, _))| teacher.moves() == is_moving);
+            of.map(|(name, (teacher, _))| (teacher.shape(), levels(name))).collect()
+        };
         let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
         self.summary.saved = saved_parameters(&mut model);
@@ -377,7 +380,8 @@ impl PlannedPretrain {
             images: micro,
             image_size: self.training.data.size,
             tokens: seen,
-            frozen,
+            frozen: towers(false),
+            moving: towers(true),
             compared: micro * self.objectives.iter().map(|o| o.compared(counts)).sum::<usize>(),
             aligned: micro * self.objectives.iter().map(|o| o.aligner.kept(recompute)).sum::<usize>(),
             recompute,
