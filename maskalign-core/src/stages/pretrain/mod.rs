@@ -1,5 +1,6 @@
 //! Pre-training: a student's features of the visible patches against targets of the intact image.
 
+mod freezing;
 mod model;
 mod objective;
 mod pictures;
@@ -16,6 +17,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use freezing::{Freeze, Freezing};
 pub use model::PretrainModel;
 pub use objective::{Objective, PlannedObjective};
 
@@ -152,6 +154,9 @@ struct PretrainOptions {
     /// The terms of the loss, by name.
     #[schemars(extend("minProperties" = 1))]
     objectives: IndexMap<String, Objective>,
+    /// Freezes the student's layers one after another; absent: none.
+    #[serde(default)]
+    freeze: Option<Freeze>,
 }
 
 /// A masker that fits, and the teacher whose attention it draws by.
@@ -170,6 +175,7 @@ pub struct PlannedPretrain {
     teachers: BTreeMap<String, (Arc<dyn PlannedTeacher>, Wants)>,
     masking: Option<Masking>,
     objectives: Vec<PlannedObjective>,
+    freezing: Option<Freezing>,
     knn: Option<PlannedKnn>,
     evaluations: Vec<PlannedEvaluation>,
     seed: u64,
@@ -196,6 +202,17 @@ impl Pretrain {
             }
         };
         let Models { student, teachers, masking, objectives } = models;
+        let freezing = own.freeze.and_then(|freeze| {
+            let moving = teachers.iter().find(|(_, teacher)| teacher.moves());
+            let planned = match moving {
+                Some((name, _)) => {
+                    Err(Refusal::whole("a teacher that follows the student would stop where it is frozen")
+                        .in_stage(["teachers", name], "this one follows it"))
+                }
+                None => freeze.plan(student.shape().arch.depth, &training, &objectives),
+            };
+            keep(&mut refusals, planned.map_err(|refusal| refusal.under("freeze")))
+        });
         let knn = periodic.knn.as_ref().and_then(|knn| {
             match knn.plan(cx, shared.epochs, student.shape().arch.dim, &mut summary) {
                 Ok(planned) => Some(planned),
@@ -228,6 +245,7 @@ impl Pretrain {
             teachers,
             masking,
             objectives,
+            freezing,
             knn,
             evaluations: Vec::new(),
             seed: cx.seed,

@@ -8,7 +8,7 @@ use std::{
 use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor, ops, random::Stream};
 use maskalign_registry::{LevelRef, Refusal};
 
-use super::{Masking, PlannedObjective, PlannedPretrain};
+use super::{Freezing, Masking, PlannedObjective, PlannedPretrain, freezing::layer};
 use crate::{
     components::{
         aligners::{AlignInput, AlignerModel},
@@ -43,6 +43,12 @@ pub struct PretrainModel {
     teachers: BTreeMap<String, (Box<dyn TeacherModel>, Wants)>,
     masking: Option<Masking>,
     objectives: Vec<(PlannedObjective, Box<dyn AlignerModel>)>,
+    freezing: Option<Freezing>,
+    /// Layers of the student that parameters are of, by name, where layers are frozen; those of objectives are of the deepest
+    /// that is read.
+    layers: BTreeMap<String, usize>,
+    /// The share of the stage that was done before the last loss.
+    progress: f64,
     seed: u64,
     reach: Reach,
     kept: BTreeSet<usize>,
@@ -79,7 +85,17 @@ impl PretrainModel {
             }
             objectives.push((objective.clone(), aligner));
         }
+        let mut layers = BTreeMap::new();
+        if plan.freezing.is_some() {
+            student.visit(&mut |p| layers.extend(layer(&p.name).map(|layer| (p.name.clone(), layer))));
+            for (objective, aligner) in &mut objectives {
+                aligner.visit(&mut |p| layers.extend([(p.name.clone(), objective.deepest_layer())]));
+            }
+        }
         let mut model = PretrainModel {
+            freezing: plan.freezing.clone(),
+            layers,
+            progress: 0.0,
             student,
             teachers,
             masking: plan.masking.clone(),
@@ -113,6 +129,26 @@ impl PretrainModel {
     /// The tower that is trained.
     pub fn student(&self) -> &dyn StudentModel {
         &*self.student
+    }
+
+    /// Freezes the layers whose time is over, and what is read of them alone.
+    fn freeze(&mut self, progress: f64) {
+        self.progress = progress;
+        let Some(freezing) = &self.freezing else { return };
+        let layers = &self.layers;
+        let mut freeze = |p: &mut Param| {
+            if layers.get(&p.name).is_some_and(|&layer| freezing.is_frozen(layer, progress)) {
+                p.set_trained(false);
+            }
+        };
+        self.student.visit(&mut freeze);
+        self.objectives.iter_mut().for_each(|(_, aligner)| aligner.visit(&mut freeze));
+    }
+
+    /// Whether all that an objective trains is frozen.
+    fn is_over(&self, objective: &PlannedObjective) -> bool {
+        let frozen = |freezing: &Freezing| freezing.is_frozen(objective.deepest_layer(), self.progress);
+        self.freezing.as_ref().is_some_and(frozen)
     }
 
     /// The teachers that run.
@@ -189,7 +225,10 @@ impl PretrainModel {
         let targets = self
             .objectives
             .iter()
-            .map(|(objective, _)| self.targets(cx, objective, images, &masks, &levels))
+            .map(|(objective, _)| match self.is_over(objective) {
+                true => Ok(Vec::new()),
+                false => self.targets(cx, objective, images, &masks, &levels),
+            })
             .collect::<Result<_>>()?;
         self.times.mask += drawn - attended;
         self.times.teacher += started.elapsed().as_secs_f64() - (drawn - attended);
@@ -235,6 +274,10 @@ impl PretrainModel {
         let mut qkv: BTreeMap<usize, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
         for (objective, aligner) in &self.objectives {
+            if self.is_over(objective) {
+                predictions.push(Vec::new());
+                continue;
+            }
             let needs = objective.aligner.needs();
             let mut levels = Vec::with_capacity(needs.levels.len());
             for level in &needs.levels {
@@ -286,7 +329,15 @@ impl Task for PretrainModel {
         std::mem::take(&mut self.terms)
     }
 
+    fn lr_scale(&self, parameter: &str) -> f64 {
+        match (&self.freezing, self.layers.get(parameter)) {
+            (Some(freezing), Some(&layer)) => freezing.scale(layer, self.progress),
+            _ => 1.0,
+        }
+    }
+
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
+        self.freeze(batch.progress);
         let (masks, targets) = self.teach(cx, batch)?;
         let _span = tracing::info_span!("student").entered();
         let depth = self.student.shape().arch.depth;
@@ -296,6 +347,9 @@ impl Task for PretrainModel {
         let (mut terms, mut weights, mut records) = (Vec::new(), Vec::new(), Vec::new());
         let predictions = self.align(cx, tape, &features, &masks)?;
         for ((objective, _), (predictions, targets)) in self.objectives.iter().zip(predictions.iter().zip(targets)) {
+            if predictions.is_empty() {
+                continue;
+            }
             let weight = objective.weight.at(batch.progress) as f32;
             let first = terms.len();
             for ((prediction, target), level_weight) in predictions.iter().zip(&targets).zip(&objective.level_weights) {

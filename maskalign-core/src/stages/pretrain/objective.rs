@@ -157,6 +157,11 @@ impl PlannedObjective {
         })
     }
 
+    /// The deepest of the student's layers that it reads: 0 is the embedding of patches, 1 the first block.
+    pub(super) fn deepest_layer(&self) -> usize {
+        self.student_blocks().max().map_or(0, |block| block + 1)
+    }
+
     /// Refuses towers that do not give what relations are of.
     pub(super) fn check_qkv(
         &self,

@@ -155,7 +155,7 @@ impl PretrainModel {
         let features = self.student().forward(cx, tape, &batch.images, Some(masks.seen()), None, &kept)?;
         let predictions = self.align(cx, tape, &features, masks)?;
         for ((objective, predictions), targets) in self.objectives().zip(&predictions).zip(targets) {
-            if !is_pixels(objective) {
+            if !is_pixels(objective) || predictions.is_empty() {
                 continue;
             }
             let (predicted, target) = (predictions[0].to_vec(), targets[0].to_vec());
