@@ -21,6 +21,14 @@ type Edit = (&'static str, &'static str);
 /// Edits that both the schema and the decoder refuse, with the decoder's code and the text that it marks.
 const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
     (
+        "vitfreeze_vitb",
+        &[
+            (("first: 0.8", "first: 1"), OUT_OF_RANGE, "1"),
+            (("first: 0.8, ", ""), MISSING_KEY, "freeze"),
+            (("growth: cubic", "growth: quartic"), UNKNOWN_VALUE, "quartic"),
+        ],
+    ),
+    (
         "tinymim_vitb",
         &[
             (("of: [qk, vv]", "of: [qw]"), UNKNOWN_VALUE, "qw"),
@@ -202,6 +210,14 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         ],
     ),
     ("uta_vitb", &[(("ratio: 0.5, inverse", "visible: 12, inverse"), REFUSED, "masker")]),
+    (
+        "vitfreeze_vitb",
+        &[
+            (("after_epochs: 10", "after_epochs: 100"), REFUSED, "100"),
+            (("levels: [11]", "levels: [10]"), REFUSED, "freeze"),
+            (("    masker:", "    teachers: { ema: { type: ema, momentum: 0.9 } }\n    masker:"), REFUSED, "freeze"),
+        ],
+    ),
     (
         "dbot_vitb",
         &[

@@ -93,6 +93,24 @@ fn a_moving_average_as_the_teacher() {
 }
 
 #[test]
+fn several_decoders() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 12, heads: 3, patch: 4}",
+        "stages.pretrain.objectives.finest.target.cell=1",
+        "stages.pretrain.objectives.fine.target.cell=2",
+        "stages.pretrain.objectives.coarse.target.cell=4",
+        "stages.pretrain.objectives.last.target.cell=4",
+        "stages.pretrain.objectives.finest.aligner.dim=96",
+        "stages.pretrain.objectives.fine.aligner.dim=96",
+        "stages.pretrain.objectives.coarse.aligner.dim=96",
+        "stages.pretrain.objectives.last.aligner.dim=96",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("vitfreeze_vitb", &sample, &[]);
+}
+
+#[test]
 fn two_teachers() {
     let tower =
         "{type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, weights: \"embedded://quickstart_teacher\"}";

@@ -109,6 +109,20 @@ fn every_case_and_every_script_is_there() {
 /// Values of papers' recipes, each with another one that must not pass for it.
 const PAPERS: &[(&str, &[&str])] = &[
     (
+        "vitfreeze",
+        &[
+            "freeze=null",
+            "freeze.first=0.6",
+            "freeze.growth=squared",
+            "freeze.after_epochs=0",
+            "schedule={type: constant}",
+            "objectives.fine.target.cell=2",
+            "objectives.fine.aligner.levels=[0]",
+            "objectives.last.aligner.tap=block",
+            "objectives.last.weight=0.5",
+        ],
+    ),
+    (
         "dbot",
         &[
             "teachers.teacher.momentum=0.9",
