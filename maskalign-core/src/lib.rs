@@ -81,6 +81,7 @@ pub mod prelude {
             losses::Loss,
             maskers::{Counts, Mask, MaskInput, Masker, PlannedMasker, counts, split},
             optimizers::{Optimizer, Update},
+            relations::{Relation, Relations},
             schedules::Schedule,
             students::{PlannedStudent, Student, StudentModel},
             targets::{

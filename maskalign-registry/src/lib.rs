@@ -22,7 +22,9 @@ mod recipe;
 pub use catalog::{DuplicatePlugin, Registry, recipe_schema};
 pub use compose::{Input, LoadRequest, NoRecipes, RecipeSource, Removal};
 pub use diagnostic::{Diagnostic, Label, Place, Report};
-pub use options::{LevelIndex, LevelRef, Levels, Options, Scalar, Shape, SharedOptions, Slot, Weights, With};
+pub use options::{
+    LevelIndex, LevelRef, Levels, Options, Scalar, Shape, SharedOptions, Slot, Weights, With, block_index,
+};
 #[doc(hidden)]
 pub use plugin::tag_named;
 pub use plugin::tags::*;

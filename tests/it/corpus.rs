@@ -21,6 +21,23 @@ type Edit = (&'static str, &'static str);
 /// Edits that both the schema and the decoder refuse, with the decoder's code and the text that it marks.
 const BAD: &[(&str, &[(Edit, &str, &str)])] = &[
     (
+        "vitfreeze_vitb",
+        &[
+            (("first: 0.8", "first: 1"), OUT_OF_RANGE, "1"),
+            (("first: 0.8, ", ""), MISSING_KEY, "freeze"),
+            (("growth: cubic", "growth: quartic"), UNKNOWN_VALUE, "quartic"),
+        ],
+    ),
+    (
+        "tinymim_vitb",
+        &[
+            (("of: [qk, vv]", "of: [qw]"), UNKNOWN_VALUE, "qw"),
+            (("of: [qk, vv]", "of: []"), OUT_OF_RANGE, "[]"),
+            (("of: [qk, vv]", "heads: 0"), OUT_OF_RANGE, "0"),
+            (("reduction: batchmean", "reduction: sum"), UNKNOWN_VALUE, "sum"),
+        ],
+    ),
+    (
         "quickstart_teacher",
         &[(("classifier: { stage: train }", "classifier: head.safetensors"), WRONG_TYPE, "head.safetensors")],
     ),
@@ -203,6 +220,35 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
     (
         "maskfeat_vitb",
         &[(("cell: 8", "cell: 5"), REFUSED, "cell: |5"), (("tokens: [masked]", "tokens: [cls]"), REFUSED, "target")],
+    ),
+    (
+        "tinymim_vitb",
+        &[
+            (("level: 17", "level: 24"), REFUSED, "24"),
+            (("level: -1", "level: 12"), REFUSED, "12"),
+            (("of: [qk, vv]", "heads: 5"), REFUSED, "5"),
+            (("of: [qk, vv]", "of: [qk, qk]"), REFUSED, "qk, |qk"),
+            (("{ type: relations, level: -1 }", "{ type: decoder }"), REFUSED, "aligner"),
+            (("{ type: relations, teacher: mae, level: 17, of: [qk, vv] }", "{ type: pixels }"), REFUSED, "target"),
+            (("weight: 2.0", "level_weights: [1, 0]"), REFUSED, "level_weights"),
+            (("arch: base_16, drop_path: 0.1", "arch: base_16, cls_token: false"), REFUSED, "aligner"),
+        ],
+    ),
+    ("uta_vitb", &[(("ratio: 0.5, inverse", "visible: 12, inverse"), REFUSED, "masker")]),
+    (
+        "vitfreeze_vitb",
+        &[
+            (("after_epochs: 10", "after_epochs: 100"), REFUSED, "100"),
+            (("levels: [11]", "levels: [10]"), REFUSED, "freeze"),
+            (("    masker:", "    teachers: { ema: { type: ema, momentum: 0.9 } }\n    masker:"), REFUSED, "freeze"),
+        ],
+    ),
+    (
+        "dbot_vitb",
+        &[
+            (("{ stage: pretrain }", "{ stage: second }"), REFUSED, "second"),
+            (("{ type: ema, momentum: 1.0 }", "{ type: ema, momentum: 1.5 }"), REFUSED, "1.5"),
+        ],
     ),
     (
         "data2vec_vitb",

@@ -130,6 +130,32 @@ fn the_readme_asks_for_the_rust_that_cargo_asks_for() {
     assert!(read(&here().join("../README.md")).contains(&asked), "not in README.md: {asked}");
 }
 
+/// The commands run, and what is shown of files is in them.
+#[cfg(unix)]
+#[test]
+fn the_way_of_a_paper_is_as_it_is_told() {
+    let text = read(&page("new_paper.md"));
+    let root = here().join("..");
+    let sandbox = Sandbox::new();
+    for folder in ["recipes", "tests"] {
+        std::os::unix::fs::symlink(root.join(folder), sandbox.work().join(folder)).expect("a link");
+    }
+    let files = ["recipes/fd_vitb.yaml", "recipes/small/fd.yaml", "tests/fixtures/cases/fd.py"];
+    let files = files.map(|file| read(&root.join(file)));
+    let shown = [blocks(&text, "yaml"), blocks(&text, "python")].concat();
+    assert_eq!(shown.len(), 3);
+    for block in shown {
+        assert!(files.iter().any(|file| file.contains(&block)), "in no file:\n{block}");
+    }
+    let commands = blocks(&text, "sh").concat();
+    let commands: Vec<&str> = commands.lines().filter_map(|line| line.strip_prefix("maskalign ")).collect();
+    assert_eq!(commands.len(), 7, "{commands:?}");
+    for command in commands {
+        let output = sandbox.command(command.split(' ')).env("IMAGENET_DIR", "/images").output().expect("it starts");
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
 /// The table of papers counts lines of recipes and of components' files, and names cases.
 #[test]
 fn the_table_of_papers_counts_what_is_there() {

@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeMap, fs, path::Path, process::Command};
 
+use maskalign_core::weights::{TensorFile, TensorMap};
+
 #[cfg(unix)]
 use crate::support::after_records;
-use crate::support::{Sandbox, ends, files_below, run_record};
+use crate::support::{Sandbox, ends, files_below, here, run_record};
 
 fn run(sandbox: &Sandbox, arguments: &[&str]) {
     let output = sandbox.run(["run", "tiny.yaml", "-q"].iter().chain(arguments));
@@ -74,6 +76,75 @@ fn a_moving_teacher_and_a_probe_go_on_exactly() {
     assert!(text.contains("blocks.0.ls1.gamma") && !text.contains("mask_token"), "{text}");
 }
 
+/// dBOT: the student of one stage is the teacher of the next, whose student is drawn anew. Interrupted in the second stage.
+#[test]
+fn a_student_that_becomes_a_teacher_goes_on_exactly() {
+    let sandbox = Sandbox::new();
+    let recipe = here().join("../recipes/small/dbot.yaml");
+    let sets = [
+        "stages.pretrain.data.dataset.limit=64",
+        "stages.second.data.dataset.limit=64",
+        "stages.second.epochs=3",
+        "~stages.knn",
+    ];
+    let run = |arguments: &[&str]| {
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let recipe = recipe.to_str().expect("UTF-8");
+        let output = sandbox.run(["run", recipe, "-q"].into_iter().chain(sets).chain(arguments.iter().copied()));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["--out", "whole"]);
+    // As long as the first stage, and less than the second.
+    run(&["--out", "run", "--steps", "8"]);
+    run(&["--resume", "run"]);
+    let [whole, resumed] = ["whole", "run"].map(|dir| sandbox.work().join(dir));
+    let record = run_record(&whole);
+    assert_eq!((&record.summary["pretrain"]["steps"], &record.summary["second"]["steps"]), (&8.into(), &12.into()));
+    record.assert_same(&run_record(&resumed), "eight steps, then all");
+    let file = |dir: &Path, file: &str| fs::read(dir.join("checkpoints").join(file)).expect(file);
+    for last in ["pretrain/step-00000008.safetensors", "second/step-00000012.safetensors"] {
+        assert!(file(&whole, last) == file(&resumed, last), "{last}: the last checkpoints differ");
+    }
+    assert!(file(&whole, "pretrain/final.safetensors") != file(&whole, "second/final.safetensors"));
+}
+
+/// Layers that are frozen stay so, and the others go on, where a run is interrupted after the first were.
+#[test]
+fn frozen_layers_go_on_exactly() {
+    let sandbox = Sandbox::new();
+    let recipe = here().join("../recipes/small/vitfreeze.yaml");
+    let sets = [
+        "stages.pretrain.data.dataset.limit=64",
+        "stages.pretrain.checkpoints={every_steps: 1, keep_last: 9}",
+        "~stages.knn",
+    ];
+    let run = |arguments: &[&str]| {
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let recipe = recipe.to_str().expect("UTF-8");
+        let output = sandbox.run(["run", recipe, "-q"].into_iter().chain(sets).chain(arguments.iter().copied()));
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["--out", "whole"]);
+    run(&["--out", "run", "--steps", "6"]);
+    run(&["--resume", "run"]);
+    let [whole, resumed] = ["whole", "run"].map(|dir| sandbox.work().join(dir));
+    let record = run_record(&whole);
+    record.assert_same(&run_record(&resumed), "six steps, then all");
+    let state = |step: u64| {
+        let file = whole.join(format!("checkpoints/pretrain/step-{step:08}.safetensors"));
+        TensorFile::open(&file).and_then(|file| file.read_all()).expect("a checkpoint")
+    };
+    let [before, six, last] = [1, 6, 8].map(state);
+    let same = |a: &TensorMap, b: &TensorMap, name: &str| a[name].data == b[name].data;
+    // 0.512 of what follows the warm-up is less than half of eight steps.
+    for name in ["model.patch_embed.proj.weight", "model.blocks.0.mlp.fc1.weight", "model.fine.decoder_pred.weight"] {
+        assert!(!same(&before, &six, name) && same(&six, &last, name), "{name} is trained, then frozen");
+    }
+    for name in ["model.cls_token", "model.blocks.2.mlp.fc1.weight", "model.last.decoder_pred.weight"] {
+        assert!(!same(&six, &last, name), "{name} is trained to the end");
+    }
+}
+
 /// Crops, masks by a moving teacher's attention, its head and its centres are those of a run that was not interrupted; a view
 /// that nobody compares is not cut, and changes nothing.
 #[test]
@@ -94,7 +165,9 @@ fn views_of_a_moving_teacher_go_on_exactly() {
     run_record(&whole).assert_same(&run_record(&resumed), "three steps, then all");
     let last = |dir: &Path| fs::read(dir.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it");
     assert!(last(&whole) == last(&resumed), "the last checkpoints differ");
-    let values = |dir: &Path| weights::read(&dir.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it");
+    let values = |dir: &Path| {
+        maskalign_core::weights::read(&dir.join("checkpoints/pretrain/step-00000008.safetensors")).expect("it")
+    };
     let (all, fewer) = (values(&whole), values(&less));
     assert!(all == fewer, "a view that is not compared changes something");
     for name in ["teachers.ema.cls.mlp.0.weight", "teachers.ema.cls.center", "teachers.ema.patches.center"] {

@@ -115,6 +115,65 @@ fn several_views_and_a_head_of_prototypes() {
 }
 
 #[test]
+fn several_decoders() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 12, heads: 3, patch: 4}",
+        "stages.pretrain.objectives.finest.target.cell=1",
+        "stages.pretrain.objectives.fine.target.cell=2",
+        "stages.pretrain.objectives.coarse.target.cell=4",
+        "stages.pretrain.objectives.last.target.cell=4",
+        "stages.pretrain.objectives.finest.aligner.dim=96",
+        "stages.pretrain.objectives.fine.aligner.dim=96",
+        "stages.pretrain.objectives.coarse.aligner.dim=96",
+        "stages.pretrain.objectives.last.aligner.dim=96",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("vitfreeze_vitb", &sample, &[]);
+}
+
+#[test]
+fn two_teachers() {
+    let tower =
+        "{type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, weights: \"embedded://quickstart_teacher\"}";
+    let teachers = format!("stages.pretrain.teachers={{clip: {tower}, mae: {tower}}}");
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 6, heads: 3, patch: 4}",
+        teachers.as_str(),
+        "stages.pretrain.schedule.min_lr=0",
+        "stages.pretrain.schedule.warmup_lr=0",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("hybrid_distill_vitb", &sample, &[]);
+}
+
+#[test]
+fn a_teacher_that_is_an_untrained_student() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 6, heads: 3, patch: 4}",
+        "stages.pretrain.objectives.features.aligner={type: decoder, dim: 96, depth: 2, heads: 3}",
+        "stages.pretrain.batch={effective: 512}",
+        "~stages.second",
+    ];
+    compare("dbot_vitb", &sample, &[]);
+}
+
+#[test]
+fn relations_of_tokens() {
+    let sample = [
+        "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",
+        "stages.pretrain.student.arch={dim: 96, depth: 4, heads: 3, patch: 4}",
+        "stages.pretrain.teachers.mae={type: vit, arch: {dim: 96, depth: 6, heads: 3, patch: 4}, \
+         weights: \"embedded://quickstart_teacher\"}",
+        "stages.pretrain.objectives.relations.target={type: relations, teacher: mae, level: 4, heads: 12}",
+        "stages.pretrain.batch={effective: 512}",
+    ];
+    compare("tinymim_vitb", &sample, &[]);
+}
+
+#[test]
 fn a_target_of_gradients() {
     let sample = [
         "stages.pretrain.data={dataset: {type: sample, split: train}, transforms: []}",

@@ -7,6 +7,7 @@ pub mod beside;
 pub mod losses;
 pub mod maskers;
 pub mod optimizers;
+pub mod relations;
 pub mod schedules;
 pub mod students;
 pub mod targets;

@@ -218,6 +218,10 @@ pub trait PlannedStudent: Send + Sync {
     fn sees_sizes(&self) -> bool {
         false
     }
+    /// Whether it gives queries, keys and values of its blocks, which relations are of.
+    fn gives_qkv(&self) -> bool {
+        false
+    }
     /// Builds the tower, from its initial values or from weights. Parameters are those of `init`'s role.
     ///
     /// # Errors
@@ -327,6 +331,20 @@ pub trait StudentModel: Module {
     /// # Errors
     /// Out of memory on the device.
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor>;
+    /// Queries, keys and values of a block, side by side, `[batch * held, 3 * dim]`, from a pass that kept what enters it.
+    /// `None` where the tower does not give them.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn queries_keys_values(
+        &self,
+        _cx: &Context,
+        _tape: &mut Tape,
+        _features: &Features,
+        _block: usize,
+    ) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// How much the class token attends to each patch in the last block that runs, of each head by itself: `[batch, heads,
     /// patches]`, for people to look at. `None` where there is nothing to show.
     ///

@@ -405,16 +405,18 @@ pub struct Features {
 /// # use maskalign_core::prelude::*;
 /// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// let mut vit = Vit::new(&Init::shapes(), config)?;
-/// vit.set_reach(Reach { blocks: 1, norm: false });
+/// vit.set_reach(Reach { blocks: 1, ..Reach::default() });
 /// let mut trained = Vec::new();
 /// vit.visit(&mut |p| trained.extend(p.is_trained().then(|| p.name.clone())));
 /// assert!(trained.iter().all(|name| !name.starts_with("blocks.1.") && !name.starts_with("norm.")));
 /// # Ok::<(), Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
     /// Blocks that run, from the first.
     pub blocks: usize,
+    /// Whether queries, keys and values of the block behind those are used.
+    pub qkv: bool,
     /// Whether the final norm is used.
     pub norm: bool,
 }
@@ -507,6 +509,10 @@ impl Vit {
         self.reach = reach.blocks;
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.visit(&mut |p| p.set_trained(i < reach.blocks));
+        }
+        if let Some(block) = self.blocks.get_mut(reach.blocks).filter(|_| reach.qkv) {
+            block.norm1.visit(&mut |p| p.set_trained(true));
+            block.qkv.visit(&mut |p| p.set_trained(true));
         }
         self.norm.visit(&mut |p| p.set_trained(reach.norm));
     }
@@ -719,6 +725,25 @@ impl Vit {
             }
         }
         Ok(())
+    }
+
+    /// What the attention of a block is computed from: queries, keys and values, side by side, `[batch * tokens, 3 * C]`, from
+    /// features that hold what enters the block.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    ///
+    /// # Panics
+    /// The block before it was not kept.
+    pub fn queries_keys_values(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        features: &Features,
+        block: usize,
+    ) -> Result<Tensor> {
+        let x = block.checked_sub(1).map_or(&features.embed, |before| &features.hidden[&before]);
+        self.blocks[block].queries_keys_values(cx, tape, x)
     }
 
     /// A frozen tower up to its last block, whose attention is wanted before its rows are; `keep` as above.

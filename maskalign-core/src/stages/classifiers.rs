@@ -121,7 +121,11 @@ impl PlannedHeld {
         let head = self.head.as_ref().ok_or_else(missing)?;
         let init = Init::new(cx.device(), seed, &*self.scope);
         let mut student = self.tower.build(&init, trained).map_err(|e| under(e, "classifier"))?;
-        student.set_reach(Reach { blocks: student.shape().arch.depth, norm: self.view.tap == FeatureTap::Norm });
+        student.set_reach(Reach {
+            blocks: student.shape().arch.depth,
+            norm: self.view.tap == FeatureTap::Norm,
+            qkv: false,
+        });
         student.set_role(Role::Frozen);
         let values = head.read().map_err(|error| Refusal::new("head", error.to_string()))?;
         let init = &init.of_role(Role::Head);

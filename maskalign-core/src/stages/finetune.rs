@@ -205,7 +205,7 @@ impl Task for Classifier {
     fn tower(&self) -> Option<(TowerShape, Reach)> {
         let shape = self.student.shape();
         // The mean of the tokens has a norm of its own.
-        Some((shape, Reach { blocks: shape.arch.depth, norm: self.norm.is_none() }))
+        Some((shape, Reach { blocks: shape.arch.depth, norm: self.norm.is_none(), qkv: false }))
     }
 
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
@@ -356,7 +356,7 @@ impl FinetunePlan {
 
     /// The mean of the tokens has a norm of its own.
     fn reach(&self, shape: &TowerShape) -> Reach {
-        Reach { blocks: shape.arch.depth, norm: self.options.pooling == Pooling::Cls }
+        Reach { blocks: shape.arch.depth, norm: self.options.pooling == Pooling::Cls, qkv: false }
     }
 
     fn model(&self, init: &Init, trained: &TrainedStudents) -> Result<Classifier> {

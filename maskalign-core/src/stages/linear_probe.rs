@@ -336,7 +336,7 @@ impl ProbePlan {
         let LinearProbeOptions { pooling, tap, .. } = self.options;
         let mut student = self.supervised.student.build(init, trained).map_err(|e| under(e, "student"))?;
         let arch = student.shape().arch;
-        student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm });
+        student.set_reach(Reach { blocks: arch.depth, norm: tap == FeatureTap::Norm, qkv: false });
         student.set_role(Role::Frozen);
         Ok(Probe { student, pooling, tap, head: self.head(init)? })
     }

@@ -275,7 +275,7 @@ impl Judged {
         }
         let depth = tower.shape().arch.depth;
         let blocks = trained_blocks(slot, towers).unwrap_or(depth).min(depth);
-        let plan = StudentPlan { tower, reach: Reach { blocks, norm: true }, init_scope: name.to_owned() };
+        let plan = StudentPlan { tower, reach: Reach { blocks, norm: true, qkv: false }, init_scope: name.to_owned() };
         Ok(MeasuredStudent { stage: None, plan, levels: None })
     }
 }

@@ -42,6 +42,8 @@ pub struct FrozenPass {
     pub levels: usize,
     /// Crops of an image that it sees.
     pub crops: usize,
+    /// Whether it changes: it is run as a student is then.
+    pub moves: bool,
 }
 
 /// Bytes for weights, gradients and two moments, and for the larger of two phases: the frozen towers' pass, and the
@@ -54,8 +56,11 @@ pub(super) fn training(plan: &StageSummary, step: &TrainingStep) -> u64 {
     // What the backward pass of one block holds besides: its input's and output's gradients and its own temporaries.
     let passing = rows * (6 * dim + 2 * mlp);
     let student = depth * rows * kept + passing + 2 * step.compared as u64 + step.aligned as u64;
-    let passes = step.frozen.iter().map(|frozen| pass(&frozen.tower, step.images * frozen.crops, frozen.levels));
-    let teachers = passes.max().unwrap_or(0);
+    let passing_through = |FrozenPass { tower, levels, crops, moves }: &FrozenPass| {
+        let images = step.images * crops;
+        pass(tower, images, *levels).max(if *moves { block(tower, images) } else { 0 })
+    };
+    let teachers = step.frozen.iter().map(passing_through).max().unwrap_or(0);
     let weights: u64 = step.frozen.iter().map(|frozen| weights(&frozen.tower)).sum();
     let images = BATCHES * (step.images * step.pixels) as u64;
     let held = plan.parameters as u64 + 3 * plan.trainable as u64 + weights + step.copied as u64;
@@ -86,7 +91,7 @@ pub(super) fn cached(tower: &TowerShape, features: usize, images: usize, image_s
 pub(super) fn classifier(tower: &TowerShape, classes: usize, images: usize, image_size: usize) -> u64 {
     let scores = (classes * (tower.arch.dim + 2 * images)) as u64;
     // Its weights and the file that they come from; and a block of a tower that is trained passes whole.
-    let block = pass(tower, images, 1).max((13 * images * tower.tokens() * tower.arch.dim) as u64);
+    let block = pass(tower, images, 1).max(block(tower, images));
     FLOAT * (2 * weights(tower) + scores + BATCHES * batch(images, image_size) + block) + BASE
 }
 
@@ -239,6 +244,11 @@ fn held_for(towers: &[(TowerShape, usize)]) -> u64 {
 fn weights(tower: &TowerShape) -> u64 {
     let (dim, mlp, depth) = (tower.arch.dim as u64, tower.arch.mlp as u64, tower.arch.depth as u64);
     depth * (4 * dim * dim + 2 * dim * mlp) + dim * 3 * (tower.arch.patch as u64).pow(2)
+}
+
+/// Values of a block of a tower whose weights may be trained: all rows pass it together, and through its MLP.
+fn block(tower: &TowerShape, images: usize) -> u64 {
+    (13 * images * tower.tokens() * tower.arch.dim) as u64
 }
 
 /// Values of a pass over `images` images that keeps `levels` of its levels. Blocks run some rows at a time, so that

@@ -34,6 +34,7 @@ fn recorded(file: &str, case: &str) -> TensorMap {
 
 fn plan(case: &Case) -> AlignPlan {
     AlignPlan {
+        relations: None,
         blocks: 1,
         student: TowerShape {
             arch: Arch { dim: 12, depth: 2, heads: 3, mlp: 20, patch: 2 },

@@ -93,6 +93,7 @@ const FOLDERS: &[(&str, &[&str])] = &[
             "optimizers",
             "maskers",
             "tokens",
+            "relations",
             "beside",
             "towers",
             "students",

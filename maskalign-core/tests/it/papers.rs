@@ -232,6 +232,37 @@ fn recipes_say_what_the_papers_code_says() {
     }
 }
 
+/// What a line of a header sets: `--set A`, `--set 'B'`.
+fn sets_in(line: &str) -> Vec<String> {
+    let shown = line.split("--set ").skip(1);
+    shown
+        .map(|rest| match rest.strip_prefix('\'') {
+            Some(quoted) => quoted.split('\'').next().unwrap_or_default().to_owned(),
+            None => rest.split([' ', '`', ')']).next().unwrap_or_default().to_owned(),
+        })
+        .collect()
+}
+
+/// The ablations that headers show change the recipe, and fit it.
+#[test]
+fn what_headers_set_is_there_to_be_set() {
+    let mut lines = 0;
+    for (name, text) in embedded::RECIPES {
+        let header = text.lines().map_while(|line| line.strip_prefix('#'));
+        for line in header.filter(|line| line.contains("--set ") && !line.contains("maskalign run")) {
+            let sets = sets_in(line);
+            let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+            let changed = loaded(name, &sets);
+            assert_ne!(changed.resolved(), loaded(name, &[]).resolved(), "{name}: {line}");
+            if changed.recipe().stages.contains_key("pretrain") {
+                pretrain(name, &sets);
+            }
+            lines += 1;
+        }
+    }
+    assert!(lines > 10, "{lines} lines");
+}
+
 #[test]
 fn defaults_of_components_are_those_of_the_papers_code() {
     let recorded = recorded("recipes.json");

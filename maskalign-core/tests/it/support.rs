@@ -72,7 +72,8 @@ pub(crate) fn on_student<S: Stage + DeserializeOwned>(
     planned(|context| {
         let context = StageContext { environment: Environment::Checked, ..*context };
         let tower = Build::build(&slot).and_then(|student| student.plan(&context.towers(28))).expect("it fits");
-        let student = StudentPlan { tower, reach: Reach { blocks, norm: true }, init_scope: "pretrain".into() };
+        let student =
+            StudentPlan { tower, reach: Reach { blocks, norm: true, qkv: false }, init_scope: "pretrain".into() };
         let students = BTreeMap::from([("pretrain".to_string(), student)]);
         let plan = stage::<S>(recipe).plan(&StageContext { students: &students, ..context });
         let plan = plan.map_err(|refusals| refusals.iter().map(ToString::to_string).collect::<Vec<_>>())?;

@@ -4,7 +4,7 @@ use super::{Bias, Linear, Norm};
 use crate::{
     context::Context,
     error::Result,
-    ops::{self, Act, Begun, BlockRun, BlockWeights, Packed},
+    ops::{self, Act, Begun, BlockRun, BlockWeights, LinearWeights, Packed},
     param::{Init, Param, Role},
     tape::Tape,
     tensor::Tensor,
@@ -100,6 +100,25 @@ impl Block {
     /// Out of memory on the device.
     pub fn forward(&self, cx: &Context, tape: &mut Tape, x: &Tensor, run: &BlockRun) -> Result<Tensor> {
         ops::block(cx, tape, x, &self.weights(), run)
+    }
+
+    /// What the block's attention is computed from: queries, keys and values, side by side: `[batch * tokens, dim] ->
+    /// [batch * tokens, 3 * dim]`. The rest of the block does not run.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    pub fn queries_keys_values(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
+        let y = self.norm1.forward(cx, tape, x)?;
+        let Some((q, kv)) = &self.split_qkv else { return self.qkv.forward(cx, tape, &y, Act::None) };
+        let dim = self.proj.outputs();
+        let weights = self.qkv.weights();
+        let mut part = |packed: &Packed, columns| {
+            let bias = weights.bias.as_ref().map(|bias| ops::slice_columns(cx, tape, bias, columns)).transpose()?;
+            let part = LinearWeights { weight: weights.weight.clone(), bias, packed: Some(packed.clone()) };
+            ops::linear(cx, tape, &y, &part, Act::None)
+        };
+        let (q, kv) = (part(q, 0..dim)?, part(kv, dim..3 * dim)?);
+        ops::concat_columns(cx, tape, &[&q, &kv])
     }
 
     /// The first half of a frozen block: what the attention of its class token needs.

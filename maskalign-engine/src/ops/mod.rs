@@ -30,6 +30,7 @@ mod norm;
 pub mod optim;
 mod pointwise;
 mod reduce;
+mod relation;
 mod rows;
 
 use std::mem;
@@ -51,6 +52,7 @@ pub use reduce::{
     broadcast_column, broadcast_row, column_mean, column_sum, log_softmax, mean, normalize_rows, row_max, row_mean,
     row_sum, softmax, sum,
 };
+pub use relation::{RelationShape, Third, relation};
 pub use rows::{flat_rows, gather_rows, mean_tokens, mix};
 
 use crate::{

@@ -89,7 +89,7 @@ impl Levels {
                     let refuse = |message| Refusal::new(at.to_string(), message);
                     let level = match *item {
                         LevelIndex::Embed => LevelRef::Embed,
-                        LevelIndex::Block(index) => block_index(index, depth).map_err(refuse)?,
+                        LevelIndex::Block(index) => LevelRef::Block(block_index(index, depth).map_err(refuse)?),
                     };
                     if let Some(first) = resolved.iter().position(|earlier| *earlier == level) {
                         let refusal = refuse(format!("level {level} is listed twice"));
@@ -103,13 +103,24 @@ impl Levels {
     }
 }
 
-fn block_index(index: i64, depth: usize) -> Result<LevelRef, String> {
+/// A block of a tower of `depth` blocks: counted from 0, or from the end where `index` is negative.
+///
+/// ```
+/// use maskalign_registry::block_index;
+///
+/// assert_eq!(block_index(-1, 12), Ok(11));
+/// assert!(block_index(12, 12).is_err());
+/// ```
+///
+/// # Errors
+/// The tower has no such block; the message names those that it has.
+pub fn block_index(index: i64, depth: usize) -> Result<usize, String> {
     let absolute = if index < 0 {
         usize::try_from(index.unsigned_abs()).ok().and_then(|back| depth.checked_sub(back))
     } else {
         usize::try_from(index).ok().filter(|index| *index < depth)
     };
-    absolute.map(LevelRef::Block).ok_or_else(|| match depth {
+    absolute.ok_or_else(|| match depth {
         0 => format!("level {index} of a tower without blocks"),
         _ => format!(
             "level {index} of a tower of {depth} blocks: levels go from 0 to {}, or from -{depth} to -1",

@@ -6,7 +6,7 @@ mod shared;
 mod slot;
 mod weights;
 
-pub use levels::{LevelIndex, LevelRef, Levels};
+pub use levels::{LevelIndex, LevelRef, Levels, block_index};
 pub use scalar::{Scalar, Shape};
 pub(crate) use shared::NAMED_TWICE;
 pub use shared::{SharedOptions, With};

@@ -15,6 +15,7 @@ use maskalign_core::{
     components::{
         aligners::{AlignInput, AlignPlan, Aligner, AlignerModel},
         maskers::{Counts, Mask},
+        relations::{Relation, Relations},
         tokens::{Masks, Tokens},
         towers::TowerShape,
     },
@@ -45,6 +46,7 @@ fn plans() -> Vec<AlignPlan> {
         eps: 1e-6,
     };
     let plan = |cls_token, tokens, target_depth, target_levels: &[usize], wanted: &[usize]| AlignPlan {
+        relations: None,
         blocks: 1,
         student: student(cls_token),
         counts: COUNTS,
@@ -74,11 +76,32 @@ fn plans() -> Vec<AlignPlan> {
     plans
 }
 
+/// The same of targets of relations, for aligners of those.
+fn relation_plans() -> Vec<AlignPlan> {
+    let relations = Relations { of: vec![Relation::Qk, Relation::Vv], heads: 4 };
+    let one_level = plans().into_iter().filter(|plan| plan.outputs == 1);
+    one_level
+        .map(|plan| AlignPlan {
+            outputs: 2,
+            wanted: vec![0, 1],
+            width: plan.tokens.count(plan.counts.visible, plan.counts.masked),
+            relations: Some(relations.clone()),
+            ..plan
+        })
+        .collect()
+}
+
+/// Rows of each output for each compared token.
+fn rows_of_a_token(plan: &AlignPlan) -> usize {
+    plan.relations.as_ref().map_or(1, |relations| relations.heads)
+}
+
 pub(super) fn check(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<AlignerTag>(text, faults) else { return };
     let mut refusals = Vec::new();
     let mut accepted = Vec::new();
-    for plan in plans() {
+    let tried = if builder.relates() { relation_plans() } else { plans() };
+    for plan in tried {
         match builder.plan(&plan) {
             Ok(_) => accepted.push(plan),
             Err(refusal) => refusals.push(refusal.to_string()),
@@ -142,7 +165,9 @@ impl Trial {
             })
             .collect();
         let (rows, dim) = (BATCH * held.count(plan.counts.visible, plan.counts.masked), plan.student.arch.dim);
-        let wanted = BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
+        // Queries, keys and values are side by side.
+        let dim = if plan.relations.is_some() { 3 * dim } else { dim };
+        let wanted = rows_of_a_token(plan) * BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
         let random =
             |what: &str, i: usize, rows, columns| matrix(rows, columns, normal(&format!("{what} {i}"), rows * columns));
         Trial {
@@ -207,7 +232,7 @@ fn check_plan(builder: &dyn Aligner, plan: &AlignPlan, faults: &mut Faults) -> R
         faults.add(format_args!("{here}: it gives {} outputs, not {}", outputs.len(), plan.wanted.len()));
         return Ok(());
     }
-    let rows = BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
+    let rows = rows_of_a_token(plan) * BATCH * plan.tokens.count(plan.counts.visible, plan.counts.masked);
     for output in &outputs {
         if output.shape() != (rows, plan.width) {
             faults.add(format_args!("{here}: an output is {:?}, not {:?}", output.shape(), (rows, plan.width)));

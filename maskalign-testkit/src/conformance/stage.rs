@@ -79,7 +79,7 @@ struct Earlier {
 impl Earlier {
     fn new(named: &BTreeSet<String>) -> Result<Earlier> {
         let tower = small_student(SIZE);
-        let reach = Reach { blocks: tower.shape().arch.depth, norm: true };
+        let reach = Reach { blocks: tower.shape().arch.depth, norm: true, qkv: false };
         let mut earlier = Earlier {
             students: BTreeMap::new(),
             classifiers: BTreeMap::new(),

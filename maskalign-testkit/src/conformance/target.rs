@@ -8,8 +8,9 @@ use maskalign_registry::{Kind, TargetTag};
 use super::{Faults, ROUND_OFF, built, composed, fused, relative_difference, same_bits, tower::images};
 use maskalign_core::{
     components::{
+        maskers::Counts,
         targets::{PlannedTarget, TargetContext, TargetInput, TargetSource},
-        teachers::{TeacherModel, TowerTeacher, Wants},
+        teachers::{Level, TeacherModel, TowerTeacher, Wants},
         tokens::{Masks, Tokens},
         towers::{TowerShape, input},
     },
@@ -45,7 +46,8 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
     let mut refusals = Vec::new();
     for (cls, visible, masked) in [(true, true, false), (false, true, true), (false, false, true), (true, true, true)] {
         let tokens = Tokens { cls, visible, masked };
-        match target.plan(&TargetContext { student: shape, teachers: &teachers, tokens }) {
+        let counts = Counts { visible: 3, masked: 2 };
+        match target.plan(&TargetContext { student: shape, teachers: &teachers, tokens, counts }) {
             Ok(plan) => {
                 planned += 1;
                 if let Err(error) = check_plan(&plan, tokens, faults) {
@@ -60,7 +62,7 @@ pub(super) fn check(text: &str, faults: &mut Faults) {
 
 fn check_plan(plan: &PlannedTarget, tokens: Tokens, faults: &mut Faults) -> Result<()> {
     faults.unless(plan.outputs > 0 && plan.width > 0, "it plans no output");
-    let rows = 2 * tokens.count(3, 2);
+    let rows = 2 * tokens.count(3, 2) * plan.relations().map_or(1, |relations| relations.heads);
     let mut seen = Vec::new();
     for cx in [fused(), composed()] {
         let values = || outputs(plan, tokens, &cx);
@@ -101,10 +103,21 @@ fn outputs(plan: &PlannedTarget, tokens: Tokens, cx: &Context) -> Result<Vec<((u
     let outputs = match &plan.source {
         TargetSource::Images(target) => target.outputs(cx, &input)?,
         TargetSource::Teacher { whole, target, .. } => {
-            let levels = plan.levels.iter().copied().collect();
-            let wants = Wants { levels, whole: *whole, tokens, ..Wants::default() };
+            let read = plan.levels.iter().copied().collect();
+            let wants = match plan.relations() {
+                Some(_) => Wants { qkv: read, ..Wants::default() },
+                None => Wants { levels: read, whole: *whole, tokens, ..Wants::default() },
+            };
             let pass = teacher.begin(cx, &images, &wants)?;
-            let given = teacher.finish(cx, pass, &wants, &masks)?;
+            let mut given = BTreeMap::new();
+            for &block in &wants.qkv {
+                let x = teacher.queries_keys_values(cx, &pass, block)?;
+                given.extend(x.map(|x| (block, Level { x, only: None })));
+            }
+            let levels = teacher.finish(cx, pass, &wants, &masks)?;
+            if wants.qkv.is_empty() {
+                given = levels;
+            }
             target.outputs(cx, &input, &teacher, &plan.levels.iter().map(|level| &given[level]).collect::<Vec<_>>())?
         }
         TargetSource::MovingHead { .. } => Vec::new(),

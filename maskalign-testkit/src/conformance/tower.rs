@@ -167,10 +167,10 @@ fn check_reach(cx: &Context, student: &mut dyn StudentModel, trial: &Trial, faul
         student.visit(&mut |p| count += usize::from(p.is_trained()));
         count
     };
-    let whole = Reach { blocks: student.shape().arch.depth, norm: true };
+    let whole = Reach { blocks: student.shape().arch.depth, norm: true, qkv: false };
     student.set_reach(whole);
     let (expected, all) = (first(student)?, trained(student));
-    student.set_reach(Reach { blocks: 1, norm: false });
+    student.set_reach(Reach { blocks: 1, ..Reach::default() });
     faults.unless(same_bits(&expected, &first(student)?), "its first block differs when it is to run alone");
     faults.unless(trained(student) < all, "it trains parameters that `set_reach` says no loss needs");
     student.set_reach(whole);
@@ -230,6 +230,8 @@ struct Taught {
     whole: Vec<Vec<f32>>,
     /// The compared rows of the last level.
     compared: Vec<f32>,
+    /// Queries, keys and values of the first block and the last, where the teacher gives them.
+    qkv: Vec<Option<Vec<f32>>>,
 }
 
 /// A student for tests of other components, for images of `size` pixels; it has a class token.
@@ -270,7 +272,15 @@ fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -
             Some(_) => level.x.to_vec(),
             None => compared_rows(&level.x.to_vec(), &masks, &shape),
         });
-        Ok((teacher.shape(), Taught { attention, whole, compared: compared.unwrap_or_default() }))
+        let mut qkv = Vec::new();
+        if planned.gives_qkv() {
+            let wants = Wants { qkv: [0, last].into(), ..Wants::default() };
+            let pass = teacher.begin(cx, &images, &wants)?;
+            for &block in &wants.qkv {
+                qkv.push(teacher.queries_keys_values(cx, &pass, block)?.map(|x| x.to_vec()));
+            }
+        }
+        Ok((teacher.shape(), Taught { attention, whole, compared: compared.unwrap_or_default(), qkv }))
     };
     let (built, taught) = run(&fused())?;
     faults.unless(
@@ -282,6 +292,11 @@ fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -
         let wanted = 2 * all * width;
         faults.unless(level.len() == wanted, format_args!("a level holds {} values, not {wanted}", level.len()));
         faults.unless(level.iter().all(|v| v.is_finite()), "a level is not finite");
+    }
+    for qkv in &taught.qkv {
+        let len = qkv.as_ref().map_or(0, Vec::len);
+        let wanted = 2 * all * 3 * width;
+        faults.unless(len == wanted, format_args!("queries, keys and values are {len} numbers, not {wanted}"));
     }
     if planned.gives_attention() {
         let sums = taught.attention.chunks(patches).map(|image| image.iter().sum::<f32>());
@@ -302,6 +317,9 @@ fn run_teacher(planned: &dyn PlannedTeacher, size: usize, faults: &mut Faults) -
     let other = run(&composed())?.1;
     let mut apart = relative_difference(&taught.attention, &other.attention);
     for (a, b) in taught.whole.iter().zip(&other.whole) {
+        apart = apart.max(relative_difference(a, b));
+    }
+    for (a, b) in taught.qkv.iter().flatten().zip(other.qkv.iter().flatten()) {
         apart = apart.max(relative_difference(a, b));
     }
     faults.unless(

@@ -109,6 +109,72 @@ fn every_case_and_every_script_is_there() {
 /// Values of papers' recipes, each with another one that must not pass for it.
 const PAPERS: &[(&str, &[&str])] = &[
     (
+        "vitfreeze",
+        &[
+            "freeze=null",
+            "freeze.first=0.6",
+            "freeze.growth=squared",
+            "freeze.after_epochs=0",
+            "schedule={type: constant}",
+            "objectives.fine.target.cell=2",
+            "objectives.fine.aligner.levels=[0]",
+            "objectives.last.aligner.tap=block",
+            "objectives.last.weight=0.5",
+        ],
+    ),
+    (
+        "dbot",
+        &[
+            "teachers.teacher.momentum=0.9",
+            "objectives.features.target.normalize=whiten",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[masked]",
+            "objectives.features.loss.beta=1.0",
+            "objectives.features.aligner.tap=block",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
+        "hybrid_distill",
+        &[
+            "objectives.features.target.normalize=none",
+            "objectives.features.loss.beta=1.0",
+            "objectives.relations.target.level=-1",
+            "objectives.relations.target.of=[vv]",
+            "objectives.relations.target.teacher=clip",
+            "objectives.relations.aligner.level=-1",
+            "objectives.relations.weight=1.0",
+            "optimizer.no_decay=[]",
+        ],
+    ),
+    (
+        "uta",
+        &[
+            "student.statistics=imagenet",
+            "objectives.features.target.tap=norm",
+            "objectives.features.tokens=[visible]",
+            "objectives.features.aligner.tap=block",
+            "objectives.features.loss={type: mse}",
+            "optimizer.betas=[0.9, 0.999]",
+            "optimizer.no_decay=[cls_token]",
+        ],
+    ),
+    (
+        "tinymim",
+        &[
+            "objectives.relations.target.level=1",
+            "objectives.relations.target.of=[qk]",
+            "objectives.relations.target.of=[qk, kk]",
+            "objectives.relations.target.heads=2",
+            "objectives.relations.tokens=[visible]",
+            "objectives.relations.aligner.level=-2",
+            "objectives.relations.loss.reduction=mean",
+            "objectives.relations.weight=1.0",
+            "optimizer.betas=[0.9, 0.999]",
+        ],
+    ),
+    (
         "data2vec",
         &[
             "epochs=2",

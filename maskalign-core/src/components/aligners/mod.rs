@@ -3,6 +3,7 @@
 mod decoder;
 mod dynamic;
 mod projection_head;
+mod relations;
 mod shared;
 
 use maskalign_engine::{Context, Recompute, Result, Tape, Tensor};
@@ -13,6 +14,7 @@ pub use dynamic::{Fusion, Head};
 use crate::{
     components::{
         maskers::Counts,
+        relations::Relations,
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
     },
@@ -34,8 +36,10 @@ use crate::{
 ///
 /// let (counts, tokens) = (Counts { visible: 1, masked: 3 }, Tokens { visible: true, ..Tokens::default() });
 /// let (target_depth, target_levels, wanted) = (12, vec![10, 11], vec![0, 1]);
-/// let (blocks, outputs, width) = (1, 2, 64);
-/// let plan = AlignPlan { student, counts, blocks, tokens, target_depth, target_levels, outputs, wanted, width };
+/// let (blocks, outputs, width, relations) = (1, 2, 64, None);
+/// let plan = AlignPlan {
+///     student, counts, blocks, tokens, target_depth, target_levels, outputs, wanted, width, relations,
+/// };
 /// assert!(check(&plan).is_err());
 /// # Ok::<(), Error>(())
 /// ```
@@ -59,6 +63,9 @@ pub struct AlignPlan {
     pub wanted: Vec<usize>,
     /// Channels of the target.
     pub width: usize,
+    /// The relations of tokens that the target is of, where it is of relations: outputs then have a row for each token and
+    /// head, and its width is the number of tokens.
+    pub relations: Option<Relations>,
 }
 
 /// What an alignment needs of the student.
@@ -132,6 +139,11 @@ pub struct AlignInput<'a> {
 /// # }
 /// ```
 pub trait Aligner: Send + Sync {
+    /// Whether it gives relations of tokens. Its levels are then what the attention of these blocks is computed from, in place
+    /// of their states: queries, keys and values side by side, `[batch * held, 3 * dim]`; every one of its needs is a block.
+    fn relates(&self) -> bool {
+        false
+    }
     /// Checks them, and gives what builds the alignment.
     ///
     /// # Errors
@@ -225,7 +237,8 @@ pub trait PlannedAligner: Send + Sync {
 /// ```
 pub trait AlignerModel: Module {
     /// The predictions, `[batch * tokens, width]` each; the rows of an image are its class token, visible and masked
-    /// patches, as far as [`AlignInput::tokens`] has them.
+    /// patches, as far as [`AlignInput::tokens`] has them. Of [relations](AlignPlan::relations) there is a row for each
+    /// token and head.
     ///
     /// # Errors
     /// Out of memory on the device.

@@ -7,13 +7,33 @@ use maskalign_engine::{
     ops::{self, Distance},
 };
 
-/// KL divergence of softmax(prediction) from softmax(target) over channels, mean over all elements (PyTorch's `kl_div`, `reduction="mean"`).
+/// What a sum of divergences is divided by.
 #[component]
-struct Kl {}
+#[derive(Copy, Default, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+enum Reduction {
+    /// All elements (PyTorch's `reduction="mean"`).
+    #[default]
+    Mean,
+    /// Rows, so that it is the mean divergence of a distribution (PyTorch's `reduction="batchmean"`).
+    Batchmean,
+}
+
+/// KL divergence of softmax(prediction) from softmax(target) over channels (PyTorch's `kl_div`).
+#[component]
+struct Kl {
+    /// What the sum is divided by.
+    #[serde(default)]
+    reduction: Reduction,
+}
 
 impl Loss for Kl {
     fn term(&self, cx: &Context, tape: &mut Tape, prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
-        ops::distance(cx, tape, prediction, target, Distance::Kl)
+        let mean = ops::distance(cx, tape, prediction, target, Distance::Kl)?;
+        match self.reduction {
+            Reduction::Mean => Ok(mean),
+            Reduction::Batchmean => ops::scale(cx, tape, &mean, prediction.columns() as f32),
+        }
     }
 }
 

@@ -46,13 +46,21 @@ pub struct BlockMasker {
     #[serde(default = "aspect")]
     #[schemars(inner(range(min = 0.01, max = 100.0)))]
     aspect: [f64; 2],
+    /// Whether the rectangles are what stays visible, and all else is masked (data2vec 2.0, arXiv 2212.07525; UTA, arXiv
+    /// 2405.19009): rectangles are rare at the border, which is masked more often then.
+    #[serde(default)]
+    inverse: bool,
 }
 
 impl Masker for BlockMasker {
     fn plan(&self, grid: Grid) -> Result<Box<dyn PlannedMasker>, Refusal> {
         let counts = counts("block", grid.patches(), self.ratio, self.visible, self.masked, None)?;
-        if self.min_block > counts.masked {
-            let message = format!("rectangles of {} patches, but only {} are masked", self.min_block, counts.masked);
+        let (covered, are) = match self.inverse {
+            true => (counts.visible, "stay visible"),
+            false => (counts.masked, "are masked"),
+        };
+        if self.min_block > covered {
+            let message = format!("rectangles of {} patches, but only {covered} {are}", self.min_block);
             return Err(Refusal::new("min_block", message));
         }
         if let Some(most) = self.max_block.filter(|&most| most < self.min_block) {
@@ -66,8 +74,10 @@ impl Masker for BlockMasker {
         Ok(Box::new(PlannedBlocks {
             grid,
             counts,
+            covered,
+            inverse: self.inverse,
             smallest: self.min_block as f64,
-            largest: self.max_block.unwrap_or(counts.masked),
+            largest: self.max_block.unwrap_or(covered),
             log_aspect: [low.ln(), high.ln()],
         }))
     }
@@ -77,27 +87,31 @@ impl Masker for BlockMasker {
 struct PlannedBlocks {
     grid: Grid,
     counts: Counts,
+    /// Patches of an image that are under rectangles.
+    covered: usize,
+    /// Whether those stay visible.
+    inverse: bool,
     smallest: f64,
     largest: usize,
     log_aspect: [f64; 2],
 }
 
 impl PlannedBlocks {
-    /// Patches under rectangles, at most as many as are to be masked.
+    /// Patches under rectangles, at most as many as are to be there.
     fn rectangles(&self, rng: &mut Stream) -> Vec<bool> {
-        let mut masked = vec![false; self.grid.patches()];
+        let mut covered = vec![false; self.grid.patches()];
         let mut count = 0;
-        while count < self.counts.masked {
-            match self.rectangle(&mut masked, self.largest.min(self.counts.masked - count), rng) {
+        while count < self.covered {
+            match self.rectangle(&mut covered, self.largest.min(self.covered - count), rng) {
                 0 => break,
                 more => count += more,
             }
         }
-        masked
+        covered
     }
 
-    /// Masks one rectangle that adds at most `most` patches, and gives how many it added: 0 where none was found.
-    fn rectangle(&self, masked: &mut [bool], most: usize, rng: &mut Stream) -> usize {
+    /// Covers one rectangle that adds at most `most` patches, and gives how many it added: 0 where none was found.
+    fn rectangle(&self, covered: &mut [bool], most: usize, rng: &mut Stream) -> usize {
         let Grid { rows, columns } = self.grid;
         let between = |low: f64, high: f64, rng: &mut Stream| low + (high - low) * rng.uniform();
         for _ in 0..TRIES {
@@ -111,9 +125,9 @@ impl PlannedBlocks {
             }
             let (top, left) = (rng.below(rows - height + 1), rng.below(columns - width + 1));
             let patches = || (top..top + height).flat_map(|row| (left..left + width).map(move |c| row * columns + c));
-            let added = patches().filter(|&patch| !masked[patch]).count();
+            let added = patches().filter(|&patch| !covered[patch]).count();
             if (1..=most).contains(&added) {
-                patches().for_each(|patch| masked[patch] = true);
+                patches().for_each(|patch| covered[patch] = true);
                 return added;
             }
         }
@@ -127,17 +141,18 @@ impl PlannedMasker for PlannedBlocks {
     }
 
     fn draw(&self, _: &MaskInput, rng: &mut Stream) -> Mask {
-        let mut is_masked = self.rectangles(rng);
-        let mut missing = self.counts.masked - is_masked.iter().filter(|&&masked| masked).count();
+        let mut is_covered = self.rectangles(rng);
+        let mut missing = self.covered - is_covered.iter().filter(|&&covered| covered).count();
         if missing > 0 {
-            for patch in rng.permutation(is_masked.len()) {
-                if missing > 0 && !is_masked[patch] {
-                    is_masked[patch] = true;
+            for patch in rng.permutation(is_covered.len()) {
+                if missing > 0 && !is_covered[patch] {
+                    is_covered[patch] = true;
                     missing -= 1;
                 }
             }
         }
-        let (masked, visible) = (0..is_masked.len() as u32).partition(|&patch| is_masked[patch as usize]);
+        let is_masked = |patch: &u32| is_covered[*patch as usize] != self.inverse;
+        let (masked, visible) = (0..is_covered.len() as u32).partition(is_masked);
         Mask { visible, masked }
     }
 }
@@ -162,6 +177,8 @@ mod tests {
         let planned = PlannedBlocks {
             grid: Grid { rows: side, columns: side },
             counts: Counts { visible: 76, masked: 120 },
+            covered: 120,
+            inverse: false,
             smallest: 16.0,
             largest: 120,
             log_aspect: aspect().map(f64::ln),
@@ -204,10 +221,24 @@ mod tests {
         }
     }
 
+    /// The same draws, with the two sides exchanged.
+    #[test]
+    fn an_inverse_mask_keeps_what_a_mask_hides() {
+        let (mask, keep) = (blocks(14, r#"{ "masked": 98 }"#), blocks(14, r#"{ "visible": 98, "inverse": true }"#));
+        let (mask, keep) = (mask.unwrap(), keep.unwrap());
+        let input = MaskInput { epoch: 0, image: 0, crop: 0, attention: &[] };
+        for image in 0..50 {
+            let draw = |masker: &dyn PlannedMasker| masker.draw(&input, &mut Stream::new(1, "mask", 0, image));
+            let (hidden, kept) = (draw(&*mask), draw(&*keep));
+            assert_eq!((hidden.masked, hidden.visible), (kept.visible, kept.masked));
+        }
+    }
+
     #[test]
     fn rectangles_that_cannot_be_are_refused() {
         for (text, option) in [
             (r#"{ "masked": 10 }"#, "min_block"),
+            (r#"{ "visible": 10, "inverse": true }"#, "min_block"),
             (r#"{ "masked": 100, "max_block": 8 }"#, "max_block"),
             (r#"{ "masked": 100, "aspect": [2.0, 1.0] }"#, "aspect"),
             (r#"{ "ratio": 0.5, "masked": 100 }"#, "masked"),

@@ -143,6 +143,10 @@ impl PlannedStudent for PlannedVit {
         true
     }
 
+    fn gives_qkv(&self) -> bool {
+        true
+    }
+
     fn build(&self, init: &Init, trained: &TrainedStudents) -> Result<Box<dyn StudentModel>, Error> {
         Ok(Box::new(Tower { vit: self.tower.build(init, trained)?, drop_path: self.drop_path }))
     }
@@ -217,6 +221,16 @@ impl StudentModel for Tower {
 
     fn norm(&self, cx: &Context, tape: &mut Tape, x: &Tensor) -> Result<Tensor> {
         self.vit.final_norm(cx, tape, x)
+    }
+
+    fn queries_keys_values(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        features: &Features,
+        block: usize,
+    ) -> Result<Option<Tensor>> {
+        self.vit.queries_keys_values(cx, tape, features, block).map(Some)
     }
 
     fn class_attention(&self, cx: &Context, images: &ImageBatch) -> Result<Option<Vec<f32>>> {

@@ -1,6 +1,6 @@
 //! A moving teacher's assignments of tokens to prototypes.
 
-use maskalign_registry::{Kind, Refusal};
+use maskalign_registry::Refusal;
 
 use super::{PlannedTarget, Target, TargetContext, TargetSource};
 use crate::{component, components::towers::Tap, register};
@@ -72,11 +72,8 @@ impl Sharpening {
 
 impl Target for Assignments {
     fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal> {
-        let teacher = cx.teachers.get(&self.teacher).ok_or_else(|| {
-            Refusal::new("teacher", format!("no teacher is named `{}`", self.teacher))
-                .unresolved(Kind::Teacher, &self.teacher)
-                .help("name one of the stage's `teachers`")
-        })?;
+        let teacher = cx.teacher(&self.teacher)?;
+        cx.check_tokens(&self.teacher, teacher)?;
         if cx.tokens.cls && (cx.tokens.visible || cx.tokens.masked) {
             return Err(Refusal::whole("class tokens and patches are centred apart")
                 .beside(["tokens"], "both are asked for here")

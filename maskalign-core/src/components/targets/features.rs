@@ -1,7 +1,7 @@
 //! A teacher's hidden states.
 
 use maskalign_engine::{Context, Result, Tape, Tensor, ops};
-use maskalign_registry::{Kind, LevelRef, Levels, Refusal};
+use maskalign_registry::{LevelRef, Levels, Refusal};
 
 use super::{Normalize, PlannedTarget, Target, TargetContext, TargetInput, TargetSource, TeacherTarget};
 use crate::{
@@ -50,14 +50,7 @@ struct Features {
 
 impl Target for Features {
     fn plan(&self, cx: &TargetContext) -> Result<PlannedTarget, Refusal> {
-        let teacher = cx.teachers.get(&self.teacher).ok_or_else(|| {
-            let known: Vec<&str> = cx.teachers.keys().map(String::as_str).collect();
-            let refusal = Refusal::new("teacher", format!("no teacher is named `{}`", self.teacher));
-            refusal.unresolved(Kind::Teacher, &self.teacher).help(match known.is_empty() {
-                true => "the stage has no `teachers`".to_string(),
-                false => format!("known teachers: {}", known.join(", ")),
-            })
-        })?;
+        let teacher = cx.teacher(&self.teacher)?;
         let levels = self.levels.resolve(teacher.arch.depth).map_err(|r| r.under("levels"))?;
         let levels: Vec<usize> = levels
             .into_iter()
@@ -70,11 +63,7 @@ impl Target for Features {
                 }
             })
             .collect::<Result<_, _>>()?;
-        teacher.check_grid(&self.teacher, &cx.student)?;
-        if cx.tokens.cls && !teacher.cls_token {
-            return Err(Refusal::new("teacher", format!("`{}` has no class token to compare", self.teacher))
-                .beside(["tokens"], "`cls` is asked for here"));
-        }
+        cx.check_tokens(&self.teacher, teacher)?;
         if self.normalize_mean != Normalize::None && self.combine == Combine::None {
             return Err(Refusal::new("normalize_mean", "there is no mean: the levels stay apart")
                 .related(["combine"], "`mean` averages them")

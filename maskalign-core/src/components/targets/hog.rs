@@ -149,7 +149,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        components::tokens::{Masks, Tokens},
+        components::{
+            maskers::Counts,
+            tokens::{Masks, Tokens},
+        },
         nn::{Arch, VitConfig},
     };
 
@@ -157,7 +160,8 @@ mod tests {
         let arch = Arch { dim: 8, depth: 1, heads: 2, mlp: 8, patch: 4 };
         let student = TowerShape::from(&VitConfig::plain(arch, 8));
         let hog: Hog = serde_json::from_str(text).expect("options");
-        hog.plan(&TargetContext { student, teachers: &BTreeMap::default(), tokens })
+        let counts = Counts { visible: 2, masked: 2 };
+        hog.plan(&TargetContext { student, teachers: &BTreeMap::default(), tokens, counts })
     }
 
     const MASKED: Tokens = Tokens { cls: false, visible: false, masked: true };

@@ -4,6 +4,7 @@ mod assignments;
 mod features;
 mod hog;
 mod pixels;
+mod relations;
 
 use std::collections::BTreeMap;
 
@@ -11,13 +12,15 @@ use maskalign_engine::{
     Context, ImageBatch, Result, Tape, Tensor,
     ops::{self, Standardize},
 };
-use maskalign_registry::Refusal;
+use maskalign_registry::{Kind, Refusal};
 
 pub use assignments::Sharpening;
 
 use crate::{
     component,
     components::{
+        maskers::Counts,
+        relations::Relations,
         teachers::{Level, TeacherModel},
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape},
@@ -32,7 +35,8 @@ use crate::{
 /// # let config = VitConfig::plain(Arch { dim: 8, depth: 2, heads: 2, mlp: 32, patch: 4 }, 8);
 /// # let student = TowerShape::from(&config);
 /// let teachers = [("clip".to_string(), student)].into();
-/// let cx = TargetContext { student, teachers: &teachers, tokens: Tokens { visible: true, ..Tokens::default() } };
+/// let (tokens, counts) = (Tokens { visible: true, ..Tokens::default() }, Counts { visible: 4, masked: 0 });
+/// let cx = TargetContext { student, teachers: &teachers, tokens, counts };
 /// assert_eq!(cx.teachers["clip"].arch.depth, 2);
 /// # Ok::<(), Error>(())
 /// ```
@@ -44,6 +48,38 @@ pub struct TargetContext<'a> {
     pub teachers: &'a BTreeMap<String, TowerShape>,
     /// The tokens of the objective.
     pub tokens: Tokens,
+    /// Visible and predicted patches of an image, about the most where they vary.
+    pub counts: Counts,
+}
+
+impl TargetContext<'_> {
+    /// The teacher that the option `teacher` names.
+    ///
+    /// # Errors
+    /// There is none of that name; the known ones are listed.
+    pub fn teacher(&self, name: &str) -> Result<&TowerShape, Refusal> {
+        self.teachers.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.teachers.keys().map(String::as_str).collect();
+            let refusal = Refusal::new("teacher", format!("no teacher is named `{name}`"));
+            refusal.unresolved(Kind::Teacher, name).help(match known.is_empty() {
+                true => "the stage has no `teachers`".to_string(),
+                false => format!("known teachers: {}", known.join(", ")),
+            })
+        })
+    }
+
+    /// Refuses a teacher whose patches are not the student's, or that lacks the class token that is compared.
+    ///
+    /// # Errors
+    /// Names `teacher`.
+    pub fn check_tokens(&self, name: &str, teacher: &TowerShape) -> Result<(), Refusal> {
+        teacher.check_grid(name, &self.student)?;
+        if self.tokens.cls && !teacher.cls_token {
+            return Err(Refusal::new("teacher", format!("`{name}` has no class token to compare"))
+                .beside(["tokens"], "`cls` is asked for here"));
+        }
+        Ok(())
+    }
 }
 
 /// A target's options.
@@ -145,6 +181,14 @@ impl PlannedTarget {
             TargetSource::Teacher { name, .. } | TargetSource::MovingHead { name, .. } => Some(name),
         }
     }
+
+    /// The relations that it is of, where it is of relations.
+    pub fn relations(&self) -> Option<&Relations> {
+        match &self.source {
+            TargetSource::Images(_) | TargetSource::MovingHead { .. } => None,
+            TargetSource::Teacher { target, .. } => target.relations(),
+        }
+    }
 }
 
 /// What every target is computed from.
@@ -223,6 +267,12 @@ pub trait ImageTarget: Send + Sync {
 /// }
 /// ```
 pub trait TeacherTarget: Send + Sync {
+    /// The relations of tokens that it gives in place of tokens' channels. Its `levels` are then queries, keys and values of
+    /// the blocks that it lists, `[batch * tokens, 3 * dim]` of all tokens, and outputs have a row for each token and head:
+    /// `[batch * tokens * heads, tokens]`.
+    fn relations(&self) -> Option<&Relations> {
+        None
+    }
     /// The targets as [`ImageTarget::outputs`] gives them, from the teacher's `levels` in the order of the plan; levels
     /// that no loss compares are left out of them and of the outputs.
     ///

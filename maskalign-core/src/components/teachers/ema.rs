@@ -19,7 +19,8 @@ use crate::{
 };
 
 /// A moving average of the student's parameters: it starts as the student, and after each update
-/// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec). It sees every patch, without stochastic
+/// `teacher = momentum teacher + (1 - momentum) student` (BYOL, DINO, data2vec); with momentum 1 it stays the student as it was
+/// at the beginning (dBOT's first stage). It sees every patch, without stochastic
 /// depth, and takes no gradient. Checkpoints hold it; later stages and exports take the student.
 #[component]
 struct Ema {
@@ -56,7 +57,11 @@ impl PlannedTeacher for PlannedEma {
         self.student.gives_attention()
     }
 
-    fn follows(&self) -> bool {
+    fn gives_qkv(&self) -> bool {
+        self.student.gives_qkv()
+    }
+
+    fn moves(&self) -> bool {
         true
     }
 
@@ -109,7 +114,7 @@ impl TeacherModel for MovingTeacher {
     }
 
     fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
-        let keep = |level: usize| wants.levels.contains(&level);
+        let keep = |level: usize| wants.levels.contains(&level) || wants.qkv.contains(&(level + 1));
         if wants.attention {
             let (features, attention) = self.tower.forward_attending(cx, images, &keep)?;
             return Ok(Pass { attention, features, begun: None });
@@ -122,6 +127,10 @@ impl TeacherModel for MovingTeacher {
         Ok(pass.features.hidden.into_iter().map(|(i, x)| (i, Level { x, only: None })).collect())
     }
 
+    fn queries_keys_values(&self, cx: &Context, pass: &Pass, block: usize) -> Result<Option<Tensor>> {
+        self.tower.queries_keys_values(cx, &mut Tape::inference(), &pass.features, block)
+    }
+
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {
         match tap {
             Tap::Block => Ok(x.clone()),
@@ -132,6 +141,10 @@ impl TeacherModel for MovingTeacher {
 
     fn after_update(&mut self, cx: &Context, student: &mut dyn StudentModel, progress: f64) -> Result<()> {
         let momentum = self.momentum.at(progress);
+        if momentum == 1.0 {
+            // It stays as it is.
+            return Ok(());
+        }
         let mut student = followed(student).into_iter();
         let mut outcome = Ok(());
         self.tower.visit(&mut |p| {

@@ -39,6 +39,8 @@ use crate::{
 pub struct Wants {
     /// Blocks whose outputs are compared.
     pub levels: BTreeSet<usize>,
+    /// Blocks whose queries, keys and values are compared: what a teacher keeps of the blocks before them is in its pass.
+    pub qkv: BTreeSet<usize>,
     /// Whether the masker asks for the attention of the last block.
     pub attention: bool,
     /// Whether a target needs every token of the last block (statistics over the whole tensor).
@@ -156,8 +158,12 @@ pub trait PlannedTeacher: Send + Sync {
     fn gives_attention(&self) -> bool {
         self.shape().cls_token
     }
-    /// Whether it follows the student: see [`TeacherModel::momentum`].
-    fn follows(&self) -> bool {
+    /// Whether it gives queries, keys and values of its blocks, which relations are of.
+    fn gives_qkv(&self) -> bool {
+        false
+    }
+    /// Whether it follows the student, so that its values change in training: see [`TeacherModel::momentum`].
+    fn moves(&self) -> bool {
         false
     }
     /// Builds the tower and reads its weights.
@@ -247,6 +253,14 @@ pub trait TeacherModel: Module {
     /// # Errors
     /// Out of memory on the device.
     fn finish(&self, cx: &Context, pass: Pass, wants: &Wants, masks: &Masks) -> Result<BTreeMap<usize, Level>>;
+    /// Queries, keys and values of a block in [`Wants::qkv`], side by side, of all tokens: `[batch * tokens, 3 * dim]`. `None`
+    /// where the teacher does not give them.
+    ///
+    /// # Errors
+    /// Out of memory on the device.
+    fn queries_keys_values(&self, _cx: &Context, _pass: &Pass, _block: usize) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// Hidden states after the final norm, or after it and the projection.
     ///
     /// # Errors

@@ -19,6 +19,10 @@ impl PlannedTeacher for PlannedTower {
         PlannedTower::shape(self)
     }
 
+    fn gives_qkv(&self) -> bool {
+        true
+    }
+
     fn build(&self, build: &mut TeacherBuild) -> Result<Box<dyn TeacherModel>, Error> {
         let device = build.cx.device();
         let init = match self.is_drawn() {
@@ -67,13 +71,13 @@ impl TeacherModel for TowerTeacher {
 
     fn begin(&self, cx: &Context, images: &ImageBatch, wants: &Wants) -> Result<Pass> {
         let last = self.vit.blocks.len() - 1;
-        let keep = |level: usize| wants.levels.contains(&level);
+        let keep = |level: usize| wants.levels.contains(&level) || wants.qkv.contains(&(level + 1));
         if wants.attention || keep(last) {
             let (features, mut begun) = self.vit.begin(cx, images, keep)?;
             let attention = std::mem::take(&mut begun.attention);
             return Ok(Pass { attention, features, begun: keep(last).then_some(begun) });
         }
-        let reach = wants.levels.last().map_or(0, |level| level + 1);
+        let reach = wants.levels.last().map_or(0, |level| level + 1).max(wants.qkv.last().copied().unwrap_or(0));
         let mut features = self.vit.embed(cx, &mut Tape::inference(), images, None)?;
         self.vit.run_blocks(cx, &mut Tape::inference(), &mut features, 0..reach, None, keep)?;
         Ok(Pass { attention: Vec::new(), features, begun: None })
@@ -91,6 +95,10 @@ impl TeacherModel for TowerTeacher {
         }
         levels.extend(pass.features.hidden.into_iter().map(|(i, x)| (i, Level { x, only: None })));
         Ok(levels)
+    }
+
+    fn queries_keys_values(&self, cx: &Context, pass: &Pass, block: usize) -> Result<Option<Tensor>> {
+        self.vit.queries_keys_values(cx, &mut Tape::inference(), &pass.features, block).map(Some)
     }
 
     fn tap(&self, cx: &Context, x: &Tensor, tap: Tap) -> Result<Tensor> {

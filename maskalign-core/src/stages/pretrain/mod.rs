@@ -1,5 +1,6 @@
 //! Pre-training: a student's features of the visible patches against targets of the intact image.
 
+mod freezing;
 mod model;
 mod objective;
 mod pictures;
@@ -12,13 +13,12 @@ use std::{
 
 use indexmap::IndexMap;
 use maskalign_engine::{Context, Recompute};
-use maskalign_registry::{
-    Kind, LevelRef, MaskerTag, Refusal, SharedOptions, Slot, StageTag, StudentTag, TeacherTag, With,
-};
+use maskalign_registry::{Kind, MaskerTag, Refusal, SharedOptions, Slot, StageTag, StudentTag, TeacherTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use freezing::{Freeze, Freezing};
 pub use model::PretrainModel;
 use objective::Beside;
 pub use objective::{Objective, PlannedObjective};
@@ -162,6 +162,9 @@ struct PretrainOptions {
     /// The terms of the loss, by name.
     #[schemars(extend("minProperties" = 1))]
     objectives: IndexMap<String, Objective>,
+    /// Freezes the student's layers one after another; absent: none.
+    #[serde(default)]
+    freeze: Option<Freeze>,
 }
 
 /// A masker that fits, and the teacher whose attention it draws by.
@@ -182,6 +185,7 @@ pub struct PlannedPretrain {
     objectives: Vec<PlannedObjective>,
     /// The crops that objectives compare.
     crops: Vec<SeenCrop>,
+    freezing: Option<Freezing>,
     knn: Option<PlannedKnn>,
     evaluations: Vec<PlannedEvaluation>,
     seed: u64,
@@ -210,6 +214,17 @@ impl Pretrain {
         let Models { student, teachers, masking, objectives, crops, idle, used } = models;
         training.data.keep_crops(&used);
         summary.warnings.extend(idle.iter().map(|view| format!("no objective compares view `{view}`: it is not cut")));
+        let freezing = own.freeze.and_then(|freeze| {
+            let moving = teachers.iter().find(|(_, teacher)| teacher.moves());
+            let planned = match moving {
+                Some((name, _)) => {
+                    Err(Refusal::whole("a teacher that follows the student would stop where it is frozen")
+                        .in_stage(["teachers", name], "this one follows it"))
+                }
+                None => freeze.plan(student.shape().arch.depth, &training, &objectives),
+            };
+            keep(&mut refusals, planned.map_err(|refusal| refusal.under("freeze")))
+        });
         let knn = periodic.knn.as_ref().and_then(|knn| {
             match knn.plan(cx, shared.epochs, student.shape().arch.dim, &mut summary) {
                 Ok(planned) => Some(planned),
@@ -243,6 +258,7 @@ impl Pretrain {
             masking,
             objectives,
             crops,
+            freezing,
             knn,
             evaluations: Vec::new(),
             seed: cx.seed,
@@ -318,11 +334,14 @@ impl PretrainOptions {
                     blocks,
                     crops: crops.as_deref(),
                     size: data.size,
+                    is_uneven: masking.as_ref().and_then(Option::as_ref).is_some_and(|masking| masking.masker.uneven()),
                     others: through_it.fold(Tokens::default(), |all, (_, tokens)| all.union(*tokens)),
                     planned: &planned,
                 };
                 let checked = objective.plan(name, &beside).and_then(|planned| match planned {
-                    Some(planned) => Self::check_assignments(&planned, &teachers, training).map(|()| Some(planned)),
+                    Some(planned) => Self::check_assignments(&planned, &teachers, training)
+                        .and_then(|()| planned.check_qkv(&*student, &teachers).map_err(|refusal| vec![refusal]))
+                        .map(|()| Some(planned)),
                     None => Ok(None),
                 });
                 match checked {
@@ -360,7 +379,7 @@ impl PretrainOptions {
         training: &PlannedTraining,
     ) -> Result<(), Vec<Refusal>> {
         let TargetSource::MovingHead { name, sharpening, .. } = &objective.target.source else { return Ok(()) };
-        if teachers.get(name).is_some_and(|teacher| !teacher.follows()) {
+        if teachers.get(name).is_some_and(|teacher| !teacher.moves()) {
             let message = format!("`{name}` does not follow the student, and there is no head for it to assign by");
             let refusal = Refusal::new("teacher", message).under("target");
             return Err(vec![refusal.help("use a teacher of `type: ema`")]);
@@ -430,7 +449,10 @@ fn wants(objectives: &[PlannedObjective], masking: Option<&Masking>) -> BTreeMap
             TargetSource::MovingHead { name, .. } => (name, true),
         };
         let wants = all.entry(name.clone()).or_default();
-        wants.levels.extend(&objective.levels);
+        match objective.target.relations() {
+            Some(_) => wants.qkv.extend(&objective.levels),
+            None => wants.levels.extend(&objective.levels),
+        }
         wants.whole |= whole;
         wants.tokens = wants.tokens.union(objective.tokens);
     }
@@ -450,7 +472,11 @@ impl PlannedPretrain {
             self.objectives.iter().filter(of).map(|o| o.level_weights.len()).sum()
         };
         let frozen = self.teachers.keys().zip(self.teacher_shapes());
-        let frozen = frozen.map(|(name, (tower, crops))| FrozenPass { tower, levels: levels(name), crops }).collect();
+        let frozen = frozen.map(|(name, (tower, crops))| {
+            let moves = self.teachers[name].0.moves();
+            FrozenPass { tower, levels: levels(name), crops, moves }
+        });
+        let frozen = frozen.collect();
         let mut model = PretrainModel::new(self, None, &Init::shapes(), &TrainedStudents::default())?;
         (self.summary.parameters, self.summary.trainable) = count_parameters(&mut model);
         self.summary.saved = saved_parameters(&mut model);
@@ -512,20 +538,25 @@ impl PlannedPretrain {
         self.crops.iter().map(|crop| crop.size).collect()
     }
 
-    /// The blocks of the student that the objectives look at.
+    /// The blocks of the student whose outputs the objectives look at, or whose next block's attention.
     fn kept(&self) -> BTreeSet<usize> {
-        let levels = self.objectives.iter().flat_map(|o| &o.aligner.needs().levels);
-        let block = |level: &LevelRef| match level {
-            LevelRef::Block(i) => Some(*i),
-            LevelRef::Embed => None,
+        let kept = |objective: &PlannedObjective| {
+            let read = objective.student_blocks();
+            match objective.relates {
+                true => read.filter_map(|block| block.checked_sub(1)).collect::<Vec<_>>(),
+                false => read.collect(),
+            }
         };
-        levels.filter_map(block).collect()
+        self.objectives.iter().flat_map(kept).collect()
     }
 
     /// How much of the student the loss depends on.
     fn reach(&self) -> Reach {
+        let blocks = self.kept().last().map_or(0, |last| last + 1);
+        let mut attended = self.objectives.iter().filter(|o| o.relates);
         Reach {
-            blocks: self.kept().last().map_or(0, |last| last + 1),
+            blocks,
+            qkv: attended.any(|o| o.student_blocks().any(|block| block == blocks)),
             norm: self.objectives.iter().any(|o| o.aligner.needs().tap == Tap::Norm),
         }
     }

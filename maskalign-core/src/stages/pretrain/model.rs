@@ -15,6 +15,7 @@ use maskalign_registry::{LevelRef, Refusal};
 
 use super::{
     Masking, PlannedObjective, PlannedPretrain,
+    freezing::{Freezing, layer},
     views::{Group, SeenCrop},
 };
 use crate::{
@@ -36,6 +37,11 @@ use crate::{
     },
 };
 
+/// A plan promised what the model does not give.
+fn no_qkv(whose: &str) -> Error {
+    Error::Usage(format!("{whose} gives no queries, keys and values of its blocks"))
+}
+
 /// The models of a pre-training stage, and its loss.
 pub struct PretrainModel {
     student: Box<dyn StudentModel>,
@@ -52,6 +58,12 @@ pub struct PretrainModel {
     crops: Vec<SeenCrop>,
     /// The crops that go through the student together.
     groups: Vec<Group>,
+    freezing: Option<Freezing>,
+    /// Layers of the student that parameters are of, by name, where layers are frozen; those of objectives are of the deepest
+    /// that is read.
+    layers: BTreeMap<String, usize>,
+    /// The share of the stage that was done before the last loss.
+    progress: f64,
     seed: u64,
     reach: Reach,
     kept: BTreeSet<usize>,
@@ -159,7 +171,18 @@ impl PretrainModel {
             rename(&objective.name, &mut *aligner);
             aligners.insert(objective.name.clone(), aligner);
         }
+        let mut layers = BTreeMap::new();
+        if plan.freezing.is_some() {
+            student.visit(&mut |p| layers.extend(layer(&p.name).map(|layer| (p.name.clone(), layer))));
+            for objective in &plan.objectives {
+                let Some(aligner) = aligners.get_mut(&objective.name) else { continue };
+                aligner.visit(&mut |p| layers.extend([(p.name.clone(), objective.deepest_layer())]));
+            }
+        }
         let mut model = PretrainModel {
+            freezing: plan.freezing.clone(),
+            layers,
+            progress: 0.0,
             student,
             teachers,
             masking: plan.masking.clone(),
@@ -231,6 +254,26 @@ impl PretrainModel {
     /// The tower that is trained.
     pub fn student(&self) -> &dyn StudentModel {
         &*self.student
+    }
+
+    /// Freezes the layers whose time is over, and what is read of them alone.
+    fn freeze(&mut self, progress: f64) {
+        self.progress = progress;
+        let Some(freezing) = &self.freezing else { return };
+        let layers = &self.layers;
+        let mut freeze = |p: &mut Param| {
+            if layers.get(&p.name).is_some_and(|&layer| freezing.is_frozen(layer, progress)) {
+                p.set_trained(false);
+            }
+        };
+        self.student.visit(&mut freeze);
+        self.aligners.values_mut().for_each(|aligner| aligner.visit(&mut freeze));
+    }
+
+    /// Whether all that an objective trains is frozen.
+    fn is_over(&self, objective: &PlannedObjective) -> bool {
+        let frozen = |freezing: &Freezing| freezing.is_frozen(objective.deepest_layer(), self.progress);
+        self.freezing.as_ref().is_some_and(frozen)
     }
 
     /// The teachers that run.
@@ -316,14 +359,23 @@ impl PretrainModel {
         let drawn = started.elapsed().as_secs_f64();
         let _span = tracing::info_span!("teacher").entered();
         let mut targets: Vec<Vec<Side>> = self.objectives.iter().map(|_| Vec::new()).collect();
+        let over = self.objectives.iter().filter(|objective| self.is_over(objective));
+        let over: BTreeSet<String> = over.map(|objective| objective.name.clone()).collect();
         for (name, taught, group, images, pass) in passes {
             let of_group = masks_of(&masks, group);
+            let mut qkv = BTreeMap::new();
+            for &block in &taught.wants.qkv {
+                let x = taught.teacher.queries_keys_values(cx, &pass, block)?;
+                qkv.insert(block, Level { x: x.ok_or_else(|| no_qkv(&format!("teacher `{name}`")))?, only: None });
+            }
             let levels = taught.teacher.finish(cx, pass, &taught.wants, &of_group)?;
             for (objective, sides) in self.objectives.iter().zip(&mut targets) {
                 let compared = objective.compared.target();
-                if objective.target.teacher() != Some(name) || group.crops.iter().all(|crop| !compared.contains(crop)) {
+                let is_asked = group.crops.iter().any(|crop| compared.contains(crop));
+                if objective.target.teacher() != Some(name) || !is_asked || over.contains(&objective.name) {
                     continue;
                 }
+                let levels = if objective.target.relations().is_some() { &qkv } else { &levels };
                 let wanted = objective.levels.iter().map(|level| {
                     levels.get(level).ok_or_else(|| Error::Usage(format!("teacher `{name}` gave no level {level}")))
                 });
@@ -343,12 +395,14 @@ impl PretrainModel {
                         vec![head.logits(cx, &input, wanted[0], center)?]
                     }
                 };
-                let lengths = of_group.lengths(objective.tokens);
-                sides.push(Side { crops: group.crops.clone(), lengths, outputs });
+                sides.push(Side { crops: group.crops.clone(), lengths: objective.lengths(&of_group), outputs });
             }
         }
         for (objective, sides) in self.objectives.iter().zip(&mut targets) {
             let TargetSource::Images(target) = &objective.target.source else { continue };
+            if over.contains(&objective.name) {
+                continue;
+            }
             for group in super::grouped(objective.compared.target(), &self.crops) {
                 let (images, of_group) = (images_of(batch, &group), masks_of(&masks, &group));
                 let input = TargetInput { images: &images, masks: &of_group, tokens: objective.tokens };
@@ -356,7 +410,7 @@ impl PretrainModel {
                     None => target.outputs(cx, &input)?,
                     Some(_) => self.uneven_outputs(cx, &**target, &input)?,
                 };
-                sides.push(Side { crops: group.crops, lengths: of_group.lengths(objective.tokens), outputs });
+                sides.push(Side { crops: group.crops, lengths: objective.lengths(&of_group), outputs });
             }
         }
         self.times.mask += drawn - attended;
@@ -391,19 +445,29 @@ impl PretrainModel {
     ) -> Result<Vec<Option<Side>>> {
         let held = self.student.shape().held();
         let mut normed: BTreeMap<LevelRef, Tensor> = BTreeMap::new();
+        // Those of a block once too.
+        let mut qkv: BTreeMap<usize, Tensor> = BTreeMap::new();
         let mut predictions = Vec::new();
         let each = features.batch / group.crops.len();
         for objective in &self.objectives {
             let compared = objective.compared.student();
             let chosen: Vec<usize> =
                 (0..group.crops.len()).filter(|&place| compared.contains(&group.crops[place])).collect();
-            if chosen.is_empty() {
+            if chosen.is_empty() || self.is_over(objective) {
                 predictions.push(None);
                 continue;
             }
             let needs = objective.aligner.needs();
             let mut levels = Vec::with_capacity(needs.levels.len());
             for level in &needs.levels {
+                if let (true, LevelRef::Block(block)) = (objective.relates, level) {
+                    if !qkv.contains_key(block) {
+                        let found = self.student.queries_keys_values(cx, tape, features, *block)?;
+                        qkv.insert(*block, found.ok_or_else(|| no_qkv("the student"))?);
+                    }
+                    levels.push(qkv[block].clone());
+                    continue;
+                }
                 let x = match level {
                     LevelRef::Embed => &features.embed,
                     LevelRef::Block(i) => &features.hidden[i],
@@ -433,7 +497,7 @@ impl PretrainModel {
             let aligner = &self.aligners[owner(objective)];
             predictions.push(Some(Side {
                 crops: chosen.iter().map(|&place| group.crops[place]).collect(),
-                lengths: of_chosen.lengths(objective.tokens),
+                lengths: objective.lengths(&of_chosen),
                 outputs: aligner.forward(cx, tape, &input)?,
             }));
         }
@@ -653,6 +717,13 @@ impl Task for PretrainModel {
         std::mem::take(&mut self.terms)
     }
 
+    fn lr_scale(&self, parameter: &str) -> f64 {
+        match (&self.freezing, self.layers.get(parameter)) {
+            (Some(freezing), Some(&layer)) => freezing.scale(layer, self.progress),
+            _ => 1.0,
+        }
+    }
+
     fn held_epochs(&self, parameter: &str) -> f64 {
         let several = self.objectives.len() > 1;
         let of = |objective: &PlannedObjective| {
@@ -663,6 +734,7 @@ impl Task for PretrainModel {
     }
 
     fn loss(&mut self, cx: &Context, tape: &mut Tape, batch: &MicroBatch) -> Result<Tensor> {
+        self.freeze(batch.progress);
         let lesson = self.teach(cx, batch)?;
         let _span = tracing::info_span!("student").entered();
         let (depth, rate) = (self.student.shape().arch.depth, self.student.drop_path());
@@ -689,6 +761,9 @@ impl Task for PretrainModel {
         }
         let (mut terms, mut weights, mut records) = (Vec::new(), Vec::new(), Vec::new());
         for ((objective, predictions), targets) in self.objectives.iter().zip(&predictions).zip(&lesson.targets) {
+            if self.is_over(objective) {
+                continue;
+            }
             let weight = objective.weight.at(batch.progress) as f32;
             let compared = Self::compare(cx, tape, objective, predictions, targets)?;
             let mut distances = Vec::new();
@@ -707,8 +782,8 @@ impl Task for PretrainModel {
             records.push(Term {
                 name: objective.name.clone(),
                 value,
-                // A target that is the mean of its levels has one distance.
-                levels: levels.filter(|_| distances.len() > 1).collect(),
+                // A target that is the mean of its levels has one distance, and one of relations several of one level.
+                levels: levels.filter(|_| distances.len() > 1 && distances.len() == objective.levels.len()).collect(),
             });
         }
         self.terms.push(records);

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use maskalign_engine::Result;
-use maskalign_registry::{AlignerTag, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
+use maskalign_registry::{AlignerTag, LevelRef, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
 
 use super::views::{Compared, ComparedViews, SeenCrop};
 use crate::{
@@ -12,8 +12,10 @@ use crate::{
         aligners::{AlignPlan, PlannedAligner},
         losses::Loss,
         maskers::Counts,
+        students::PlannedStudent,
         targets::{PlannedTarget, TargetContext},
-        tokens::{TokenKind, Tokens},
+        teachers::PlannedTeacher,
+        tokens::{Masks, TokenKind, Tokens},
         towers::TowerShape,
     },
     plugin::Build,
@@ -134,6 +136,8 @@ pub struct PlannedObjective {
     pub levels: Vec<usize>,
     /// The map from the student's outputs to the target's shape.
     pub aligner: Arc<dyn PlannedAligner>,
+    /// Whether that map is given queries, keys and values of blocks in place of their outputs.
+    pub relates: bool,
     /// The distance between the two.
     pub loss: Arc<dyn Loss>,
     /// Weight of the objective.
@@ -150,7 +154,48 @@ impl PlannedObjective {
     /// Values of an image that are compared with targets.
     pub fn compared(&self, counts: Counts) -> usize {
         let each = self.tokens.count(counts.visible, counts.masked) * self.target.width * self.level_weights.len();
-        each * self.compared.pairs.len()
+        each * self.heads() * self.compared.pairs.len()
+    }
+
+    /// Rows of a token: one, or one for each head of relations.
+    fn heads(&self) -> usize {
+        self.target.relations().map_or(1, |relations| relations.heads)
+    }
+
+    /// How many rows of each image are compared.
+    pub(super) fn lengths(&self, masks: &Masks) -> Vec<usize> {
+        masks.lengths(self.tokens).into_iter().map(|tokens| tokens * self.heads()).collect()
+    }
+
+    /// The blocks of the student that it reads.
+    pub(super) fn student_blocks(&self) -> impl Iterator<Item = usize> {
+        self.aligner.needs().levels.iter().filter_map(|level| match level {
+            LevelRef::Block(block) => Some(*block),
+            LevelRef::Embed => None,
+        })
+    }
+
+    /// The deepest of the student's layers that it reads: 0 is the embedding of patches, 1 the first block.
+    pub(super) fn deepest_layer(&self) -> usize {
+        self.student_blocks().max().map_or(0, |block| block + 1)
+    }
+
+    /// Refuses towers that do not give what relations are of.
+    pub(super) fn check_qkv(
+        &self,
+        student: &dyn PlannedStudent,
+        teachers: &BTreeMap<String, Arc<dyn PlannedTeacher>>,
+    ) -> Result<(), Refusal> {
+        let name = self.target.teacher().filter(|_| self.target.relations().is_some());
+        if let Some(name) = name.filter(|name| teachers.get(*name).is_some_and(|teacher| !teacher.gives_qkv())) {
+            let message = format!("`{name}` does not give queries, keys and values of its blocks");
+            return Err(Refusal::new("teacher", message).under("target"));
+        }
+        if self.relates && !student.gives_qkv() {
+            return Err(Refusal::new("aligner", "the student does not give queries, keys and values of its blocks")
+                .in_stage(["student"], "the student"));
+        }
+        Ok(())
     }
 }
 
@@ -168,6 +213,8 @@ pub(super) struct Beside<'a> {
     pub crops: Option<&'a [SeenCrop]>,
     /// Side in pixels of the first view.
     pub size: usize,
+    /// Whether images of a micro-batch have different masks in number.
+    pub is_uneven: bool,
     /// Tokens that other objectives compare through this one's map.
     pub others: Tokens,
     /// The objectives that are planned already, by name: those whose maps are their own.
@@ -194,7 +241,9 @@ impl Objective {
                     .help("give the stage a `masker`, or raise its ratio"),
             );
         }
-        let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default() };
+        // Where the masker was refused, nothing is built of what is planned here.
+        let all = Counts { visible: student.grid.patches(), masked: 0 };
+        let at = TargetContext { student, teachers, tokens: tokens.unwrap_or_default(), counts: counts.unwrap_or(all) };
         let target = Build::build(&self.target).and_then(|target| target.plan(&at));
         let target = keep(&mut refusals, target.map_err(|r| r.under("target")));
         let weights = target.as_ref().and_then(|t| keep(&mut refusals, self.level_weights.resolve(t.outputs)));
@@ -219,8 +268,34 @@ impl Objective {
             outputs: target.outputs,
             wanted: wanted.clone(),
             width: target.width,
+            relations: target.relations().cloned(),
         };
+        if target.relations().is_some() && wanted.len() < target.outputs {
+            let message = "a relation has the weight 0";
+            let refusal = Refusal::new("level_weights", message).beside(["target", "of"], "the relations");
+            return Err(vec![refusal.help("leave it out of `of`")]);
+        }
+        if target.relations().is_some() && beside.is_uneven {
+            let message = "relations are of equally many tokens in each image";
+            let refusal = Refusal::new("target", message).in_stage(["masker"], "this one leaves different numbers");
+            return Err(vec![refusal.help("choose a masker that masks equally many")]);
+        }
         let shares = aligner.shares().map(str::to_owned);
+        let owner = shares.as_ref().and_then(|other| beside.planned.get(other));
+        let relates = owner.map_or(aligner.relates(), |owner| owner.relates);
+        match (target.relations().is_some(), relates) {
+            (true, false) => {
+                let refusal = Refusal::new("aligner", "the target is of relations, which this aligner does not give")
+                    .related(["target"], "relations are asked for here");
+                return Err(vec![refusal.help("use the aligner `relations`, or another target")]);
+            }
+            (false, true) => {
+                let refusal = Refusal::new("aligner", "there are no relations to match")
+                    .related(["target"], "this target is none of relations");
+                return Err(vec![refusal.help("use the target `relations`, or another aligner")]);
+            }
+            _ => {}
+        }
         let aligner: Arc<dyn PlannedAligner> = match &shares {
             None => aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?.into(),
             Some(other) => match beside.planned.get(other) {
@@ -254,6 +329,7 @@ impl Objective {
             target: Arc::new(target),
             levels,
             aligner,
+            relates,
             loss: loss.into(),
             weight: self.weight,
             level_weights: wanted.iter().map(|&i| weights[i] as f32).collect(),
