@@ -123,11 +123,34 @@ impl Data {
     }
 
     fn transforms(&self) -> Result<Vec<Box<dyn Transform>>, Refusal> {
-        let build = |(i, slot): (usize, &Slot<TransformTag>)| {
-            let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
-            built.map_err(|r| r.under(i.to_string()).under("transforms"))
-        };
-        self.transforms.iter().enumerate().map(build).collect()
+        built(&self.transforms).map_err(|refusal| refusal.under("transforms"))
+    }
+}
+
+fn built(transforms: &[Slot<TransformTag>]) -> Result<Vec<Box<dyn Transform>>, Refusal> {
+    let build = |(i, slot): (usize, &Slot<TransformTag>)| {
+        let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
+        built.map_err(|r| r.under(i.to_string()))
+    };
+    transforms.iter().enumerate().map(build).collect()
+}
+
+impl PlannedData {
+    /// The same images under other transforms.
+    ///
+    /// # Errors
+    /// A transform's, or sizes that are not known or not square.
+    pub(super) fn under(&self, transforms: &[Slot<TransformTag>]) -> Result<PlannedData, Refusal> {
+        let transforms = built(transforms)?;
+        let images = self.open.as_ref().and_then(|open| open.images.size());
+        let size = square(output_size(&transforms, images)).unwrap_or_else(|| {
+            Err(Refusal::whole("the images have different sizes after these transforms")
+                .help("end with one that fixes the size, such as `random_resized_crop`"))
+        })?;
+        let transforms: Arc<[Box<dyn Transform>]> = transforms.into();
+        let open =
+            self.open.as_ref().map(|open| OpenData { transforms: Arc::clone(&transforms), size, ..open.clone() });
+        Ok(PlannedData { size, open })
     }
 }
 
