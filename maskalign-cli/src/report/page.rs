@@ -71,7 +71,7 @@ p { margin: .25rem 0 .75rem; } .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; white-space: nowrap; } th { font-weight: 600; }
-.facts td { overflow-wrap: anywhere; }
+.facts td { min-width: 9rem; overflow-wrap: anywhere; }
 .charts { columns: 26rem; column-gap: 1rem; }
 figure { break-inside: avoid; margin: 0 0 1rem; padding: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
 img { display: block; width: 100%; height: auto; border-radius: .25rem; }
@@ -308,8 +308,9 @@ fn results(names: &[String], runs: &[Run]) -> String {
             let last = path.last().map_or("", String::as_str);
             let meaning = explained(last, scaled_by_patch(runs, &stage))
                 .map_or(String::new(), |text| format!("<span class=\"soft\">{text}</span>"));
-            let cells: String =
+            let cells: Vec<String> =
                 cells.iter().map(|cell| format!("<td class=\"number\">{}</td>", escape(cell))).collect();
+            let cells = cells.concat();
             let _ = writeln!(table, "<tr><td>{}{meaning}</td>{cells}</tr>", escape(&path.join(" ")));
         }
         for note in in_order(runs, |run| left_out(run.results.get(&stage))) {
