@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reports in headless Chromium: of one run, of several, and the charts in a run's directory. Needs Node.js and Chromium.
+# Reports in headless Chromium: of one run, of several, the page of images that are alike, and the charts in a run's directory. Needs Node.js and Chromium.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 chromium="$(command -v chromium || command -v chromium-browser || command -v google-chrome || true)"
@@ -17,4 +17,6 @@ maskalign="${CARGO_TARGET_DIR:-target}/release/maskalign"
 "$maskalign" run tests/tensorboard/recipe.yaml -q --threads 2 --out "$work/one"
 "$maskalign" run tests/tensorboard/recipe.yaml -q --threads 2 --out "$work/two" --set seed=1 --steps 12
 "$maskalign" report "$work/one" "$work/two" --out "$work/both.html"
-CHROMIUM="$chromium" node tests/browser/check.js "$work/one/report.html" "$work/both.html" "$work"/one/pictures/*.svg
+"$maskalign" features "$work/one" tests/fixtures/images --out "$work/features"
+CHROMIUM="$chromium" node tests/browser/check.js "$work/one/report.html" "$work/both.html" "$work/features/neighbours.html" \
+  "$work"/one/pictures/*.svg

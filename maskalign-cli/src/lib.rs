@@ -49,11 +49,13 @@ struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   maskalign run quickstart                       run a built-in recipe
+  maskalign init photos                          a recipe for a folder of your own images
   maskalign cp quickstart mine.yaml              start a recipe of your own from it
   maskalign validate mine.yaml                   all its mistakes at once; parameters, steps, memory
   maskalign run mine.yaml --set seed=1           run it with a value changed
   maskalign run --resume runs/mine-20230618-093000
   maskalign runs list                            every run, its state and its best result
+  maskalign features runs/mine photos --out features     which images are alike
   maskalign explain masker.attention             what a component does and its options";
 
 /// Runs the command line of this process, with every plugin that is linked into it.

@@ -21,6 +21,8 @@ use crate::{
 
 /// Time between two lines where there is no terminal.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
+/// Time to the line after a stage's first, which tells how long it takes.
+const TO_THE_SECOND: Duration = Duration::from_secs(2);
 /// Weight of the newest step in the rate that is shown.
 const NEWEST: f64 = 0.1;
 
@@ -59,6 +61,8 @@ pub(crate) struct Reporter {
     counting: String,
     meter: Option<Meter>,
     last_line: Instant,
+    /// Time until the next one.
+    wait: Duration,
     /// Whether the stage has shown a part of its results.
     has_shown: bool,
 }
@@ -110,6 +114,7 @@ impl Reporter {
             counting: String::new(),
             meter: None,
             last_line: Instant::now(),
+            wait: BETWEEN_LINES,
             has_shown: false,
         }
     }
@@ -127,9 +132,10 @@ impl Reporter {
     }
 
     fn line_is_due(&mut self, last: bool) -> bool {
-        let due = last || self.last_line.elapsed() >= BETWEEN_LINES;
+        let due = last || self.last_line.elapsed() >= self.wait;
         if due {
             self.last_line = Instant::now();
+            self.wait = BETWEEN_LINES;
         }
         due
     }
@@ -196,7 +202,8 @@ impl Reporter {
             parts.push(format!("{} images", count(images as u64)));
         }
         if let Some((seen, all)) = plan.tokens {
-            parts.push(format!("{seen} of {all} tokens"));
+            let cls = plan.student.as_ref().is_some_and(|student| student.shape().cls_token);
+            parts.push(format!("{seen} of {all} tokens{}", if cls { " (with the class token)" } else { "" }));
         }
         if plan.trainable > 0 {
             parts.push(format!("{} parameters to train", count(plan.trainable as u64)));
@@ -208,6 +215,7 @@ impl Reporter {
     }
 
     fn step(&mut self, report: &StepReport) {
+        let is_first = self.meter.is_none();
         let meter = match &mut self.meter {
             None => self.meter.insert(Meter::new(report)),
             Some(meter) => {
@@ -234,6 +242,9 @@ impl Reporter {
                     let StepReport { step, steps, epoch, lr, .. } = report;
                     let at = format!("step {} of {steps}, epoch {epoch:.2}, lr {lr:.2e}", step + 1);
                     self.screen.line(&format!("{}: {at}, {numbers}", self.stage));
+                }
+                if is_first {
+                    self.wait = TO_THE_SECOND;
                 }
             }
         }
@@ -305,6 +316,10 @@ pub(crate) fn number(path: &str, value: &Value) -> String {
         Some(share) if path.contains("accuracy") || path.contains("by_k.") || path.ends_with("deviation") => {
             percent(share)
         }
+        Some(epochs) if value.is_f64() && ["epoch", "epochs"].iter().any(|name| path.ends_with(name)) => {
+            let text = format!("{epochs:.2}");
+            text.trim_end_matches('0').trim_end_matches('.').to_owned()
+        }
         Some(number) if value.is_f64() && number.fract() != 0.0 => format!("{number:.4}"),
         Some(number) if value.is_f64() => format!("{number}"),
         _ => match value {
@@ -323,6 +338,8 @@ mod tests {
     fn a_result_is_a_sentence() {
         assert_eq!(sentence(&json!({ "student": { "accuracy": 0.8312 } })), "student accuracy 83.1 %");
         assert_eq!(sentence(&json!({ "epoch": 2, "accuracy": 0.5 })), "epoch 2, accuracy 50.0 %");
+        assert_eq!(sentence(&json!({ "epochs": 20.04, "steps": 501 })), "epochs 20.04, steps 501");
+        assert_eq!(sentence(&json!({ "epochs": 100.0 })), "epochs 100");
         assert_eq!(sentence(&json!({ "loss": 0.5, "knn": [{ "accuracy": 0.5 }] })), "loss 0.5000");
         let few = json!({ "student": { "1_per_class": { "accuracy": 0.5, "deviation": 0.015 } } });
         assert_eq!(sentence(&few), "student 1_per_class accuracy 50.0 %, student 1_per_class deviation 1.5 %");

@@ -71,6 +71,11 @@ text { fill: #1b1b1b; } .ground { fill: #ffffff; } [stroke='#000000'] { stroke: 
 <rect class=\"ground\" width=\"100%\" height=\"100%\"/>
 ";
 
+/// Height of a row of a legend, and the width of a letter and of what is beside a name there, in pixels.
+const LEGEND_ROW: i32 = 22;
+const LETTER: i32 = 8;
+const BESIDE: i32 = 44;
+
 /// A curve with its name.
 #[derive(Clone, Debug)]
 pub struct Curve {
@@ -78,18 +83,65 @@ pub struct Curve {
     pub name: String,
     /// Epochs and values.
     pub points: Vec<(f64, f64)>,
+    /// What stands for its end.
+    pub end: End,
+}
+
+/// What is said to be the value of a curve at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The last value, of what does not waver.
+    Last,
+    /// The mean over the last epoch, of what each batch has its own of.
+    MeanOfEpoch,
+}
+
+impl Curve {
+    /// The value at its end; `None` without a value that is finite.
+    ///
+    /// ```
+    /// # use maskalign_core::chart::{Curve, End};
+    /// let points = vec![(0.0, 9.0), (1.0, 2.0), (1.5, 1.0)];
+    /// let curve = Curve { name: "loss".into(), points, end: End::MeanOfEpoch };
+    /// assert_eq!(curve.at_end(), Some(1.5), "what came before is no part of the last epoch");
+    /// assert_eq!(Curve { end: End::Last, ..curve }.at_end(), Some(1.0));
+    /// ```
+    pub fn at_end(&self) -> Option<f64> {
+        let finite = || self.points.iter().filter(|(x, y)| x.is_finite() && y.is_finite());
+        let (last, value) = *finite().next_back()?;
+        match self.end {
+            End::Last => Some(value),
+            End::MeanOfEpoch => {
+                // A step stands at the epoch at which it began: the last epoch is whole if the next step begins another. Where
+                // one goes on, it and the one before count, as in the results of a stage.
+                let step = finite().rev().nth(1).map_or(0.0, |(before, _)| last - before);
+                let is_whole = last + step >= last.floor() + 1.0 - 1e-6;
+                let from = if is_whole { last.floor() } else { last.floor() - 1.0 };
+                let recent = finite().filter(|(x, _)| *x >= from - 1e-9).map(|(_, y)| *y);
+                let (sum, count) = recent.fold((0.0, 0.0), |(sum, count), value| (sum + value, count + 1.0));
+                Some(sum / count)
+            }
+        }
+    }
 }
 
 /// The chart of curves over epochs; `None` where there is nothing to draw.
 ///
 /// ```
-/// # use maskalign_core::chart::{Curve, curves};
-/// let loss = Curve { name: "loss".into(), points: vec![(0.0, 2.0), (1.0, 0.5)] };
+/// # use maskalign_core::chart::{Curve, End, curves};
+/// let loss = Curve { name: "loss".into(), points: vec![(0.0, 2.0), (1.0, 0.5)], end: End::MeanOfEpoch };
 /// let chart = curves("Loss", &[loss]).expect("two points");
 /// assert_eq!(chart.label(), "Loss by epoch. loss: from 2 to 0.5");
 /// assert!(chart.file().starts_with("<svg ") && chart.inline().starts_with("<svg role=\"img\""));
 /// ```
 pub fn curves(title: &str, curves: &[Curve]) -> Option<Chart> {
+    let said = curves.iter().filter_map(|curve| {
+        let first = curve.points.iter().find(|(x, y)| x.is_finite() && y.is_finite())?;
+        let mean =
+            if curve.end == End::MeanOfEpoch && curve.points.len() > 2 { ", mean of the last epoch" } else { "" };
+        Some(format!("{}: from {} to {}{mean}", curve.name, short(first.1), short(curve.at_end()?)))
+    });
+    let said: Vec<String> = said.collect();
     let curves: Vec<(&str, Vec<(f64, f64)>)> = curves
         .iter()
         .map(|curve| (curve.name.as_str(), thinned(&curve.points)))
@@ -104,54 +156,75 @@ pub fn curves(title: &str, curves: &[Curve]) -> Option<Chart> {
     };
     let (x, y) = (range(|point| point.0)?, range(|point| point.1)?);
     let room = 0.05 * (y.1 - y.0);
-    let mut text = String::new();
-    draw(&mut text, (x.0..x.1, (y.0 - room)..(y.1 + room)), &curves).ok()?;
-    let said: Vec<String> = curves
-        .iter()
-        .map(|(name, points)| {
-            let (first, last) = (points[0], points[points.len() - 1]);
-            format!("{name}: from {} to {}", short(first.1), short(last.1))
-        })
-        .collect();
-    Some(Chart { svg: text, label: format!("{title} by epoch. {}", said.join("; ")) })
+    let rows = legend(&curves);
+    let height = SIZE.1 + LEGEND_ROW as u32 * rows.len() as u32;
+    chart((SIZE.0, height), format!("{title} by epoch. {}", said.join("; ")), |area| {
+        draw(area, (x.0..x.1, (y.0 - room)..(y.1 + room)), &curves)?;
+        draw_legend(area, &rows)
+    })
+}
+
+/// The names of several curves with their colours and places across, in rows that are as wide as a chart; of one curve none.
+fn legend<'c>(curves: &[(&'c str, Vec<(f64, f64)>)]) -> Vec<Vec<(&'c str, RGBColor, i32)>> {
+    let mut rows: Vec<Vec<(&str, RGBColor, i32)>> = Vec::new();
+    let mut across = i32::MAX;
+    for ((name, _), colour) in curves.iter().zip(COLOURS.into_iter().cycle()).filter(|_| curves.len() > 1) {
+        let width = BESIDE + LETTER * name.chars().count() as i32;
+        if across.saturating_add(width) > SIZE.0 as i32 {
+            rows.push(Vec::new());
+            across = 16;
+        }
+        if let Some(row) = rows.last_mut() {
+            row.push((*name, colour, across));
+        }
+        across += width;
+    }
+    rows
+}
+
+fn draw_legend(area: &Area, rows: &[Vec<(&str, RGBColor, i32)>]) -> Drawn {
+    for (row, names) in rows.iter().enumerate() {
+        let y = SIZE.1 as i32 + LEGEND_ROW * row as i32 + LEGEND_ROW / 2 - 4;
+        for (name, colour, x) in names {
+            area.draw(&PathElement::new(vec![(*x, y), (x + 18, y)], colour.stroke_width(3)))?;
+            let style = text_at(15, HPos::Left, FontTransform::None);
+            area.draw(&Text::new((*name).to_owned(), (x + 24, y), style))?;
+        }
+    }
+    Ok(())
 }
 
 fn draw(
-    text: &mut String,
+    area: &Area,
     (x, y): (std::ops::Range<f64>, std::ops::Range<f64>),
     curves: &[(&str, Vec<(f64, f64)>)],
-) -> Result<(), Box<dyn std::error::Error>> {
-    let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
+) -> Drawn {
+    let (area, _) = area.split_vertically(SIZE.1);
+    // Round-off beside what an axis spans is nothing.
+    let on = |axis: &std::ops::Range<f64>| {
+        let least = 1e-9 * (axis.end - axis.start);
+        move |value: &f64| short(if value.abs() < least { 0.0 } else { *value })
+    };
+    let (on_x, on_y) = (on(&x), on(&y));
     let mut chart =
-        ChartBuilder::on(&root).margin(8).x_label_area_size(34).y_label_area_size(64).build_cartesian_2d(x, y)?;
+        ChartBuilder::on(&area).margin(8).x_label_area_size(34).y_label_area_size(64).build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
         .x_desc("epoch")
         .x_labels(6)
         .y_labels(6)
-        .x_label_formatter(&|value| short(*value))
-        .y_label_formatter(&|value| short(*value))
+        .x_label_formatter(&on_x)
+        .y_label_formatter(&on_y)
         .label_style(("sans-serif", 15))
         .axis_desc_style(("sans-serif", 15))
         .draw()?;
-    for ((name, points), colour) in curves.iter().zip(COLOURS.iter().cycle()) {
-        let style = colour.stroke_width(2);
+    for ((_, points), colour) in curves.iter().zip(COLOURS.iter().cycle()) {
         match points[..] {
-            [point] => chart.draw_series(std::iter::once(Circle::new(point, 4, colour.filled())))?.label(*name),
-            _ => chart.draw_series(LineSeries::new(points.iter().copied(), style))?.label(*name),
-        }
-        .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], style));
+            [point] => chart.draw_series(std::iter::once(Circle::new(point, 4, colour.filled())))?,
+            _ => chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?,
+        };
     }
-    if curves.len() > 1 {
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .label_font(("sans-serif", 15))
-            .background_style(TRANSPARENT)
-            .draw()?;
-    }
-    root.present()?;
     Ok(())
 }
 
@@ -371,10 +444,48 @@ mod tests {
         let thin = thinned(&points);
         assert!(thin.len() <= MOST_POINTS && thin.len() > MOST_POINTS / 2);
         assert!(thin.iter().all(|point| point.1 == 2.0));
-        let chart = curves("loss & more", &[Curve { name: "a<b".to_owned(), points }]).expect("a chart");
+        let chart = curves("loss & more", &[curve("a<b", points)]).expect("a chart");
         let inline = chart.inline();
-        assert!(inline.contains("aria-label=\"loss &amp; more by epoch. a&lt;b: from 2 to 2\""), "{}", &inline[..200]);
-        assert!(curves("nothing", &[Curve { name: "a".to_owned(), points: Vec::new() }]).is_none());
+        let label = "aria-label=\"loss &amp; more by epoch. a&lt;b: from 2 to 2, mean of the last epoch\"";
+        assert!(inline.contains(label), "{}", &inline[..200]);
+        assert!(curves("nothing", &[curve("a", Vec::new())]).is_none());
+    }
+
+    fn curve(name: &str, points: Vec<(f64, f64)>) -> Curve {
+        Curve { name: name.to_owned(), points, end: End::MeanOfEpoch }
+    }
+
+    #[test]
+    fn what_stands_for_the_end_is_no_single_batch() {
+        // Four steps an epoch, the last of them an outlier.
+        let points: Vec<(f64, f64)> = (0..12).map(|i| (f64::from(i) / 4.0, if i == 11 { 5.0 } else { 1.0 })).collect();
+        let loss = curve("loss", points);
+        assert_eq!(loss.at_end(), Some(2.0));
+        let label = curves("Loss", &[loss]).expect("a chart").label;
+        assert!(label.ends_with("from 1 to 2, mean of the last epoch"), "{label}");
+    }
+
+    #[test]
+    fn an_axis_says_zero_and_no_round_off() {
+        let rate = curve("rate", (0..=10).map(|i| (f64::from(i), 1e-4 * f64::from(10 - i))).collect());
+        let file = curves("Rate", &[rate]).expect("a chart").file();
+        assert!(file.contains("\n0\n") && !file.contains("e-2"), "{file}");
+    }
+
+    #[test]
+    fn names_stand_below_the_curves() {
+        let names: Vec<String> = (0..6).map(|i| format!("a phase of a step {i}")).collect();
+        let many: Vec<Curve> = names.iter().map(|name| curve(name, vec![(0.0, 1.0), (1.0, 2.0)])).collect();
+        let file = curves("Seconds", &many).expect("a chart").file();
+        assert!(file.contains("height=\"366\""), "three rows of two names");
+        for name in &names {
+            // Before it comes the title of the file, which names all of them too.
+            let (before, _) = file.rsplit_once(name.as_str()).expect("its name");
+            let (_, element) = before.rsplit_once("<text").expect("an element of text");
+            let y = element.split(" y=\"").nth(1).and_then(|rest| rest.split('"').next()?.parse::<f64>().ok());
+            let y = y.expect("a place");
+            assert!(y > f64::from(SIZE.1), "{name} at {y}");
+        }
     }
 
     /// The rectangles of an element's cells, by their opacity in per cent.

@@ -15,7 +15,7 @@ use crate::{
     plugin::Build,
     run::{
         BestRecord, CheckpointHeader, DataRecord, FailedStep, FileRecord, Manifest, Origin, Resumption, RunDir,
-        RunError, StopFlag, as_text, fail_point, this_moment,
+        RunError, StageRecord, StopFlag, as_text, fail_point, this_moment,
     },
     stages::{PlannedStage, StageContext, StageRun, StageSummary},
     weights,
@@ -213,6 +213,11 @@ pub fn run(
         // `--steps` may have ended it early; what came after it built on less.
         dir.reopen_stage(&name)?;
         names[place + 1..].iter().try_for_each(|later| dir.discard_stage(later))?;
+        if let Some(resumption) = manifest.resumed.last_mut().filter(|resumption| resumption.stage.is_none()) {
+            resumption.stage = Some(name.clone());
+            resumption.step = dir.checkpoints(&name)?.last().map(|(step, _)| *step);
+            dir.write_manifest(&manifest)?;
+        }
         options.events.send(Event::StageStarted { stage: &name, summary })?;
         for text in summary.warnings.iter().cloned().chain(memory_warning(summary)) {
             options.events.send(Event::Warned { stage: &name, text: &text })?;
@@ -415,6 +420,18 @@ fn weight_files(recipe: &Recipe) -> Result<Vec<FileRecord>, RunError> {
     Ok(records)
 }
 
+/// The manifest's record of a stage.
+fn stage_record(name: &str, summary: &StageSummary) -> StageRecord {
+    let left = summary.student.as_ref().filter(|_| summary.trainable > 0);
+    StageRecord {
+        name: name.to_owned(),
+        images: summary.images.map(|images| images as u64),
+        parameters: summary.parameters as u64,
+        trainable: summary.trainable as u64,
+        image_size: left.map(|student| student.shape().image_size as u64),
+    }
+}
+
 /// The manifest of a run that begins, or goes on from `earlier`.
 fn manifest(
     cx: &Context,
@@ -443,6 +460,7 @@ fn manifest(
                 fingerprint: fingerprint.clone(),
             })
             .collect(),
+        stages: plan.summaries().map(|(name, summary)| stage_record(name, summary)).collect(),
         best: Vec::new(),
         started: now.clone(),
         ended: None,
@@ -465,7 +483,7 @@ fn manifest(
             differences.join("\n  ")
         )));
     }
-    let resumption = Resumption { at: now, command_line: begun.command_line, isa: None, lost_metrics: None };
+    let resumption = Resumption { at: now, command_line: begun.command_line, ..Resumption::default() };
     Ok(Manifest {
         command_line: earlier.command_line,
         working_directory: earlier.working_directory,

@@ -267,31 +267,25 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
                 REFUSED,
                 "aligner",
             ),
-            (("{ type: block, masked: 120 }", "{ type: attention, teacher: ema, masked: 120 }"), REFUSED, "ema"),
         ],
     ),
     (
         "attmask_vits",
         &[
             // Crops that towers cannot cut into patches, or that nobody draws masks for.
-            (("size: 96, scale", "size: 90, scale"), REFUSED, "views: |"),
-            (("masked_views: [global_1, global_2]", "masked_views: [global_1, local]"), REFUSED, "masked_views: |"),
+            (("size: 96, scale", "size: 90, scale"), REFUSED, "local"),
+            (("masked_views: [global_1, global_2]", "masked_views: [global_1, local]"), REFUSED, "[global_1, |local"),
             (("masked_views: [global_1, global_2]", "masked_views: [global_1, globl]"), REFUSED, "globl"),
             (
                 ("masked_views: [global_1, global_2]", "masked_views: [global_1]"),
                 REFUSED,
-                "views: { student: |[global_1, global_2]",
-            ),
-            (
-                ("    masker: { type: attmask, teacher: ema, ratio: 0.3, ratio_spread: 0.2, probability: 0.5 }\n", ""),
-                REFUSED,
-                "masked_views: |",
+                "tokens: [masked]\n        views: { |student",
             ),
             // What is compared with what.
             (
                 ("target: [global_1, global_2], pairs", "target: [global_1, local], pairs"),
                 REFUSED,
-                "student: |[global_1, global_2, local]",
+                "[global_1, global_2, local], |target",
             ),
             (
                 ("student: [global_1, global_2, local]", "student: [global_1, global_1]"),
@@ -316,17 +310,20 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             (("masked_patches: mask_token", "masked_patches: drop"), REFUSED, "masker"),
             (("ratio_spread: 0.2", "ratio_spread: 0.4"), REFUSED, "0.4"),
             (("probability: 0.5", "probability: 0.5, hides: low, reveal: 0.1"), REFUSED, "0.1"),
-            // Teachers that do not follow, schedules that outlast the stage, heads that do not fit.
+            // Schedules that outlast the stage, heads that do not fit.
+            (
+                ("warmup_epochs: 30 }\n        tokens: [cls]", "warmup_epochs: 130 }\n        tokens: [cls]"),
+                REFUSED,
+                "130",
+            ),
             (
                 (
-                    "{ type: ema, momentum: { from: 0.996, to: 1.0, shape: cosine } }",
-                    "{ type: dino, weights: w.safetensors, arch: small_16 }",
+                    "warmup_temperature: 0.04, warmup_epochs: 30 }\n        tokens: [cls]",
+                    "warmup_epochs: 30 }\n        tokens: [cls]",
                 ),
                 REFUSED,
-                "teacher: |ema, prototypes: 8192, temperature: 0.07",
+                "temperature: 0.07, warmup_epochs: |30",
             ),
-            (("epochs: 100", "epochs: 20"), REFUSED, "warmup_epochs: |30 }\n        tokens: [cls]"),
-            (("warmup_temperature: 0.04, warmup_epochs: 30", "warmup_epochs: 30"), REFUSED, "warmup_epochs: |30"),
             (
                 ("aligner: { type: shared, objective: cls }", "aligner: { type: shared, objective: classes }"),
                 REFUSED,
@@ -337,7 +334,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
                 REFUSED,
                 "objective: |patches",
             ),
-            (("tokens: [cls]", "tokens: [cls, visible]"), REFUSED, "target"),
+            (("tokens: [masked]", "tokens: [cls, masked]"), REFUSED, "target"),
             (("clip_each: 3.0", "clip_each: 3.0, clip_norm: 1.0"), REFUSED, "clip_each: |3.0"),
         ],
     ),

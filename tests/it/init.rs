@@ -30,6 +30,16 @@ fn a_folder_becomes_a_recipe_that_runs() {
     assert!(said.contains("wrote my-photos---best.yaml: 41 images without labels, at 32 pixels"), "{said}");
     let text = fs::read_to_string(work.join("my-photos---best.yaml")).expect("the recipe");
     assert!(text.contains("on_error: skip") && text.contains("# "), "{text}");
+    // What is said of the time, of the size and of the rate.
+    assert!(
+        text.contains("updates, ")
+            && text.contains("threads of the machine")
+            && said.contains("threads of this machine")
+    );
+    assert!(
+        text.contains("11 to 24 pixels a side") && text.contains("here 5.0e-4") && text.contains("base_lr: 1.60e-2"),
+        "{text}"
+    );
     ok(&sandbox, &["validate", "my-photos---best.yaml"]);
     ok(&sandbox, &["run", "my-photos---best.yaml", "--steps", "2", "-q"]);
 
@@ -54,9 +64,10 @@ fn labels_and_what_is_held_out_are_seen() {
     assert!(said.contains("24 images in 2 classes, at 64 pixels"), "{said}");
     let results = ok(&sandbox, &["run", "mine.yaml", "--steps", "1", "-q", "--set", "stages.knn.k=[3]"]);
     assert!(results.contains("student") && results.contains("accuracy"), "{results}");
-    // Classes alone: how to add an evaluation is said in the recipe.
+    // Classes alone: what needs no labels is measured, and how to add an evaluation is said in the recipe.
     ok(&sandbox, &["init", "pets/train", "classes.yaml"]);
-    assert!(fs::read_to_string(work.join("classes.yaml")).expect("a recipe").contains("add\n  # a stage `knn`"));
+    let classes = fs::read_to_string(work.join("classes.yaml")).expect("a recipe");
+    assert!(classes.contains("add\n  # a stage `knn`") && classes.contains("type: quality"), "{classes}");
     ok(&sandbox, &["validate", "classes.yaml"]);
 }
 

@@ -59,8 +59,15 @@ fn every_command_of_the_guide_does_what_it_says() {
         .map(|bytes| f64::from(f32::from_le_bytes(bytes.try_into().expect("four bytes"))))
         .collect();
     let rows: Vec<&[f64]> = values.chunks_exact(192).collect();
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let cosine = |a: usize, b: usize| dot(rows[a], rows[b]) / (dot(rows[a], rows[a]) * dot(rows[b], rows[b])).sqrt();
+    let unit = |row: &[f64]| -> Vec<f64> {
+        let length = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+        row.iter().map(|v| v / length).collect()
+    };
+    // The mean is subtracted, so that cosines tell something.
+    let mean: Vec<f64> = (0..192).map(|at| rows.iter().map(|row| row[at]).sum::<f64>() / 9.0).collect();
+    let centred: Vec<Vec<f64>> =
+        rows.iter().map(|row| unit(&row.iter().zip(&mean).map(|(v, mean)| v - mean).collect::<Vec<_>>())).collect();
+    let cosine = |a: usize, b: usize| centred[a].iter().zip(&centred[b]).map(|(a, b)| a * b).sum::<f64>();
     let read = |name: &str| fs::read_to_string(work.join("features").join(name)).expect("a file");
     let list = read("images.csv");
     let names: Vec<&str> = list.lines().skip(1).filter_map(|line| Some(line.split_once(',')?.1)).collect();
@@ -77,7 +84,16 @@ fn every_command_of_the_guide_does_what_it_says() {
         assert!(nearer < rank, "{cells:?}");
     }
     let page = read("neighbours.html");
-    assert!(page.contains("<img") && page.contains("photos/0.ppm"), "{page}");
+    assert_eq!(
+        page.matches("src=\"data:image/jpeg;base64,").count(),
+        9 * 6,
+        "each image and its five, in the page itself"
+    );
+    assert!(page.contains("alt=\"photos/0.ppm\"") && page.contains("9 of 9 images"), "{page}");
+    assert!(!page.contains("file:") && !page.contains("http"), "{page}");
+    let report = fs::read_to_string(work.join("runs/photos/report.html")).expect("a report");
+    assert!(report.contains("student before training") && report.contains("pair_accuracy"), "whether it has learnt");
+    assert!(report.contains("maskalign features runs/photos FOLDER-OF-IMAGES"), "what to do next");
     assert!(fs::metadata(work.join("student.safetensors")).expect("weights").len() > 1_000_000);
 
     let again = sandbox.run(["features", "runs/photos", "photos", "--out", "features"]);

@@ -70,6 +70,21 @@ fn a_run_ends_with_a_page_of_its_own() {
     assert!(
         page.contains("finished") && page.contains("with every default") && page.contains("prefers-color-scheme: dark")
     );
+    // One number stands for the loss wherever it is told.
+    let loss = maskalign_core::chart::short(summary["pretrain"]["loss"].as_f64().expect("a loss"));
+    assert!(
+        page.contains(&format!(">{loss}, mean of the last epoch<")) && page.contains(&format!(" to {loss}, mean of")),
+        "{loss}"
+    );
+    assert!(
+        page.contains("What the student sees in training") && page.contains("the most of an image"),
+        "titles and a scale"
+    );
+    assert!(
+        page.contains("pixels themselves") && page.contains("maskalign export run --stage pretrain"),
+        "columns, and what next"
+    );
+    assert!(!page.contains('`'), "no backtick is shown as one");
 }
 
 #[test]
@@ -90,6 +105,21 @@ fn several_runs_stand_side_by_side() {
     for name in ["one", "two", "three"] {
         assert!(page.contains(&format!("{name}: from")), "{name}");
     }
+}
+
+#[test]
+fn where_a_run_was_resumed_or_forked_is_said() {
+    let sandbox = Sandbox::new();
+    run(&sandbox, &["tiny.yaml", "--out", "one", "--steps", "5"]);
+    run(&sandbox, &["--resume", "one"]);
+    let page = |name: &str| fs::read_to_string(sandbox.work().join(name).join("report.html")).expect("a page");
+    assert!(page("one").contains(", in pretrain after step 5<"), "{}", page("one"));
+    run(&sandbox, &["--from", "one@6", "--set", "stages.pretrain.epochs=3", "--out", "two"]);
+    let two = page("two");
+    assert!(two.contains("one: pretrain after step 6<br/>stages.pretrain.epochs: 2.0 -&gt; 3.0"), "{two}");
+    elements(&two);
+    let said = sandbox.run(["run", "--from", "one@6", "--set", "stages.pretrain.epochs=3", "--out", "three"]);
+    assert!(String::from_utf8_lossy(&said.stderr).contains("it may jump"), "the rate");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use maskalign_core::run::{CURVE, PictureRecord, Series, pictures, read_series};
+use maskalign_core::run::{CURVE, Manifest, PictureRecord, Series, pictures, read_series};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
@@ -16,6 +16,8 @@ pub(super) struct Run {
     pub(super) path: PathBuf,
     /// `manifest.json`.
     pub(super) manifest: Value,
+    /// The same as it is known here; what is not is empty.
+    pub(super) record: Manifest,
     /// The recipe with every default, as YAML.
     pub(super) recipe: String,
     /// Each finished stage's results.
@@ -68,6 +70,7 @@ impl Run {
         let pictures = shown.collect();
         Ok(Run {
             path: path.to_owned(),
+            record: serde_json::from_value(manifest.clone()).unwrap_or_default(),
             manifest,
             recipe: text("recipe.resolved.yaml")?.unwrap_or_default(),
             results,
@@ -81,12 +84,14 @@ impl Run {
         self.stages.iter().find(|(known, _)| known == name).map(|(_, stage)| stage)
     }
 
+    /// Whether it ended.
+    pub(super) fn is_finished(&self) -> bool {
+        self.manifest["ended"].is_string()
+    }
+
     /// How it stands, in words.
     pub(super) fn state(&self) -> &'static str {
-        match self.manifest["ended"].as_str() {
-            Some(_) => "finished",
-            None => "not finished",
-        }
+        if self.is_finished() { "finished" } else { "not finished" }
     }
 }
 

@@ -1,6 +1,7 @@
 //! `maskalign features`: what a trained student makes of a folder of images, and which of them are alike.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
     fs,
     io::Write as _,
@@ -8,6 +9,7 @@ use std::{
     sync::Arc,
 };
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::ValueEnum;
 use maskalign_core::{
     Context, Recompute,
@@ -16,12 +18,12 @@ use maskalign_core::{
         students::StudentModel,
         towers::{Environment, MissingWeights, TrainedStudents},
     },
-    data::Position,
+    data::{Position, RgbImage, jpeg},
     error::Error,
     nn::Init,
     pipeline::{self, Plan, PlanOptions},
     run::{Checkpoint, RunDir, StopFlag, atomic_write},
-    stages::{Data, FeatureTap, OpenData, Pooling, Tower, View, image_batch, nearest_others, scale_to_length_1},
+    stages::{Data, FeatureTap, OpenData, Pooling, Tower, View, centre_and_scale, image_batch, nearest_others},
 };
 use maskalign_registry::Loaded;
 use serde_json::json;
@@ -38,14 +40,19 @@ In Python: numpy.load(\"features/features.npy\"), a row for each line of feature
 
 /// Images whose neighbours are shown on the page.
 const SHOWN: usize = 24;
+/// Side of an image on the page, in pixels.
+const THUMBNAIL: usize = 112;
 /// Images that go through the student together.
 const BATCH: usize = 32;
 
 /// Compute the features of a folder of images with a trained student, and list which images are alike
 ///
 /// Needs no labels. Writes a folder with features.npy (a row of 32-bit numbers for each image), images.csv (the image of each
-/// row), neighbours.csv (for each image those whose features point most in its direction), and neighbours.html, a page that
-/// shows some of them.
+/// row), neighbours.csv (for each image those that are most alike), and neighbours.html, a page that shows some of them and
+/// needs no other file.
+///
+/// How alike two images are is the cosine of their features after the mean of all has been subtracted: without that, the
+/// features of one student all point much the same way, and every cosine is near 1. features.npy has them as they are.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -84,6 +91,8 @@ enum Pooled {
 
 /// The features of images that could be read.
 struct Found {
+    /// Their places in the folder's list.
+    places: Vec<usize>,
     names: Vec<String>,
     features: Vec<f32>,
     width: usize,
@@ -114,7 +123,7 @@ impl Args {
         let view = View { pooling, tap: FeatureTap::Block, batch: BATCH };
         let found = features(&cx, &Tower::Student(&*student), &data, view, &stop)?;
         let mut unit = found.features.clone();
-        scale_to_length_1(&mut unit, found.width).map_err(|error| Failure::failed(error.to_string()))?;
+        centre_and_scale(&mut unit, found.width).map_err(|error| Failure::failed(error.to_string()))?;
         let nearest = nearest_others(&cx, &unit, found.width, self.neighbours)?;
         fs::create_dir_all(&self.out)
             .map_err(|error| Failure::failed(format!("cannot create {}: {error}", self.out.display())))?;
@@ -124,7 +133,9 @@ impl Args {
         let rows = found.names.iter().enumerate().map(|(row, name)| csv_line([row.to_string(), name.clone()]));
         write(list, (csv_line(["row", "image"].map(str::to_owned)) + &rows.collect::<String>()).as_bytes())?;
         write(neighbours, neighbours_csv(&found.names, &nearest).as_bytes())?;
-        write(page, page_of(&found.names, &nearest).as_bytes())?;
+        let rows = shown(found.names.len());
+        let thumbnails = thumbnails(&images(&self.images, THUMBNAIL)?, &found, &rows, &nearest)?;
+        write(page, page_of(&found.names, &rows, &nearest, &thumbnails).as_bytes())?;
         let skipped = match found.skipped {
             0 => String::new(),
             skipped => format!(", {} that could not be read left out", count(skipped as u64)),
@@ -227,11 +238,12 @@ fn images(folder: &Path, size: usize) -> Result<OpenData, Failure> {
 
 /// One feature for each image that can be read.
 fn features(cx: &Context, tower: &Tower, data: &OpenData, view: View, stop: &StopFlag) -> Result<Found, Failure> {
-    let mut found = Found { names: Vec::new(), features: Vec::new(), width: 0, skipped: 0 };
+    let mut found = Found { places: Vec::new(), names: Vec::new(), features: Vec::new(), width: 0, skipped: 0 };
     let loader = data.pass(view.batch, 1).map_err(|refusal| Failure::mistake(refusal.message))?;
     let mut batches = loader.batches(Position::default(), None);
     while let Some(batch) = stop.while_waiting(|| batches.next()) {
         let mut batch = batch.map_err(Error::from)?;
+        found.places.extend(&batch.indices);
         found.names.extend(batch.indices.iter().map(|place| data.images.name(*place)));
         let features = tower.features(cx, &image_batch(&mut batch), view)?;
         found.width = features.columns();
@@ -271,49 +283,98 @@ fn neighbours_csv(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
     out
 }
 
-/// A page with some images, equally spaced, each before its neighbours. It shows the files where they are.
-fn page_of(names: &[String], nearest: &[Vec<(usize, f32)>]) -> String {
-    let mut out = "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>Neighbours</title>\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n\
-         <style>:root{color-scheme:light dark}body{font:14px system-ui,sans-serif;margin:1em}\n\
-         div{display:flex;gap:6px;overflow-x:auto;margin-bottom:10px}figure{margin:0;width:110px;flex:none}\n\
-         figure:first-child{margin-right:16px}img{width:110px;height:110px;object-fit:cover}\n\
-         figcaption{font-size:11px;overflow-wrap:anywhere}</style>\n\
-         <p>Each image on the left, and the images whose features are most alike, with their cosine.</p>\n"
-        .to_owned();
-    let figure = |out: &mut String, name: &str, says: &str| {
-        let _ = write!(
-            out,
-            "<figure><img loading=\"lazy\" src=\"{}\" alt=\"\"><figcaption>{says}{}</figcaption></figure>",
-            url(name),
-            escape(name.rsplit(['/', '\\']).next().unwrap_or(name))
-        );
-    };
-    let shown = SHOWN.min(names.len());
-    for at in (0..shown).map(|at| at * names.len() / shown) {
-        out.push_str("<div>");
-        figure(&mut out, &names[at], "");
-        for (place, similarity) in &nearest[at] {
-            figure(&mut out, &names[*place], &format!("{similarity:.2} "));
-        }
-        out.push_str("</div>\n");
-    }
-    out + "</html>\n"
+/// The images that are shown with their neighbours: equally spaced ones.
+fn shown(images: usize) -> Vec<usize> {
+    let shown = SHOWN.min(images);
+    (0..shown).map(|at| at * images / shown).collect()
 }
 
-/// The address of a file for a browser.
-fn url(path: &str) -> String {
-    let path = fs::canonicalize(path).map_or_else(|_| path.to_owned(), |path| path.to_string_lossy().into_owned());
-    let mut out = "file://".to_owned();
-    for byte in path.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'_' | b'.' | b'~' => out.push(char::from(byte)),
-            _ => {
-                let _ = write!(out, "%{byte:02X}");
-            }
-        }
+/// The images of a page as JPEG files, by their rows: those of `rows` and their neighbours.
+fn thumbnails(
+    data: &OpenData,
+    found: &Found,
+    rows: &[usize],
+    nearest: &[Vec<(usize, f32)>],
+) -> Result<BTreeMap<usize, Vec<u8>>, Failure> {
+    let neighbours = rows.iter().flat_map(|&row| nearest[row].iter().map(|(other, _)| *other));
+    let wanted: BTreeSet<usize> = rows.iter().copied().chain(neighbours).collect();
+    let places = wanted.iter().map(|&row| found.places[row]).collect();
+    let loader = data.pick(places).pass(1, 0).map_err(|refusal| Failure::mistake(refusal.message))?;
+    let mut files = BTreeMap::new();
+    let wanted: Vec<usize> = wanted.into_iter().collect();
+    for batch in loader.batches(Position::default(), None) {
+        let batch = batch.map_err(Error::from)?;
+        // What cannot be read any more is left out, and its place is none of this batch.
+        let Some(row) = batch.indices.first().and_then(|at| wanted.get(*at)) else { continue };
+        let image = RgbImage::from_planes(&batch.images, batch.size.0);
+        let file = jpeg(&image).map_err(|error| Failure::failed(format!("a picture cannot be written: {error}")))?;
+        files.insert(*row, file);
     }
-    out
+    Ok(files)
+}
+
+const STYLE: &str = "
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5f6368; --line: #d5d8dc; --ground: #ffffff; --panel: #f6f7f9; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8eaed; --soft: #a5abb3; --line: #3c4248; --ground: #15181b; --panel: #1e2226; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--ground); color: var(--ink);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } p { margin: .25rem 0 .75rem; max-width: 46rem; }
+section { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); padding: .6rem;
+          margin-bottom: .75rem; background: var(--panel); border: 1px solid var(--line); border-radius: .5rem; }
+figure { margin: 0; min-width: 0; } figure:first-child img { outline: 3px solid var(--ink); outline-offset: -3px; }
+img { display: block; width: 100%; height: auto; border-radius: .25rem; }
+figcaption { font-size: .8rem; line-height: 1.3; overflow-wrap: anywhere; }
+b { display: block; font-variant-numeric: tabular-nums; } .soft { color: var(--soft); }
+";
+
+/// A page with some images, each before its neighbours, that needs no other file.
+fn page_of(
+    names: &[String],
+    rows: &[usize],
+    nearest: &[Vec<(usize, f32)>],
+    thumbnails: &BTreeMap<usize, Vec<u8>>,
+) -> String {
+    let mut out = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>Images that are alike - MaskAlign</title>\n<style>{STYLE}</style>\n</head>\n<body>\n\
+         <h1>Images that are alike</h1>\n\
+         <p>{} of {} images, evenly spread, each in a box of its own: first the image, framed, then those whose features are most \
+         like its own, the nearest first.</p>\n\
+         <p class=\"soft\">The number is the cosine of the two features after the mean of all {} has been subtracted: 1 is the \
+         same direction, 0 no more alike than any two images, below 0 less. All neighbours are in neighbours.csv.</p>\n",
+        count(rows.len() as u64),
+        count(names.len() as u64),
+        count(names.len() as u64),
+    );
+    let figure = |out: &mut String, row: usize, similarity: Option<f32>| {
+        let Some(file) = thumbnails.get(&row) else { return };
+        let name = &names[row];
+        let short = name.rsplit(['/', '\\']).next().unwrap_or(name);
+        let says = similarity.map_or("<b>image</b>".to_owned(), |cosine| format!("<b>{cosine:.3}</b>"));
+        let alt = similarity.map_or(name.clone(), |cosine| format!("{name}, cosine {cosine:.3}"));
+        let _ = writeln!(
+            out,
+            "<figure><img alt=\"{}\" src=\"data:image/jpeg;base64,{}\"/><figcaption>{says}<span class=\"soft\">{}</span>\
+             </figcaption></figure>",
+            escape(&alt),
+            BASE64_STANDARD.encode(file),
+            escape(short)
+        );
+    };
+    for &row in rows {
+        out.push_str("<section>\n");
+        figure(&mut out, row, None);
+        for (other, similarity) in &nearest[row] {
+            // A rounded cosine that is nothing has no sign.
+            figure(&mut out, *other, Some((1000.0 * similarity).round() / 1000.0 + 0.0));
+        }
+        out.push_str("</section>\n");
+    }
+    out + "</body>\n</html>\n"
 }
 
 #[cfg(test)]
@@ -334,10 +395,15 @@ mod tests {
 
     #[test]
     fn a_page_shows_each_image_before_its_neighbours() {
-        let names = ["a b.png", "c<d>.png"].map(str::to_owned);
-        let page = page_of(&names, &[vec![(1, 0.5)], vec![(0, 0.5)]]);
-        assert!(page.contains("src=\"file://a%20b.png\"") && page.contains("0.50 c&lt;d&gt;.png"), "{page}");
+        let names = ["in/a b.png", "c<d>.png"].map(str::to_owned);
+        let nearest = [vec![(1, 0.5)], vec![(0, 0.5)]];
+        let files = BTreeMap::from([(0, b"one".to_vec()), (1, b"two".to_vec())]);
+        let page = page_of(&names, &shown(2), &nearest, &files);
+        assert!(page.contains("alt=\"in/a b.png\" src=\"data:image/jpeg;base64,b25l\""), "{page}");
+        assert!(page.contains("alt=\"c&lt;d&gt;.png, cosine 0.500\"") && page.contains("<b>0.500</b>"), "{page}");
+        assert!(page.contains("2 of 2 images") && !page.contains("file:"), "{page}");
+        assert_eq!((shown(100).len(), shown(100)[23], shown(3)), (24, 95, vec![0, 1, 2]));
         let csv = neighbours_csv(&names, &[vec![(1, 0.5)], vec![]]);
-        assert_eq!(csv, "image,rank,neighbour,similarity\na b.png,1,c<d>.png,0.5\n");
+        assert_eq!(csv, "image,rank,neighbour,similarity\nin/a b.png,1,c<d>.png,0.5\n");
     }
 }

@@ -39,6 +39,7 @@ use crate::{
 const EXAMPLES: &str = "\
 Examples:
   maskalign run quickstart
+  maskalign init photos && maskalign run photos.yaml --out runs/photos     your own images
   maskalign run mine.yaml --set stages.pretrain.epochs=5 --out runs/short
   maskalign run mine.yaml --steps 20              end each training stage after 20 steps
   maskalign run --resume runs/short               go on after Ctrl-C, SIGTERM or a power cut
@@ -92,7 +93,7 @@ pub(crate) struct Args {
     /// Replace the run that is in the run directory; deletes only files that a run made
     #[arg(long, conflicts_with = "resume", requires = "out")]
     force: bool,
-    /// End each training stage after this many optimizer steps
+    /// End each training stage after this many optimizer steps in all, those before a --resume among them
     #[arg(long, value_name = "N", value_parser = at_least_one::<NonZeroU64>)]
     steps: Option<NonZeroU64>,
     #[command(flatten)]
@@ -294,6 +295,14 @@ fn taken_over(origin: &Origin) -> String {
     for line in &origin.differences {
         text.push_str(&format!("  {line}\n"));
     }
+    let moves_rates =
+        |line: &String| [".epochs:", ".schedule", ".optimizer", ".batch"].iter().any(|part| line.contains(part));
+    if origin.stage.is_some() && origin.differences.iter().any(moves_rates) {
+        text.push_str(
+            "  the learning rate goes on where the changed recipe has it at that step: it may jump, as where a longer schedule has \
+             not fallen so far\n",
+        );
+    }
     text
 }
 
@@ -377,16 +386,8 @@ fn table_of_results(results: &Map<String, Value>, dir: &Path) -> String {
 
 /// What can be done with a run that has ended.
 fn next_steps(dir: &Path, exported: Option<&str>) -> String {
-    let dir = dir.display();
-    let export = exported
-        .map(|stage| {
-            format!(
-                "  maskalign features {dir} FOLDER-OF-IMAGES --stage {stage} --out features\n  \
-                 maskalign export {dir} --stage {stage} --out student.safetensors\n"
-            )
-        })
-        .unwrap_or_default();
-    format!("next:\n  maskalign runs metrics {dir}\n{export}  maskalign runs compare {dir} OTHER-RUN\n")
+    let commands = report::next_commands(dir, exported, true);
+    commands.iter().fold("next:\n".to_owned(), |text, (command, what)| format!("{text}  {command}\n      {what}\n"))
 }
 
 /// Rows and columns of a table of results that a terminal has room for. All of them are in `summary.json`.

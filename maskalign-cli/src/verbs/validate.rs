@@ -153,8 +153,16 @@ fn table(recipe: &str, sound: &Sound) -> String {
         let cells = COLUMNS.map(|(_, cell)| cell(plan).unwrap_or_else(|| "-".to_string()));
         rows.row(std::iter::once(name.clone()).chain(cells));
     }
-    let mut text =
-        format!("{}: no mistakes\n{}{}", paint(render::STRONG, recipe), rows.render(2), trained::text(&sound.recipe));
+    let counts_cls = |(_, plan): (&str, &StageSummary)| {
+        plan.tokens.is_some() && plan.student.as_ref().is_some_and(|student| student.shape().cls_token)
+    };
+    let cls = if sound.plan.summaries().any(counts_cls) { "  tokens: patches, and the class token\n" } else { "" };
+    let mut text = format!(
+        "{}: no mistakes\n{}{cls}{}",
+        paint(render::STRONG, recipe),
+        rows.render(2),
+        trained::text(&sound.recipe)
+    );
     for (name, summary) in sound.plan.summaries() {
         text.extend(summary.warnings.iter().map(|warning| format!("  `{name}`: {warning}\n")));
     }

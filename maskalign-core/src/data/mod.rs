@@ -34,7 +34,7 @@ pub use self::fill::Fill;
 pub use self::image::{Crop, RgbImage};
 pub use self::loader::{Batch, Loader, LoaderConfig, OnError, Order, Position, ViewCrop};
 pub use self::resample::Interpolation;
-pub use self::sheet::{png, sheet};
+pub use self::sheet::{jpeg, png, sheet};
 pub use self::size::Size;
 
 /// Where images come from: the options of a dataset component.

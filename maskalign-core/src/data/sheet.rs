@@ -1,6 +1,8 @@
-//! Sheets of images for people: rows of equally large pictures, written as PNG.
+//! Sheets of images for people: rows of equally large pictures, written as PNG or JPEG.
 
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder, imageops};
+
+use libjpeg_turbo_rs::{PixelFormat, Subsampling};
 
 use super::RgbImage;
 
@@ -47,6 +49,23 @@ pub fn png(image: &RgbImage) -> std::io::Result<Vec<u8>> {
     let written = encoder.write_image(&image.pixels, image.width as u32, image.height as u32, ExtendedColorType::Rgb8);
     written.map_err(std::io::Error::other)?;
     Ok(bytes)
+}
+
+/// An image as a small JPEG file, for a page of many.
+///
+/// ```
+/// # use maskalign_core::data::{RgbImage, jpeg};
+/// assert!(jpeg(&RgbImage::black(112, 112))?.len() < 2000);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
+/// # Errors
+/// An image of no pixels, or one too large for the format.
+pub fn jpeg(image: &RgbImage) -> std::io::Result<Vec<u8>> {
+    const QUALITY: u8 = 85;
+    let RgbImage { width, height, pixels } = image;
+    libjpeg_turbo_rs::compress(pixels, *width, *height, PixelFormat::Rgb, QUALITY, Subsampling::S420)
+        .map_err(std::io::Error::other)
 }
 
 #[cfg(test)]

@@ -2,13 +2,14 @@
 
 use super::{Drawing, Event, Picture, Sink};
 use crate::{
-    chart::{Curve, curves},
+    chart::{Curve, End, curves},
     error::Result,
     run::{CURVE, PictureFormat, PictureRecord, RunDir, read_series},
 };
 
-/// What each stage that trains has a curve of: its name, its path in `metrics.jsonl`, and its title.
-const CURVES: [(&str, &str, &str); 2] = [("loss", "loss", "Loss"), ("rate", "lr", "Learning rate")];
+/// What each stage that trains has a curve of: its name, its path in `metrics.jsonl`, its title, and what stands for its end.
+const CURVES: [(&str, &str, &str, End); 2] =
+    [("loss", "loss", "Loss", End::MeanOfEpoch), ("rate", "lr", "Learning rate", End::Last)];
 
 /// The folder of pictures in a run directory.
 pub struct PicturesFolder<'a> {
@@ -33,12 +34,12 @@ impl<'a> PicturesFolder<'a> {
 
     /// The curves of a stage that trained.
     fn curves(&self, ended: &str) -> Result<()> {
-        let wanted = |stage: &str, path: &str| stage == ended && CURVES.iter().any(|(_, wanted, _)| *wanted == path);
+        let wanted = |stage: &str, path: &str| stage == ended && CURVES.iter().any(|(_, wanted, ..)| *wanted == path);
         // What is damaged is left out: others tell of it.
         let (stages, _) = read_series(self.dir.path(), &wanted)?;
-        for (name, path, title) in CURVES {
+        for (name, path, title, end) in CURVES {
             let points = stages.first().and_then(|(_, series)| series.get(path)).cloned().unwrap_or_default();
-            if let Some(chart) = curves(title, &[Curve { name: title.to_lowercase(), points }]) {
+            if let Some(chart) = curves(title, &[Curve { name: title.to_lowercase(), points, end }]) {
                 let (stage, name) = (ended.to_owned(), format!("{CURVE}{name}"));
                 self.write(&Picture {
                     stage,

@@ -175,7 +175,7 @@ pub struct Metric {
     pub stage: String,
     /// Its name, as a path.
     pub name: String,
-    /// The last value.
+    /// The last value; of what each step has, the mean of the last epoch.
     pub last: f64,
     /// The best one, where the name tells which that is.
     pub best: Option<f64>,
@@ -192,29 +192,74 @@ impl Metric {
 }
 
 /// The metrics of a run: what was recorded while it trained, then the results of its stages that were not. Where a step
-/// stood, rates and times are none.
+/// stood, rates and times are none. What each step has (a loss, its terms) counts as its mean over an epoch: the best of
+/// single batches would be a matter of luck.
 ///
 /// # Errors
 /// As [`read_records`]; the results are damaged.
 pub fn measured(path: &Path) -> Result<(Vec<Metric>, BadLines), RunError> {
-    let mut metrics: Vec<Metric> = Vec::new();
+    let mut all: Vec<Measured> = Vec::new();
     let bad = read_records(path, &mut |record| {
         let stage = record.stage();
+        // What an update has; anything else is a measurement.
+        let is_step = record.values.contains_key("loss");
+        let epoch = record.values.get("epoch").and_then(Value::as_f64).filter(|_| is_step).map(f64::floor);
         for (name, value) in record.values.iter().filter(|(name, _)| is_measure(name)) {
             let Some(value) = value.as_f64() else { continue };
-            match metrics.iter_mut().find(|metric| metric.name == *name && metric.stage == stage) {
-                Some(metric) => metric.add(value),
-                None => metrics.push(first(stage, name, value)),
+            match all.iter_mut().find(|known| known.name == *name && known.stage == stage) {
+                Some(known) => known.add(epoch, value),
+                None => all.push(Measured::first(stage, name, epoch, value)),
             }
         }
         true
     })?;
+    let mut metrics: Vec<Metric> = all.into_iter().filter_map(Measured::metric).collect();
     for metric in results(path)? {
         if !metrics.iter().any(|known| known.name == metric.name && known.stage == metric.stage) {
             metrics.push(metric);
         }
     }
     Ok((metrics, bad))
+}
+
+/// The values of a metric so far.
+struct Measured {
+    stage: String,
+    name: String,
+    metric: Option<Metric>,
+    /// The epoch that goes on, where steps have the metric, with the sum and the number of the values in it.
+    epoch: Option<f64>,
+    sum: f64,
+    count: f64,
+}
+
+impl Measured {
+    fn first(stage: &str, name: &str, epoch: Option<f64>, value: f64) -> Measured {
+        Measured { stage: stage.to_owned(), name: name.to_owned(), metric: None, epoch, sum: value, count: 1.0 }
+    }
+
+    /// Adds a value: of a step, or without an epoch by itself.
+    fn add(&mut self, epoch: Option<f64>, value: f64) {
+        if epoch.is_none() || self.epoch != epoch {
+            self.take();
+            (self.epoch, self.sum, self.count) = (epoch, 0.0, 0.0);
+        }
+        (self.sum, self.count) = (self.sum + value, self.count + 1.0);
+    }
+
+    /// Takes the mean of the epoch that went on as a value.
+    fn take(&mut self) {
+        let mean = self.sum / self.count;
+        match &mut self.metric {
+            Some(metric) => metric.add(mean),
+            None => self.metric = Some(first(&self.stage, &self.name, mean)),
+        }
+    }
+
+    fn metric(mut self) -> Option<Metric> {
+        self.take();
+        self.metric
+    }
 }
 
 /// The results of a run's finished stages: every number of `summary.json` that says how good something is. What was measured
@@ -375,12 +420,12 @@ mod tests {
     fn a_metric_has_its_last_and_its_best_value() {
         let folder = tempfile::tempdir().unwrap();
         let run = RunDir::create(folder.path(), Mode::Fresh).unwrap();
-        let text = "{\"stage\":\"a\",\"step\":0,\"loss\":3.0,\"lr\":0.1}\n\
-                    {\"stage\":\"a\",\"step\":1,\"loss\":1.0,\"lr\":0.2}\n\
+        let text = "{\"stage\":\"a\",\"step\":0,\"epoch\":0.0,\"loss\":3.0,\"lr\":0.1}\n\
+                    {\"stage\":\"a\",\"step\":1,\"epoch\":0.5,\"loss\":1.0,\"lr\":0.2}\n\
                     garbled\n\
-                    {\"stage\":\"a\",\"step\":2,\"knn\":{\"accuracy\":0.5,\"rank\":7}}\n\
+                    {\"stage\":\"a\",\"step\":2,\"epoch\":1.0,\"knn\":{\"accuracy\":0.5,\"rank\":7}}\n\
                     {\"step\":2,\"loss\":1}\n\
-                    {\"stage\":\"a\",\"step\":2,\"loss\":2.0}\n\
+                    {\"stage\":\"a\",\"step\":2,\"epoch\":1.0,\"loss\":2.5}\n\
                     {\"stage\":\"a\",\"st";
         fs::write(run.metrics_path(), text).unwrap();
         let summary = json!({
@@ -394,7 +439,8 @@ mod tests {
         let found: Vec<(&str, &str, f64, Option<f64>)> =
             metrics.iter().map(|m| (m.stage.as_str(), m.name.as_str(), m.last, m.best)).collect();
         let expected = [
-            ("a", "loss", 2.0, Some(1.0)),
+            // The mean of the first epoch is better than the second, and no single step counts.
+            ("a", "loss", 2.5, Some(2.0)),
             ("a", "knn.accuracy", 0.5, Some(0.5)),
             ("a", "knn.rank", 7.0, None),
             ("b", "student.accuracy", 0.25, Some(0.25)),

@@ -38,6 +38,8 @@ pub struct Manifest {
     pub weights: Vec<FileRecord>,
     /// The data of each stage.
     pub data: Vec<DataRecord>,
+    /// The stages, in their order.
+    pub stages: Vec<StageRecord>,
     /// The stages that left their best state, known when the run ended.
     pub best: Vec<BestRecord>,
     /// When the run began.
@@ -77,6 +79,22 @@ impl Manifest {
         self.resumed.iter().rev().find_map(|resumption| resumption.isa.as_deref()).unwrap_or(&self.isa)
     }
 
+    /// Seconds from when the run began to when it ended, pauses before it was resumed among them; `None` while it runs.
+    ///
+    /// ```
+    /// # use maskalign_core::run::Manifest;
+    /// let manifest = Manifest {
+    ///     started: "2023-06-18T09:30:00Z".into(),
+    ///     ended: Some("2023-06-18T09:31:30Z".into()),
+    ///     ..Manifest::default()
+    /// };
+    /// assert_eq!(manifest.seconds(), Some(90.0));
+    /// ```
+    pub fn seconds(&self) -> Option<f64> {
+        let moment = |text: &str| text.parse::<jiff::Timestamp>().ok();
+        Some((moment(self.ended.as_deref()?)?.as_second() - moment(&self.started)?.as_second()) as f64)
+    }
+
     /// What a resumed run reads otherwise than it did at first: it would not go on exactly.
     pub fn differences(&self, resumed: &Manifest) -> Vec<String> {
         let mut found = Vec::new();
@@ -95,6 +113,22 @@ impl Manifest {
         }
         found
     }
+}
+
+/// What a stage is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageRecord {
+    /// Its name.
+    pub name: String,
+    /// Images of its data.
+    pub images: Option<u64>,
+    /// Parameters of its models: all, and those that are trained.
+    pub parameters: u64,
+    /// Parameters that are trained.
+    pub trainable: u64,
+    /// Side of the square images that its student runs at, in pixels; absent of a stage that trains none.
+    #[serde(default)]
+    pub image_size: Option<u64>,
 }
 
 /// The state that a stage left since it was the best.
@@ -141,6 +175,12 @@ pub struct Resumption {
     /// was left to compute.
     #[serde(default)]
     pub isa: Option<String>,
+    /// The stage that it went on in; absent where nothing was left to compute.
+    #[serde(default)]
+    pub stage: Option<String>,
+    /// Updates that this stage had made by its newest checkpoint; absent where it had none, and began.
+    #[serde(default)]
+    pub step: Option<u64>,
     /// Records of `metrics.jsonl` that were found to be lost, where it was accepted to go on without them.
     #[serde(default)]
     pub lost_metrics: Option<u64>,

@@ -47,7 +47,7 @@ pub use directory::{FinishedStage, Mode, RunDir, is_in_checkpoints};
 pub(crate) use failed::number;
 pub use failed::{BadParameter, FailedBatch, FailedStep, FirstOperator, OPERATORS_BEFORE, OperatorRecord};
 pub(crate) use manifest::as_text;
-pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Origin, Resumption, STOPPED_EARLY};
+pub use manifest::{BestRecord, DataRecord, FileRecord, Manifest, Origin, Resumption, STOPPED_EARLY, StageRecord};
 pub use metrics::{Metrics, MetricsMark};
 pub use overview::{Headline, Overview, Position, RunState, find, overview};
 pub use pictures::{CURVE, PictureFormat, PictureRecord, pictures};

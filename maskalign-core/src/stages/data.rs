@@ -159,7 +159,7 @@ impl Data {
     /// # Errors
     /// As there, but for views.
     pub fn plan_views(&self, environment: Environment) -> Result<PlannedData, Refusal> {
-        let transforms = transforms(&self.transforms)?;
+        let transforms = built(&self.transforms).map_err(|refusal| refusal.under("transforms"))?;
         if !self.views.is_empty() {
             return self.plan_crops(environment, transforms);
         }
@@ -201,7 +201,8 @@ impl Data {
         let of = |name: &str, refusal: Refusal| refusal.under(name).under("views");
         let mut views = Vec::new();
         for (name, view) in &self.views {
-            views.push((name, view.count, transforms(&view.transforms).map_err(|refusal| of(name, refusal))?));
+            let transforms = built(&view.transforms).map_err(|refusal| of(name, refusal.under("transforms")))?;
+            views.push((name, view.count, transforms));
         }
         let dataset = Build::build(&self.dataset).map_err(|r| r.under("dataset"))?;
         let is_closed = dataset.needs_files() && environment == Environment::Ignored;
@@ -225,12 +226,31 @@ impl Data {
     }
 }
 
-fn transforms(slots: &[Slot<TransformTag>]) -> Result<Vec<Box<dyn Transform>>, Refusal> {
+fn built(transforms: &[Slot<TransformTag>]) -> Result<Vec<Box<dyn Transform>>, Refusal> {
     let build = |(i, slot): (usize, &Slot<TransformTag>)| {
         let built = Build::build(slot).and_then(|t| t.check().map(|()| t));
-        built.map_err(|r| r.under(i.to_string()).under("transforms"))
+        built.map_err(|r| r.under(i.to_string()))
     };
-    slots.iter().enumerate().map(build).collect()
+    transforms.iter().enumerate().map(build).collect()
+}
+
+impl PlannedData {
+    /// The same images under other transforms.
+    ///
+    /// # Errors
+    /// A transform's, or sizes that are not known or not square.
+    pub(super) fn under(&self, transforms: &[Slot<TransformTag>]) -> Result<PlannedData, Refusal> {
+        let transforms = built(transforms)?;
+        let images = self.open.as_ref().and_then(|open| open.images.size());
+        let size = square(output_size(&transforms, images)).unwrap_or_else(|| {
+            Err(Refusal::whole("the images have different sizes after these transforms")
+                .help("end with one that fixes the size, such as `random_resized_crop`"))
+        })?;
+        let transforms: Arc<[Box<dyn Transform>]> = transforms.into();
+        let open =
+            self.open.as_ref().map(|open| OpenData { transforms: Arc::clone(&transforms), size, ..open.clone() });
+        Ok(PlannedData { size, crops: Vec::new(), open })
+    }
 }
 
 /// The side of square images, where their size is known.

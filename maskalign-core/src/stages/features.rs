@@ -447,9 +447,21 @@ pub(super) fn each_batch(
     levels: Option<&[LevelRef]>,
     take: &mut dyn FnMut(usize, State, &[usize]) -> Result<()>,
 ) -> Result<Seen> {
+    each_batch_of(run, tower, data, (view, 0), levels, take)
+}
+
+/// As [`each_batch`], of a pass with a number: transforms that draw at random draw anew in each.
+pub(super) fn each_batch_of(
+    run: &mut StageRun,
+    tower: &Tower,
+    data: &OpenData,
+    (view, pass): (View, u64),
+    levels: Option<&[LevelRef]>,
+    take: &mut dyn FnMut(usize, State, &[usize]) -> Result<()>,
+) -> Result<Seen> {
     let mut places = Vec::new();
     let all = data.images.len();
-    let mut batches = data.pass(view.batch, run.workers)?.batches(Position::default(), None);
+    let mut batches = data.pass(view.batch, run.workers)?.batches(Position { epoch: pass, step: 0 }, None);
     while let Some(batch) = run.stop.while_waiting(|| batches.next()) {
         let mut batch = batch?;
         places.extend(&batch.indices);
@@ -463,6 +475,31 @@ pub(super) fn each_batch(
     }
     let skipped = all - places.len();
     Ok(Seen { places, skipped })
+}
+
+/// Subtracts the mean of all rows from each, and divides each by its length. The features of one tower all point much the
+/// same way: what tells images apart is how they differ from the mean. A row that is the mean stays 0.
+///
+/// ```
+/// # use maskalign_core::stages::centre_and_scale;
+/// let mut rows = vec![100.0, 1.0, 100.0, -1.0];
+/// centre_and_scale(&mut rows, 2)?;
+/// assert_eq!(rows, [0.0, 1.0, 0.0, -1.0], "their cosine was nearly 1, and is -1");
+/// # Ok::<(), maskalign_core::error::Error>(())
+/// ```
+///
+/// # Errors
+/// A row that is not finite.
+pub fn centre_and_scale(rows: &mut [f32], width: usize) -> Result<()> {
+    let count = rows.len() as f64 / width as f64;
+    let mut mean = vec![0.0f64; width];
+    for row in rows.chunks_exact(width) {
+        mean.iter_mut().zip(row).for_each(|(mean, value)| *mean += f64::from(*value) / count);
+    }
+    for row in rows.chunks_exact_mut(width) {
+        row.iter_mut().zip(&mean).for_each(|(value, mean)| *value = (f64::from(*value) - mean) as f32);
+    }
+    scale_to_length_1(rows, width)
 }
 
 /// Divides each row by its length.

@@ -110,6 +110,12 @@ pub(super) fn quality(towers: &[(TowerShape, usize)], count: usize, size: usize,
     towers.iter().map(of_tower).max().unwrap_or(0) + FLOAT * (held + BATCHES * batch(images, size)) + BASE
 }
 
+/// Bytes for two views' features of `count` images at the towers' levels, and once more of one level while they are compared.
+pub(super) fn pairs(towers: &[(TowerShape, usize)], count: usize) -> u64 {
+    let of_tower = |(tower, levels): &(TowerShape, usize)| 2 * FLOAT * ((levels + 2) * count * tower.arch.dim) as u64;
+    towers.iter().map(of_tower).max().unwrap_or(0)
+}
+
 /// A measurement of frozen features against those of other images, by nearest neighbours.
 #[derive(Clone, Copy)]
 pub(super) struct NeighbourSearch {

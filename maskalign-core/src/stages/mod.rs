@@ -33,7 +33,7 @@ use maskalign_registry::{Kind, Refusal};
 
 pub use data::{Data, ImageView, OpenData, PlannedData, image_batch};
 pub use evaluate::Evaluate;
-pub use features::{Bank, FeatureTap, Pooling, Tower, View, extract, scale_to_length_1};
+pub use features::{Bank, FeatureTap, Pooling, Tower, View, centre_and_scale, extract, scale_to_length_1};
 pub use few_shot::FewShot;
 pub use finetune::{Classifier, Finetune, PlannedFinetune};
 pub use knn::Knn;

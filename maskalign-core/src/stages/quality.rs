@@ -6,7 +6,7 @@ use maskalign_engine::{
     Context, Tape, Tensor,
     ops::{self, Act, LinearWeights},
 };
-use maskalign_registry::{LevelRef, Refusal, With};
+use maskalign_registry::{LevelRef, Refusal, Slot, TransformTag, With};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -15,10 +15,10 @@ use super::{
     Data, OpenData, PlannedData, PlannedJudge, PlannedStage, Stage, StageContext, StageRun, StageSummary, Tower, View,
     data::spread,
     eigenvalues::eigenvalues,
-    features::{Blocks, Seen, State, each_batch, scale_to_length_1},
+    features::{Blocks, Seen, State, centre_and_scale, each_batch, each_batch_of, scale_to_length_1},
     keep,
     measured::{MeasuredTowers, Measures, Measuring, PlannedTowers},
-    memory,
+    memory::{self, block_rows},
     neighbours::{Search, others, rows_of},
     pictures::{MAPPED, NEIGHBOURS, Neighbours, SEEKERS, show_map, show_neighbours},
 };
@@ -47,6 +47,12 @@ fn images() -> usize {
 ///   is good. Absent where features have too few directions.
 /// * `uniformity`: the logarithm of the mean over pairs of images of exp(-2 d^2), d the distance of their features scaled to
 ///   length 1 (Wang and Isola 2020, arXiv 2005.10242). Lower is more uniform; 0: all are the same.
+/// * `pair_accuracy`, with `views`: each image is seen twice, under `views` drawn at random. The share of images whose first
+///   view is, among the second views of all images, nearest to its own second, by the cosine of features of length 1 less
+///   their mean. By chance it is 1 / images. It says whether features know an image again; what views leave alone, such as
+///   colours, helps an untrained tower too.
+/// * `alignment`, with `views`: the mean of the squared distance between the two views' features of length 1 (Wang and Isola
+///   2020). Lower is nearer; it says something only beside `uniformity`, since features that are all the same have 0.
 /// * `cls_patch_similarity`: the mean cosine between the class token and the patches' tokens of its image. Near 1 the class
 ///   token says what patches say. Absent without a class token.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -62,12 +68,18 @@ struct QualityOptions {
     #[serde(default = "images")]
     #[schemars(range(min = 2, max = 16777216))]
     images: usize,
+    /// What is done to each image twice to see whether it is known again, such as a random crop; draws by chance. Absent:
+    /// that is not measured.
+    #[serde(default)]
+    views: Vec<Slot<TransformTag>>,
 }
 
 /// Measures that fit.
 struct PlannedQuality {
     summary: StageSummary,
     data: PlannedData,
+    /// The same images, each time as another view.
+    views: Option<PlannedData>,
     images: usize,
     towers: PlannedTowers,
 }
@@ -81,7 +93,9 @@ impl Quality {
         let data = keep(&mut refusals, own.data.plan(cx.environment).map_err(|r| r.under("data")));
         let size = data.as_ref().map_or(0, |data| data.size);
         let towers = shared.plan(cx, trained, size, &mut refusals);
-        let (Some(data), Some(towers)) = (data, towers) else { return Err(refusals) };
+        let views = data.as_ref().filter(|_| !own.views.is_empty()).map(|data| data.under(&own.views));
+        let views = keep(&mut refusals, views.transpose().map_err(|refusal| refusal.under("views")));
+        let (Some(data), Some(towers), Some(views)) = (data, towers, views) else { return Err(refusals) };
         if towers.pixels() {
             let message = "pixels are as wide as images: their singular values would take too long";
             return Err(vec![Refusal::new("baselines", message).help("leave `pixels` out")]);
@@ -99,8 +113,12 @@ impl Quality {
                 summary.warnings.push(format!("{text}: ranks are too low"));
             }
         }
+        let size = views.as_ref().map_or(size, |views| views.size.max(size));
         summary.memory += memory::quality(&towers.shapes(), images, size, shared.batch);
-        Ok(PlannedQuality { summary, data, images, towers })
+        if views.is_some() {
+            summary.memory += memory::pairs(&towers.shapes(), images);
+        }
+        Ok(PlannedQuality { summary, data, views, images, towers })
     }
 }
 
@@ -120,6 +138,14 @@ fn show(run: &mut StageRun, whose: &str, data: &OpenData, places: &[usize], feat
     let mapped_places: Vec<usize> = mapped.iter().map(|&row| places[row]).collect();
     let (rows, width) = rows_of(features.iter(), &mapped);
     show_map(run, whose, data, &mapped_places, &rows, width)?;
+    // As a page of neighbours has them: the features of one tower all point much the same way.
+    let every: Vec<usize> = (0..places.len()).collect();
+    let (mut rows, width) = rows_of(features.iter(), &every);
+    centre_and_scale(&mut rows, width)?;
+    let blocks = rows.chunks(block_rows(width) * width);
+    let features: Vec<Tensor> =
+        blocks.map(|block| Ok(run.cx.tensor(block.to_vec(), block.len() / width, width)?)).collect::<Result<_>>()?;
+    let whose = &format!("{whose}, less their mean");
     let seekers = spread(places.len(), SEEKERS);
     // One more: each image is its own nearest.
     let mut search = Search::new((NEIGHBOURS + 1).min(places.len()));
@@ -164,7 +190,76 @@ impl Measures for PlannedQuality {
             }
             Ok(Value::Object(result))
         };
-        sketches.into_iter().map(result).collect()
+        let mut results: Vec<Value> = sketches.into_iter().map(result).collect::<Result<_>>()?;
+        if let Some(views) = &self.views {
+            let views = views.open()?.spread(self.images);
+            for (result, pairs) in results.iter_mut().zip(pairs_of(run, tower, &views, view, levels)?) {
+                let mut pairs = pairs.measure(run.cx)?;
+                if let Value::Object(others) = result.take() {
+                    pairs.extend(others);
+                }
+                *result = Value::Object(pairs);
+            }
+        }
+        Ok(results)
+    }
+}
+
+/// The features of two views of each image at a level, `[images, width]` each.
+struct Pairs {
+    views: [Vec<f32>; 2],
+    width: usize,
+}
+
+/// Sees each image twice, and gives the features of both views by level.
+fn pairs_of(
+    run: &mut StageRun,
+    tower: &Tower,
+    views: &OpenData,
+    view: View,
+    levels: Option<&[LevelRef]>,
+) -> Result<Vec<Pairs>> {
+    let cx = run.cx;
+    let mut found: Vec<Pairs> = Vec::new();
+    for pass in 0..2 {
+        each_batch_of(run, tower, views, (view, pass), levels, &mut |level, state, _| {
+            let features = state.pooled(cx, view.pooling)?;
+            if found.len() <= level {
+                found.push(Pairs { views: [Vec::new(), Vec::new()], width: features.columns() });
+            }
+            found[level].views[pass as usize].extend_from_slice(&features.values());
+            Ok(())
+        })?;
+    }
+    Ok(found)
+}
+
+impl Pairs {
+    fn measure(self, cx: &Context) -> Result<Map<String, Value>> {
+        let Pairs { views, width } = self;
+        // Both views are measured from one mean.
+        let [mut rows, second] = views;
+        let middle = rows.len();
+        rows.extend(second);
+        scale_to_length_1(&mut rows, width)?;
+        let (first, second) = rows.split_at(middle);
+        let distances = first.iter().zip(second).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2));
+        let images = (middle / width).max(1);
+        let alignment = distances.sum::<f64>() / images as f64;
+        centre_and_scale(&mut rows, width)?;
+        let (first, second) = rows.split_at(middle);
+        let mut search = Search::new(1);
+        let size = block_rows(width) * width;
+        let tensor = |block: &[f32]| cx.tensor(block.to_vec(), block.len() / width, width);
+        first.chunks(size).try_for_each(|block| tensor(block).map(|block| search.add(block)))?;
+        second.chunks(size).try_for_each(|block| search.search(cx, &tensor(block)?))?;
+        let nearest = search.finish().enumerate();
+        let known = nearest.filter(|(image, found)| found.first().is_some_and(|found| found.place as usize == *image));
+        let accuracy = known.count() as f64 / images as f64;
+        Ok([("pair_accuracy", accuracy), ("alignment", alignment)]
+            .map(|(name, value)| (name.to_owned(), value.into()))
+            .into_iter()
+            .collect())
     }
 }
 
@@ -384,6 +479,29 @@ mod tests {
                     let ours = ours.as_f64().unwrap();
                     assert!((ours - theirs).abs() <= 1e-5 * theirs.abs(), "{case}: {name} {ours}, recorded {theirs}");
                 }
+            }
+        }
+    }
+
+    /// What PyTorch gives of the same pairs (`tests/fixtures/stages/make_quality.py`): of some images the second view is
+    /// another image's.
+    #[test]
+    fn pairs_are_those_of_pytorch() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/stages");
+        let text = std::fs::read_to_string(fixtures.join("quality_pairs.json")).unwrap();
+        let expected: BTreeMap<String, Value> = serde_json::from_str(&text).unwrap();
+        let features = read(&fixtures.join("quality_pairs.safetensors")).unwrap();
+        assert_eq!(features.len(), 2 * expected.len());
+        for (case, expected) in expected {
+            let view = |which: &str| features[&format!("{case}, {which}")].data.clone();
+            let width = features[&format!("{case}, first")].shape[1];
+            for threads in [1, 2] {
+                let cx = Context::new(Device::Cpu, threads);
+                let pairs = Pairs { views: [view("first"), view("second")], width };
+                let ours = pairs.measure(&cx).unwrap();
+                assert_eq!(ours["pair_accuracy"], expected["pair_accuracy"], "{case}");
+                let (ours, theirs) = (ours["alignment"].as_f64().unwrap(), expected["alignment"].as_f64().unwrap());
+                assert!((ours - theirs).abs() <= 1e-5 * theirs, "{case}: alignment {ours}, recorded {theirs}");
             }
         }
     }

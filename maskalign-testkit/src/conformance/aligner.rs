@@ -98,6 +98,10 @@ fn rows_of_a_token(plan: &AlignPlan) -> usize {
 
 pub(super) fn check(text: &str, faults: &mut Faults) {
     let Some(builder) = built::<AlignerTag>(text, faults) else { return };
+    if builder.shares().is_some() {
+        // It is planned by the objective whose it is.
+        return;
+    }
     let mut refusals = Vec::new();
     let mut accepted = Vec::new();
     let tried = if builder.relates() { relation_plans() } else { plans() };

@@ -24,7 +24,7 @@ const NAMED: usize = 8;
 ///
 /// A run that ends by such a step keeps the state before it. This computes the step again from there, on the same images,
 /// and says which terms, parameters and operators are not finite, and how large the values were on the way. Changes
-/// nothing. Exit code 1 where the step is finite now.
+/// nothing. Exit code 0 where the step is not finite again, as the run had it; 1 where it is finite now.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// The run directory

@@ -320,6 +320,8 @@ impl PretrainOptions {
         let crops = keep(&mut refusals, crops);
         let shapes = teachers.iter().map(|(name, teacher)| (name.clone(), teacher.shape())).collect();
         let shares: Vec<Option<(String, Tokens)>> = self.objectives.values().map(Objective::shares).collect();
+        let owners = self.objectives.keys().zip(&shares).filter(|(_, shares)| shares.is_none());
+        let owners: BTreeSet<&str> = owners.map(|(name, _)| name.as_str()).collect();
         let mut planned = BTreeMap::new();
         // Those that share the map of another follow all that have one of their own.
         for is_shared in [false, true] {
@@ -337,6 +339,7 @@ impl PretrainOptions {
                     is_uneven: masking.as_ref().and_then(Option::as_ref).is_some_and(|masking| masking.masker.uneven()),
                     others: through_it.fold(Tokens::default(), |all, (_, tokens)| all.union(*tokens)),
                     planned: &planned,
+                    owners: &owners,
                 };
                 let checked = objective.plan(name, &beside).and_then(|planned| match planned {
                     Some(planned) => Self::check_assignments(&planned, &teachers, training)

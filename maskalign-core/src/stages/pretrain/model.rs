@@ -376,6 +376,13 @@ impl PretrainModel {
                     continue;
                 }
                 let levels = if objective.target.relations().is_some() { &qkv } else { &levels };
+                let lengths = objective.lengths(&of_group);
+                let is_moving = matches!(objective.target.source, TargetSource::MovingHead { .. });
+                if !is_moving && lengths.iter().all(|length| *length == 0) {
+                    // No image of these has a token that is compared.
+                    sides.push(Side { crops: group.crops.clone(), lengths, outputs: Vec::new() });
+                    continue;
+                }
                 let wanted = objective.levels.iter().map(|level| {
                     levels.get(level).ok_or_else(|| Error::Usage(format!("teacher `{name}` gave no level {level}")))
                 });
@@ -392,10 +399,10 @@ impl PretrainModel {
                             return Err(Error::Usage(format!("teacher `{name}` has no head")));
                         };
                         let head = Assigning { teacher, tap: *tap, head: &**head, sharpening, epoch: batch.epoch };
-                        vec![head.logits(cx, &input, wanted[0], center)?]
+                        head.logits(cx, &input, wanted[0], center)?.into_iter().collect()
                     }
                 };
-                sides.push(Side { crops: group.crops.clone(), lengths: objective.lengths(&of_group), outputs });
+                sides.push(Side { crops: group.crops.clone(), lengths, outputs });
             }
         }
         for (objective, sides) in self.objectives.iter().zip(&mut targets) {
@@ -406,11 +413,13 @@ impl PretrainModel {
             for group in super::grouped(objective.compared.target(), &self.crops) {
                 let (images, of_group) = (images_of(batch, &group), masks_of(&masks, &group));
                 let input = TargetInput { images: &images, masks: &of_group, tokens: objective.tokens };
+                let lengths = objective.lengths(&of_group);
                 let outputs = match of_group.uneven {
+                    _ if lengths.iter().all(|length| *length == 0) => Vec::new(),
                     None => target.outputs(cx, &input)?,
                     Some(_) => self.uneven_outputs(cx, &**target, &input)?,
                 };
-                sides.push(Side { crops: group.crops, lengths: objective.lengths(&of_group), outputs });
+                sides.push(Side { crops: group.crops, lengths, outputs });
             }
         }
         self.times.mask += drawn - attended;
@@ -493,13 +502,14 @@ impl PretrainModel {
                 }
                 of_chosen = Cow::Owned(masks.pick(images()));
             }
+            let lengths = objective.lengths(&of_chosen);
             let input = AlignInput { levels: &levels, held, masks: &of_chosen, tokens: objective.tokens };
-            let aligner = &self.aligners[owner(objective)];
-            predictions.push(Some(Side {
-                crops: chosen.iter().map(|&place| group.crops[place]).collect(),
-                lengths: objective.lengths(&of_chosen),
-                outputs: aligner.forward(cx, tape, &input)?,
-            }));
+            let outputs = match lengths.iter().all(|length| *length == 0) {
+                true => Vec::new(),
+                false => self.aligners[owner(objective)].forward(cx, tape, &input)?,
+            };
+            let crops = chosen.iter().map(|&place| group.crops[place]).collect();
+            predictions.push(Some(Side { crops, lengths, outputs }));
         }
         Ok(predictions)
     }
@@ -612,16 +622,17 @@ struct Assigning<'a> {
 }
 
 impl Assigning<'_> {
-    /// Centred and sharpened logits of the compared tokens. Those of all tokens of their kind are added to the centre.
+    /// Centred and sharpened logits of the compared tokens, `None` where no image has one. Those of all tokens of their kind
+    /// are added to the centre.
     fn logits(
         &self,
         cx: &Context,
         input: &TargetInput,
         level: &Level,
         center: &mut Center,
-    ) -> maskalign_engine::Result<Tensor> {
+    ) -> maskalign_engine::Result<Option<Tensor>> {
         let shape = self.teacher.shape();
-        let (batch, tokens, lead) = (input.masks.batch, shape.tokens(), usize::from(shape.cls_token));
+        let (batch, tokens) = (input.masks.batch, shape.tokens());
         let of_cls = input.tokens.cls;
         let kind = Tokens { cls: of_cls, visible: !of_cls, masked: false };
         let held = Tokens { cls: shape.cls_token, visible: true, masked: false };
@@ -639,28 +650,26 @@ impl Assigning<'_> {
             let head = AlignInput { levels: &[x], held, masks: &masks, tokens: kind };
             let logits = self.head.forward(cx, off, &head)?.swap_remove(0);
             center.add(&logits);
-            kept.push(match of_cls {
-                true => logits,
-                false => {
-                    let wanted = input.masks.pick(images).rows_among(input.tokens, false, patches);
-                    ops::gather_rows(cx, off, &[&logits], &wanted)?
-                }
-            });
+            if of_cls {
+                kept.push(logits);
+                continue;
+            }
+            let wanted = input.masks.pick(images).rows_among(input.tokens, false, patches);
+            if !wanted.is_empty() {
+                kept.push(ops::gather_rows(cx, off, &[&logits], &wanted)?);
+            }
         }
-        debug_assert!(lead == 1 || !of_cls);
         let rows: Vec<u32> = (0..kept.iter().map(Tensor::rows).sum::<usize>()).map(|row| row as u32).collect();
         let logits = match &kept[..] {
+            [] => return Ok(None),
             [all] => all.clone(),
             _ => ops::gather_rows(cx, off, &kept.iter().collect::<Vec<_>>(), &rows)?,
         };
-        if logits.rows() == 0 {
-            return Ok(logits);
-        }
         let value = &center.value.value;
         let row = cx.tensor(value.to_vec(), 1, center.sums.len())?;
         let center = ops::broadcast_row(cx, off, &row, logits.rows())?;
         let centred = ops::sub(cx, off, &logits, &center)?;
-        ops::scale(cx, off, &centred, self.sharpening.temperature_at(self.epoch).recip() as f32)
+        ops::scale(cx, off, &centred, self.sharpening.temperature_at(self.epoch).recip() as f32).map(Some)
     }
 }
 

@@ -1,6 +1,9 @@
 //! One term of the loss: what is compared with what, and by which distance.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use maskalign_engine::Result;
 use maskalign_registry::{AlignerTag, LevelRef, LossTag, Refusal, Scalar as Ramp, Slot, TargetTag};
@@ -219,6 +222,8 @@ pub(super) struct Beside<'a> {
     pub others: Tokens,
     /// The objectives that are planned already, by name: those whose maps are their own.
     pub planned: &'a BTreeMap<String, PlannedObjective>,
+    /// The names of all whose maps are their own, those that were refused among them.
+    pub owners: &'a BTreeSet<&'a str>,
 }
 
 impl Objective {
@@ -282,6 +287,10 @@ impl Objective {
         }
         let shares = aligner.shares().map(str::to_owned);
         let owner = shares.as_ref().and_then(|other| beside.planned.get(other));
+        if shares.as_ref().is_some_and(|other| owner.is_none() && beside.owners.contains(other.as_str())) {
+            // It was refused itself.
+            return Ok(None);
+        }
         let relates = owner.map_or(aligner.relates(), |owner| owner.relates);
         match (target.relations().is_some(), relates) {
             (true, false) => {
@@ -300,10 +309,13 @@ impl Objective {
             None => aligner.plan(&align).map_err(|r| vec![r.under("aligner")])?.into(),
             Some(other) => match beside.planned.get(other) {
                 None => {
-                    let known: Vec<&str> = beside.planned.keys().map(String::as_str).collect();
+                    let known: Vec<&str> = beside.owners.iter().copied().collect();
                     let text = format!("no objective `{other}` has a map of its own");
                     let refusal = Refusal::new("objective", text).under("aligner");
-                    return Err(vec![refusal.help(format!("those that have one: {}", known.join(", ")))]);
+                    return Err(vec![refusal.help(match known.is_empty() {
+                        true => "none has one: give one of them an aligner of another type".to_owned(),
+                        false => format!("those that have one: {}", known.join(", ")),
+                    })]);
                 }
                 Some(owner) if owner.target.width != target.width || owner.level_weights.len() != wanted.len() => {
                     let text = format!(

@@ -73,10 +73,13 @@ impl PretrainModel {
         if masks.visible.len() < count * grid.patches() {
             let visible: Vec<RgbImage> = (0..count).map(|i| shown.visible(i, masks.visible_of(i))).collect();
             let seen = match masks.uneven {
-                None => format!("the {} of {} patches", masks.counts_of(0).visible, grid.patches()),
-                Some(_) => format!("which of {} patches", grid.patches()),
+                None => format!("the {} of {} patches of each", masks.counts_of(0).visible, grid.patches()),
+                Some(_) => format!("which of {} patches of each", grid.patches()),
             };
-            let caption = format!("Images, and {seen} that the student sees");
+            let caption = format!(
+                "Top row: images of the training data, cut as in a training step. Below: {seen} that the student sees in such \
+                 a step; the dark ones are hidden from it"
+            );
             pictures.push(picture("masks", caption, &[shown.originals.clone(), visible]));
         }
         if let Some(teacher) = self.attended() {
@@ -84,9 +87,12 @@ impl PretrainModel {
             let attention = teacher.begin(cx, &batch.images, &wants)?.attention;
             let rows = attention.chunks_exact(grid.patches()).enumerate();
             let rows: Vec<RgbImage> = rows.map(|(i, weights)| shown.heated(i, weights)).collect();
-            let caption = "Images, and how much the class token of the teacher's last block attends to each patch, mean over \
-                           heads (yellow: the most; violet: none): masks are drawn by it";
-            pictures.push(picture("attention", caption.to_owned(), &[shown.originals.clone(), rows]));
+            let caption = format!(
+                "Top row: images. Below: the attention that masks are drawn by: how much the class token (CLS, the one token \
+                 that stands for the whole image) of the teacher's last block looks at each patch, mean over the attention \
+                 heads. {SCALE}"
+            );
+            pictures.push(picture("attention", caption, &[shown.originals.clone(), rows]));
         }
         let student = self.student();
         if let Some(by_head) = student.class_attention(cx, &batch.images)? {
@@ -125,7 +131,7 @@ impl PretrainModel {
         let features = student.forward(cx, &mut Tape::inference(), images, None, None, &|_| false)?;
         let mut rows =
             vec![shown.originals.clone(), shown.coloured(&features.last, usize::from(shape.cls_token), images.batch)];
-        let mut names = vec!["images".to_owned(), "the student's last block".to_owned()];
+        let mut names = vec!["images".to_owned(), "the patches' features after the student's last block".to_owned()];
         for (name, teacher, wants) in self.taught() {
             let Some(level) = wants.levels.last() else { continue };
             let wants = Wants { levels: [*level].into(), whole: true, ..Wants::default() };
@@ -133,10 +139,12 @@ impl PretrainModel {
             let pass = teacher.begin(cx, images, &wants)?;
             let levels = teacher.finish(cx, pass, &wants, &masks)?;
             rows.push(shown.coloured(&levels[level].x, usize::from(teacher.shape().cls_token), images.batch));
-            names.push(format!("block {level} of teacher `{name}`"));
+            names.push(format!("those of block {level} of teacher `{name}`"));
         }
         let caption = format!(
-            "From top to bottom: {}. Of the features of all patches, the three principal components are red, green and blue",
+            "From top to bottom: {}. Within a row, patches of like colour have like features, in one image and across images. \
+             The colours mean nothing else, and differ between rows: red, green and blue are the three directions in which \
+             the features of a row vary most (principal components)",
             names.join(", ")
         );
         Ok(picture("features", caption, &rows))
@@ -176,14 +184,28 @@ impl PretrainModel {
             let (Some(predictions), true) = (predictions, is_pixels(objective)) else { continue };
             let (predicted, target) = (predictions.outputs[0].to_vec(), targets[0].to_vec());
             let rows = |i: usize| i * masks.counts_of(0).masked * objective.target.width;
+            // Whether targets of all images and patches are pixels on one scale is found out of each image.
+            let mut is_scaled_by_patch = false;
             let filled = (0..shown.originals.len()).map(|i| {
                 let range = rows(i)..rows(i + 1);
-                shown.filled(i, masks.masked_of(i), &predicted[range.clone()], &target[range])
+                let (masked, target) = (masks.masked_of(i), &target[range.clone()]);
+                let pixels = shown.hidden(i, masked);
+                let scale = one_scale(target, &pixels);
+                is_scaled_by_patch |= scale.is_none();
+                shown.filled(i, masked, &predicted[range], target, (&pixels, scale))
             });
             let filled: Vec<RgbImage> = filled.collect();
             let visible = (0..shown.originals.len()).map(|i| shown.visible(i, masks.visible_of(i))).collect();
+            let put_back = match is_scaled_by_patch {
+                true => {
+                    ". It predicts each patch without its brightness and contrast; for this picture the true patch's mean and \
+                     spread are put back, so that only what is within a patch is the student's"
+                }
+                false => "",
+            };
             let caption = format!(
-                "Images, what the student sees, and what objective `{}` makes of the masked patches",
+                "From top to bottom: images; what the student sees of them; the same with the hidden patches as the student \
+                 predicts them (objective `{}`){put_back}",
                 objective.name
             );
             let name = format!("reconstructions-{}", objective.name);
@@ -193,11 +215,14 @@ impl PretrainModel {
     }
 }
 
+/// What the colours of attention mean.
+const SCALE: &str = "Yellow: the most of an image; violet: none";
+
 /// What a picture of attention by head shows.
 fn by_head_of(whose: &str) -> String {
     format!(
-        "Images, and below them how much the class token of {whose} attends to each patch in the last block: a row for each \
-         head; yellow: the most, violet: none"
+        "Top row: images. Below, a row for each attention head of {whose}'s last block: how much the class token (CLS, the one \
+         token that stands for the whole image) looks at each patch. {SCALE}"
     )
 }
 
@@ -291,12 +316,11 @@ impl Shown {
         (0..images).map(paint).collect()
     }
 
-    /// An image whose masked patches are what was predicted. Targets are pixels, normalised all alike or patch by patch: the
-    /// line that leads from targets back to pixels leads from the prediction to what it means.
-    fn filled(&self, image: usize, masked: &[u32], predicted: &[f32], target: &[f32]) -> RgbImage {
+    /// The pixels of an image's masked patches, patch by patch.
+    fn hidden(&self, image: usize, masked: &[u32]) -> Vec<f32> {
         let width = 3 * self.patch * self.patch;
         let mut picture = self.originals[image].clone();
-        let mut pixels = vec![0.0; target.len()];
+        let mut pixels = vec![0.0; masked.len() * width];
         for (row, &patch) in masked.iter().enumerate() {
             self.change(&mut picture, patch as usize, |at, pixel| {
                 for (channel, value) in pixel.iter().enumerate() {
@@ -304,15 +328,25 @@ impl Shown {
                 }
             });
         }
-        let alike: [Line; 3] = std::array::from_fn(|channel| Line::through(target, &pixels, channel));
-        let are_alike = alike.iter().enumerate().all(|(channel, line)| line.fits(target, &pixels, channel));
+        pixels
+    }
+
+    /// An image whose masked patches are what was predicted. Targets are pixels, normalised all alike or patch by patch: the
+    /// line that leads from targets back to pixels leads from the prediction to what it means.
+    fn filled(
+        &self,
+        image: usize,
+        masked: &[u32],
+        predicted: &[f32],
+        target: &[f32],
+        (pixels, scale): (&[f32], Option<[Line; 3]>),
+    ) -> RgbImage {
+        let width = 3 * self.patch * self.patch;
+        let mut picture = self.originals[image].clone();
         for (row, &patch) in masked.iter().enumerate() {
             let range = row * width..(row + 1) * width;
             let (predicted, target, pixels) = (&predicted[range.clone()], &target[range.clone()], &pixels[range]);
-            let lines = match are_alike {
-                true => alike,
-                false => std::array::from_fn(|channel| Line::through(target, pixels, channel)),
-            };
+            let lines = scale.unwrap_or_else(|| std::array::from_fn(|channel| Line::through(target, pixels, channel)));
             self.change(&mut picture, patch as usize, |at, pixel| {
                 for (channel, value) in pixel.iter_mut().enumerate() {
                     *value = lines[channel].at(predicted[3 * at + channel]).round().clamp(0.0, 255.0) as u8;
@@ -321,6 +355,12 @@ impl Shown {
         }
         picture
     }
+}
+
+/// The lines from all targets of an image to its pixels, one a channel; `None` where each patch has its own.
+fn one_scale(target: &[f32], pixels: &[f32]) -> Option<[Line; 3]> {
+    let lines: [Line; 3] = std::array::from_fn(|channel| Line::through(target, pixels, channel));
+    lines.iter().enumerate().all(|(channel, line)| line.fits(target, pixels, channel)).then_some(lines)
 }
 
 /// A line from normalised values of a channel to pixels.
@@ -400,8 +440,10 @@ mod tests {
                 }
             });
         }
-        assert_eq!(shown.filled(0, &[1, 2], &target, &target), shown.originals[0]);
-        let dark = shown.filled(0, &[1], &[-9.0; 48], &target[..48]);
+        let pixels = shown.hidden(0, &[1, 2]);
+        assert!(one_scale(&target, &pixels).is_none() && one_scale(&target[..48], &pixels[..48]).is_some());
+        assert_eq!(shown.filled(0, &[1, 2], &target, &target, (&pixels, None)), shown.originals[0]);
+        let dark = shown.filled(0, &[1], &[-9.0; 48], &target[..48], (&pixels[..48], None));
         assert_eq!((dark.pixels[3 * 4], dark.pixels[0]), (0, shown.originals[0].pixels[0]), "patch 1 alone changes");
     }
 }

@@ -112,23 +112,24 @@ pub(super) fn crops(
         let side = crop.size.0;
         let is_masked = has_masker && masked_views.is_none_or(|views| views.contains(&crop.view));
         if side != size {
-            let of_view = |message: String| Refusal::new("views", message).under("data");
+            let of_view = |message: String| Refusal::whole(message).under(&crop.view).under("views").under("data");
             if side % student.arch.patch != 0 {
-                let message = format!(
-                    "view `{}`: {side} pixels are not a whole number of patches of {}",
-                    crop.view, student.arch.patch
-                );
+                let message = format!("{side} pixels are not a whole number of patches of {}", student.arch.patch);
                 return Err(of_view(message).help("choose a multiple of the student's patch"));
             }
             if !sees_sizes {
-                let message = format!("view `{}` has {side} pixels, the first view {size}", crop.view);
+                let message = format!("it has {side} pixels, the first view {size}");
                 return Err(of_view(message).help("this student sees images of one size"));
             }
             if is_masked {
                 let message =
                     format!("view `{}` has {side} pixels, and masks are drawn for those of {size}", crop.view);
-                return Err(Refusal::new("masked_views", message)
-                    .help("name the views of the first one's size here, and leave the others out"));
+                let place = masked_views.and_then(|views| views.iter().position(|view| *view == crop.view));
+                let refusal = match place {
+                    Some(place) => at(Refusal::whole(message), "masked_views", place),
+                    None => Refusal::new("masked_views", message),
+                };
+                return Err(refusal.help("name the views of the first one's size here, and leave the others out"));
             }
         }
         let runs_at = if side == size { student.image_size } else { side };
@@ -215,20 +216,22 @@ impl ComparedViews {
             let text = "patches of different crops lie at different places: only `same` compares them".to_owned();
             return Err(refuse("pairs", text).beside(["tokens"], "patches are asked for here"));
         }
-        let unfit = |crop: usize, why: &str| {
+        let unfit = |option: &'static str, crop: usize, why: &str| {
             let SeenCrop { view, .. } = &crops[crop];
             let refusal = match views {
-                Some(_) => refuse("student", format!("view `{view}` {why}")),
+                Some(_) => refuse(option, format!("view `{view}` {why}")),
                 None => Refusal::whole(format!("view `{view}` {why}")),
             };
             refusal.help("name the views that are compared: `views: {student: [...]}`")
         };
         if let Some(&crop) = compared.student().iter().find(|&&crop| tokens.masked && !crops[crop].is_masked) {
-            return Err(unfit(crop, "is not masked, and `masked` tokens are compared")
+            return Err(unfit("student", crop, "is not masked, and `masked` tokens are compared")
                 .beside(["tokens"], "`masked` is asked for here"));
         }
+        let of_target = if views.is_some_and(|views| views.target.is_some()) { "target" } else { "student" };
         if let Some(&crop) = compared.target().iter().find(|&&crop| crops[crop].size != size) {
             return Err(unfit(
+                of_target,
                 crop,
                 "has another size than the first view, and targets are computed from views of its size",
             ));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, SharedOptions, Slot};
+use maskalign_registry::{OptimizerTag, Refusal, ScheduleTag, SharedOptions, Slot, source::number};
 
 use super::Trainer;
 use crate::{
@@ -106,6 +106,11 @@ impl Training {
         let peak = optimizer.as_ref().map_or(f64::INFINITY, |optimizer| optimizer.peak_lr(self.batch.effective));
         let schedule = Build::build(&self.schedule).and_then(|s| s.check(length.epochs, peak).map(|()| s));
         let schedule = keep(refusals, schedule.map_err(|r| r.under("schedule")));
+        if let Some(schedule) = &schedule
+            && peak.is_finite()
+        {
+            summary.warnings.extend(late_peak(&**schedule, peak, length.epochs));
+        }
         Some(PlannedTraining {
             data: data?,
             optimizer: optimizer?.into(),
@@ -119,6 +124,28 @@ impl Training {
     fn length(&self, images: usize) -> Length {
         Length::new(self.epochs, images, self.batch.effective)
     }
+}
+
+/// The largest share of training that a warm-up may take before it is taken for an oversight: papers' take a quarter at most.
+const WARMUP_SHARE: f64 = 1.0 / 3.0;
+
+/// What is said where the rate comes to its peak late, as it does where a recipe is shortened and its warm-up is not.
+fn late_peak(schedule: &dyn Schedule, peak: f64, epochs: f64) -> Option<String> {
+    const PLACES: u32 = 200;
+    let at = |place: u32| epochs * f64::from(place) / f64::from(PLACES);
+    let rates: Vec<f64> = (0..=PLACES).map(|place| schedule.rate(peak, at(place), epochs)).collect();
+    let highest = rates.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let first = rates.iter().position(|rate| *rate >= highest)? as u32;
+    let (share, warmup) = (f64::from(first) / f64::from(PLACES), at(first));
+    (share > WARMUP_SHARE).then(|| {
+        format!(
+            "the learning rate comes to its peak only after about {} of {} epochs, {:.0} % of the training: where it was made \
+             shorter, make the warm-up shorter too (`schedule.warmup_epochs`)",
+            number((10.0 * warmup).round() / 10.0),
+            number(epochs),
+            100.0 * share
+        )
+    })
 }
 
 /// Training whose options fit.

@@ -138,8 +138,9 @@ impl<T: Task> EpochEvaluation<'_, T> {
 /// What a checkpoint notes besides tensors, so that a resumed stage ends with the results of an uninterrupted one.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Notes {
-    /// The loss of the last step.
-    loss: Option<f32>,
+    /// The losses of the epoch that goes on, and of the one before it.
+    #[serde(default)]
+    losses: Losses,
     /// What was measured after epochs, in order.
     measured: Vec<Value>,
     /// The best of it, where the best state is kept.
@@ -154,6 +155,33 @@ struct Notes {
     tower: Option<Value>,
 }
 
+/// Losses of the steps of an epoch, as sums and counts: one batch's alone would be a matter of luck.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Losses {
+    /// Of the epoch that goes on.
+    now: (f64, u64),
+    /// Of the one before.
+    before: (f64, u64),
+}
+
+impl Losses {
+    fn add(&mut self, loss: f32, step: u64, length: &Length) {
+        if step.is_multiple_of(length.steps_per_epoch) {
+            (self.before, self.now) = (self.now, (0.0, 0));
+        }
+        self.now = (self.now.0 + f64::from(loss), self.now.1 + 1);
+    }
+
+    /// The mean over the last epoch; where one goes on, over it and the one before.
+    fn mean(&self, length: &Length) -> Option<f64> {
+        let (sum, count) = match self.now.1 >= length.steps_per_epoch {
+            true => self.now,
+            false => (self.now.0 + self.before.0, self.now.1 + self.before.1),
+        };
+        (count > 0).then(|| sum / count as f64)
+    }
+}
+
 /// The step of the best state that a checkpoint counts on: its file is beside it.
 pub(crate) fn noted_best(checkpoint: &CheckpointHeader) -> Option<u64> {
     serde_json::from_value::<Notes>(checkpoint.meta.clone()).ok()?.best.map(|best| best.step)
@@ -161,7 +189,7 @@ pub(crate) fn noted_best(checkpoint: &CheckpointHeader) -> Option<u64> {
 
 /// What a training loop leaves besides the task.
 pub struct Trained {
-    /// Steps, epochs, the last loss, what was measured and the best of it, and whether training ended early.
+    /// Steps, epochs, the mean loss of the last epoch, what was measured and the best of it, and whether training ended early.
     pub results: Value,
 }
 
@@ -247,7 +275,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
             Err(error) => return Err(error),
         };
         last_good = last_saved;
-        notes.loss = Some(loss);
+        notes.losses.add(loss, step, length);
         run.events.send(Event::Step(&StepReport {
             stage: run.name.to_string(),
             step,
@@ -303,7 +331,7 @@ pub fn train<T: Task>(run: &mut StageRun, task: &mut T, trainer: &mut Trainer, p
     run.events.send(Event::Trained { stage: run.name })?;
     let epochs = trainer.updates as f64 / length.steps_per_epoch as f64;
     let mut results = serde_json::json!({ "steps": trainer.updates, "epochs": epochs });
-    if let Some(loss) = notes.loss {
+    if let Some(loss) = notes.losses.mean(length) {
         results["loss"] = loss.into();
     }
     if let (Some(evaluation), Value::Object(results)) = (&evaluation, &mut results)
@@ -488,4 +516,24 @@ pub fn finish(run: &StageRun, task: &mut dyn Task, trainer: Trainer, trained: &T
     run.dir.finish_stage(&header, &TensorRef::all_of(&weights), trained.results.clone())?;
     weights.retain(|name, _| header.student.contains(name));
     Ok(Arc::new(weights))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loss_of_a_stage_is_the_mean_of_its_last_epoch() {
+        let length = Length::new(3.0, 12, 4);
+        let mut losses = Losses::default();
+        let mut after = |step: u64, loss: f32| {
+            losses.add(loss, step, &length);
+            losses.mean(&length)
+        };
+        assert_eq!(after(0, 8.0), Some(8.0));
+        assert_eq!([after(1, 4.0), after(2, 0.0)], [Some(6.0), Some(4.0)]);
+        assert_eq!(after(3, 2.0), Some(3.5), "the epoch before counts until this one is whole");
+        assert_eq!([after(4, 1.0), after(5, 3.0)], [Some(3.0), Some(2.0)]);
+        assert_eq!(Losses::default().mean(&length), None);
+    }
 }

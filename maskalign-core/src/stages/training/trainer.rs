@@ -393,15 +393,16 @@ impl Trainer {
                 return;
             }
             let (scale, held) = scales[&p.name];
-            if updates < held {
-                return;
-            }
             outcome = (|| {
                 if !state.contains_key(&p.name) {
                     let (rows, columns) = p.value.shape();
                     let zeros = || Tensor::zeros(cx.device(), rows, columns);
                     let fresh = optimizer.state_names().iter().map(|_| zeros()).collect::<Result<_, _>>()?;
                     state.insert(p.name.clone(), fresh);
+                }
+                if updates < held {
+                    // Its state is there, so that a checkpoint has it.
+                    return Ok(());
                 }
                 let state = state.get_mut(&p.name).expect("made above");
                 let gradient_scale = match each {
