@@ -360,7 +360,9 @@ impl PretrainOptions {
         let compared = objectives.iter().map(|objective| &objective.compared);
         let used: BTreeSet<usize> = compared.flat_map(|of| of.student().into_iter().chain(of.target())).collect();
         let all_views: BTreeSet<String> = crops.iter().map(|crop| crop.view.clone()).collect();
-        objectives.iter_mut().for_each(|objective| objective.compared = objective.compared.placed(&used));
+        for objective in &mut objectives {
+            objective.compared = objective.compared.placed(&used);
+        }
         crops = used.iter().map(|&place| crops[place].clone()).collect();
         let idle = all_views.into_iter().filter(|view| crops.iter().all(|crop| crop.view != *view)).collect();
         // A teacher that was refused is not reported as unknown as well.
