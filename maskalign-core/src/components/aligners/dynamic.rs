@@ -73,17 +73,7 @@ impl Aligner for Dynamic {
         if self.tap == Tap::Projection {
             return Err(Refusal::new("tap", "a student has no projection").help("use block or norm"));
         }
-        if plan.tokens.masked && !plan.student.held().masked {
-            return Err(Refusal::whole("the dynamic alignment has outputs for the student's tokens only")
-                .beside(["tokens"], "`masked` is asked for here")
-                .help("leave `masked` out of `tokens`, use the aligner `decoder`, or a student with `masked_patches: mask_token`"));
-        }
-        if plan.tokens.cls && !plan.student.cls_token {
-            return Err(Refusal::whole("the student has no class token to align")
-                .beside(["tokens"], "`cls` is asked for here")
-                .in_stage(["student", "cls_token"], "left out here")
-                .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
-        }
+        plan.check_tokens("the dynamic alignment has outputs")?;
         let unequal = |what: &str| {
             Refusal::new(
                 "fusion",

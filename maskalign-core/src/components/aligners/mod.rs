@@ -68,6 +68,28 @@ pub struct AlignPlan {
     pub relations: Option<Relations>,
 }
 
+impl AlignPlan {
+    /// Refuses tokens that are none of the student's rows, for a map from each row to an output; `what` is the map.
+    ///
+    /// # Errors
+    /// The alignment as a whole, with the tokens beside it.
+    pub fn check_tokens(&self, what: &str) -> Result<(), Refusal> {
+        if self.tokens.masked && !self.student.held().masked {
+            let help = "leave `masked` out of `tokens`, use the aligner `decoder`, or a student with `masked_patches: mask_token`";
+            return Err(Refusal::whole(format!("{what} for the student's tokens only"))
+                .beside(["tokens"], "`masked` is asked for here")
+                .help(help));
+        }
+        if self.tokens.cls && !self.student.cls_token {
+            return Err(Refusal::whole("the student has no class token to align")
+                .beside(["tokens"], "`cls` is asked for here")
+                .in_stage(["student", "cls_token"], "left out here")
+                .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
+        }
+        Ok(())
+    }
+}
+
 /// What an alignment needs of the student.
 ///
 /// ```

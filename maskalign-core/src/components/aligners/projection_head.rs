@@ -59,18 +59,7 @@ impl Aligner for ProjectionHead {
                 .beside(["target"], "the target")
                 .help("choose one level of the target, or `combine: mean`"));
         }
-        if plan.tokens.masked && !plan.student.held().masked {
-            return Err(Refusal::whole("a projection head has outputs for the student's tokens only")
-                .beside(["tokens"], "`masked` is asked for here")
-                .in_stage(["student"], "it does not show masked patches")
-                .help("leave `masked` out of `tokens`, or set `masked_patches: mask_token` for the student"));
-        }
-        if plan.tokens.cls && !plan.student.cls_token {
-            return Err(Refusal::whole("the student has no class token to project")
-                .beside(["tokens"], "`cls` is asked for here")
-                .in_stage(["student", "cls_token"], "left out here")
-                .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
-        }
+        plan.check_tokens("a projection head has outputs")?;
         Ok(Box::new(PlannedHead {
             needs: AlignNeeds { levels: vec![LevelRef::Block(plan.student.arch.depth - 1)], tap: Tap::Norm },
             options: self.clone(),

@@ -35,17 +35,7 @@ impl Aligner for RelationsAligner {
         let Some(relations) = &plan.relations else {
             return Err(Refusal::whole("there are no relations to match"));
         };
-        if plan.tokens.masked && !plan.student.held().masked {
-            return Err(Refusal::whole("relations are those of the student's tokens only")
-                .beside(["tokens"], "`masked` is asked for here")
-                .help("leave `masked` out of `tokens`, or use a student with `masked_patches: mask_token`"));
-        }
-        if plan.tokens.cls && !plan.student.cls_token {
-            return Err(Refusal::whole("the student has no class token")
-                .beside(["tokens"], "`cls` is asked for here")
-                .in_stage(["student", "cls_token"], "left out here")
-                .help("leave `cls` out of `tokens`, or set `cls_token: true` for the student"));
-        }
+        plan.check_tokens("relations are there")?;
         let held = plan.student.held().count(plan.counts.visible, plan.counts.masked);
         Ok(Box::new(PlannedRelations {
             needs: AlignNeeds { levels: vec![LevelRef::Block(block)], tap: Tap::Block },

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use maskalign_engine::{Context, ImageBatch, Result, Role, Tape, Tensor, ops::optim};
+use maskalign_engine::{Context, ImageBatch, Result, Role, Tape, Tensor};
 use maskalign_registry::{Refusal, Scalar};
 
 use super::{Level, Pass, PlannedTeacher, Teacher, TeacherBuild, TeacherModel, Wants};
@@ -14,7 +14,7 @@ use crate::{
         towers::{PlanContext, Tap, TowerShape},
     },
     error::Error,
-    nn::{Init, Module, Param},
+    nn::{Init, Module, Param, begin_as, follow},
     register,
 };
 
@@ -71,29 +71,9 @@ impl PlannedTeacher for PlannedEma {
         };
         let init = Init::blank(build.cx.device()).of_role(Role::Moving);
         let mut tower = planned.build(&init, build.trained)?;
-        let mut beginning = followed(&mut **student).into_iter();
-        tower.visit(&mut |p| {
-            if let Some(Followed { value, .. }) = beginning.next() {
-                // Shared until one of the two changes.
-                p.value = value;
-            }
-        });
+        begin_as(&mut *tower, &mut **student);
         Ok(Box::new(MovingTeacher { tower, momentum: self.momentum }))
     }
-}
-
-/// A parameter of the student.
-struct Followed {
-    value: Tensor,
-    /// Whether updates change it.
-    is_trained: bool,
-}
-
-/// The student's parameters in their order, which is that of a tower built alike.
-fn followed(student: &mut dyn StudentModel) -> Vec<Followed> {
-    let mut all = Vec::new();
-    student.visit(&mut |p| all.push(Followed { value: p.value.clone().detached(), is_trained: p.is_trained() }));
-    all
 }
 
 /// A student that follows another.
@@ -140,21 +120,7 @@ impl TeacherModel for MovingTeacher {
     }
 
     fn after_update(&mut self, cx: &Context, student: &mut dyn StudentModel, progress: f64) -> Result<()> {
-        let momentum = self.momentum.at(progress);
-        if momentum == 1.0 {
-            // It stays as it is.
-            return Ok(());
-        }
-        let mut student = followed(student).into_iter();
-        let mut outcome = Ok(());
-        self.tower.visit(&mut |p| {
-            let Some(followed) = student.next() else { return };
-            // What does not change is its own mean, to the bit.
-            if followed.is_trained && outcome.is_ok() {
-                outcome = optim::ema(cx, &mut p.value, &followed.value, momentum);
-            }
-        });
-        outcome
+        follow(cx, &mut *self.tower, student, self.momentum.at(progress))
     }
 
     fn momentum(&self, progress: f64) -> Option<f64> {

@@ -6,11 +6,7 @@ use std::{
     time::Instant,
 };
 
-use maskalign_engine::{
-    Context, ImageBatch, Role, Tape, Tensor,
-    ops::{self, optim},
-    random::Stream,
-};
+use maskalign_engine::{Context, ImageBatch, Role, Tape, Tensor, ops, random::Stream};
 use maskalign_registry::{LevelRef, Refusal};
 
 use super::{
@@ -29,7 +25,7 @@ use crate::{
         towers::{Tap, TowerShape, TrainedStudents},
     },
     error::{Error, Result},
-    nn::{Features, Init, Param, Reach},
+    nn::{Features, Init, Param, Reach, begin_as, follow},
     stages::{
         ForwardTimes, MicroBatch, Task, Term,
         training::{DROP_PATH, branch_scales_of},
@@ -215,15 +211,8 @@ impl PretrainModel {
             if !self.heads.contains_key(&key) {
                 let mut head = objective.aligner.build(&init)?;
                 rename(owner, &mut *head);
-                let mut beginning =
-                    values(&mut **self.aligners.get_mut(owner).expect("each map has an owner")).into_iter();
-                head.visit(&mut |p| {
-                    p.name = format!("teachers.{teacher}.{}", p.name);
-                    if let Some((value, _)) = beginning.next() {
-                        // Shared until one of the two changes.
-                        p.value = value;
-                    }
-                });
+                begin_as(&mut *head, &mut **self.aligners.get_mut(owner).expect("each map has an owner"));
+                head.visit(&mut |p| p.name = format!("teachers.{teacher}.{}", p.name));
                 self.heads.insert(key, head);
             }
             let width = objective.target.width;
@@ -605,13 +594,6 @@ fn owner(objective: &PlannedObjective) -> &str {
     objective.shares.as_deref().unwrap_or(&objective.name)
 }
 
-/// The values of a module in their order, and whether updates change them.
-fn values(module: &mut dyn AlignerModel) -> Vec<(Tensor, bool)> {
-    let mut all = Vec::new();
-    module.visit(&mut |p| all.push((p.value.clone().detached(), p.is_trained())));
-    all
-}
-
 /// A moving head at work.
 struct Assigning<'a> {
     teacher: &'a dyn TeacherModel,
@@ -811,15 +793,7 @@ impl Task for PretrainModel {
         for ((teacher, owner), head) in &mut self.heads {
             let momentum = self.teachers.get(teacher).and_then(|taught| taught.teacher.momentum(progress));
             let (Some(momentum), Some(source)) = (momentum, self.aligners.get_mut(owner)) else { continue };
-            let mut source = values(&mut **source).into_iter();
-            let mut outcome = Ok(());
-            head.visit(&mut |p| {
-                let Some((value, is_trained)) = source.next() else { return };
-                if is_trained && outcome.is_ok() {
-                    outcome = optim::ema(cx, &mut p.value, &value, momentum);
-                }
-            });
-            outcome?;
+            follow(cx, &mut **head, &mut **source, momentum)?;
         }
         self.centers.values_mut().try_for_each(Center::follow)?;
         Ok(())
