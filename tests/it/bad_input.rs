@@ -247,3 +247,30 @@ fn a_full_disk_leaves_nothing_half_written() {
     assert!(files.iter().all(|file| !file.to_string_lossy().ends_with(".tmp")), "{files:?}");
     assert!(unmounted.is_ok_and(|status| status.success()));
 }
+
+#[test]
+fn prototypes_that_have_no_room_are_refused_before_the_first_step() {
+    let sandbox = Sandbox::new();
+    let sets = [
+        "stages.pretrain.objectives.cls.target.prototypes=1000000",
+        "stages.pretrain.objectives.patches.target.prototypes=1000000",
+        "stages.pretrain.objectives.cls.aligner.bottleneck=65536",
+    ];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let output = sandbox.run(["run", "views.yaml", "--out", "run", "-q"].into_iter().chain(sets));
+    refused(&sandbox, &output, 2, &["1000000", "with 1000000 prototypes the head", "GiB are free", "choose fewer"]);
+    assert!(!sandbox.work().join("run").exists(), "nothing is left");
+}
+
+#[test]
+fn assignments_of_a_teacher_that_does_not_follow_are_refused() {
+    let (sandbox, _) = sandbox();
+    let sets = [
+        "stages.pretrain.teachers.ema={type: vit, weights: teacher.safetensors, arch: {dim: 16, depth: 2, heads: 2, patch: 7}}",
+        "stages.pretrain.objectives.patches=null",
+        "stages.pretrain.student.positions=sincos",
+    ];
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let output = sandbox.run(["run", "views.yaml", "--out", "run", "-q"].into_iter().chain(sets));
+    refused(&sandbox, &output, 2, &["`ema` does not follow the student", "type: ema"]);
+}

@@ -254,6 +254,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
         "data2vec_vitb",
         &[
             (("momentum: 0.9998", "momentum: 1.5"), REFUSED, "1.5"),
+            (("warmup_epochs: 10", "warmup_epochs: 10, length_epochs: 700"), REFUSED, "700"),
             (("masked: 120", "masked: 120, max_block: 2"), REFUSED, "max_block: |2"),
             (("masked: 120", "masked: 8"), REFUSED, "masker"),
             ((", masked_patches: mask_token", ""), REFUSED, "aligner"),
@@ -309,7 +310,7 @@ const MISFITS: &[(&str, &[(Edit, &str, &str)])] = &[
             // A student that shows no mask tokens has as many rows as its masks leave: not equally many.
             (("masked_patches: mask_token", "masked_patches: drop"), REFUSED, "masker"),
             (("ratio_spread: 0.2", "ratio_spread: 0.4"), REFUSED, "0.4"),
-            (("probability: 0.5", "probability: 0.5, hides: low, reveal: 0.1"), REFUSED, "0.1"),
+            (("0.2, probability: 0.5", "0.2, probability: 0.5, hides: low, reveal: 0.1"), REFUSED, "reveal: |0.1"),
             // Schedules that outlast the stage, heads that do not fit.
             (
                 ("warmup_epochs: 30 }\n        tokens: [cls]", "warmup_epochs: 130 }\n        tokens: [cls]"),

@@ -5,6 +5,7 @@ mod attmask;
 mod block;
 mod multi_block;
 mod random;
+mod random_share;
 
 pub use attention::AttentionMasker;
 pub use block::BlockMasker;

@@ -40,6 +40,12 @@ impl Schedule for Cosine {
     fn check(&self, epochs: f64, peak: f64) -> Result<(), Refusal> {
         check_below_peak("warmup_lr", self.warmup_lr, peak)?;
         check_below_peak("min_lr", self.min_lr, peak)?;
+        if let Some(length) = self.length_epochs.filter(|length| *length < epochs) {
+            let message = format!("the schedule ends after {length} of the stage's {epochs} epochs");
+            return Err(Refusal::new("length_epochs", message)
+                .in_stage(["epochs"], "the stage's length")
+                .help("leave it out for a schedule as long as the stage; a longer one is cut off"));
+        }
         check_warmup(self.warmup_epochs, self.length_epochs.unwrap_or(epochs))
     }
 }

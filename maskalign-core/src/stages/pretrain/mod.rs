@@ -40,10 +40,10 @@ use crate::{
         targets::TargetSource,
         teachers::{PlannedTeacher, Wants},
         tokens::Tokens,
-        towers::{PlanContext, StudentPlan, Tap, TowerShape, TrainedStudents},
+        towers::{Environment, PlanContext, StudentPlan, Tap, TowerShape, TrainedStudents},
     },
     data::Position,
-    error::Result,
+    error::{Error, Result},
     events::Event,
     nn::{Init, MaskedPatches, Reach},
     plugin::Build,
@@ -342,7 +342,7 @@ impl PretrainOptions {
                     owners: &owners,
                 };
                 let checked = objective.plan(name, &beside).and_then(|planned| match planned {
-                    Some(planned) => Self::check_assignments(&planned, &teachers, training)
+                    Some(planned) => Self::check_assignments(&planned, &teachers, training, towers.environment)
                         .and_then(|()| planned.check_qkv(&*student, &teachers).map_err(|refusal| vec![refusal]))
                         .map(|()| Some(planned)),
                     None => Ok(None),
@@ -376,18 +376,38 @@ impl PretrainOptions {
         }
     }
 
-    /// Refuses assignments of a teacher that does not follow the student, and a warm-up that the stage does not reach the
-    /// end of.
+    /// Refuses assignments of a teacher that does not follow the student, a warm-up that the stage does not reach the end of,
+    /// and prototypes that have no room on this machine.
     fn check_assignments(
         objective: &PlannedObjective,
         teachers: &BTreeMap<String, Arc<dyn PlannedTeacher>>,
         training: &PlannedTraining,
+        environment: Environment,
     ) -> Result<(), Vec<Refusal>> {
         let TargetSource::MovingHead { name, sharpening, .. } = &objective.target.source else { return Ok(()) };
         if teachers.get(name).is_some_and(|teacher| !teacher.moves()) {
             let message = format!("`{name}` does not follow the student, and there is no head for it to assign by");
             let refusal = Refusal::new("teacher", message).under("target");
             return Err(vec![refusal.help("use a teacher of `type: ema`")]);
+        }
+        if objective.shares.is_none() && environment == Environment::Checked {
+            let mut head = 0;
+            let built = objective.aligner.build(&Init::shapes());
+            built.map_err(|error| vec![Error::from(error).into_refusal()])?.visit(&mut |p| head += p.len());
+            // Its values, their gradients, two moments, and the teacher's copy.
+            let needed = (5 * size_of::<f32>() * head) as f64 / f64::from(1 << 20);
+            if let Some(free) = maskalign_engine::available_memory_mib().filter(|free| needed > *free) {
+                let message = format!(
+                    "with {} prototypes the head and the teacher's copy of it take {:.0} GiB, and {:.0} GiB are free",
+                    objective.target.width,
+                    needed / 1024.0,
+                    free / 1024.0
+                );
+                let refusal = Refusal::new("prototypes", message).under("target");
+                return Err(vec![
+                    refusal.beside(["aligner"], "the head").help("choose fewer, or a narrower bottleneck"),
+                ]);
+            }
         }
         let epochs = training.length.epochs;
         match sharpening.warmup {
