@@ -201,7 +201,8 @@ impl Pretrain {
         let With { shared: periodic, own: With { shared, own } } = &self.0;
         let mut refusals = Vec::new();
         let mut summary = StageSummary::default();
-        let training = shared.plan_views(cx, cx.name.to_string(), &mut summary, &mut refusals);
+        let data = shared.data.plan_views(cx.environment);
+        let training = shared.plan_on(data, cx, cx.name.to_string(), &mut summary, &mut refusals);
         let Some(mut training) = training else { return Err(refusals) };
         let towers = cx.towers(training.data.size);
         let models = match own.plan_models(&towers, &training) {

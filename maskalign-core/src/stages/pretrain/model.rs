@@ -19,7 +19,7 @@ use crate::{
         aligners::{AlignInput, AlignerModel},
         maskers::MaskInput,
         students::StudentModel,
-        targets::{Sharpening, TargetInput, TargetSource},
+        targets::{ImageTarget, Sharpening, TargetInput, TargetSource},
         teachers::{Level, TeacherBuild, TeacherModel, Wants},
         tokens::{Masks, Tokens},
         towers::{Tap, TowerShape, TrainedStudents},
@@ -348,8 +348,7 @@ impl PretrainModel {
         let drawn = started.elapsed().as_secs_f64();
         let _span = tracing::info_span!("teacher").entered();
         let mut targets: Vec<Vec<Side>> = self.objectives.iter().map(|_| Vec::new()).collect();
-        let over = self.objectives.iter().filter(|objective| self.is_over(objective));
-        let over: BTreeSet<String> = over.map(|objective| objective.name.clone()).collect();
+        let over: Vec<bool> = self.objectives.iter().map(|objective| self.is_over(objective)).collect();
         for (name, taught, group, images, pass) in passes {
             let of_group = masks_of(&masks, group);
             let mut qkv = BTreeMap::new();
@@ -358,10 +357,10 @@ impl PretrainModel {
                 qkv.insert(block, Level { x: x.ok_or_else(|| no_qkv(&format!("teacher `{name}`")))?, only: None });
             }
             let levels = taught.teacher.finish(cx, pass, &taught.wants, &of_group)?;
-            for (objective, sides) in self.objectives.iter().zip(&mut targets) {
+            for ((objective, sides), &is_over) in self.objectives.iter().zip(&mut targets).zip(&over) {
                 let compared = objective.compared.target();
                 let is_asked = group.crops.iter().any(|crop| compared.contains(crop));
-                if objective.target.teacher() != Some(name) || !is_asked || over.contains(&objective.name) {
+                if objective.target.teacher() != Some(name) || !is_asked || is_over {
                     continue;
                 }
                 let levels = if objective.target.relations().is_some() { &qkv } else { &levels };
@@ -394,9 +393,9 @@ impl PretrainModel {
                 sides.push(Side { crops: group.crops.clone(), lengths, outputs });
             }
         }
-        for (objective, sides) in self.objectives.iter().zip(&mut targets) {
+        for ((objective, sides), &is_over) in self.objectives.iter().zip(&mut targets).zip(&over) {
             let TargetSource::Images(target) = &objective.target.source else { continue };
-            if over.contains(&objective.name) {
+            if is_over {
                 continue;
             }
             for group in super::grouped(objective.compared.target(), &self.crops) {
@@ -417,12 +416,7 @@ impl PretrainModel {
     }
 
     /// What a target of images gives where these have different counts: it is asked for every patch.
-    fn uneven_outputs(
-        &self,
-        cx: &Context,
-        target: &dyn crate::components::targets::ImageTarget,
-        input: &TargetInput,
-    ) -> Result<Vec<Tensor>> {
+    fn uneven_outputs(&self, cx: &Context, target: &dyn ImageTarget, input: &TargetInput) -> Result<Vec<Tensor>> {
         let patches = self.student.shape().grid.patches();
         let all = Masks::all_visible(input.masks.batch, patches);
         let every = TargetInput { masks: &all, tokens: Tokens { visible: true, ..Tokens::default() }, ..*input };

@@ -63,18 +63,8 @@ impl Training {
         self.plan_on(self.data.plan(cx.environment), cx, data_name, summary, refusals)
     }
 
-    /// As [`Training::plan`], for a stage that reads several views of each image.
-    pub(in crate::stages) fn plan_views(
-        &self,
-        cx: &StageContext,
-        data_name: String,
-        summary: &mut StageSummary,
-        refusals: &mut Vec<Refusal>,
-    ) -> Option<PlannedTraining> {
-        self.plan_on(self.data.plan_views(cx.environment), cx, data_name, summary, refusals)
-    }
-
-    fn plan_on(
+    /// As [`Training::plan`], on data that the stage has planned: one that reads several views of each image.
+    pub(in crate::stages) fn plan_on(
         &self,
         data: Result<PlannedData, Refusal>,
         cx: &StageContext,
